@@ -1,0 +1,65 @@
+"""Memory that several processes share and that has no name.
+
+A memfd lives exactly as long as somebody holds it: whatever is killed, nothing is left behind, and it does not count
+against the size of /dev/shm. Its pages are reserved when it is made, so that running out of memory is an error here and
+not a SIGBUS in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+
+import torch
+
+from shoal.errors import RequestError
+
+
+def supported() -> bool:
+    """Whether this system has anonymous shared memory that can be handed to other processes."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create")
+
+
+class SharedMemory:
+    """A block of shared memory: ``fd`` to hand on, ``bytes`` to use (a 1-D uint8 tensor over all of it)."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._map = mmap.mmap(fd, size)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address: int = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @classmethod
+    def create(cls, size: int, label: str = "shoal") -> SharedMemory:
+        """Make and reserve ``size`` bytes, all zero; RequestError where the machine does not have them."""
+        size = max(size, mmap.PAGESIZE)
+        fd = os.memfd_create(label, os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise RequestError(
+                    f"The run needs {size / 2**20:.0f} MiB of shared memory and the machine cannot give them; "
+                    "use fewer workers or a smaller model."
+                ) from None
+            raise
+        return cls(fd, size)
+
+    @classmethod
+    def attach(cls, fd: int) -> SharedMemory:
+        """Map the block behind a file descriptor that another process handed over."""
+        return cls(fd, os.fstat(fd).st_size)
+
+    def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a 1-D view of ``numel`` elements that begins ``offset`` bytes in."""
+        width = torch.empty(0, dtype=dtype).element_size()
+        return self.bytes[offset : offset + numel * width].view(dtype)
+
+    def close(self) -> None:
+        """Give the descriptor back; the mapping goes when the last view of it does."""
+        os.close(self.fd)

@@ -1,0 +1,86 @@
+/* Waiting and summing for the shared-memory arena. Plain C, no headers of torch or Python, called through ctypes.
+ *
+ * Memory order: a word is written by one process only. A release store publishes everything that its writer wrote
+ * before it; an acquire load that sees the word sees all of that. On x86 both are plain moves.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static inline int reached(uint32_t *word, uint32_t target) {
+    return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - target) >= 0;
+}
+
+/* Publish value and wake whoever sleeps on the word. */
+void shoal_post(uint32_t *word, uint32_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+    syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+}
+
+/* Wait until each of n words, stride bytes apart, has reached target. Returns -1, or after timeout_ns the index of the
+ * first word that has not. Spins for spin_ns at first, then sleeps in the kernel. */
+int shoal_wait_all(char *base, int64_t stride, int n, uint32_t target, int64_t spin_ns, int64_t timeout_ns) {
+    int64_t start = now_ns();
+    for (int i = 0; i < n; i++) {
+        uint32_t *word = (uint32_t *)(base + i * stride);
+        int spins = 0;
+        while (!reached(word, target)) {
+            int64_t waited = 0;
+            if ((++spins & 63) == 0 || spin_ns == 0) waited = now_ns() - start;
+            if (waited >= timeout_ns) return i;
+            if (spin_ns > 0 && waited < spin_ns) {
+                relax();
+                continue;
+            }
+            uint32_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+            if ((int32_t)(seen - target) >= 0) break;
+            int64_t left = timeout_ns - waited;
+            struct timespec t = {left / 1000000000, left % 1000000000};
+            syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0);
+            if (now_ns() - start >= timeout_ns && !reached(word, target)) return i;
+        }
+    }
+    return -1;
+}
+
+/* dst = (src[0] + src[1] + ... + src[n-1]) * scale, summed in that order, element by element. dst may be a source. */
+#define DEFINE_SUM(NAME, T)                                                         \
+    void NAME(T *dst, T **src, int n, int64_t count, T scale) {                     \
+        enum { BLOCK = 2048 };                                                      \
+        T sum[BLOCK];                                                               \
+        for (int64_t at = 0; at < count; at += BLOCK) {                             \
+            int64_t m = count - at < BLOCK ? count - at : BLOCK;                    \
+            const T *first = src[0] + at;                                           \
+            if (n == 1) {                                                           \
+                for (int64_t i = 0; i < m; i++) dst[at + i] = first[i] * scale;     \
+                continue;                                                           \
+            }                                                                       \
+            const T *second = src[1] + at;                                          \
+            for (int64_t i = 0; i < m; i++) sum[i] = first[i] + second[i];          \
+            for (int k = 2; k < n; k++) {                                           \
+                const T *next = src[k] + at;                                        \
+                for (int64_t i = 0; i < m; i++) sum[i] += next[i];                  \
+            }                                                                       \
+            for (int64_t i = 0; i < m; i++) dst[at + i] = sum[i] * scale;           \
+        }                                                                           \
+    }
+DEFINE_SUM(shoal_sum_f32, float)
+DEFINE_SUM(shoal_sum_f64, double)

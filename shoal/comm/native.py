@@ -1,0 +1,158 @@
+"""The C helpers of the arena: built by the machine's own compiler when first used, with a fallback that needs none.
+
+``load()`` returns an object with three functions. The fallback gives the same answers: it sums in the same order with
+torch, and waits through the same futex system call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_SOURCE = Path(__file__).with_name("native.c")
+# No fused multiply-add: the C path must round exactly as torch does.
+_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
+
+
+class Native(Protocol):
+    """What the arena needs from below; addresses are those of this process."""
+
+    name: str
+
+    def post(self, address: int, value: int) -> None:
+        """Store a 32-bit value that everything written before it precedes, and wake the sleepers."""
+
+    def wait_all(self, address: int, stride: int, n: int, target: int, spin_s: float, timeout_s: float) -> int:
+        """Wait until n words have reached target; -1, or the index of the first that has not after timeout_s."""
+
+    def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
+        """out = (sources[0] + sources[1] + ...) * scale, elementwise in that order; all 1-D and contiguous."""
+
+
+class _Compiled:
+    name = "c"
+
+    def __init__(self, library: Path) -> None:
+        lib = ctypes.CDLL(str(library))
+        self._post = lib.shoal_post
+        self._post.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        self._post.restype = None
+        self._wait = lib.shoal_wait_all
+        self._wait.argtypes = [
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64,
+        ]  # fmt: skip
+        self._wait.restype = ctypes.c_int
+        self._sum = {torch.float32: (lib.shoal_sum_f32, ctypes.c_float), torch.float64: (lib.shoal_sum_f64, ctypes.c_double)}
+        for function, kind in self._sum.values():
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, kind]
+            function.restype = None
+
+    def post(self, address: int, value: int) -> None:
+        self._post(address, value & 0xFFFFFFFF)
+
+    def wait_all(self, address: int, stride: int, n: int, target: int, spin_s: float, timeout_s: float) -> int:
+        return int(self._wait(address, stride, n, target & 0xFFFFFFFF, int(spin_s * 1e9), int(timeout_s * 1e9)))
+
+    def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
+        entry = self._sum.get(out.dtype)
+        if entry is None:
+            _torch_sum(out, sources, scale)
+            return
+        pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
+        entry[0](out.data_ptr(), pointers, len(sources), out.numel(), scale)
+
+
+class _Fallback:
+    name = "torch"
+
+    def __init__(self) -> None:
+        number = _SYS_FUTEX.get(platform.machine()) if sys.platform == "linux" else None
+        self._number = number
+        if number is not None:
+            self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+    def post(self, address: int, value: int) -> None:
+        ctypes.c_uint32.from_address(address).value = value & 0xFFFFFFFF
+        if self._number is not None:
+            self._syscall(self._number, ctypes.c_void_p(address), 1, 0x7FFFFFFF, None, None, 0)
+
+    def wait_all(self, address: int, stride: int, n: int, target: int, spin_s: float, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        for i in range(n):
+            word = ctypes.c_uint32.from_address(address + i * stride)
+            while (seen := word.value) != target & 0xFFFFFFFF and (seen - target) & 0x80000000:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return i
+                if self._number is None:
+                    time.sleep(0.0001)
+                    continue
+                nap = (ctypes.c_long * 2)(int(left), int(left % 1 * 1e9))
+                self._syscall(self._number, ctypes.c_void_p(address + i * stride), 0, seen, nap, None, 0)
+        return -1
+
+    def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
+        _torch_sum(out, sources, scale)
+
+
+def _torch_sum(out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
+    total = sources[0]
+    for source in sources[1:]:
+        total = total + source
+    torch.mul(total, scale, out=out)
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> Native:
+    """Return the compiled helpers, built now if they never were, or the fallback where there is no compiler.
+
+    ``SHOAL_NATIVE=0`` asks for the fallback.
+    """
+    if os.environ.get("SHOAL_NATIVE") == "0" or sys.platform != "linux":
+        return _Fallback()
+    # The fallback stores words with plain moves, which is enough only where stores are not reordered.
+    try:
+        return _Compiled(_build())
+    except (OSError, subprocess.SubprocessError):
+        return _Fallback()
+
+
+def _build() -> Path:
+    """Compile native.c into the cache, once for each source, compiler and processor."""
+    from shoal.cluster.cache import cache_dir
+
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    cpu = _processor()
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, cpu, *_FLAGS]).encode()).hexdigest()[:16]
+    library = cache_dir() / "native" / f"arena-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / library.name
+            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=60)
+            made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -1,0 +1,195 @@
+"""What a run keeps in the arena: weights, gradients, optimizer state, buffers, and the notes that outlive a worker.
+
+One copy of the weights, of the buffers and of the optimizer state, whatever the number of workers; a *stripe* of
+gradients for each worker, with the same offsets as the weights.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.comm.arena import Arena, ArenaLayout
+from shoal.comm.table import CHUNK_BYTES, ParameterTable, align, chunks_of, deal_tensors, slice_bounds
+from shoal.errors import JobError
+
+RING_STEPS = 2048
+NOTEBOOK_BYTES = 1 << 17
+VALUE_COLUMNS = 24
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The fields of a step record, float64 each; the values that a job logs follow."""
+
+    STEP = 0
+    BEGAN = 1
+    ENDED = 2
+    COMPUTE = 3
+    REDUCE = 4
+    WAIT = 5
+    DATA = 6
+    LOSS = 7
+    WEIGHT = 8
+    SAMPLES = 9
+    LOSS_SUM = 10
+    WEIGHT_SUM = 11
+    SAMPLES_SUM = 12
+    MEASURED = 13
+    VALUES = 14
+    VALUE_SUMS = 14 + VALUE_COLUMNS
+    COUNT = 14 + 2 * VALUE_COLUMNS
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """How one worker's part of the optimizer's memory is laid out."""
+
+    scalar_bytes: int
+    undo_bytes: int
+
+
+def scalar_row_bytes(table: ParameterTable) -> int:
+    """Bytes of a piece's row: a flag that its state exists, then one slot for each 0-dim state tensor."""
+    return 8 * (1 + len(table.scalar_keys))
+
+
+def slice_layout(table: ParameterTable, world_size: int) -> SliceLayout:
+    """The most that any worker needs."""
+    row = scalar_row_bytes(table)
+    if table.elementwise:
+        slices = slice_bounds(table.trained_bytes, world_size)
+        chunks = [chunks_of(table, *bounds) for bounds in slices]
+        pieces = max((sum(len(c.pieces) for c in own) for own in chunks), default=0)
+        longest = max((len(c.pieces) for own in chunks for c in own), default=0)
+        undo = align(CHUNK_BYTES) * (1 + len(table.state_keys)) + longest * row
+        return SliceLayout(align(pieces * row), align(undo))
+    held = []
+    for hand in deal_tensors(table, world_size):
+        own = set(hand)
+        state = sum(align(s.nbytes) for s in table.states if s.parameter in own)
+        held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(hand))
+    return SliceLayout(align(row * len(table.trained)), align(max(held)))
+
+
+def arena_layout(table: ParameterTable, world_size: int, collective_bytes: int = 0) -> ArenaLayout:
+    """Lay out an arena for a model and a number of workers."""
+    own = slice_layout(table, world_size)
+    state = len(table.state_keys) * table.trained_bytes if table.elementwise else table.state_bytes
+    return ArenaLayout.plan(
+        world_size,
+        {
+            "records": world_size * RING_STEPS * Columns.COUNT * 8,
+            "notebooks": world_size * 2 * NOTEBOOK_BYTES,
+            "touched": world_size * max(1, len(table.trained)),
+            "scalars": world_size * own.scalar_bytes,
+            "undo": world_size * own.undo_bytes,
+            "buffers": 2 * table.buffer_bytes,
+            "buffer_steps": 8 * max(1, len(table.buffers)),
+            "collectives": world_size * collective_bytes,
+            "weights": table.weight_bytes,
+            "state": state,
+            "gradients": world_size * table.trained_bytes,
+        },
+    )
+
+
+class Store:
+    """Views of an arena by the meaning of what lies there."""
+
+    def __init__(self, arena: Arena, table: ParameterTable) -> None:
+        self.arena = arena
+        self.table = table
+        self._own = slice_layout(table, arena.world_size)
+        n = arena.world_size
+        self.weights = [arena.view("weights", p.offset, p.numel, p.dtype).view(p.shape) for p in table.parameters]
+        records = arena.region("records").numpy().view(np.float64)
+        self.records = records.reshape(n, RING_STEPS, Columns.COUNT)
+        self.touched = arena.region("touched")[: n * len(table.trained)].view(n, -1).numpy()
+        self.buffer_steps = arena.region("buffer_steps").numpy().view(np.float64)
+
+    def gradient(self, rank: int, parameter: int) -> torch.Tensor:
+        """A worker's gradient of one trained parameter, in the parameter's shape."""
+        spec = self.table.parameters[parameter]
+        offset = rank * self.table.trained_bytes + spec.offset
+        return self.arena.view("gradients", offset, spec.numel, spec.dtype).view(spec.shape)
+
+    def gradient_range(self, rank: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Bytes ``start`` to ``stop`` of a worker's stripe."""
+        offset = rank * self.table.trained_bytes + start
+        return self.arena.view("gradients", offset, (stop - start) // dtype.itemsize, dtype)
+
+    def buffer(self, parity: int, index: int) -> torch.Tensor:
+        """A buffer's value at the beginning of the even or odd steps."""
+        spec = self.table.buffers[index]
+        offset = parity * self.table.buffer_bytes + spec.offset
+        return self.arena.view("buffers", offset, spec.numel, spec.dtype).view(spec.shape)
+
+    def state_range(self, key: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Bytes ``start`` to ``stop`` of an elementwise optimizer's key-th state tensor."""
+        offset = key * self.table.trained_bytes + start
+        return self.arena.view("state", offset, (stop - start) // dtype.itemsize, dtype)
+
+    def state_tensor(self, index: int) -> torch.Tensor:
+        """A state tensor of an optimizer that is not elementwise."""
+        spec = self.table.states[index]
+        return self.arena.view("state", spec.offset, spec.numel, spec.dtype).view(spec.shape)
+
+    def scalar_bytes(self, rank: int) -> torch.Tensor:
+        """A worker's rows of per-piece scalars, as bytes."""
+        size = self._own.scalar_bytes
+        return self.arena.region("scalars")[rank * size : (rank + 1) * size]
+
+    def undo_bytes(self, rank: int) -> torch.Tensor:
+        """A worker's undo log, as bytes."""
+        size = self._own.undo_bytes
+        return self.arena.region("undo")[rank * size : (rank + 1) * size]
+
+    def collective_bytes(self, rank: int) -> torch.Tensor:
+        """Where a worker keeps what it gave to the small collectives of the step in work."""
+        region = self.arena.region("collectives")
+        size = region.numel() // self.arena.world_size
+        return region[rank * size : (rank + 1) * size]
+
+    def write_notebook(self, rank: int, step: int, value: Any) -> None:
+        """Keep a small value that holds at the beginning of ``step``; the one of ``step - 1`` stays readable."""
+        data = pickle.dumps(value, protocol=5)
+        if len(data) > NOTEBOOK_BYTES - 8:
+            raise JobError(
+                f"The scheduler and the optimizer's groups take {len(data)} bytes to remember and {NOTEBOOK_BYTES - 8} "
+                "fit; keep large values out of them."
+            )
+        page = self._notebook(rank, step)
+        page[8 : 8 + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        page[:8].view(np.int64)[0] = len(data)
+
+    def read_notebook(self, rank: int, step: int) -> Any:
+        """What ``write_notebook`` kept for that step, or None."""
+        page = self._notebook(rank, step)
+        size = int(page[:8].view(np.int64)[0])
+        return pickle.loads(page[8 : 8 + size].tobytes()) if size else None
+
+    def _notebook(self, rank: int, step: int) -> np.ndarray:
+        region = self.arena.region("notebooks").numpy()
+        at = (rank * 2 + step % 2) * NOTEBOOK_BYTES
+        page: np.ndarray = region[at : at + NOTEBOOK_BYTES]
+        return page
+
+    def record(self, rank: int, step: int) -> np.ndarray:
+        """A worker's record of a step; it holds that step where its STEP column says so (step + 1)."""
+        row: np.ndarray = self.records[rank, step % RING_STEPS]
+        return row
+
+    def state_dict(self, parity: int) -> dict[str, torch.Tensor]:
+        """The model's state_dict, as views, under every name, in the model's own order."""
+        found: dict[str, torch.Tensor] = {}
+        for index, spec in enumerate(self.table.parameters):
+            found.update(dict.fromkeys(spec.names, self.weights[index]))
+        for index, spec in enumerate(self.table.buffers):
+            if spec.persistent:
+                found.update(dict.fromkeys(spec.names, self.buffer(parity, index)))
+        return {name: found[name] for name in self.table.model_keys if name in found}

@@ -1,0 +1,183 @@
+"""The parameter table: where each tensor of a model lies in flat memory. Pure values that travel between processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ALIGNMENT = 64
+FROZEN = -1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that the run keeps.
+
+    Attributes:
+        names: every name it has in the state_dict; the first is the one it is filed under.
+        offset: bytes from the start of its region.
+        group: index of its optimizer group, or FROZEN where no optimizer updates it.
+        persistent: whether it is in the state_dict at all (buffers may not be).
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    group: int = FROZEN
+    persistent: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A tensor that an optimizer keeps for one parameter, of any shape. ``offset`` is within the state region."""
+
+    parameter: int
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ParameterTable:
+    """Everything about a model and its optimizer that decides how memory is laid out.
+
+    Parameters that are trained come first, ordered by dtype and group, so that neighbours can be updated together;
+    ``trained_bytes`` is where they end. Gradients and per-element optimizer state use the same offsets as the weights.
+
+    Attributes:
+        elementwise: the optimizer treats every element alike, so that its work can be cut anywhere.
+        state_keys: for an elementwise optimizer the names of its per-element tensors.
+        scalar_keys: and of its per-parameter 0-dim tensors (Adam's ``step``).
+        scalar_dtype: of these.
+        states: for any other optimizer each tensor that it keeps.
+        splittable: such an optimizer looks at one tensor at a time, so that tensors can be dealt out to workers.
+    """
+
+    parameters: tuple[TensorSpec, ...]
+    buffers: tuple[TensorSpec, ...]
+    trained_bytes: int
+    weight_bytes: int
+    buffer_bytes: int
+    elementwise: bool
+    state_keys: tuple[str, ...] = ()
+    scalar_keys: tuple[str, ...] = ()
+    scalar_dtype: torch.dtype = torch.float32
+    states: tuple[StateSpec, ...] = ()
+    state_bytes: int = 0
+    splittable: bool = True
+    model_keys: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> tuple[TensorSpec, ...]:
+        return tuple(p for p in self.parameters if p.group != FROZEN)
+
+
+def align(size: int) -> int:
+    """Round a number of bytes up to a whole cache line."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start`` to ``stop`` of a parameter (an index into the table)."""
+
+    parameter: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of bytes that is updated, and undone, as one: ``start`` to ``stop`` in the weights' region."""
+
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+CHUNK_BYTES = 1 << 20
+
+
+def slice_bounds(total: int, parts: int) -> list[tuple[int, int]]:
+    """Cut ``total`` bytes into ``parts`` slices of nearly equal size, each beginning on a cache line."""
+    lines = -(-total // ALIGNMENT)
+    cuts = [min(total, lines * k // parts * ALIGNMENT) for k in range(parts)] + [total]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def chunks_of(table: ParameterTable, start: int, stop: int, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
+    """Cut a worker's slice into chunks: each of one dtype, no longer than ``chunk_bytes``.
+
+    A chunk's range may hold the padding between parameters; its pieces do not.
+    """
+    chunks: list[Chunk] = []
+    pieces: list[Piece] = []
+    begin = end = 0
+    dtype: torch.dtype | None = None
+
+    def close() -> None:
+        if pieces:
+            chunks.append(Chunk(begin, end, tuple(pieces)))
+            pieces.clear()
+
+    for index, spec in enumerate(table.trained):
+        low, high = max(start, spec.offset), min(stop, spec.offset + spec.nbytes)
+        width = spec.dtype.itemsize
+        while low < high:
+            if not pieces or dtype != spec.dtype or low - begin >= chunk_bytes:
+                close()
+                begin, dtype = low, spec.dtype
+            end = min(high, begin + chunk_bytes)
+            pieces.append(Piece(index, (low - spec.offset) // width, (end - spec.offset) // width))
+            low = end
+    close()
+    return chunks
+
+
+def deal_tensors(table: ParameterTable, parts: int) -> list[list[int]]:
+    """Deal whole parameters out to workers, the largest first, always to the one with the fewest bytes.
+
+    All go to the first worker where the optimizer may look across tensors.
+    """
+    trained = table.trained
+    if not table.splittable:
+        return [list(range(len(trained)))] + [[] for _ in range(parts - 1)]
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    held = [0] * parts
+    for index in sorted(range(len(trained)), key=lambda i: (-trained[i].nbytes, i)):
+        least = min(range(parts), key=lambda k: (held[k], k))
+        hands[least].append(index)
+        held[least] += trained[index].nbytes
+    return [sorted(hand) for hand in hands]
+
+
+def shapes_summary(specs: Sequence[TensorSpec]) -> str:
+    """'12 tensors, 73,386 elements' for messages."""
+    return f"{len(specs)} tensors, {sum(s.numel for s in specs):,} elements"

@@ -1,0 +1,90 @@
+"""The picture of a run: its learning curve as a PNG."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.errors import RequestError
+from shoal.observe.lines import epoch_values, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7b5ea7", "#b8860b", "#555555")
+
+
+def learning_curve(
+    history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, job: str = "", plan: str = ""
+) -> Path:
+    """Draw losses on the left and metrics on the right, over epochs, and return the path of the PNG.
+
+    Args:
+        history: as ``run.history``. Training values are drawn dashed, evaluation values solid.
+        path: where the picture goes; written beside itself first, then moved, so that it is never half a picture.
+        job, plan: for the title.
+
+    Raises:
+        RequestError: the history is empty.
+    """
+    # Not pyplot: it would choose a backend for the whole process and keep figures alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not history:
+        raise RequestError("There is no epoch to draw yet; train at least one epoch.")
+    names = list(dict.fromkeys(name for entry in history for name in epoch_values(entry)))
+    losses = [name for name in names if name in ("loss", "eval_loss")]
+    metrics = [name for name in names if name not in losses]
+    figure = Figure(figsize=(9.6 if metrics else 6.0, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if metrics else 1, squeeze=False)[0]
+    _panel(panels[0], history, losses, "loss")
+    if metrics:
+        _panel(panels[1], history, metrics, metrics[0] if len(_bases(metrics)) == 1 else "metrics")
+    if job:
+        figure.suptitle(f"{job}: learning curve", fontsize=12, fontweight="bold", color="#222222")
+    if plan:
+        figure.supxlabel("\n".join(textwrap.wrap(f"plan {plan}", 110)), fontsize=7, color="#777777")
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, target)
+    return target
+
+
+def _panel(axes: Axes, history: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for name in names:
+        points = [(float(entry["epoch"]), entry[name]) for entry in history if entry.get(name) is not None]
+        if not points:
+            continue
+        evaluated = name.startswith("eval_")
+        axes.plot(
+            [epoch for epoch, _ in points],
+            [value for _, value in points],
+            color=_COLOURS[_bases(names).index(name.removeprefix("eval_")) % len(_COLOURS)],
+            linestyle="-" if evaluated else "--",
+            linewidth=2.0 if evaluated else 1.5,
+            marker="o",
+            markersize=3.5,
+            label=f"{name} (last {number(points[-1][1])})",
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _bases(names: Sequence[str]) -> list[str]:
+    """The names without eval_, each once: training and evaluation of one thing share a colour."""
+    return list(dict.fromkeys(name.removeprefix("eval_") for name in names))
