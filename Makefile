@@ -10,10 +10,12 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt scripts/install.py
-# A version manager may have a python3.11 on the PATH that only prints an error, so each candidate is run, not just found.
+# A version manager may put a python3.11 on the PATH that only prints an error, so every candidate is run, not just found.
 IN_RANGE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
-PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.10; do \
-	$$p -c '$(IN_RANGE)' 2>/dev/null && { echo $$p; break; }; done)
+ifndef PYTHON
+PYTHON := $(shell for python in $$(type -ap python3.11 python3 python3.12 python3.13 python3.10); do \
+	"$$python" -c '$(IN_RANGE)' 2>/dev/null && { echo "$$python"; break; }; done)
+endif
 
 .PHONY: demo test check lint types bench clean python
 .DEFAULT_GOAL := demo

@@ -119,7 +119,7 @@ def has_nvidia_gpu() -> bool:
 def local_wheel_for(python: Path, wanted: str) -> bool:
     """Return whether pip, as it is configured, finds torch without any index (its find-links may hold a wheel)."""
     command = [*pip(python), "install", "--dry-run", "--no-index", "--no-deps", "--ignore-installed"]
-    return subprocess.run([*command, f"torch=={wanted}"], capture_output=True, check=False).returncode == 0
+    return quiet([*command, f"torch=={wanted}"])
 
 
 def index_answers(url: str, deadline_s: float) -> bool:
@@ -149,20 +149,42 @@ def pip(python: Path) -> list[str]:
 def create(venv: Path) -> Path:
     """Create the environment unless a working one is there; return its interpreter."""
     python = venv / "bin" / "python"
-    try:
-        works = subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
-    except OSError:
-        works = False
-    if works:
+    version = version_of(python)
+    if version is not None:
+        if machine_problem(sys.platform, version) is not None:
+            found = ".".join(map(str, version))
+            raise SystemExit(f"{venv} holds Python {found} and shoal needs 3.10 to 3.13; remove {venv} (make clean).")
+        if not quiet([*pip(python), "--version"]):
+            # An environment made by another tool may have no pip.
+            quiet([str(python), "-m", "ensurepip"])
         return python
+    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+        raise SystemExit(f"{venv} is a directory that is no virtual environment; name another one with --venv.")
     print(f"Creating {venv} with Python {sys.version.split()[0]}.", flush=True)
-    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "venv", "--clear", str(venv)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode != 0:
         detail = (made.stdout + made.stderr).strip().splitlines() or ["python -m venv failed"]
         raise SystemExit(
             f"{venv} could not be created ({detail[0]}); on Debian and Ubuntu this needs: sudo apt install python3-venv"
         )
     return python
+
+
+def version_of(python: Path) -> tuple[int, int] | None:
+    """Return (major, minor) of an interpreter, or None where it does not run."""
+    code = "import sys; print(*sys.version_info[:2])"
+    try:
+        answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    numbers = answer.stdout.split()
+    return (int(numbers[0]), int(numbers[1])) if answer.returncode == 0 and len(numbers) == 2 else None
+
+
+def quiet(command: Sequence[str]) -> bool:
+    """Run a command without showing what it says; return whether it succeeded."""
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def install(command: Sequence[str]) -> bool:
@@ -184,7 +206,7 @@ def install_torch(python: Path, wanted: str, constraints: Path) -> None:
         return
     command = [*pip(python), "install", *choice.pip_arguments, "--constraint", str(constraints), f"torch=={wanted}"]
     if not install(command):
-        raise SystemExit(f"torch {wanted} could not be installed; pip says why above. Run the same command to try again.")
+        raise SystemExit(f"torch {wanted} could not be installed; pip says why above; the same command tries again.")
 
 
 def main() -> None:
@@ -205,7 +227,7 @@ def main() -> None:
     target = f"{ROOT}[dev]" if options.dev else str(ROOT)
     print("Installing shoal and its pinned dependencies.", flush=True)
     if not install([*pip(python), "install", "--constraint", str(constraints), "--editable", target]):
-        raise SystemExit("shoal could not be installed; pip says why above. Run the same command to try again.")
+        raise SystemExit("shoal could not be installed; pip says why above; the same command tries again.")
     for stamp in stamps:
         stamp.touch()
     print(f"Installed; the command is {os.path.relpath(options.venv)}/bin/shoal", flush=True)

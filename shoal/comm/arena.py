@@ -64,6 +64,7 @@ class Note(IntEnum):
     CHECKPOINT_DONE = 9
     CHECKPOINT_FAILED = 10
     GRADIENT_NORM_SQUARED = 11
+    CHECKPOINT_SEEN = 12
     # the supervisor's
     STOP_WANTED = 20
     CHECKPOINT_WANTED = 21
@@ -163,9 +164,9 @@ class Slot:
         """Publish what was written before, set the signal, wake the sleepers."""
         self._native.post(self._address + int(signal) * _LINE, value)
 
-    def wait(self, signal: IntEnum, target: int, timeout_s: float) -> bool:
+    def wait(self, signal: IntEnum, target: int, timeout_s: float, spin_s: float = 0.0) -> bool:
         """Wait for one signal of this slot; False where the time ran out."""
-        return self._native.wait_all(self._address + int(signal) * _LINE, _LINE, 1, target, 0.0, timeout_s) < 0
+        return self._native.wait_all(self._address + int(signal) * _LINE, _LINE, 1, target, spin_s, timeout_s) < 0
 
     def note(self, note: Note) -> float:
         return float(self._notes[int(note)])

@@ -72,7 +72,7 @@ def slice_layout(table: ParameterTable, world_size: int) -> SliceLayout:
     for hand in deal_tensors(table, world_size):
         own = set(hand)
         state = sum(align(s.nbytes) for s in table.states if s.parameter in own)
-        held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(hand))
+        held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(table.trained))
     return SliceLayout(align(row * len(table.trained)), align(max(held)))
 
 

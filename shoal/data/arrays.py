@@ -44,7 +44,9 @@ class ArrayDataset:
     Raises DataError where the lengths differ.
     """
 
-    def __init__(self, inputs: Any, labels: Any, transform: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, inputs: Any, labels: Any, transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         self.inputs = inputs if hasattr(inputs, "shape") else np.asarray(inputs)
         self.labels = labels if hasattr(labels, "shape") else np.asarray(labels)
         self.transform = transform
@@ -60,10 +62,10 @@ class ArrayDataset:
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (inputs, targets) of these samples: new tensors that may be changed."""
-        inputs = _gather(self.inputs, indices)
+        inputs = gather(self.inputs, indices)
         if self.transform is not None:
             inputs = self.transform(inputs)
-        return inputs, _gather(self.labels, indices)
+        return inputs, gather(self.labels, indices)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "inputs": _pack(self.inputs), "labels": _pack(self.labels)}
@@ -164,7 +166,8 @@ def _unpack(array: Any) -> Any:
     return array.open() if isinstance(array, _MappedFile) else array
 
 
-def _gather(array: Any, indices: NDArray[np.int64]) -> torch.Tensor:
+def gather(array: Any, indices: NDArray[np.int64]) -> torch.Tensor:
+    """Return these rows of a numpy array or a tensor as a new tensor; the array may be read-only or memory-mapped."""
     import torch
 
     if isinstance(array, torch.Tensor):

@@ -23,6 +23,10 @@ from shoal.errors import DataError, did_you_mean
 _LARGEST_CLASS = 1_000_000
 _LONGEST_PATH = 4096
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|[+-]?inf(inity)?", re.IGNORECASE)
+_PICTURE_STARTS = (
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*"),
+    *(b"P4", b"P5", b"P6", b"\x00\x00\x00\x0cjP"),
+)
 _DATA_URL = re.compile(r"data:image/[^,;]+;base64,")
 
 
@@ -116,7 +120,7 @@ def _picture(row: _Row, folder: Path) -> Picture:
             if (folder / row.image).is_file():
                 return Picture(folder / row.image, row.where)
     try:
-        content = base64.b64decode(_DATA_URL.sub("", row.image, count=1), validate=True)
+        content = base64.b64decode(_DATA_URL.sub("", "".join(row.image.split()), count=1), validate=True)
     except (binascii.Error, ValueError):
         content = b""
     # A missing file whose name happens to be valid base64 gives a few odd bytes, never the start of a picture.
@@ -127,8 +131,7 @@ def _picture(row: _Row, folder: Path) -> Picture:
 
 
 def _looks_like_picture(content: bytes) -> bool:
-    starts = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*", b"P4", b"P5", b"P6")
-    return len(content) > 20 and content.startswith(starts)
+    return len(content) > 10 and content.startswith(_PICTURE_STARTS)
 
 
 def _classify(rows: Sequence[_Row], classes: Sequence[str] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
@@ -157,19 +160,25 @@ def _is_number(label: str) -> bool:
 
 
 def _class_number(row: _Row) -> int:
-    if not (row.label.isascii() and row.label.isdigit() and int(row.label) < _LARGEST_CLASS):
+    number = _whole_number(row.label)
+    if number is None or number >= _LARGEST_CLASS:
         raise DataError(
             f'{row.where}: the label "{row.label}" is no class; give a whole number from 0 '
             f"(below {_LARGEST_CLASS:,}) or a name."
         )
-    return int(row.label)
+    return number
+
+
+def _whole_number(label: str) -> int | None:
+    # Python refuses to convert very long digit strings, and no class has so long a number.
+    return int(label) if label.isascii() and label.isdigit() and len(label) < 20 else None
 
 
 def _known_class(row: _Row, known: dict[str, int]) -> int:
     if row.label in known:
         return known[row.label]
-    if row.label.isascii() and row.label.isdigit() and int(row.label) < len(known):
-        return int(row.label)
-    raise DataError(
-        f'{row.where}: the label "{row.label}" is none of the {len(known)} known classes.{did_you_mean(row.label, known)}'
-    )
+    number = _whole_number(row.label)
+    if number is not None and number < len(known):
+        return number
+    hint = did_you_mean(row.label, known)
+    raise DataError(f'{row.where}: the label "{row.label}" is none of the {len(known)} known classes.{hint}')

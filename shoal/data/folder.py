@@ -10,7 +10,7 @@ from shoal.data.arrays import Images
 from shoal.data.pictures import IN_MEMORY_MB, Picture, read_pictures
 from shoal.errors import DataError, did_you_mean
 
-_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2".split())
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2")
 
 
 def folder(

@@ -27,8 +27,9 @@ def load(
         path: where it is.
         size, classes: as in ``csv`` and ``folder``; an ``.npz`` file is taken as it is.
 
-    Returns ``Images``, also for an ``.npz`` whose x is uint8 (n, height, width, 1 or 3) with whole numbers from 0
-    in y; else ``ArrayDataset``. Raises DataError where the path is none of these or cannot be read.
+    Returns ``Images``, also for an ``.npz`` whose x is uint8 (n, height, width, 1 or 3) or (n, height, width) with
+    whole numbers from 0 in y; else ``ArrayDataset``. Raises DataError where the path is none of these or cannot be
+    read.
     """
     where = Path(path)
     if where.is_dir():
@@ -39,7 +40,7 @@ def load(
         return csv(where, size=size, classes=classes)
     if where.suffix.lower() == ".npz":
         return _npz(where, classes)
-    raise DataError(f"{where} is not a kind of data set known here; give a .csv, an .npz, or a folder of class folders.")
+    raise DataError(f"{where} is no known kind of data set; give a .csv, an .npz, or a folder of class folders.")
 
 
 def _npz(path: Path, classes: Sequence[str] | None) -> Images | ArrayDataset:
@@ -53,9 +54,17 @@ def _npz(path: Path, classes: Sequence[str] | None) -> Images | ArrayDataset:
             x, y = arrays["x"], arrays["y"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as arrays ({error}).") from None
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise DataError(f"{path}: x has the shape {x.shape} and y {y.shape}; both must begin with the number of samples.")
-    is_pictures = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3)
-    if is_pictures and len(y) and y.ndim == 1 and y.dtype.kind in "iu" and y.min() >= 0:
-        return Images(x, y, classes if classes is not None else [str(number) for number in range(int(y.max()) + 1)])
-    return ArrayDataset(x, y)
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or not len(x):
+        raise DataError(f"{path}: x has the shape {x.shape} and y {y.shape}; both must begin with the same length.")
+    for name, array in (("x", x), ("y", y)):
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{path}: {name} holds {array.dtype}; it must hold numbers.")
+    labels = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    pictures = x[..., np.newaxis] if x.ndim == 3 else x
+    is_pictures = x.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[3] in (1, 3)
+    if not (is_pictures and labels.ndim == 1 and labels.dtype.kind in "iu" and labels.min() >= 0):
+        return ArrayDataset(x, y)
+    try:
+        return Images(pictures, labels, classes or [str(number) for number in range(int(labels.max()) + 1)])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.data.arrays import gather
 from shoal.errors import DataError, JobError
 
 Collate = Callable[[list[Any]], Any]
@@ -38,15 +39,17 @@ class Source(ABC):
     def items(self, indices: NDArray[np.int64], before_item: BeforeItem | None) -> list[Any]:
         """Return the samples one by one, as the user's data set gives them."""
 
-    def fetch(self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None) -> Any:
+    def fetch(
+        self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None
+    ) -> Any:
         """Return the batch of these samples, in this order.
 
         Args:
             indices: int64, each in 0…len−1; at least one.
             collate: list of samples -> batch; None: torch's ``default_collate``.
             before_item: called with the sample's number before that item is fetched (the place to reseed the
-                random streams); never where the batch is one gather. A data set that fetches many items in one
-                call (``__getitems__``) gets it once, with the first number of the call.
+                random streams); never where the batch is one gather, nor for plain tensors under a collate. A
+                data set that fetches many items in one call (``__getitems__``) gets it once, with the first number.
         """
         from torch.utils.data import default_collate
 
@@ -66,15 +69,17 @@ class _Columns(Source):
         return self._length
 
     def items(self, indices: NDArray[np.int64], before_item: BeforeItem | None) -> list[Any]:
-        return [_map_tensors(self._columns, lambda column, row=int(index): column[row]) for index in indices]
+        return [self._item(indices[at : at + 1]) for at in range(len(indices))]
 
-    def fetch(self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None) -> Any:
+    def _item(self, index: NDArray[np.int64]) -> Any:
+        return _map_leaves(self._columns, lambda column: gather(column, index)[0])
+
+    def fetch(
+        self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None
+    ) -> Any:
         if collate is not None:
             return super().fetch(indices, collate, before_item)
-        import torch
-
-        rows = torch.from_numpy(indices)
-        return _map_tensors(self._columns, lambda column: column.index_select(0, rows.to(column.device)))
+        return _map_leaves(self._columns, lambda column: gather(column, indices))
 
 
 class _Items(Source):
@@ -110,7 +115,9 @@ class _Batches(_Items):
 
     vectorised = True
 
-    def fetch(self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None) -> Any:
+    def fetch(
+        self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None
+    ) -> Any:
         if collate is not None:
             return super().fetch(indices, collate, before_item)
         return self._dataset.batch(indices)
@@ -132,12 +139,14 @@ class _Selection(Source):
         if before_item is None:
             return self._source.items(self._numbers[indices], None)
         samples = []
-        for index in indices:
-            inner = self._numbers[index : index + 1]
-            samples += self._source.items(inner, lambda _, outer=int(index): before_item(outer))
+        for index in indices.tolist():
+            before_item(index)
+            samples += self._source.items(self._numbers[index : index + 1], None)
         return samples
 
-    def fetch(self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None) -> Any:
+    def fetch(
+        self, indices: NDArray[np.int64], collate: Collate | None = None, before_item: BeforeItem | None = None
+    ) -> Any:
         if self.vectorised and collate is None:
             return self._source.fetch(self._numbers[indices])
         return super().fetch(indices, collate, before_item)
@@ -176,12 +185,21 @@ def open_source(value: Any, what: str) -> Source:
     if isinstance(value, TensorDataset) and type(value).__getitem__ is TensorDataset.__getitem__:
         return _open_columns(value.tensors, what)
     if type(value) is Subset:
-        return _Selection(open_source(value.dataset, what), np.asarray(value.indices, dtype=np.int64))
+        return _open_subset(value, what)
     if _has_batch(value):
         return _Batches(value, length)
     if callable(getattr(value, "__getitems__", None)):
         return _ItemLists(value, length)
     return _Items(value, length)
+
+
+def _open_subset(subset: Any, what: str) -> Source:
+    inner = subset.dataset
+    # Within a Subset a list is one of samples, even where the samples are tensors.
+    is_sequence = isinstance(inner, (list, tuple))
+    source = _Items(inner, _length(inner, what)) if is_sequence else open_source(inner, what)
+    numbers = np.asarray(subset.indices, dtype=np.int64)
+    return _Selection(source, np.where(numbers < 0, numbers + len(source), numbers))
 
 
 def _open_columns(value: Any, what: str) -> Source:
@@ -190,13 +208,9 @@ def _open_columns(value: Any, what: str) -> Source:
     def column(leaf: Any) -> Any:
         import torch
 
-        if isinstance(leaf, np.ndarray):
-            # torch has no read-only tensors; a memory-mapped array is only ever read here, so it is mapped as it is.
-            leaf = torch.from_numpy(leaf if leaf.flags.writeable else _as_writable(leaf))
-        if not isinstance(leaf, torch.Tensor):
-            raise JobError(
-                f"{what} holds {_a(type(leaf).__name__)} where a tensor should be; give tensors, or a map-style Dataset."
-            )
+        if not isinstance(leaf, (torch.Tensor, np.ndarray)):
+            found = _a(type(leaf).__name__)
+            raise JobError(f"{what} holds {found} where a tensor should be; give tensors, or a map-style Dataset.")
         if leaf.ndim == 0:
             raise DataError(f"{what} holds a tensor without dims; the first dim of each must count the samples.")
         lengths.append(len(leaf))
@@ -210,15 +224,6 @@ def _open_columns(value: Any, what: str) -> Source:
     return _Columns(columns, lengths[0])
 
 
-def _as_writable(array: np.ndarray) -> np.ndarray:
-    import ctypes
-
-    if not array.flags.c_contiguous or array.nbytes == 0:
-        return np.array(array)
-    view = np.frombuffer((ctypes.c_char * array.nbytes).from_address(array.ctypes.data), dtype=np.uint8)
-    return view.view(array.dtype).reshape(array.shape)
-
-
 def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map_leaves(part, function) for key, part in value.items()}
@@ -229,9 +234,6 @@ def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-_map_tensors = _map_leaves
-
-
 def _is_map_style(value: Any) -> bool:
     return hasattr(value, "__getitem__") and not isinstance(value, type)
 
@@ -239,7 +241,8 @@ def _is_map_style(value: Any) -> bool:
 def _is_list_of_tensors(value: Any) -> bool:
     import torch
 
-    return isinstance(value, list) and bool(value) and all(isinstance(part, (torch.Tensor, np.ndarray)) for part in value)
+    arrays = (torch.Tensor, np.ndarray)
+    return isinstance(value, list) and bool(value) and all(isinstance(part, arrays) for part in value)
 
 
 def _has_batch(value: Any) -> bool:

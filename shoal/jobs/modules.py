@@ -80,12 +80,11 @@ def jobs_in(module: ModuleType) -> dict[str, Job | Callable[[], Job]]:
     """Return what in a module is a job: Job objects, and its own functions without arguments marked ``-> Job``."""
     found: dict[str, Job | Callable[[], Job]] = {}
     for name, value in vars(module).items():
-        if name.startswith("_"):
-            continue
-        is_own_function = inspect.isfunction(value) and value.__module__ == module.__name__
-        if isinstance(value, Job) and not any(value is other for other in found.values()):
-            found[name] = value
-        elif is_own_function and _promises_a_job(value):
+        if isinstance(value, Job):
+            wanted = not any(value is other for other in found.values())  # one job may have two names
+        else:
+            wanted = inspect.isfunction(value) and value.__module__ == module.__name__ and _promises_a_job(value)
+        if wanted and not name.startswith("_"):
             found[name] = value
     return found
 
@@ -106,7 +105,7 @@ def take(module: ModuleType, name: str, where: str) -> tuple[str, Job]:
         elif present:
             raise TargetError(f"{where} holds {len(present)} jobs; choose one: {_listed(where, present)}.")
         else:
-            raise TargetError(f"{where} holds no job; write job = shoal.Job(...) in it, or a function that returns one.")
+            raise TargetError(f"{where} holds no job; write job = shoal.Job(...) in it, or a function -> Job.")
     value = getattr(module, name, None)
     if callable(value) and not isinstance(value, Job) and _needs_no_arguments(value):
         value = _run_theirs(value, f"{name}() in {where}")

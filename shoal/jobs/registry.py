@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shoal.errors import TargetError, did_you_mean
 from shoal.job import Job
-from shoal.jobs.modules import import_file, import_module, jobs_in, take
+from shoal.jobs.modules import import_file, import_module, take
 
 _KINDS = ("vision", "language", "recsys")
 
@@ -123,6 +123,3 @@ def _constant(tree: ast.Module, name: str) -> str | None:
         ):
             return node.value.value
     return None
-
-
-__all__ = ["Target", "find", "jobs_in", "list_jobs"]

@@ -59,15 +59,18 @@ def learning_curve(
 def _panel(axes: Axes, history: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    bases = _bases(names)
     for name in names:
         points = [(float(entry["epoch"]), entry[name]) for entry in history if entry.get(name) is not None]
         if not points:
             continue
         evaluated = name.startswith("eval_")
+        # Two curves alone get two colours; of more, training and evaluation of one thing share theirs.
+        colour = int(evaluated) if len(bases) == 1 else bases.index(name.removeprefix("eval_"))
         axes.plot(
             [epoch for epoch, _ in points],
             [value for _, value in points],
-            color=_COLOURS[_bases(names).index(name.removeprefix("eval_")) % len(_COLOURS)],
+            color=_COLOURS[colour % len(_COLOURS)],
             linestyle="-" if evaluated else "--",
             linewidth=2.0 if evaluated else 1.5,
             marker="o",
@@ -86,5 +89,5 @@ def _panel(axes: Axes, history: Sequence[Mapping[str, Any]], names: Sequence[str
 
 
 def _bases(names: Sequence[str]) -> list[str]:
-    """The names without eval_, each once: training and evaluation of one thing share a colour."""
+    """The names without eval_, each once."""
     return list(dict.fromkeys(name.removeprefix("eval_") for name in names))

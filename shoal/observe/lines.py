@@ -62,7 +62,7 @@ def predicted_beside_measured(predicted_s: Any, measured_s: Any) -> str:
 
 def _run_start(event: Event) -> list[str]:
     epochs, steps, total = event.get("epochs_total"), event.get("steps_per_epoch"), event.get("steps_total")
-    parts = [f"{event.get('job', 'job')}: {_count(event.get('samples'))} samples, global batch {event.get('batch_size')}"]
+    parts = [f"{event.get('job')}: {_plural(event.get('samples'), 'sample')}, global batch {event.get('batch_size')}"]
     if epochs is not None and steps is not None:
         parts.append(f"{_plural(epochs, 'epoch')} of {_plural(steps, 'step')}")
     if total is not None and (epochs is None or steps is None or total != epochs * steps):
@@ -76,7 +76,7 @@ def _run_start(event: Event) -> list[str]:
 
 def _plan(event: Event) -> list[str]:
     lines = [f"plan: {event.get('plan')}"]
-    lines += [f"  because {sentence}" if index == 0 else f"  and {sentence}" for index, sentence in enumerate(_why(event))]
+    lines += [f"  {sentence}" for sentence in _why(event)]
     if event.get("batch"):
         lines.append(f"batch: {event['batch']}")
     return lines
@@ -84,7 +84,7 @@ def _plan(event: Event) -> list[str]:
 
 def _why(event: Event) -> Sequence[str]:
     why = event.get("why") or ()
-    return (why,) if isinstance(why, str) else why
+    return why.splitlines() if isinstance(why, str) else why
 
 
 def _epoch(event: Event) -> list[str]:

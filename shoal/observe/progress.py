@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _REFRESH_S = 0.1
-_RATE_MEMORY = 0.8
-"""The part of the shown speed that comes from before the last refresh: a number that does not jump."""
+_MEMORY = 0.95
+"""What the past counts at each redraw, so that the shown speed is about that of the last two seconds."""
 
 
 class Display:
@@ -38,7 +38,7 @@ class Display:
         from rich.console import Console
 
         self.run_ended = False
-        self._resume_command = resume_command
+        self.resume_command = resume_command
         self._clock = clock
         self._console: Console = Console(file=stream or sys.stderr, highlight=False, markup=False, width=width)
         self._progress: Progress | None = None
@@ -47,8 +47,7 @@ class Display:
         self._first_metric: str | None = None
         self._next_refresh = 0.0
         self._since, self._samples, self._steps = 0.0, 0, 0
-        self._samples_per_s: float | None = None
-        self._step_s: float | None = None
+        self._past_s, self._past_samples, self._past_steps = 0.0, 0.0, 0.0
         self._eval_s = 0.0
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -67,8 +66,8 @@ class Display:
             self._forget_time()
         if kind == "run_end":
             self.run_ended = True
-            if event.get("status") == "stopped" and self._resume_command:
-                self._print([f"go on with: {self._resume_command}"])
+            if event.get("status") == "stopped" and self.resume_command:
+                self._print([f"go on with: {self.resume_command}"])
 
     def picture(self, path: str | Path) -> None:
         """Say where the learning curve is."""
@@ -98,13 +97,9 @@ class Display:
         self._draw(event)
 
     def _measure(self, now: float) -> None:
-        passed = now - self._since
-        if passed <= 0:
-            return
-        keep = 0.0 if self._samples_per_s is None else _RATE_MEMORY
-        self._samples_per_s = keep * (self._samples_per_s or 0.0) + (1 - keep) * self._samples / passed
-        keep = 0.0 if self._step_s is None else _RATE_MEMORY
-        self._step_s = keep * (self._step_s or 0.0) + (1 - keep) * passed / self._steps
+        self._past_s = _MEMORY * self._past_s + now - self._since
+        self._past_samples = _MEMORY * self._past_samples + self._samples
+        self._past_steps = _MEMORY * self._past_steps + self._steps
         self._since, self._samples, self._steps = now, 0, 0
 
     def _forget_time(self) -> None:
@@ -119,10 +114,10 @@ class Display:
         values = f"loss {lines.number(event.get('loss_mean', event.get('loss')))}"
         for name, value in list((event.get("metrics") or {}).items())[:1]:
             values += f"  {name} {lines.number(value)}"
-        fields = {
+        fields: dict[str, Any] = {
             "where": f"epoch {epoch}/{epochs}" if epochs else f"epoch {epoch}",
             "values": values,
-            "speed": f"{lines.rate(self._samples_per_s)} samples/s",
+            "speed": f"{lines.rate(self._past_samples / self._past_s if self._past_s > 0 else None)} samples/s",
             "left": f"{lines.duration(self._seconds_left(step, epoch))} left" if total else "",
         }
         if self._progress is None:
@@ -140,7 +135,8 @@ class Display:
         evaluations = max(0, (epochs or epoch) - epoch + 1)
         if per_epoch:
             evaluations = min(evaluations, -(-max(0, total - step) // per_epoch))
-        return float(max(0, total - step) * (self._step_s or 0.0) + evaluations * self._eval_s)
+        step_s = self._past_s / self._past_steps if self._past_steps else 0.0
+        return float(max(0, total - step) * step_s + evaluations * self._eval_s)
 
     def _bar(self) -> Progress:
         from rich.progress import BarColumn, Progress, TextColumn

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import RunDirectoryError
+from shoal.errors import RunDirectoryError, ShoalError
 from shoal.observe.events import read_events
 from shoal.observe.lines import epoch_values
+from shoal.plan import Plan
 
 EVENTS_FILE = "events.jsonl"
 _TOLD = ("run_start", "plan", "epoch", "checkpoint", "stop", "run_end")
@@ -117,14 +118,14 @@ def supervisor_alive(path: Path) -> bool:
 
 
 def ago(started: float | None, now: float | None = None) -> str:
-    """Return when that was, for people: '5 min ago', or the day."""
+    """Return when that was, for people, as in '5 min ago'."""
     if started is None:
         return "—"
-    passed = (time.time() if now is None else now) - started
-    for size, unit in ((60, "s"), (3600, "min"), (86400, "h")):
-        if passed < size:
-            return f"{max(0, int(passed // (size // 60 if size < 86400 else 3600)))} {unit} ago"
-    return time.strftime("%Y-%m-%d", time.localtime(started))
+    passed = max(0, int((time.time() if now is None else now) - started))
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if passed >= length:
+            return f"{passed // length} {unit} ago"
+    return f"{passed} s ago"
 
 
 def _metric(entry: Mapping[str, Any]) -> tuple[str, float | None] | None:
@@ -150,13 +151,6 @@ def _json(path: Path) -> Mapping[str, Any]:
 def _plan_of(path: Path) -> str:
     """The plan of a run that died before its first event."""
     try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        found = tomllib.loads((path / "plan.toml").read_text())
-    except (OSError, ValueError):
+        return str(Plan.from_toml((path / "plan.toml").read_text()))
+    except (OSError, ValueError, ShoalError):
         return ""
-    if isinstance(found.get("plan"), str):
-        return str(found["plan"])
-    return ",".join(f"{key}={value}" for key, value in found.items() if not isinstance(value, (dict, list)))

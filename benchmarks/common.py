@@ -1,0 +1,277 @@
+"""What every benchmark here shares: the machine in words, peers run in turn, a table, a JSON line and a figure.
+
+A benchmark names its peers; each peer measures itself, in a fresh process wherever memory, threads or
+allocators could leak from one into the next, and answers with a mapping. The runner takes them in turn,
+round after round, every second round in reverse, so that a machine that grows slower meanwhile is slower for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One way to do the work.
+
+    Attributes:
+        name: what the table calls it.
+        measure: a function that returns a mapping of numbers, or a command whose last line on standard output is
+            one as JSON.
+        limit_s: a command that takes longer is ended and counts as failed.
+        env: added to the environment of a command.
+    """
+
+    name: str
+    measure: Callable[[], Mapping[str, Any]] | Sequence[str]
+    limit_s: float = 900.0
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self) -> Mapping[str, Any]:
+        if callable(self.measure):
+            return self.measure()
+        return run_json(self.measure, self.limit_s, self.env)
+
+
+@dataclass
+class Result:
+    """What a peer measured, one number a round; ``error`` is set and the numbers end where it failed."""
+
+    name: str
+    values: list[float] = field(default_factory=list)
+    details: list[Mapping[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        return median(self.values) if self.values else None
+
+    def as_dict(self) -> dict[str, Any]:
+        spread = {"min": min(self.values), "max": max(self.values)} if self.values else {}
+        return {"name": self.name, "median": self.median, **spread, "values": self.values, "error": self.error}
+
+
+class PeerFailed(Exception):
+    """A peer's command ended badly or said nothing that could be read."""
+
+
+def run_json(command: Sequence[str], limit_s: float = 900.0, env: Mapping[str, str] | None = None) -> Mapping[str, Any]:
+    """Run a command and return the JSON object on the last line of its standard output; PeerFailed otherwise."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
+    try:
+        done = subprocess.run(
+            list(command), capture_output=True, text=True, timeout=limit_s, env=environment, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PeerFailed(str(error)) from None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = done.stderr.strip().splitlines()
+        raise PeerFailed(f"exit code {done.returncode}: {said[-1] if said else 'nothing said'}")
+    try:
+        answer = json.loads(lines[-1])
+    except ValueError:
+        answer = None
+    if not isinstance(answer, Mapping):
+        raise PeerFailed(f"its last line is no JSON object: {lines[-1][:200]}")
+    return answer
+
+
+def alternate(
+    peers: Sequence[Peer], repeats: int, key: str, say: Callable[[str], None] | None = None
+) -> dict[str, Result]:
+    """Run all peers ``repeats`` times in turn and return what each measured under ``key``, by name.
+
+    A peer that fails is left out of the later rounds; its error stands in its result.
+    """
+    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+    results = {peer.name: Result(peer.name) for peer in peers}
+    for number in range(repeats):
+        for peer in peers if number % 2 == 0 else list(reversed(peers)):
+            result = results[peer.name]
+            if result.error is not None:
+                continue
+            try:
+                answer = peer()
+                value = float(answer[key])
+            except (PeerFailed, KeyError, TypeError, ValueError) as error:
+                result.error = f"{key} is missing" if isinstance(error, KeyError) else str(error)
+                say(f"round {number + 1}/{repeats}  {peer.name}: failed: {result.error}")
+                continue
+            result.values.append(value)
+            result.details.append(answer)
+            say(f"round {number + 1}/{repeats}  {peer.name}: {_number(value)}")
+    return results
+
+
+def hardware() -> dict[str, Any]:
+    """Return processor, cores this process may use, memory, instruction sets and versions."""
+    model, flags = platform.processor() or platform.machine(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        entries = {name.strip(): value.strip() for name, value in lines.items()}
+        model = entries.get("model name", model)
+        flags = entries.get("flags", entries.get("Features", ""))
+    import torch
+
+    return {
+        "cpu": model,
+        "cores": cores(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "instruction_sets": [name for name in _SETS if name in flags.split()],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware_line(machine: Mapping[str, Any]) -> str:
+    """Return the machine in one line."""
+    sets = ", ".join(machine["instruction_sets"]) or "no vector sets known"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {sets};"
+        f" torch {machine['torch']}, Python {machine['python']}, {machine['system']}; load {machine['load_before']}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One table of a benchmark: a title, a note on it, its results, and the peers that the others are held against.
+
+    The reference is the best of ``references`` (the largest median, or the smallest where less is better).
+    """
+
+    title: str
+    results: Mapping[str, Result]
+    references: Sequence[str]
+    note: str = ""
+    less_is_better: bool = False
+
+    def reference(self) -> Result | None:
+        ready = [r for name, r in self.results.items() if name in self.references and r.median is not None]
+        best = min if self.less_is_better else max
+        return best(ready, key=lambda r: r.median or 0.0) if ready else None
+
+
+def report(
+    name: str, groups: Sequence[Group], unit: str, settings: Mapping[str, Any], machine: Mapping[str, Any]
+) -> bool:
+    """Print the tables, add a JSON line to ``results/<name>.jsonl`` and draw ``results/<name>.png``.
+
+    Args:
+        machine: ``hardware()``, called before the first measurement, so that it holds the load before them.
+
+    Returns whether no peer failed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)
+    console.print(f"[bold]{name}[/bold] · {hardware_line(machine)}", highlight=False)
+    for group in groups:
+        reference = group.reference()
+        table = Table(title=": ".join(filter(None, (group.title, group.note))), title_justify="left")
+        table.add_column("peer")
+        for heading in (f"median {unit}", "min", "max", "× reference"):
+            table.add_column(heading, justify="right")
+        for result in group.results.values():
+            table.add_row(*_row(result, reference))
+        console.print(table)
+        for result in group.results.values():
+            if result.error is not None:
+                console.print(f"{result.name} failed: {result.error}", style="red", highlight=False)
+    line = {
+        "t": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "benchmark": name,
+        "unit": unit,
+        "hardware": machine,
+        "settings": dict(settings),
+        "groups": [_group_dict(group) for group in groups],
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    figure(RESULTS / f"{name}.png", groups, unit, hardware_line(machine))
+    console.print(f"Written: {RESULTS / name}.jsonl and .png", highlight=False)
+    return all(result.error is None for group in groups for result in group.results.values())
+
+
+def _row(result: Result, reference: Result | None) -> list[str]:
+    if result.median is None:
+        return [result.name, "failed", "", "", ""]
+    ratio = ""
+    if reference is not None and reference.median:
+        ratio = f"{result.median / reference.median:.2f}" + (" (reference)" if result is reference else "")
+    numbers = (result.median, min(result.values), max(result.values))
+    return [result.name, *(_number(value) for value in numbers), ratio]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _group_dict(group: Group) -> dict[str, Any]:
+    reference = group.reference()
+    return {
+        "title": group.title,
+        "note": group.note,
+        "reference": reference.name if reference else None,
+        "results": [result.as_dict() for result in group.results.values()],
+    }
+
+
+def figure(path: Path, groups: Sequence[Group], unit: str, caption: str) -> None:
+    """Draw the groups' medians as bars, the whiskers from the smallest to the largest value."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(1, len(groups), figsize=(6.5 * len(groups), 4.2), squeeze=False)
+    for axis, group in zip(axes[0], groups, strict=True):
+        ready = [result for result in group.results.values() if result.median is not None]
+        medians = [result.median or 0.0 for result in ready]
+        below = [result.median - min(result.values) for result in ready if result.median is not None]
+        above = [max(result.values) - result.median for result in ready if result.median is not None]
+        colours = ["tab:orange" if result.name.startswith("shoal") else "tab:blue" for result in ready]
+        axis.barh([result.name for result in ready], medians, xerr=[below, above], color=colours, capsize=3)
+        axis.invert_yaxis()
+        axis.set_xlabel(unit)
+        axis.set_title(group.title)
+    drawing.text(0.01, 0.01, caption, fontsize=6)
+    drawing.tight_layout(rect=(0, 0.04, 1, 1))
+    drawing.savefig(path, dpi=130)
+    pyplot.close(drawing)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has: ``--repeats`` and ``--quick``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; the median of them counts")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that everything runs")
+    return parser

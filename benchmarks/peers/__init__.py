@@ -1,0 +1,1 @@
+"""The same work written without shoal."""

@@ -1,0 +1,156 @@
+"""How many samples a second: shoal against what a user would otherwise write, on four unlike jobs.
+
+Peers: (a) tf.keras with MirroredStrategy (``cifar-cnn`` only), (b) plain PyTorch, one process, all cores, (c)
+hand-written DDP on gloo, one process a core, (d) shoal. (b) and (c) in both memory layouts where the job has
+pictures. Every peer trains the same network on the same bytes with the same batch, for the same number of steps,
+in a fresh process for each measurement. See benchmarks/README.md for how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common  # noqa: E402
+from benchmarks.common import Group, Peer, PeerFailed, run_json  # noqa: E402
+
+PEERS = ("tensorflow", "plain", "ddp", "shoal")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job and how long to train it: enough steps for some seconds, so that a step's jitter does not count."""
+
+    job: str
+    steps: int
+    pictures: bool
+
+
+WORK = (
+    Work("cifar-cnn", 1000, pictures=True),
+    Work("cifar-resnet", 150, pictures=True),
+    Work("text-transformer", 150, pictures=False),
+    Work("clicks-wide-deep", 1500, pictures=False),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """Steps before the clock starts, and steps that count."""
+
+    warmup: int
+    steps: int
+
+    def options(self) -> list[str]:
+        return ["--warmup", str(self.warmup), "--steps", str(self.steps)]
+
+
+def torch_peers(work: Work, length: Length, kinds: list[str]) -> list[Peer]:
+    """Return (b) and (c) for a job, in both layouts where it has pictures."""
+    cores = str(common.cores())
+    size = {"plain": ["--threads", cores], "ddp": ["--processes", cores]}
+    label = {"plain": f"plain PyTorch, {cores} threads", "ddp": f"DDP on gloo, {cores} × 1 thread"}
+    peers = []
+    for kind in kinds:
+        command = [sys.executable, "-m", f"benchmarks.peers.{kind}", "--job", work.job, *length.options(), *size[kind]]
+        if not work.pictures:
+            peers.append(Peer(name=label[kind], measure=command))
+            continue
+        peers.append(Peer(name=f"{label[kind]}, NCHW", measure=command))
+        peers.append(Peer(name=f"{label[kind]}, channels_last", measure=[*command, "--channels-last"]))
+    return peers
+
+
+def shoal_peer(work: Work, length: Length, plan: str) -> Peer:
+    """Return (d): ``shoal train`` as a user calls it. Its samples_per_s counts the warm-up steps too."""
+    script = Path(sys.executable).parent / "shoal"
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "shoal"]
+    steps = str(length.warmup + length.steps)
+
+    def measure() -> Mapping[str, Any]:
+        folder = tempfile.mkdtemp(prefix="shoal-benchmark-")
+        run = str(Path(folder) / "run")
+        try:
+            return run_json([*program, "train", work.job, "--plan", plan, "--steps", steps, "--run", run, "--json"])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return Peer(name=f"shoal, {plan}", measure=measure)
+
+
+def tensorflow_peer(arrays: Path, batch_size: int, length: Length) -> Peer:
+    """Return (a), its arrays exported from shoal's own data set into ``arrays``."""
+    script = str(common.ROOT / "benchmarks" / "peers" / "tensorflow_cifar.py")
+
+    @functools.cache
+    def python() -> str:
+        from benchmarks.tensorflow_venv import tensorflow_python
+
+        return str(tensorflow_python())
+
+    def measure() -> Mapping[str, Any]:
+        try:
+            command = [python(), script, "--arrays", str(arrays), "--batch-size", str(batch_size), *length.options()]
+        except RuntimeError as error:
+            raise PeerFailed(str(error)) from None
+        return run_json(command)
+
+    return Peer(name="tf.keras, MirroredStrategy", measure=measure)
+
+
+def export_cifar(folder: Path) -> None:
+    """Write the training pixels and labels where an interpreter without shoal can read them."""
+    import numpy as np
+
+    from shoal.data import cifar10
+
+    found = cifar10.load()
+    np.save(folder / "images.npy", found.train_images)
+    np.save(folder / "labels.npy", found.train_labels)
+
+
+def measure(work: Work, options: argparse.Namespace, arrays: Path) -> Group:
+    """Measure all asked-for peers on one job."""
+    from shoal.jobs import find
+
+    steps = options.steps or (10 if options.quick else work.steps)
+    length = Length(warmup=max(2, steps // 5), steps=steps)
+    by_hand = torch_peers(work, length, [kind for kind in ("plain", "ddp") if kind in options.peers])
+    peers = list(by_hand)
+    if "tensorflow" in options.peers and work.job == "cifar-cnn":
+        export_cifar(arrays)
+        peers.insert(0, tensorflow_peer(arrays, find(work.job).job.batch_size, length))
+    if "shoal" in options.peers:
+        peers.append(shoal_peer(work, length, options.plan))
+    print(f"{work.job}: {length.warmup} + {length.steps} steps", file=sys.stderr, flush=True)
+    results = common.alternate(peers, 1 if options.quick else options.repeats, "samples_per_s")
+    note = f"{length.warmup} + {length.steps} steps; reference: the best PyTorch of a user's own"
+    return Group(title=work.job, note=note, results=results, references=[peer.name for peer in by_hand])
+
+
+def main() -> int:
+    parser = common.arguments(__doc__.splitlines()[0] if __doc__ else "")
+    names = [work.job for work in WORK]
+    parser.add_argument("--jobs", nargs="+", choices=names, default=names, help="which jobs")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="which peers")
+    parser.add_argument("--plan", default="auto", help="the plan that shoal trains under")
+    parser.add_argument("--steps", type=int, default=None, help="steps that count, the same for all jobs")
+    options = parser.parse_args()
+    machine = common.hardware()
+    with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as arrays:
+        groups = [measure(work, options, Path(arrays)) for work in WORK if work.job in options.jobs]
+    name = "train_cifar_quick" if options.quick else "train_cifar"
+    return 0 if common.report(name, groups, "samples/s", vars(options), machine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

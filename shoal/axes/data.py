@@ -1,0 +1,223 @@
+"""The data axis: every worker computes gradients on its share of the batch; together they make one update.
+
+How a step travels on one machine (``ArenaData``)::
+
+    worker 0            worker 1
+    gradients -> stripe gradients -> stripe      1. each worker writes into a stripe of its own
+    ---------- all GRADIENTS posted ----------   2. everybody waits until every stripe is complete
+    slice 0:            slice 1:                 3. each worker sums its slice of all stripes, lets the
+      sum, optimize       sum, optimize             optimizer update it, and writes the weights where all read them
+    ----------- all UPDATED posted -----------   4. nobody reads weights or overwrites a stripe before that
+
+So there is no all-gather, and weights and optimizer state exist once. What it moves in a step, for P bytes of trained
+parameters and k workers: each writes P bytes of gradients, reads k · P/k of stripes, and reads and writes its P/k of
+weights and of each optimizer state tensor (twice, for the undo log). What it holds: (1 + s) · P for weights and s state
+tensors, once, and P of gradients for each worker.
+
+Why a killed worker costs nothing: everything above lies in the arena, and a step has three places where a worker may be
+when it dies. Before GRADIENTS: nobody has passed point 2, so the weights are those of the step's beginning and only
+its share is computed again. Between GRADIENTS and UPDATED: nobody has passed point 4, so all stripes are intact and only
+its slice is finished, from the chunk in its undo log. After UPDATED: it joins the next step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from shoal.comm.arena import Note, Order, Phase, Signal
+from shoal.comm.store import Columns, Store
+from shoal.errors import DeadlineError, ShoalError
+
+COLLECTIVES_A_STEP = 4096
+
+
+class Aborted(ShoalError):
+    """The supervisor has ended the run."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all workers found in a step: the loss over the global batch, and what the gradients' sum is multiplied by."""
+
+    loss: float
+    factor: float
+
+
+class SliceUpdater(Protocol):
+    """What updates a worker's slice: see ``shoal.train.update``."""
+
+    @property
+    def count(self) -> int: ...
+    def sum_gradients(self, chunk: int, factor: float) -> None: ...
+    def norm_squared(self) -> float: ...
+    def apply(self, chunk: int, scale: float) -> None: ...
+    def save(self, chunk: int) -> None: ...
+    def restore(self, chunk: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """How long a worker waits for its peers, and how."""
+
+    spin_s: float
+    deadline_s: float = 3600.0
+    slice_s: float = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What happens at certain points of an update: a fault on purpose, a chunk for a checkpoint."""
+
+    reach: Callable[[str, int], None]
+    before_chunk: Callable[[int, int], None]
+
+
+class ArenaData:
+    """The data axis on one machine, over the arena; see the module's docstring for the protocol."""
+
+    def __init__(self, store: Store, rank: int, updater: SliceUpdater, waiting: Waiting, guard: bool = True) -> None:
+        self.store = store
+        self.arena = store.arena
+        self.rank = rank
+        self.world_size = store.arena.world_size
+        self.slot = store.arena.slots[rank]
+        self.updater = updater
+        self._waiting = waiting
+        self._guard = guard
+        self._collective = 0
+        self._collective_at = 0
+        self._step = 0
+        self.waited_s = 0.0
+
+    # -- where to go on ------------------------------------------------------------------------------------------
+
+    def steps_done(self) -> int:
+        """Steps whose update this rank has finished; also after it was replaced."""
+        return self.slot.signal(Signal.UPDATED)
+
+    def has_published(self, step: int) -> bool:
+        """Whether this rank's gradients of the step are complete in its stripe."""
+        return self.slot.signal(Signal.GRADIENTS) > step
+
+    # -- the protocol of a step ----------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        """Start computing a step."""
+        self._step, self._collective, self._collective_at = step, 0, 0
+        self.store.touched[self.rank] = 0
+
+    def publish(self, step: int) -> None:
+        """Say that this worker's stripe and record are complete."""
+        self.slot.write(Note.CHUNK_DONE, -1)
+        self.slot.write(Note.CHUNK_SAVED, -1)
+        self.slot.post(Signal.GRADIENTS, step + 1)
+
+    def gather(self, step: int) -> Totals:
+        """Wait for everybody's gradients; return the global loss and the factor of the gradients' sum."""
+        self.wait(Signal.GRADIENTS, step + 1)
+        loss = weight = 0.0
+        measured = False
+        for rank in range(self.world_size):
+            record = self.store.record(rank, step)
+            loss += record[Columns.LOSS]
+            weight += record[Columns.WEIGHT]
+            measured = measured or record[Columns.MEASURED] > 0
+        return Totals(float(loss / weight) if weight else 0.0, 1.0 / weight if measured and weight else 1.0)
+
+    def update(self, step: int, totals: Totals, grad_clip: float | None, hooks: Hooks) -> None:
+        """Update this worker's slice, or what is left of it."""
+        scale = self._clip_scale(step, totals, grad_clip) if grad_clip is not None else 1.0
+        updater, slot = self.updater, self.slot
+        first = int(slot.note(Note.CHUNK_DONE)) + 1
+        if first < updater.count and int(slot.note(Note.CHUNK_SAVED)) == first:
+            updater.restore(first)
+        for chunk in range(first, updater.count):
+            hooks.before_chunk(chunk, step)
+            updater.sum_gradients(chunk, totals.factor)
+            if self._guard:
+                updater.save(chunk)
+                slot.write(Note.CHUNK_SAVED, chunk)
+            updater.apply(chunk, scale)
+            hooks.reach("update", step)
+            slot.write(Note.CHUNK_DONE, chunk)
+
+    def commit(self, step: int) -> None:
+        """Say that this worker's slice is updated."""
+        self.slot.post(Signal.UPDATED, step + 1)
+
+    def finish(self, step: int) -> None:
+        """Wait until everybody's slice is."""
+        self.wait(Signal.UPDATED, step + 1)
+
+    def _clip_scale(self, step: int, totals: Totals, grad_clip: float) -> float:
+        """Clip by the global norm, as torch.nn.utils.clip_grad_norm_ does."""
+        if self.slot.signal(Signal.NORM) <= step:
+            squared = 0.0
+            for chunk in range(self.updater.count):
+                self.updater.sum_gradients(chunk, totals.factor)
+                squared += self.updater.norm_squared()
+            self.slot.write(Note.GRADIENT_NORM_SQUARED, squared)
+            self.slot.post(Signal.NORM, step + 1)
+        self.wait(Signal.NORM, step + 1)
+        norm = math.sqrt(sum(slot.note(Note.GRADIENT_NORM_SQUARED) for slot in self.arena.slots))
+        return min(1.0, grad_clip / (norm + 1e-6))
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def wait(self, signal: Signal, target: int) -> None:
+        """Wait until all ranks have posted; Aborted when the run ends, DeadlineError with the missing rank's name."""
+        self.wait_for(lambda s: self.arena.wait_all(signal, target, *s), f"{signal.name.lower()} of step {target}")
+
+    def wait_for(self, attempt: Callable[[tuple[float, float]], int], what: str) -> None:
+        """Repeat a short wait (its argument: spin and timeout in s; its result: -1 or the missing rank) until it succeeds."""
+        waiting = self._waiting
+        began = time.monotonic()
+        missing = attempt((waiting.spin_s, waiting.slice_s))
+        while missing >= 0:
+            self.slot.write(Note.WAITS_FOR, missing)
+            if self.arena.supervisor.signal(Order.ABORT):
+                raise Aborted("The run was ended.")
+            if time.monotonic() - began > waiting.deadline_s:
+                other = self.arena.slots[missing] if missing < self.world_size else self.arena.supervisor
+                doing = Phase(int(other.note(Note.PHASE))).name.lower()
+                raise DeadlineError(
+                    f"Rank {self.rank} waited {waiting.deadline_s:.0f} s for {what} from rank {missing}, which was at {doing}."
+                )
+            missing = attempt((0.0, waiting.slice_s))
+        self.slot.write(Note.WAITS_FOR, -1)
+        self.waited_s += time.monotonic() - began
+
+    # -- small collectives inside a step -------------------------------------------------------------------------
+
+    def sum_small(self, values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+        """Sum a small tensor over the ranks that take part, in rank order; every one of them gets the same bits.
+
+        What a rank gave stays readable until the step is committed, so that a replacement can go through the same
+        collectives again.
+        """
+        index, at, size = self._collective, self._collective_at, values.numel() * values.element_size()
+        own = self.store.collective_bytes(self.rank)
+        if at + size > own.numel() or index >= COLLECTIVES_A_STEP:
+            raise ShoalError("A step gathers more batch statistics than there is room for; use batchnorm=local.")
+        own[at : at + size].view(values.dtype).copy_(values.reshape(-1))
+        target = (self._step * COLLECTIVES_A_STEP + index + 1) & 0xFFFFFFFF
+        if (target - self.slot.signal(Signal.COLLECTIVE)) & 0xFFFFFFFF < 1 << 31:
+            self.slot.post(Signal.COLLECTIVE, target)
+        self._collective, self._collective_at = index + 1, at + -(-size // 64) * 64
+        total: Any = None
+        for rank in ranks:
+            slot = self.arena.slots[rank]
+
+            def attempt(times: tuple[float, float], slot: Any = slot, rank: int = rank) -> int:
+                return -1 if slot.wait(Signal.COLLECTIVE, target, times[1], times[0]) else rank
+
+            self.wait_for(attempt, f"batch statistics of step {self._step + 1}")
+            given = self.store.collective_bytes(rank)[at : at + size].view(values.dtype)
+            total = given.clone() if total is None else total + given
+        return total.view(values.shape)  # type: ignore[no-any-return]

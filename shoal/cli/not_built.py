@@ -1,0 +1,37 @@
+"""Commands of the contract that this version does not have yet."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli.answer import Answer
+from shoal.cli.options import JsonFlag
+from shoal.errors import NotBuiltError
+
+_Words = Annotated[list[str] | None, typer.Argument(metavar="...", help="Not read yet.")]
+
+
+def predict(words: _Words = None, json: JsonFlag = False) -> Answer:
+    """Answer a whole data set with a finished model."""
+    return _not_built("predict", 'in Python, "shoal.load(path)" returns the module in a bundle')
+
+
+def compress(words: _Words = None, json: JsonFlag = False) -> Answer:
+    """Shrink a finished model."""
+    return _not_built("compress", "the bundle in a run's model directory is what it will read")
+
+
+def serve(words: _Words = None, json: JsonFlag = False) -> Answer:
+    """Serve a finished model."""
+    return _not_built("serve", 'in Python, "shoal.load(path)" returns the module in a bundle')
+
+
+def load(words: _Words = None, json: JsonFlag = False) -> Answer:
+    """Drive a service and report its latency."""
+    return _not_built("load", "it needs shoal serve, which is not built yet either")
+
+
+def _not_built(name: str, remedy: str) -> Answer:
+    raise NotBuiltError(f"shoal {name} is not built yet; {remedy}.")

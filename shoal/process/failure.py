@@ -1,0 +1,75 @@
+"""Errors that cross a process boundary, and telling the user's own errors from ours."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from shoal import errors
+
+_SHOAL = str(Path(errors.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception as a message: the class's name in ``shoal.errors``, its sentence, the user's traceback."""
+
+    kind: str
+    sentence: str
+    traceback_text: str = ""
+    rank: int | None = None
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int | None = None) -> Failure:
+        """Describe an exception; one that is not shoal's own is a bug of ours and keeps its whole traceback."""
+        if isinstance(error, errors.UserCodeError):
+            return cls("UserCodeError", str(error), error.traceback_text, rank)
+        if isinstance(error, errors.ShoalError):
+            return cls(type(error).__name__, str(error), rank=rank)
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        return cls("", f"{type(error).__name__}: {error}", text, rank)
+
+    def error(self) -> BaseException:
+        """The exception again, to be raised."""
+        if self.kind == "UserCodeError":
+            return errors.UserCodeError(self.sentence, self.traceback_text, self.rank)
+        if self.kind:
+            known = getattr(errors, self.kind, errors.JobFailed)
+            raised: BaseException = known(self.sentence)
+            return raised
+        return RuntimeError(f"{self.sentence}\n{self.traceback_text}")
+
+
+@contextlib.contextmanager
+def user_code(what: str, rank: int | None = None) -> Iterator[None]:
+    """Whatever is raised inside, other than shoal's own errors, is the user's: UserCodeError with their traceback.
+
+    ``what`` names the place in the job: "the loss", "train_data".
+    """
+    try:
+        yield
+    except (errors.ShoalError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        where = "" if rank is None else f" in worker {rank}"
+        text = "".join(traceback.format_exception(type(error), error, _without_shoal(error.__traceback__)))
+        raise errors.UserCodeError(
+            f"{what} raised {type(error).__name__}{where}: {_first_line(error)}", text, rank
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else "no message").rstrip(".") + "."
+
+
+def _without_shoal(tb: TracebackType | None) -> TracebackType | None:
+    """Leave out shoal's own frames at the beginning of a traceback, unless nothing else remains."""
+    at = tb
+    while at is not None and at.tb_frame.f_code.co_filename.startswith(_SHOAL):
+        at = at.tb_next
+    return at or tb

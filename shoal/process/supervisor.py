@@ -1,0 +1,288 @@
+"""The supervisor's side: starting the template, keeping a standby ready, noticing deaths, cleaning up.
+
+It lives in the process that called shoal. It never forks from that process: the user's may have threads, the template
+has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import shoal
+from shoal.errors import DeadlineError, JobFailed
+from shoal.process.channel import Channel, ChannelClosed
+from shoal.process.failure import Failure
+from shoal.process.template import STACK_SIGNAL, Assign, Call, Exited, Fork, Forked, Load, Returned
+
+_THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass
+class Child:
+    """A process that was forked from the template. ``rank`` and ``role`` are those it was assigned."""
+
+    pid: int
+    channel: Channel
+    stack_fd: int
+    role: str = "standby"
+    rank: int = -1
+    incarnation: int = 0
+    status: int | None = None
+    inbox: list[Any] = field(default_factory=list)
+
+    def cause(self) -> str:
+        """How it ended, for people: 'SIGKILL', 'exit code 3'."""
+        if self.status is None:
+            return "lost"
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            with contextlib.suppress(ValueError):
+                return signal.Signals(number).name
+            return f"signal {number}"
+        return f"exit code {os.WEXITSTATUS(self.status)}"
+
+    def stack(self) -> str:
+        """Its Python stack now, or what the kernel says of it where it does not answer within half a second."""
+        os.ftruncate(self.stack_fd, 0)
+        os.lseek(self.stack_fd, 0, os.SEEK_SET)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, STACK_SIGNAL)
+        text = ""
+        for _ in range(25):
+            time.sleep(0.02)
+            seen = os.pread(self.stack_fd, 1 << 16, 0).decode(errors="replace")
+            if seen and seen == text:
+                return seen.strip("\0").strip()
+            text = seen
+        return text.strip("\0").strip() or f"no answer; the process is {_kernel_state(self.pid)}"
+
+
+class Supervisor:
+    """The template and the processes forked from it.
+
+    ``poll`` is the heart: it gathers what has happened since it was last called. Deaths come to light there, never by
+    waiting for somebody.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
+        self.children: dict[int, Child] = {}
+        self._template: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._load: Load | None = None
+        self.template_deaths = 0
+
+    # -- the template --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the template; it imports torch while the caller goes on."""
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        env = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1"), **self._environment}
+        root = str(Path(shoal.__file__).parent.parent)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "shoal.process.template", str(right.fileno())]
+        self._template = subprocess.Popen(
+            command, pass_fds=[right.fileno()], env=env, start_new_session=True, stdin=subprocess.DEVNULL
+        )
+        right.close()
+        self._channel = Channel(left)
+
+    @property
+    def template_pid(self) -> int:
+        assert self._template is not None
+        return self._template.pid
+
+    def load(self, entry: str, payload: Any, timeout_s: float) -> None:
+        """Make the host inside the template. Raises what its constructor raised."""
+        self._load = Load(entry, payload, tuple(sys.path), os.getcwd())
+        self._request(self._load, (), timeout_s, "the job to be built")
+
+    def call(self, method: str, *arguments: Any, fds: tuple[int, ...] = (), timeout_s: float = 600.0) -> Any:
+        """Call a method of the host and return its result, or raise what it raised."""
+        return self._request(Call(method, arguments), fds, timeout_s, f"the template's {method}").value
+
+    def alive(self) -> bool:
+        """Whether the template is still there."""
+        return self._template is not None and self._template.poll() is None
+
+    def _request(self, message: Any, fds: tuple[int, ...], timeout_s: float, what: str) -> Returned:
+        assert self._channel is not None
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._channel.send(message, fds)
+            while True:
+                answer, _ = self._channel.receive(max(0.0, deadline - time.monotonic()), what)
+                if isinstance(answer, Failure):
+                    raise answer.error()
+                if isinstance(answer, Returned):
+                    return answer
+                self._note(answer)
+        except ChannelClosed:
+            raise JobFailed(
+                f"The template process died ({self._template_cause()}) while shoal waited for {what}; "
+                "if it was killed for memory, use a smaller model or machine with more."
+            ) from None
+
+    def _template_cause(self) -> str:
+        assert self._template is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._template.wait(timeout=2)
+            return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return "lost"
+
+    # -- children ------------------------------------------------------------------------------------------------
+
+    def fork(self, timeout_s: float = 30.0) -> Child:
+        """Fork a standby."""
+        assert self._channel is not None
+        deadline = time.monotonic() + timeout_s
+        self._channel.send(Fork())
+        while True:
+            answer, fds = self._channel.receive(max(0.0, deadline - time.monotonic()), "a new process")
+            if isinstance(answer, Failure):
+                raise answer.error()
+            if isinstance(answer, Forked):
+                child = Child(answer.pid, Channel.from_fd(fds[0]), fds[1])
+                self.children[child.pid] = child
+                return child
+            self._note(answer)
+
+    def assign(self, child: Child, role: str, rank: int, incarnation: int) -> None:
+        """Give a standby its role."""
+        child.role, child.rank, child.incarnation = role, rank, incarnation
+        with contextlib.suppress(ChannelClosed):
+            child.channel.send(Assign(role, rank, incarnation))
+
+    def standby(self) -> Child:
+        """A standby that is ready, or a new one."""
+        for child in self.children.values():
+            if child.role == "standby" and child.status is None:
+                return child
+        return self.fork()
+
+    def poll(self, timeout_s: float) -> list[Child]:
+        """Wait until something happens, ``timeout_s`` at most; take in messages; return the children that have died.
+
+        ChannelClosed where the template itself is gone, and with it every child.
+        """
+        assert self._channel is not None
+        by_fd = {c.channel.fileno(): c for c in self.children.values() if c.channel.fileno() >= 0}
+        watched = [self._channel.fileno(), *by_fd]
+        try:
+            ready = select.select(watched, [], [], timeout_s)[0]
+        except OSError:
+            ready = []
+        for fd in ready:
+            if fd in by_fd:
+                self._receive(by_fd[fd])
+        while self._channel.ready():
+            message, _ = self._channel.receive(5.0)
+            self._note(message)
+        dead = [c for c in self.children.values() if c.status is not None]
+        for child in dead:
+            self._drain(child)
+            self._forget(child)
+        return dead
+
+    def _receive(self, child: Child) -> None:
+        try:
+            child.inbox.append(child.channel.receive(5.0, f"the rest of a message from rank {child.rank}")[0])
+        except (ChannelClosed, DeadlineError):
+            child.channel.close()
+
+    def _drain(self, child: Child) -> None:
+        while child.channel.fileno() >= 0:
+            self._receive(child)
+
+    def _note(self, message: Any) -> None:
+        if isinstance(message, Exited) and message.pid in self.children:
+            self.children[message.pid].status = message.status
+
+    def _forget(self, child: Child) -> None:
+        self.children.pop(child.pid, None)
+        child.channel.close()
+        os.close(child.stack_fd)
+
+    def kill(self, child: Child) -> None:
+        """SIGKILL: works on stopped and hung processes too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """What processes.json says."""
+        host = socket.gethostname()
+        rows = [("supervisor", 0, os.getpid())]
+        if self._template is not None:
+            rows.append(("template", 0, self._template.pid))
+        rows += [(c.role, max(c.rank, 0), c.pid) for c in self.children.values()]
+        return [{"role": role, "rank": rank, "pid": pid, "host": host} for role, rank, pid in rows]
+
+    def restart(self, timeout_s: float) -> None:
+        """Begin again with a new template after the old one died: same host, no children."""
+        load = self._load
+        assert load is not None
+        self.close()
+        self.template_deaths += 1
+        self.start()
+        self._load = load
+        self._request(load, (), timeout_s, "the job to be built again")
+
+    def close(self) -> None:
+        """End everything and wait for it; safe to call twice."""
+        for child in list(self.children.values()):
+            self.kill(child)
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._template is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._template.wait(timeout=0.5)
+            if self._template.poll() is None:
+                self._template.kill()
+            self._template.wait()
+            self._template = None
+        for child in list(self.children.values()):
+            _wait_gone(child.pid)
+            self._forget(child)
+
+
+def write_processes(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rewrite processes.json in one move, so that a reader never sees half of it."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(rows, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def _kernel_state(pid: int) -> str:
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("State:"):
+                return line.split(None, 1)[1]
+    except OSError:
+        return "gone"
+    return "unknown"
+
+
+def _wait_gone(pid: int, timeout_s: float = 5.0) -> None:
+    """Wait until a killed process that is not our own child has gone."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if _kernel_state(pid).startswith("Z"):
+            return
+        time.sleep(0.005)

@@ -1,0 +1,196 @@
+"""The template: a fresh, single-threaded process that prepares everything once and then forks the others.
+
+It is started as ``python -m shoal.process.template FD``, imports torch, and obeys the supervisor on the other end of FD:
+it makes a *host* (an object that knows what the processes are for), calls its methods, and forks children from it. A child
+is a standby until the supervisor gives it a role; then ``host.run(role, channel)`` is its whole life.
+
+Forking costs milliseconds and shares every page that was there before. It is safe because nothing here ever ran on more
+than one thread: a fork after threaded work would hang in the first operation that wants the threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import os
+import selectors
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.process.channel import Channel, ChannelClosed
+from shoal.process.failure import Failure
+
+STACK_SIGNAL = signal.SIGUSR1
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """Make the host: ``entry`` is "module:class", called with ``payload`` (pickled by value)."""
+
+    entry: str
+    payload: Any
+    sys_path: tuple[str, ...]
+    cwd: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call a method of the host; descriptors that came along are passed as ``fds``."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The result of Load or Call."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Fork a standby."""
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A standby is there; its channel and its stack file come as descriptors."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A child is gone, with its wait status."""
+
+    pid: int
+    status: int
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Sent to a standby: your role from now on."""
+
+    role: str
+    rank: int
+    incarnation: int
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    channel = Channel.from_fd(int(sys.argv[1]))
+    die_with_parent()
+    os.set_inheritable(channel.fileno(), False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What user code prints must not get between the lines that a command promises on standard output.
+    os.dup2(2, 1)
+    importlib.import_module("torch").set_num_threads(1)
+    # Ctrl-C, a closed terminal: the supervisor decides what they mean.
+    with contextlib.suppress(ChannelClosed):
+        _Template(channel).serve()
+    os._exit(0)
+
+
+class _Template:
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._host: Any = None
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        os.set_blocking(self._wake_read, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        selector = selectors.DefaultSelector()
+        selector.register(self._channel, selectors.EVENT_READ, "command")
+        selector.register(self._wake_read, selectors.EVENT_READ, "child")
+        while True:
+            ready = [key.data for key, _ in selector.select()]
+            if "child" in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_read, 4096)
+                self._reap()
+            if "command" in ready:
+                message, fds = self._channel.receive()
+                self._obey(message, fds)
+
+    def _obey(self, message: Any, fds: list[int]) -> None:
+        try:
+            if isinstance(message, Load):
+                os.chdir(message.cwd)
+                sys.path[:] = list(message.sys_path)
+                module, _, name = message.entry.partition(":")
+                self._host = getattr(importlib.import_module(module), name)(message.payload)
+                self._channel.send(Returned(None))
+            elif isinstance(message, Call):
+                extra = (fds,) if fds else ()
+                self._channel.send(Returned(getattr(self._host, message.method)(*message.arguments, *extra)))
+            elif isinstance(message, Fork):
+                self._fork()
+        except ChannelClosed:
+            raise
+        except Exception as error:
+            self._channel.send(Failure.of(error))
+
+    def _fork(self) -> None:
+        ours, theirs = Channel.pair()
+        stack = os.memfd_create("shoal-stack", os.MFD_CLOEXEC)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                ours.close()
+                code = self._child(theirs, stack, parent)
+            except ChannelClosed:
+                code = 0
+            finally:
+                os._exit(code)
+        theirs.close()
+        self._channel.send(Forked(pid), (ours.fileno(), stack))
+        ours.close()
+        os.close(stack)
+
+    def _child(self, channel: Channel, stack: int, parent: int) -> int:
+        die_with_parent()
+        if os.getppid() != parent:
+            return 1
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._channel.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        faulthandler.register(STACK_SIGNAL, file=stack, all_threads=True)
+        role, _ = channel.receive()
+        try:
+            self._host.run(role, channel)
+        except Exception as error:
+            channel.send(Failure.of(error, role.rank))
+            return 3
+        return 0
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._channel.send(Exited(pid, status))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Checkpoints: everything a run needs to go on, written while it goes on.
+
+A checkpoint is a directory ``checkpoints/step-00000123``: ``state.safetensors`` (weights, optimizer state, buffers),
+``rank-0.pt`` and so on (schedules and running means), ``meta.json`` (the step, and the SHA-256 of the other files). It is
+written under another name, synced, and moved into place in one rename; older ones are deleted after that.
+
+While training goes on, the state to be saved is that of a step's beginning, and it is the step's own update that would
+overwrite it. So each worker writes a chunk to the file just before it updates it (a copy into the page cache), and the
+supervisor syncs and checks the file in the background once all have done so.
+
+The file is the same whatever the plan was: whole tensors under the model's own names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.comm.store import Columns, Store, scalar_row_bytes
+from shoal.comm.table import FROZEN, ParameterTable, chunks_of, deal_tensors, slice_bounds
+from shoal.errors import RequestError
+from shoal.train.update import Saved, as_bytes
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64",
+}  # fmt: skip
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor's place in the file: bytes from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class FileLayout:
+    """Where each tensor of a checkpoint lies in its safetensors file."""
+
+    def __init__(self, table: ParameterTable) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._at = 0
+        for spec in table.parameters:
+            self._add("weights", spec.name, spec.dtype, spec.shape, spec.nbytes)
+            if spec.group != FROZEN:
+                for key in table.state_keys:
+                    self._add(f"state.{key}", spec.name, spec.dtype, spec.shape, spec.nbytes)
+                row = scalar_row_bytes(table)
+                self._add("scalars", spec.name, torch.uint8, (row,), row)
+        for state in table.states:
+            name = table.parameters[state.parameter].name
+            self._add(f"state.{state.key}", name, state.dtype, state.shape, state.nbytes)
+        for spec in table.buffers:
+            self._add("buffers", spec.name, spec.dtype, spec.shape, spec.nbytes)
+
+    def _add(self, kind: str, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
+        self.entries[f"{kind}/{name}"] = Entry(_DTYPES[dtype], shape, self._at, self._at + nbytes)
+        self._at += nbytes
+
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header, with its length before it."""
+        described = {
+            name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.stop]}
+            for name, e in self.entries.items()
+        }
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + self._at
+
+    def offset(self, saved: Saved) -> int:
+        """Where a saved piece goes, in bytes from the beginning of the file."""
+        return len(self.header) + self.entries[f"{saved.kind}/{saved.name}"].start + saved.start_byte
+
+
+def part_path(directory: str | Path, step: int) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return Path(directory) / f".part-{step:08d}"
+
+
+class PartWriter:
+    """Writes parts of one checkpoint; several processes may each write theirs at the same time."""
+
+    def __init__(self, store: Store, directory: str | Path, step: int) -> None:
+        self._store = store
+        self.step = step
+        self._layout = FileLayout(store.table)
+        self._path = part_path(directory, step)
+        self._fd = -1
+
+    def write(self, parts: Iterable[Saved]) -> None:
+        """Write pieces; OSError where the disk does not take them."""
+        if self._fd < 0:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self._path / "state.safetensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        for saved in parts:
+            self._write_at(saved.data.numpy(), self._layout.offset(saved))
+
+    def write_rest(self, rank: int) -> None:
+        """Write what is no chunk: this rank's notes, and for rank 0 the header, frozen weights and buffers."""
+        self.write(())
+        step, store = self.step, self._store
+        if rank == 0:
+            self._write_at(np.frombuffer(self._layout.header, dtype=np.uint8), 0)
+            self.write(
+                Saved("weights", spec.name, 0, as_bytes(store.weights[index]))
+                for index, spec in enumerate(store.table.parameters)
+                if spec.group == FROZEN
+            )
+            self.write(
+                Saved("buffers", spec.name, 0, as_bytes(store.buffer(step % 2, index)))
+                for index, spec in enumerate(store.table.buffers)
+            )
+        record = store.record(rank, step - 1)
+        sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
+        torch.save({"notebook": store.read_notebook(rank, step), "sums": sums}, self._path / f"rank-{rank}.pt")
+
+    def write_all(self) -> None:
+        """Write everything, while no worker is at work."""
+        store, table = self._store, self._store.table
+        for rank in range(store.arena.world_size):
+            self.write_rest(rank)
+        rows = ScalarRows(store)
+        for index, spec in enumerate(table.trained):
+            self.write([Saved("weights", spec.name, 0, as_bytes(store.weights[index]))])
+            self.write([Saved("scalars", spec.name, 0, rows.of(index)[0])])
+            for k, key in enumerate(table.state_keys):
+                data = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype)
+                self.write([Saved(f"state.{key}", spec.name, 0, as_bytes(data))])
+        for place, state in enumerate(table.states):
+            name = table.parameters[state.parameter].name
+            self.write([Saved(f"state.{state.key}", name, 0, as_bytes(store.state_tensor(place)))])
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write_at(self, data: np.ndarray, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            written = os.pwrite(self._fd, view[: 1 << 30], offset)
+            view, offset = view[written:], offset + written
+
+
+class ScalarRows:
+    """Where the rows of a parameter's scalars lie: one for each piece of it, under the arena's number of workers."""
+
+    def __init__(self, store: Store) -> None:
+        table, world_size = store.table, store.arena.world_size
+        self._rows: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(table.trained))}
+        row = scalar_row_bytes(table)
+        if not table.elementwise:
+            for rank, hand in enumerate(deal_tensors(table, world_size)):
+                data = store.scalar_bytes(rank)
+                for index in hand:
+                    self._rows[index].append(data[index * row : (index + 1) * row])
+            return
+        for rank, bounds in enumerate(slice_bounds(table.trained_bytes, world_size)):
+            data = store.scalar_bytes(rank)
+            pieces = [piece for chunk in chunks_of(table, *bounds) for piece in chunk.pieces]
+            for at, piece in enumerate(pieces):
+                self._rows[piece.parameter].append(data[at * row : (at + 1) * row])
+
+    def of(self, parameter: int) -> list[torch.Tensor]:
+        """The rows of a trained parameter, the first piece's first."""
+        return self._rows[parameter]
+
+
+# -- completing and reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    meta: Mapping[str, Any]
+
+
+def complete(directory: Path, step: int, meta: Mapping[str, Any], keep: int = KEPT) -> Checkpoint:
+    """Sync a written part, add ``meta.json`` with checksums, and move it into place; delete older ones. OSError if it fails."""
+    part = part_path(directory, step)
+    sums = {}
+    for path in sorted(part.iterdir()):
+        if path.name != "meta.json":
+            sums[path.name] = _sha256(path)
+            _sync(path)
+    meta = {**meta, "step": step, "sha256": sums, "written": time.time()}
+    (part / "meta.json").write_text(json.dumps(meta, indent=1))
+    _sync(part / "meta.json")
+    _sync(part)
+    final = directory / f"step-{step:08d}"
+    if final.exists():
+        shutil.rmtree(final)
+    part.rename(final)
+    _sync(directory)
+    for old in sorted(directory.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return Checkpoint(final, step, meta)
+
+
+def discard_parts(directory: Path) -> None:
+    """Delete what was left of checkpoints that never became complete."""
+    for part in directory.glob(".part-*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def newest(directory: Path, damaged: list[tuple[Path, str]] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; those that are not are added to ``damaged`` with the reason."""
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        reason = ""
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            for name, digest in meta["sha256"].items():
+                if _sha256(path / name) != digest:
+                    reason = f"{name} is not what was written"
+                    break
+            else:
+                return Checkpoint(path, int(meta["step"]), meta)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error)
+        if damaged is not None:
+            damaged.append((path, reason))
+    return None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds beside tensors: the schedule's page, optimizer values by parameter, the epoch's sums."""
+
+    notebook: dict[str, Any] | None
+    sums: np.ndarray
+
+
+def restore(checkpoint: Checkpoint, store: Store) -> Restored:
+    """Fill the arena from a checkpoint, whatever number of workers wrote it. RequestError where it is of another model."""
+    from safetensors import safe_open
+
+    layout = FileLayout(store.table)
+    rows = ScalarRows(store)
+    table = store.table
+    by_name = {spec.name: index for index, spec in enumerate(table.parameters)}
+    buffers = {spec.name: index for index, spec in enumerate(table.buffers)}
+    states = {(table.parameters[s.parameter].name, s.key): place for place, s in enumerate(table.states)}
+    with safe_open(checkpoint.path / "state.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        if names != set(layout.entries):
+            odd = sorted(names ^ set(layout.entries))[0]
+            raise RequestError(
+                f"The checkpoint {checkpoint.path} is of another model or optimizer ({odd} is not in both); "
+                "resume with the job that wrote it, or choose another --run."
+            )
+        for key in layout.entries:
+            kind, _, name = key.partition("/")
+            value = file.get_tensor(key)
+            if tuple(value.shape) != layout.entries[key].shape:
+                raise RequestError(
+                    f"The checkpoint {checkpoint.path} has {name} in the shape {tuple(value.shape)}, the job in "
+                    f"{layout.entries[key].shape}; resume with the job that wrote it, or choose another --run."
+                )
+            if kind == "weights":
+                store.weights[by_name[name]].copy_(value)
+            elif kind == "buffers":
+                for parity in (0, 1):
+                    store.buffer(parity, buffers[name]).copy_(value)
+            elif kind == "scalars":
+                for row in rows.of(by_name[name]):
+                    row.copy_(value)
+            elif table.elementwise:
+                spec = table.parameters[by_name[name]]
+                k = table.state_keys.index(kind.removeprefix("state."))
+                store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype).copy_(value.reshape(-1))
+            else:
+                store.state_tensor(states[name, kind.removeprefix("state.")]).copy_(value)
+    return _restore_notes(checkpoint)
+
+
+def _restore_notes(checkpoint: Checkpoint) -> Restored:
+    notebook: dict[str, Any] | None = None
+    sums: Any = 0.0
+    for path in sorted(checkpoint.path.glob("rank-*.pt"), key=lambda p: int(p.stem.split("-")[1])):
+        notes = torch.load(path, weights_only=True)
+        sums = sums + np.array(notes["sums"])
+        page = notes["notebook"]
+        if notebook is None:
+            notebook = page
+        elif page is not None and page.get("optimizer"):
+            notebook["optimizer"]["state"].update(page["optimizer"]["state"])
+    return Restored(notebook, sums)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

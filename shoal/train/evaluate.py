@@ -1,0 +1,151 @@
+"""Metrics over a data set: each worker takes its batches, the parts are put together by whoever asked."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.data.source import Source
+from shoal.job import Job
+from shoal.train import objective, streams
+from shoal.train.feed import to_layout
+
+
+@dataclass
+class Tally:
+    """What one worker found: sums with their weights, and the torchmetrics objects with their state.
+
+    ``sums`` maps a name to (sum, weight); "loss" is one of them.
+    """
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, weight: float) -> None:
+        old = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (old[0] + total, old[1] + weight)
+
+
+class Metrics:
+    """A job's metrics, split into functions of a batch and stateful torchmetrics objects."""
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        self.functions = {name: m for name, m in metrics.items() if not is_stateful(m)}
+        self.stateful = {name: copy.deepcopy(m) for name, m in metrics.items() if is_stateful(m)}
+
+    def reset(self) -> None:
+        for metric in self.stateful.values():
+            metric.reset()
+
+    @torch.no_grad()
+    def update(self, outcome: objective.Outcome) -> dict[str, float]:
+        """Take in a batch; return what the functions say of it (means over the batch)."""
+        if outcome.output is None:
+            return {}
+        output = detach(outcome.output)
+        for metric in self.stateful.values():
+            metric.update(output, outcome.target)
+        return {name: float(function(output, outcome.target)) for name, function in self.functions.items()}
+
+
+def is_stateful(metric: Any) -> bool:
+    """Whether a metric is a torchmetrics object (asked without importing torchmetrics)."""
+    return hasattr(metric, "update") and hasattr(metric, "compute") and hasattr(metric, "reset")
+
+
+def detach(value: Any) -> Any:
+    """A model's output, cut off from the graph where it is a plain tensor or a container of them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if type(value) in (tuple, list):
+        return type(value)(detach(v) for v in value)
+    if type(value) is dict:
+        return {k: detach(v) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which batches of an evaluation are this worker's, and how they are computed."""
+
+    rank: int = 0
+    world_size: int = 1
+    channels_last: bool = False
+    epoch: int = 0
+    autocast: Callable[[], Any] | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    job: Job, model: nn.Module, source: Source, part: Slice, reach: Callable[[], None] = lambda: None
+) -> Tally:
+    """Evaluate every world_size-th batch of a data set, beginning with batch ``rank``."""
+    import contextlib
+
+    metrics = Metrics(job.metrics)
+    tally = Tally(metrics=metrics.stateful)
+    was_training = model.training
+    model.eval()
+    try:
+        for index in range(part.rank, -(-len(source) // job.batch_size), part.world_size):
+            reach()
+            low = index * job.batch_size
+            indices = np.arange(low, min(low + job.batch_size, len(source)), dtype=np.int64)
+
+            def before_item(sample: int) -> None:
+                streams.reseed(streams.ITEM, job.seed, part.epoch, sample, 1)
+
+            batch = to_layout(source.fetch(indices, job.collate, before_item), part.channels_last)
+            streams.reseed(streams.EVALUATION, job.seed, part.epoch, index)
+            with part.autocast() if part.autocast else contextlib.nullcontext():
+                outcome = objective.compute(job, model, batch, len(indices))
+            tally.add("loss", outcome.loss_sum(), outcome.weight)
+            for name, value in {**outcome.values, **metrics.update(outcome)}.items():
+                tally.add(name, value * len(indices), len(indices))
+    finally:
+        model.train(was_training)
+    return tally
+
+
+def combine(tallies: Iterable[Tally], prefix: str = "") -> dict[str, float]:
+    """Put the workers' parts together, in rank order: name -> value, each name with the prefix before it."""
+    total = Tally()
+    merged: dict[str, Any] = {}
+    for tally in tallies:
+        for name, (value, weight) in tally.sums.items():
+            total.add(name, value, weight)
+        for name, metric in tally.metrics.items():
+            if name not in merged:
+                merged[name] = copy.deepcopy(metric)
+            elif metric.update_called:
+                merged[name] = merge(merged[name], metric)
+    found = {name: value / weight if weight else math.nan for name, (value, weight) in total.sums.items()}
+    for name, metric in merged.items():
+        if metric.update_called:
+            found.update(flatten(name, metric.compute()))
+    return {prefix + name: value for name, value in found.items()}
+
+
+def merge(left: Any, right: Any) -> Any:
+    """Merge two torchmetrics objects; the left one may be changed."""
+    if not left.update_called:
+        return copy.deepcopy(right)
+    left.merge_state(right)
+    return left
+
+
+def flatten(name: str, value: Any) -> dict[str, float]:
+    """A metric's result as plain numbers: a mapping gives ``name_key``, a vector ``name_0`` and so on."""
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in flatten(f"{name}_{key}", item).items()}
+    tensor = torch.as_tensor(value, dtype=torch.float64)
+    if tensor.numel() == 1:
+        return {name: float(tensor)}
+    return {f"{name}_{index}": float(item) for index, item in enumerate(tensor.flatten())}

@@ -1,0 +1,77 @@
+"""Faults on purpose: a small vocabulary with which tests and benchmarks disturb a run.
+
+``SHOAL_FAULTS="kill(rank=1,step=3,phase=backward);slow(rank=0,factor=4)"`` in the environment of ``shoal train``:
+
+* ``kill(rank, step, phase[, times])``: SIGKILL to itself at that point, ``times`` times (1);
+* ``stall(rank, step, phase[, times])``: stops answering (SIGSTOP), so that it has to be replaced;
+* ``slow(rank, factor[, step])``: computes ``factor`` times as long, from ``step`` on.
+
+Phases: data, forward, backward, reduce, update, checkpoint, evaluate. Steps count from 0 here: step 3 is the fourth.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+
+from shoal.errors import RequestError
+
+PHASES = ("data", "forward", "backward", "reduce", "update", "checkpoint", "evaluate")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One disturbance; ``times`` is how many incarnations of the worker it hits."""
+
+    kind: str
+    rank: int
+    step: int = 0
+    phase: str = ""
+    times: int = 1
+    factor: float = 1.0
+
+
+def parse_faults(text: str) -> list[Fault]:
+    """Read the vocabulary; RequestError for anything else."""
+    faults = []
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        match = re.fullmatch(r"(kill|stall|slow)\((.*)\)", part)
+        if not match:
+            raise RequestError(f'SHOAL_FAULTS has "{part}"; write kill(rank=1,step=3,phase=backward), stall(…) or slow(…).')
+        fields = dict(re.findall(r"(\w+)\s*=\s*([\w.]+)", match[2]))
+        try:
+            fault = Fault(
+                match[1], int(fields["rank"]), int(fields.get("step", 0)), fields.get("phase", ""),
+                int(fields.get("times", 1)), float(fields.get("factor", 1)),
+            )  # fmt: skip
+        except (KeyError, ValueError):
+            raise RequestError(f'SHOAL_FAULTS has "{part}", which lacks a rank or has a number that is none.') from None
+        if fault.kind != "slow" and fault.phase not in PHASES:
+            raise RequestError(f'SHOAL_FAULTS has phase "{fault.phase}"; the phases are {", ".join(PHASES)}.')
+        faults.append(fault)
+    return faults
+
+
+class Faults:
+    """The faults of one incarnation of one worker."""
+
+    def __init__(self, rank: int, incarnation: int, text: str | None = None) -> None:
+        own = [f for f in parse_faults(os.environ.get("SHOAL_FAULTS", "") if text is None else text) if f.rank == rank]
+        self._sudden = {(f.step, f.phase): f for f in own if f.kind != "slow" and incarnation < f.times}
+        self._slow = [f for f in own if f.kind == "slow"]
+
+    def reach(self, phase: str, step: int) -> None:
+        """Called where a phase of a step begins, or in the midst of it."""
+        if self._sudden:
+            fault = self._sudden.get((step, phase))
+            if fault is not None:
+                os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+
+    def drag(self, step: int, computed_s: float) -> None:
+        """Make a computation that took ``computed_s`` take longer."""
+        for fault in self._slow:
+            if step >= fault.step:
+                time.sleep(computed_s * (fault.factor - 1))

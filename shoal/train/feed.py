@@ -1,0 +1,112 @@
+"""Which samples a worker gets in a step, and fetching them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.data.order import batch_count, batch_indices, epoch_order, share_bounds
+from shoal.data.source import Source
+from shoal.train import streams
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker computes of one microbatch of a step.
+
+    Attributes:
+        indices: the samples, in order; maybe none.
+        counts: how many samples each rank has in this microbatch.
+    """
+
+    indices: np.ndarray
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How batches are cut: all of it follows from the job and the plan."""
+
+    batch_size: int
+    shares: tuple[int, ...]
+    accumulate: int
+    seed: int
+
+    def shares_of(self, order: np.ndarray, index: int, rank: int) -> list[Share]:
+        """A rank's shares of batch ``index`` of an epoch: one for each microbatch that is not empty."""
+        batch = batch_indices(order, index, self.batch_size)
+        found = []
+        for low, high in share_bounds(len(batch), (1,) * self.accumulate):
+            if high > low:
+                bounds = share_bounds(high - low, self.shares)
+                a, b = bounds[rank]
+                found.append(Share(batch[low + a : low + b], tuple(stop - start for start, stop in bounds)))
+        return found
+
+
+class Feed:
+    """The batches of one worker, in the one global order. Fetching the next step's early is up to the caller."""
+
+    def __init__(
+        self, source: Source, cut: Cut, rank: int, collate: Callable[[list[Any]], Any] | None, channels_last: bool
+    ) -> None:
+        self.source = source
+        self.cut = cut
+        self.rank = rank
+        self._collate = collate
+        self._channels_last = channels_last
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._ready: tuple[int, list[tuple[Share, Any]]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batch_count(len(self.source), self.cut.batch_size)
+
+    def shares(self, step: int) -> list[Share]:
+        """This worker's shares of a step (from 0, counted over all epochs)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.source), self.cut.seed, epoch))
+        return self.cut.shares_of(self._order[1], index, self.rank)
+
+    def prepare(self, step: int) -> None:
+        """Fetch a step's batches now, to be handed out by ``batches``."""
+        if self._ready[0] != step:
+            self._ready = (step, [(share, self._fetch(step, share)) for share in self.shares(step)])
+
+    def batches(self, step: int) -> list[tuple[Share, Any]]:
+        """The step's shares with their batches; None for a batch where this worker has no samples."""
+        self.prepare(step)
+        found = self._ready[1]
+        self._ready = (-1, [])
+        return found
+
+    def _fetch(self, step: int, share: Share) -> Any:
+        if not len(share.indices):
+            return None
+        epoch = step // self.steps_per_epoch
+        seed = self.cut.seed
+
+        def before_item(sample: int) -> None:
+            streams.reseed(streams.ITEM, seed, epoch, sample)
+
+        return to_layout(self.source.fetch(share.indices, self._collate, before_item), self._channels_last)
+
+
+def to_layout(batch: Any, channels_last: bool) -> Any:
+    """Bring the images (4-D floating tensors) of a batch into the memory layout that the plan names."""
+    if isinstance(batch, torch.Tensor):
+        if batch.dim() != 4 or not batch.is_floating_point():
+            return batch
+        return batch.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if isinstance(batch, dict):
+        return {key: to_layout(value, channels_last) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        # A namedtuple is built from positional values; a plain tuple or list from one iterable.
+        values = [to_layout(value, channels_last) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch

@@ -1,0 +1,172 @@
+"""The host: what the template builds once, and what every worker that is forked from it has from its first moment."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.axes.data import ArenaData, Waiting
+from shoal.comm.arena import Arena, Note, Phase
+from shoal.comm.store import Store
+from shoal.data.source import Source, open_source
+from shoal.errors import JobError
+from shoal.job import Job
+from shoal.process.channel import Channel
+from shoal.process.failure import user_code
+from shoal.process.template import Assign
+from shoal.train import streams
+from shoal.train.allocator import keep_freed_memory
+from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
+from shoal.train.describe import bind, describe, fill, make_optimizer, trained_parameters
+from shoal.train.faults import Faults
+from shoal.train.feed import Cut, Feed
+from shoal.train.loop import Loop, Parts
+from shoal.train.schedule import Schedule
+from shoal.train.settings import JobFacts, RunSettings
+from shoal.train.update import make_updater
+
+
+@dataclass
+class Built:
+    """A job, built: its model, optimizer and data."""
+
+    job: Job
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train: Source
+    evaluation: Source | None
+
+
+def build_model(job: Job) -> nn.Module:
+    """Build the job's model after seeding, or take the instance that it has."""
+    if isinstance(job.model, nn.Module):
+        return job.model
+    streams.seed_for_model(job.seed)
+    with user_code("model"):
+        model = job.model()
+    if not isinstance(model, nn.Module):
+        raise JobError(f"model made a {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def build_data(value: Any, what: str) -> Source:
+    """Open the job's data; errors in its functions are the user's."""
+    with user_code(what):
+        return open_source(value, what)
+
+
+def build(job: Job) -> Built:
+    """Build everything that a job names."""
+    model = build_model(job)
+    if next(iter(model.parameters()), None) is None:
+        raise JobError("The model has no parameters, so there is nothing to train.")
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    with user_code("optimizer"):
+        optimizer = make_optimizer(job.optimizer, model)
+    train = build_data(job.train_data, "train_data")
+    evaluation = None if job.eval_data is None else build_data(job.eval_data, "eval_data")
+    return Built(job, model, optimizer, train, evaluation)
+
+
+class TrainHost:
+    """Lives in the template; ``run`` is what its forked children do."""
+
+    def __init__(self, job: Job) -> None:
+        began = time.monotonic()
+        self._built = build(job)
+        built = self._built
+        table = describe(built.model, built.optimizer)
+        statistics = statistics_bytes(built.model)
+        self._facts = JobFacts(
+            table=table,
+            samples=len(built.train),
+            eval_samples=len(built.evaluation) if built.evaluation is not None else 0,
+            batchnorm=statistics > 0,
+            collective_bytes=max(1 << 20, 4 * statistics) if statistics else 0,
+            images=_has_images(built),
+            build_s=time.monotonic() - began,
+        )
+        # The first values, to begin again from when several runs are tried.
+        self._first = {name: t.detach().clone() for name, t in _tensors(built.model)}
+        self._store: Store | None = None
+        self._settings: RunSettings | None = None
+
+    def facts(self) -> JobFacts:
+        return self._facts
+
+    def bind(self, settings: RunSettings, write: bool, fds: list[int]) -> None:
+        """Take up a run: map its arena, write the first weights into it where ``write`` says so, bind the model to it."""
+        model = self._built.model
+        store = Store(Arena.attach(fds[0], settings.layout), self._facts.table)
+        if write:
+            with torch.no_grad():
+                for name, tensor in _tensors(model):
+                    tensor.data = self._first[name]
+            fill(model, store)
+        bind(model, store)
+        self._store, self._settings = store, settings
+        gc.collect()
+        gc.freeze()
+
+    def forget_first_weights(self) -> None:
+        """No further run will begin anew: give back the memory of the first weights."""
+        self._first = {}
+
+    def run(self, role: Assign, channel: Channel) -> None:
+        """A worker's whole life."""
+        store, settings, built = self._store, self._settings, self._built
+        assert store is not None and settings is not None
+        plan, job, rank = settings.plan, built.job, role.rank
+        keep_freed_memory()
+        torch.set_num_threads(plan.threads or 1)
+        slot = store.arena.slots[rank]
+        slot.write(Note.INCARNATION, role.incarnation)
+        slot.enter(Phase.STARTING, slot.signal(2))
+        parameters = trained_parameters(built.model, self._facts.table)
+        updater = make_updater(store, rank, built.optimizer, lambda: parameters)
+        axis = ArenaData(store, rank, updater, Waiting(spin_s=settings.spin_s), settings.guard)
+        shares = plan.shares or (1,) * axis.world_size
+        cut = Cut(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed)
+        batchnorm = None
+        if self._facts.batchnorm and plan.batchnorm != "local" and axis.world_size > 1:
+            batchnorm = GlobalBatchNorm(built.model, axis.sum_small)
+        parts = Parts(
+            job=job,
+            model=built.model,
+            parameters=parameters,
+            store=store,
+            axis=axis,
+            feed=Feed(built.train, cut, rank, job.collate, plan.layout == "channels_last"),
+            eval_source=built.evaluation,
+            schedule=Schedule(job, built.optimizer, store, rank, updater),
+            batchnorm=batchnorm,
+            faults=Faults(rank, role.incarnation),
+            settings=settings,
+            channel=channel,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            Loop(parts).run()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _has_images(built: Built) -> bool:
+    """Whether a batch holds 4-D floating tensors and the model convolves, so that the memory layout is worth choosing."""
+    if not any(isinstance(m, nn.modules.conv._ConvNd) for m in built.model.modules()):
+        return False
+    import numpy as np
+
+    with user_code("train_data"):
+        batch = built.train.fetch(np.arange(1, dtype=np.int64), built.job.collate, None)
+    tensors = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else [batch]
+    return any(isinstance(t, torch.Tensor) and t.dim() == 4 and t.is_floating_point() for t in tensors)

@@ -1,0 +1,321 @@
+"""A worker's life: computing its share of every step, and standing by its peers at the edges of epochs.
+
+The loop can be entered at any point: what was done is read from the arena, so a replacement simply begins where its
+predecessor's signals say it had come to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.axes.data import ArenaData, Hooks
+from shoal.comm.arena import Note, Order, Phase, Signal
+from shoal.comm.store import VALUE_COLUMNS, Columns, Store
+from shoal.data.source import Source
+from shoal.errors import JobError
+from shoal.job import Job
+from shoal.process.channel import Channel
+from shoal.process.failure import user_code
+from shoal.train import objective, streams
+from shoal.train.batchnorm import GlobalBatchNorm
+from shoal.train.buffers import Buffers
+from shoal.train.checkpoint import PartWriter
+from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
+from shoal.train.faults import Faults
+from shoal.train.feed import Feed, Share
+from shoal.train.schedule import Schedule
+from shoal.train.settings import CheckpointTrouble, EpochPart, NotFinite, RunSettings, ValueNames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a worker works with, put together by its host."""
+
+    job: Job
+    model: nn.Module
+    parameters: Sequence[nn.Parameter]
+    store: Store
+    axis: ArenaData
+    feed: Feed
+    eval_source: Source | None
+    schedule: Schedule
+    batchnorm: GlobalBatchNorm | None
+    faults: Faults
+    settings: RunSettings
+    channel: Channel
+
+
+class Loop:
+    """Runs the steps of one worker."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.rank = parts.axis.rank
+        self.slot = parts.axis.slot
+        self._buffers = Buffers(parts.model, parts.store)
+        self._metrics = Metrics(parts.job.metrics)
+        self._names: tuple[str, ...] | None = None
+        self._touched = parts.store.touched[self.rank]
+        self._accumulated = False
+        self._bf16 = parts.settings.plan.precision == "bf16"
+        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
+        self._part_writer: PartWriter | None = None
+        self._install_gradient_hooks()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until the last step, or until the run is stopped."""
+        settings, axis = self.parts.settings, self.parts.axis
+        self.parts.model.train()
+        step = axis.steps_done()
+        self.parts.schedule.recall(step)
+        while True:
+            if step and step % settings.steps_per_epoch == 0 and self._epoch_ends(step):
+                break
+            if step >= settings.total_steps or self._must_stop(step):
+                break
+            self._step(step)
+            step += 1
+        self.slot.enter(Phase.DONE, step)
+
+    def _must_stop(self, step: int) -> bool:
+        """Whether rank 0 decided, when it published its last gradients, that the run ends here."""
+        return int(self.parts.axis.arena.slots[0].note(Note.STOP_AFTER)) == step and step > 0
+
+    def _step(self, step: int) -> None:
+        axis, slot, parts = self.parts.axis, self.slot, self.parts
+        record = parts.store.record(self.rank, step)
+        began = time.monotonic()
+        axis.waited_s = 0.0
+        if not axis.has_published(step):
+            self._compute(step, record, began)
+            self._decide(step)
+            axis.publish(step)
+            if step + 1 < parts.settings.total_steps:
+                # While the others still compute, there is time to fetch what comes next.
+                with user_code("train_data", self.rank):
+                    parts.feed.prepare(step + 1)
+        slot.enter(Phase.WAITING, step)
+        totals = axis.gather(step)
+        parts.faults.reach("reduce", step)
+        if not math.isfinite(totals.loss):
+            samples = np.concatenate([share.indices for share in parts.feed.shares(step)] or [np.empty(0, int)])
+            parts.channel.send(NotFinite(step + 1, self.rank, totals.loss, tuple(int(s) for s in samples)))
+            axis.wait_for(lambda times: time.sleep(times[1]) or axis.world_size, "the end of the run")
+        reduce_began = time.monotonic()
+        slot.enter(Phase.UPDATE, step)
+        self._begin_checkpoint(step)
+        with user_code("optimizer", self.rank):
+            axis.update(step, totals, parts.job.grad_clip, self._hooks)
+        self._end_checkpoint(step)
+        with user_code("scheduler", self.rank):
+            parts.schedule.after_step(step)
+        ended = time.monotonic()
+        record[Columns.REDUCE] = ended - reduce_began
+        record[Columns.WAIT] = axis.waited_s
+        record[Columns.ENDED] = ended
+        record[Columns.STEP] = step + 1
+        axis.commit(step)
+        slot.enter(Phase.WAITING, step)
+        axis.finish(step)
+        if parts.settings.wait_for_observer and self.rank == 0:
+            supervisor = axis.arena.supervisor
+            axis.wait_for(
+                lambda times: -1 if supervisor.wait(Order.STEP_SEEN, step + 1, times[1]) else axis.world_size,
+                "the observer of events",
+            )
+
+    def _decide(self, step: int) -> None:
+        """Rank 0 alone decides what happens after a step, before anybody can get past its barrier."""
+        if self.rank:
+            return
+        supervisor, slot = self.parts.axis.arena.supervisor, self.slot
+        if supervisor.note(Note.STOP_WANTED):
+            slot.write(Note.STOP_AFTER, step + 1)
+        wanted = supervisor.note(Note.CHECKPOINT_WANTED)
+        if wanted > slot.note(Note.CHECKPOINT_SEEN):
+            slot.write(Note.CHECKPOINT_AT, step + 1)
+            slot.write(Note.CHECKPOINT_SEEN, wanted)
+
+    # -- computing -----------------------------------------------------------------------------------------------
+
+    def _compute(self, step: int, record: np.ndarray, began: float) -> None:
+        parts, faults = self.parts, self.parts.faults
+        parts.axis.begin(step)
+        self.slot.enter(Phase.DATA, step)
+        faults.reach("data", step)
+        with user_code("train_data", self.rank):
+            batches = parts.feed.batches(step)
+        computing = time.monotonic()
+        self._accumulated = False
+        self._buffers.load(step)
+        total = sum(sum(share.counts) for share, _ in batches)
+        loss = weight = samples = 0.0
+        measured = False
+        values: dict[str, float] = {}
+        for micro, (share, batch) in enumerate(batches):
+            count = len(share.indices)
+            if not count:
+                continue
+            outcome = self._differentiate(step, micro, share, batch, total)
+            self._accumulated = True
+            with user_code("metrics", self.rank):
+                outcome.values.update(self._metrics.update(outcome))
+            loss += outcome.loss_sum()
+            weight += outcome.weight
+            samples += count
+            measured = measured or outcome.measured
+            for name, value in outcome.values.items():
+                values[name] = values.get(name, 0.0) + value * count
+        faults.drag(step, time.monotonic() - computing)
+        shares = batches[-1][0].counts if batches else ()
+        if next((rank for rank, count in enumerate(shares) if count), 0) == self.rank:
+            self._buffers.publish(step)
+        self._write_record(step, record, (loss, weight, samples, measured), values)
+        record[Columns.BEGAN] = began
+        record[Columns.DATA] = computing - began
+        record[Columns.COMPUTE] = time.monotonic() - computing - parts.axis.waited_s
+
+    def _differentiate(self, step: int, micro: int, share: Share, batch: Any, total: int) -> objective.Outcome:
+        parts = self.parts
+        count = len(share.indices)
+        self.slot.enter(Phase.FORWARD, step)
+        if parts.batchnorm is not None:
+            parts.batchnorm.taking_part([rank for rank, n in enumerate(share.counts) if n])
+        streams.reseed(streams.STEP, parts.job.seed, step, self.rank, micro)
+        with user_code("the model or its loss", self.rank):
+            with self._autocast():
+                outcome = objective.compute(parts.job, parts.model, batch, count)
+            parts.faults.reach("forward", step)
+            self.slot.enter(Phase.BACKWARD, step)
+            if not outcome.loss.requires_grad:
+                raise JobError("The loss does not depend on any parameter that is trained, so there is nothing to learn.")
+            outcome.to_backward(total).backward()  # type: ignore[no-untyped-call]
+        parts.faults.reach("backward", step)
+        return outcome
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self._bf16 else contextlib.nullcontext()
+
+    def _install_gradient_hooks(self) -> None:
+        """Let every gradient go into this worker's stripe as soon as it is there, so that no second copy of them builds up."""
+        store, touched = self.parts.store, self._touched
+        ours = {id(p) for p in self.parts.parameters}
+        for index, parameter in enumerate(self.parts.parameters):
+            stripe = store.gradient(self.rank, index)
+
+            def keep(p: torch.Tensor, index: int = index, stripe: torch.Tensor = stripe) -> None:
+                gradient = p.grad
+                assert gradient is not None
+                if gradient.is_sparse:
+                    gradient = gradient.to_dense()
+                if touched[index]:
+                    stripe.add_(gradient)
+                else:
+                    stripe.copy_(gradient)
+                    touched[index] = 1
+                p.grad = None
+
+            parameter.register_post_accumulate_grad_hook(keep)
+        for parameter in self.parts.model.parameters():
+            if id(parameter) not in ours and parameter.requires_grad:
+
+                def drop(p: torch.Tensor) -> None:
+                    p.grad = None
+
+                parameter.register_post_accumulate_grad_hook(drop)
+
+    def _write_record(
+        self, step: int, record: np.ndarray, sums: tuple[float, float, float, bool], values: dict[str, float]
+    ) -> None:
+        if values and self._names is None:
+            self._names = tuple(values)
+            if len(values) > VALUE_COLUMNS:
+                raise JobError(f"The job logs {len(values)} values a step and {VALUE_COLUMNS} fit; log fewer.")
+            self.parts.channel.send(ValueNames(self._names))
+        begins = step % self.parts.settings.steps_per_epoch == 0
+        before = self.parts.store.record(self.rank, step - 1) if step and not begins else None
+        record[Columns.LOSS], record[Columns.WEIGHT], record[Columns.SAMPLES] = sums[:3]
+        record[Columns.MEASURED] = float(sums[3])
+        own = np.zeros(VALUE_COLUMNS)
+        for column, name in enumerate(self._names or ()):
+            own[column] = values.get(name, 0.0)
+        record[Columns.VALUES : Columns.VALUE_SUMS] = own
+        old = before[Columns.VALUE_SUMS : Columns.COUNT] if before is not None else 0.0
+        record[Columns.VALUE_SUMS : Columns.COUNT] = own + old
+        for now, total in ((Columns.LOSS, Columns.LOSS_SUM), (Columns.WEIGHT, Columns.WEIGHT_SUM), (Columns.SAMPLES, Columns.SAMPLES_SUM)):
+            record[total] = record[now] + (before[total] if before is not None else 0.0)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _begin_checkpoint(self, step: int) -> None:
+        slots = self.parts.axis.arena.slots
+        self._part_writer = None
+        if int(slots[0].note(Note.CHECKPOINT_AT)) == step and step and self.slot.note(Note.CHECKPOINT_DONE) != step:
+            self.parts.faults.reach("checkpoint", step)
+            writer = PartWriter(self.parts.store, self.parts.settings.checkpoint_dir, step)
+            self._attempt(writer, lambda: writer.write_rest(self.rank))
+
+    def _before_chunk(self, chunk: int, step: int) -> None:
+        """Copy a chunk into the checkpoint before its update: it is still that of the step's beginning."""
+        writer = self._part_writer
+        if writer is not None:
+            self._attempt(writer, lambda: writer.write(self.parts.axis.updater.saved(chunk)))  # type: ignore[attr-defined]
+
+    def _attempt(self, writer: PartWriter, action: Any) -> None:
+        try:
+            action()
+            self._part_writer = writer
+        except OSError as error:
+            self._part_writer = None
+            writer.close()
+            self.parts.channel.send(CheckpointTrouble(writer.step, error.strerror or str(error)))
+
+    def _end_checkpoint(self, step: int) -> None:
+        if self._part_writer is not None:
+            self._part_writer.close()
+            self._part_writer = None
+            self.slot.write(Note.CHECKPOINT_DONE, step)
+
+    # -- the edge of an epoch ------------------------------------------------------------------------------------
+
+    def _epoch_ends(self, step: int) -> bool:
+        """Evaluate this worker's part and wait for the supervisor's word; whether the run ends here."""
+        parts, axis = self.parts, self.parts.axis
+        epoch = step // parts.settings.steps_per_epoch
+        supervisor = axis.arena.supervisor
+        if self.slot.signal(Signal.EVALUATED) < epoch:
+            self.slot.enter(Phase.EVALUATE, step)
+            began = time.monotonic()
+            found: Tally | None = None
+            if parts.eval_source is not None and parts.settings.evaluate:
+                self._buffers.load(step)
+                part = Slice(
+                    self.rank, axis.world_size, parts.settings.plan.layout == "channels_last", epoch, self._autocast
+                )
+                with user_code("evaluation", self.rank):
+                    found = evaluate(
+                        parts.job, parts.model, parts.eval_source, part, lambda: parts.faults.reach("evaluate", step)
+                    )
+            training = Tally(metrics=self._metrics.stateful)
+            parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
+            self.slot.post(Signal.EVALUATED, epoch)
+        self._metrics.reset()
+        self.slot.enter(Phase.WAITING, step)
+        axis.wait_for(
+            lambda times: -1 if supervisor.wait(Order.EPOCH_DONE, epoch, times[1]) else axis.world_size,
+            "the supervisor's decision on the epoch",
+        )
+        with user_code("scheduler", self.rank):
+            parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
+        return int(supervisor.note(Note.STOP_EPOCH)) == epoch

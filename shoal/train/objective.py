@@ -1,0 +1,145 @@
+"""What a job computes on a batch: the model's output, the loss with its weight, and the values to log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.errors import JobError
+from shoal.job import Job
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Outcome:
+    """A batch's loss.
+
+    Attributes:
+        loss: a scalar tensor: the mean over the batch, or the sum where ``weight`` is measured.
+        weight: what the loss is the mean over (samples, tokens).
+        is_sum: the loss is a sum, to be divided by the global weight.
+        measured: the weight is known only now, not from the number of samples.
+        values: name -> mean over the batch, to log.
+        output, target: what metrics are computed from; None where the job has its own ``step``.
+    """
+
+    loss: torch.Tensor
+    weight: float
+    is_sum: bool
+    measured: bool
+    values: dict[str, float] = field(default_factory=dict)
+    output: Any = None
+    target: Any = None
+
+    def to_backward(self, total: int) -> torch.Tensor:
+        """The scalar to differentiate: a share of the mean over ``total`` samples, or the sum where weights are measured."""
+        if self.measured:
+            return self.loss if self.is_sum else self.loss * self.weight
+        return self.loss if self.weight == total else self.loss * (self.weight / total)
+
+    def loss_sum(self) -> float:
+        value = float(self.loss.detach())
+        return value if self.is_sum else value * self.weight
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """A batch as (input, target): of a mapping both are the batch; of a longer tuple the last entry is the target."""
+    if isinstance(batch, Mapping):
+        return batch, batch
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        if len(batch) > 2:
+            return tuple(batch[:-1]), batch[-1]
+        return batch[0], None
+    return batch, None
+
+
+def call(model: nn.Module, value: Any) -> Any:
+    """Call the model: a mapping by keywords, a tuple by position."""
+    if isinstance(value, Mapping):
+        return model(**value)
+    if isinstance(value, (tuple, list)):
+        return model(*value)
+    return model(value)
+
+
+def compute(job: Job, model: nn.Module, batch: Any, count: int) -> Outcome:
+    """Run the job's loss, its step, or the model's own loss on a batch of ``count`` samples."""
+    values: Mapping[str, Any] = {}
+    output = target = None
+    if job.step is not None:
+        result = job.step(model, batch)
+        if isinstance(result, Mapping):
+            if "loss" not in result:
+                raise JobError(f'step returned a mapping without "loss" ({", ".join(map(str, result))}); name the loss "loss".')
+            values = {str(name): value for name, value in result.items() if name != "loss"}
+            result = result["loss"]
+    elif job.loss is not None:
+        inputs, target = split(batch)
+        output = call(model, inputs)
+        result = job.loss(output, target)
+    else:
+        output = call(model, batch)
+        target = batch
+        result = _own_loss(output)
+    outcome = _outcome(job, model, batch, result, count)
+    outcome.values = {name: _number(name, value) for name, value in values.items()}
+    outcome.output, outcome.target = output, target
+    return outcome
+
+
+def _own_loss(output: Any) -> Any:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if loss is None:
+        raise JobError("The job has no loss and the model returned none; give the job a loss, or the model its labels.")
+    return loss
+
+
+def _outcome(job: Job, model: nn.Module, batch: Any, result: Any, count: int) -> Outcome:
+    if isinstance(result, (tuple, list)):
+        if len(result) != 2:
+            raise JobError(f"The loss returned {len(result)} values; return the mean over the samples, or (sum, weight).")
+        total, weight = result
+        return Outcome(_scalar(total), _number("weight", weight), is_sum=True, measured=True)
+    loss = _scalar(result)
+    if job.weight is not None:
+        return Outcome(loss, _number("weight", job.weight(batch)), is_sum=False, measured=True)
+    if job.loss is None and job.step is None:
+        labels = count_labels(model, batch)
+        if labels is not None:
+            return Outcome(loss, float(labels), is_sum=False, measured=True)
+    return Outcome(loss, float(count), is_sum=False, measured=False)
+
+
+def count_labels(model: nn.Module, batch: Any) -> int | None:
+    """How many labels a model's own loss is the mean over: those that are not -100; None without integer labels.
+
+    A causal language model shifts its labels by one, so that the first of each row counts for nothing.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return None
+    kind = getattr(model, "loss_type", None) or type(model).__name__
+    if labels.dim() > 1 and any(word in str(kind) for word in ("ForCausalLM", "LMHeadModel")):
+        labels = labels[..., 1:]
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def _scalar(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor):
+        raise JobError(f"The loss is a {type(loss).__name__}; return a scalar tensor that can be differentiated.")
+    if loss.numel() != 1:
+        raise JobError(f"The loss has the shape {tuple(loss.shape)}; return a scalar, such as its mean over the samples.")
+    return loss.reshape(())
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise JobError(f"{name} has the shape {tuple(value.shape)}; return one number.")
+    return float(value)

@@ -1,0 +1,75 @@
+"""Learning-rate schedules, and remembering them for a replacement.
+
+Every worker steps a scheduler of its own; all of them come to the same values. What a scheduler and the optimizer's groups
+hold is kept in the arena's notebook at each step, so that a replacement goes on from there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from shoal.comm.store import Store
+from shoal.job import Job
+from shoal.train.describe import hyperparameters
+from shoal.train.update import Updater, WholeUpdater
+
+
+class Schedule:
+    """The scheduler of one worker over the job's own optimizer, whose groups the updater is told."""
+
+    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, store: Store, rank: int, updater: Updater) -> None:
+        self._optimizer = optimizer
+        self._store = store
+        self._rank = rank
+        self._updater = updater
+        self._every = job.scheduler_every
+        self._scheduler: Any = job.scheduler(optimizer) if job.scheduler is not None else None
+        # The optimizer that the scheduler sees never steps itself; its slices do.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._wants_loss = self._scheduler is not None and "metrics" in inspect.signature(self._scheduler.step).parameters
+        self._keeps = self._scheduler is not None or isinstance(updater, WholeUpdater)
+
+    def recall(self, step: int) -> None:
+        """Take up what was kept at the beginning of ``step``, or keep the beginning."""
+        page = self._store.read_notebook(self._rank, step) if step else None
+        if page is not None:
+            if self._scheduler is not None and page["scheduler"] is not None:
+                self._scheduler.load_state_dict(page["scheduler"])
+            for group, kept in zip(self._optimizer.param_groups, page["groups"], strict=True):
+                group.update(kept)
+            if isinstance(self._updater, WholeUpdater):
+                self._updater.remember(page["optimizer"])
+        elif self._keeps:
+            self._keep(step)
+        if self._scheduler is not None:
+            self._updater.take_groups(self._optimizer.param_groups)
+
+    def after_step(self, step: int) -> None:
+        """The update of ``step`` is done: step the scheduler and keep what the next step begins with."""
+        if self._scheduler is not None and self._every == "step":
+            self._advance(None)
+        if self._keeps:
+            self._keep(step + 1)
+
+    def after_epoch(self, eval_loss: float) -> None:
+        """An epoch is over; a scheduler such as ReduceLROnPlateau gets the evaluation loss."""
+        if self._scheduler is not None and self._every == "epoch":
+            self._advance(eval_loss)
+
+    def _advance(self, eval_loss: float | None) -> None:
+        if self._wants_loss:
+            self._scheduler.step(eval_loss)
+        else:
+            self._scheduler.step()
+        self._updater.take_groups(self._optimizer.param_groups)
+
+    def _keep(self, step: int) -> None:
+        page = {
+            "scheduler": self._scheduler.state_dict() if self._scheduler is not None else None,
+            "groups": [hyperparameters(g) for g in self._optimizer.param_groups],
+            "optimizer": self._updater.memory() if isinstance(self._updater, WholeUpdater) else None,
+        }
+        self._store.write_notebook(self._rank, step, page)

@@ -1,0 +1,390 @@
+"""Running the user's optimizer on one worker's part of the weights, in chunks that can be undone.
+
+An update must survive the worker that makes it. Each chunk is therefore copied to a small undo log before it is touched:
+weights, optimizer state and scalars. A replacement puts the chunk in work back and goes on from there; chunks that
+were finished stay finished. Two notes say where a worker is: CHUNK_SAVED (the undo log holds this chunk of this step) and
+CHUNK_DONE (chunks before this one are finished).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.comm.store import Store, scalar_row_bytes
+from shoal.comm.table import Chunk, align, chunks_of, deal_tensors, slice_bounds
+from shoal.train.describe import hyperparameters, sliced_group
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of a tensor that a checkpoint takes: where they go in the tensor, and a view of them."""
+
+    kind: str
+    name: str
+    start_byte: int
+    data: torch.Tensor
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes, 1-D uint8, without copying."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+class Updater:
+    """What both kinds of optimizer share: the list of chunks and the undo log."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self.store = store
+        self.rank = rank
+        self._undo = store.undo_bytes(rank)
+        self._native = store.arena.native
+
+    @property
+    def count(self) -> int:
+        """How many chunks this worker updates in a step."""
+        raise NotImplementedError
+
+    def sum_gradients(self, chunk: int, factor: float) -> None:
+        """Add up all workers' gradients of a chunk and keep the result for ``norm_squared`` and ``apply``."""
+        raise NotImplementedError
+
+    def norm_squared(self) -> float:
+        """The squared Euclidean norm of what ``sum_gradients`` kept."""
+        raise NotImplementedError
+
+    def apply(self, chunk: int, scale: float) -> None:
+        """Let the optimizer update the chunk with the kept gradients times ``scale``."""
+        raise NotImplementedError
+
+    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Use these hyperparameters (a scheduler may have changed them) from the next update on."""
+        raise NotImplementedError
+
+    def saved(self, chunk: int) -> Iterator[Saved]:
+        """What a checkpoint takes from this chunk."""
+        raise NotImplementedError
+
+    def _ranges(self, chunk: int) -> list[torch.Tensor]:
+        """Everything that updating this chunk changes, as bytes."""
+        raise NotImplementedError
+
+    def save(self, chunk: int) -> None:
+        """Copy the chunk to the undo log."""
+        at = 0
+        for data in self._ranges(chunk):
+            self._undo[at : at + data.numel()].copy_(data)
+            at += align(data.numel())
+
+    def restore(self, chunk: int) -> None:
+        """Put the chunk back as the undo log has it."""
+        at = 0
+        for data in self._ranges(chunk):
+            data.copy_(self._undo[at : at + data.numel()])
+            at += align(data.numel())
+        self.reload(chunk)
+
+    def reload(self, chunk: int) -> None:
+        """Take up the optimizer state that the arena holds for a chunk."""
+        raise NotImplementedError
+
+
+class ElementwiseUpdater(Updater):
+    """For optimizers that treat every element alike: a worker owns a slice of the flat weights, cut anywhere.
+
+    Each chunk has an optimizer of the user's own type over the pieces of parameters in it, whose state lives in the arena.
+    """
+
+    def __init__(self, store: Store, rank: int, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(store, rank)
+        table = store.table
+        bounds = slice_bounds(table.trained_bytes, store.arena.world_size)[rank]
+        row = scalar_row_bytes(table)
+        rows = store.scalar_bytes(rank)
+        self.chunks: list[_ElementwiseChunk] = []
+        first = 0
+        for chunk in chunks_of(table, *bounds):
+            last = first + len(chunk.pieces)
+            self.chunks.append(_ElementwiseChunk(store, chunk, rows[first * row : last * row], optimizer))
+            first = last
+        longest = max((c.chunk.stop - c.chunk.start for c in self.chunks), default=0)
+        self._scratch = torch.empty(longest, dtype=torch.uint8)
+        self._current = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.chunks)
+
+    def sum_gradients(self, chunk: int, factor: float) -> None:
+        self._current = chunk
+        self.chunks[chunk].sum_gradients(self._scratch, factor)
+
+    def norm_squared(self) -> float:
+        return self.chunks[self._current].norm_squared()
+
+    def apply(self, chunk: int, scale: float) -> None:
+        self.chunks[chunk].apply(scale)
+
+    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for chunk in self.chunks:
+            chunk.take_groups(groups)
+
+    def saved(self, chunk: int) -> Iterator[Saved]:
+        return self.chunks[chunk].saved()
+
+    def _ranges(self, chunk: int) -> list[torch.Tensor]:
+        return self.chunks[chunk].ranges
+
+    def reload(self, chunk: int) -> None:
+        self.chunks[chunk].reload()
+
+
+class _ElementwiseChunk:
+    """The pieces of one chunk, their views in the arena, and the optimizer over them."""
+
+    def __init__(self, store: Store, chunk: Chunk, rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        table = store.table
+        self.chunk = chunk
+        self.store = store
+        self._keys, self._scalar_keys = table.state_keys, table.scalar_keys
+        self._specs = [table.parameters[p.parameter] for p in chunk.pieces]
+        self._dtype = self._specs[0].dtype
+        width = self._dtype.itemsize
+        flat = [
+            (spec.offset + piece.start * width, spec.offset + piece.stop * width)
+            for piece, spec in zip(chunk.pieces, self._specs, strict=True)
+        ]
+        self._spans = [(a - chunk.start, b - chunk.start) for a, b in flat]
+        weights = store.arena.view("weights", chunk.start, (chunk.stop - chunk.start) // width, self._dtype)
+        self._pieces = [nn.Parameter(weights[a // width : b // width]) for a, b in self._spans]
+        self._states = [
+            [store.state_range(k, a, b, self._dtype) for k in range(len(self._keys))] for a, b in flat
+        ]
+        self._rows = rows.view(len(flat), -1)
+        self._made = self._rows[:, :8].numpy().view(np.int64).reshape(-1)
+        scalar = table.scalar_dtype
+        self._scalars = [
+            [row[8 * (1 + k) : 8 * (1 + k) + scalar.itemsize].view(scalar)[0] for k in range(len(self._scalar_keys))]
+            for row in self._rows
+        ]
+        self.ranges = [as_bytes(weights)]
+        self.ranges += [as_bytes(store.state_range(k, chunk.start, chunk.stop, self._dtype)) for k in range(len(self._keys))]
+        self.ranges.append(rows)
+        self._indices = np.array([piece.parameter for piece in chunk.pieces])
+        self._stripes = [
+            store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in range(store.arena.world_size)
+        ]
+        self._group_of = [spec.group for spec in self._specs]
+        self._optimizer = self._make_optimizer(optimizer)
+        self._gradients: list[torch.Tensor | None] = []
+        self._bound = [False] * len(self._pieces)
+        self.reload()
+
+    def _make_optimizer(self, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        kind: Any = type(like)
+        self._groups = sorted(set(self._group_of))
+        return kind(  # type: ignore[no-any-return]
+            [
+                sliced_group(kind, like.param_groups[g], [p for p, of in zip(self._pieces, self._group_of, strict=True) if of == g])
+                for g in self._groups
+            ]
+        )
+
+    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for own, index in zip(self._optimizer.param_groups, self._groups, strict=True):
+            fused = own.get("fused")
+            own.update(hyperparameters(groups[index]))
+            if "fused" in own:
+                own["fused"] = fused
+
+    def sum_gradients(self, scratch: torch.Tensor, factor: float) -> None:
+        touched = self.store.touched[:, self._indices]
+        total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
+        width = self._dtype.itemsize
+        native = self.store.arena.native
+        if touched.all():
+            native.sum_into(total, self._stripes, factor)
+            self._gradients = [total[a // width : b // width] for a, b in self._spans]
+            return
+        self._gradients = []
+        for k, (a, b) in enumerate(self._spans):
+            ranks = np.flatnonzero(touched[:, k])
+            if not len(ranks):
+                self._gradients.append(None)
+                continue
+            out = total[a // width : b // width]
+            native.sum_into(out, [self._stripes[r][a // width : b // width] for r in ranks], factor)
+            self._gradients.append(out)
+
+    def norm_squared(self) -> float:
+        return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients if g is not None)
+
+    def apply(self, scale: float) -> None:
+        for piece, gradient in zip(self._pieces, self._gradients, strict=True):
+            if gradient is not None and scale != 1.0:
+                gradient.mul_(scale)
+            piece.grad = gradient
+        self._optimizer.step()
+        for k, piece in enumerate(self._pieces):
+            if piece.grad is not None and not self._bound[k]:
+                self._keep(k, piece)
+            piece.grad = None
+
+    def _keep(self, k: int, piece: nn.Parameter) -> None:
+        """Move the state that the optimizer has just made into the arena."""
+        state = self._optimizer.state.get(piece, {})
+        for key, place in zip(self._keys, self._states[k], strict=True):
+            if state.get(key) is not None:
+                place.copy_(state[key])
+                state[key] = place
+        for key, place in zip(self._scalar_keys, self._scalars[k], strict=True):
+            if key in state:
+                place.copy_(state[key])
+                state[key] = place
+        self._made[k] = 1
+        self._bound[k] = True
+
+    def reload(self) -> None:
+        for k, piece in enumerate(self._pieces):
+            if self._made[k]:
+                places = zip((*self._keys, *self._scalar_keys), (*self._states[k], *self._scalars[k]), strict=True)
+                self._optimizer.state[piece].update(places)
+                self._bound[k] = True
+            elif self._bound[k]:
+                # The chunk went back to before its first update: the optimizer has to make its state anew.
+                fresh: Any = type(self._optimizer)
+                del self._optimizer.state[piece]
+                group = next(g for g in self._optimizer.param_groups if any(p is piece for p in g["params"]))
+                self._optimizer.state.update(fresh([{**hyperparameters(group), "params": [piece]}]).state)
+                self._bound[k] = False
+
+    def saved(self) -> Iterator[Saved]:
+        width = self._dtype.itemsize
+        for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self._specs, strict=True)):
+            start = piece.start * width
+            yield Saved("weights", spec.name, start, as_bytes(self._pieces[k].data))
+            for key, place in zip(self._keys, self._states[k], strict=True):
+                yield Saved(f"state.{key}", spec.name, start, as_bytes(place))
+            if piece.start == 0:
+                yield Saved("scalars", spec.name, 0, self._rows[k])
+
+
+class WholeUpdater(Updater):
+    """For every other optimizer: a worker owns whole tensors and the user's own optimizer steps over them at once.
+
+    Its one chunk is everything that this worker owns. Values that are no tensors (a Python ``step``, a group's counters)
+    travel in the notebook: see ``memory`` and ``remember``.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        super().__init__(store, rank)
+        self.own = deal_tensors(store.table, store.arena.world_size)[rank]
+        self._optimizer = optimizer
+        self._parameters = parameters
+        row = scalar_row_bytes(store.table)
+        rows = store.scalar_bytes(rank)
+        self._made = rows[: row * len(parameters)].numpy().view(np.int64)
+        self._row_bytes = rows[: row * len(parameters)]
+        own = set(self.own)
+        self._states = [(i, s) for i, s in enumerate(store.table.states) if s.parameter in own]
+        self._gradients: dict[int, torch.Tensor] = {}
+        # What the notebook says of the step's beginning, for an update that has to be made again.
+        self._remembered: dict[str, Any] = {}
+
+    @property
+    def count(self) -> int:
+        return 1 if self.own else 0
+
+    def sum_gradients(self, chunk: int, factor: float) -> None:
+        self._gradients = {}
+        for index in self.own:
+            ranks = np.flatnonzero(self.store.touched[:, index])
+            if len(ranks):
+                stripes = [self.store.gradient(int(r), index) for r in ranks]
+                out = torch.empty_like(stripes[0])
+                self._native.sum_into(out.view(-1), [s.view(-1) for s in stripes], factor)
+                self._gradients[index] = out
+
+    def norm_squared(self) -> float:
+        return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients.values())
+
+    def apply(self, chunk: int, scale: float) -> None:
+        for index, gradient in self._gradients.items():
+            self._parameters[index].grad = gradient.mul_(scale) if scale != 1.0 else gradient
+        self._optimizer.step()
+        for index in self._gradients:
+            self._parameters[index].grad = None
+            self._made[index] = 1
+        for place, spec in self._states:
+            state = self._optimizer.state.get(self._parameters[spec.parameter], {})
+            value = state.get(spec.key)
+            view = self.store.state_tensor(place)
+            if value is not None and value.data_ptr() != view.data_ptr():
+                view.copy_(value)
+                state[spec.key] = view
+        self._gradients = {}
+
+    def memory(self) -> dict[str, Any]:
+        """The part of the optimizer's state that is no tensor, for the notebook."""
+        tensors = {(spec.parameter, spec.key) for _, spec in self._states}
+        rest = {
+            index: {
+                key: copy.copy(value)
+                for key, value in self._optimizer.state.get(self._parameters[index], {}).items()
+                if (index, key) not in tensors
+            }
+            for index in self.own
+        }
+        return {"state": rest, "groups": [hyperparameters(g) for g in self._optimizer.param_groups]}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Go back to what the notebook holds."""
+        self._remembered = memory
+        self.reload(0)
+
+    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """The user's own optimizer is the one that a scheduler changes: nothing to carry over."""
+
+    def reload(self, chunk: int) -> None:
+        for group, kept in zip(self._optimizer.param_groups, self._remembered.get("groups", []), strict=False):
+            group.update(kept)
+        for index in self.own:
+            parameter = self._parameters[index]
+            self._optimizer.state.pop(parameter, None)
+            if self._made[index]:
+                state = dict(self._remembered.get("state", {}).get(index, {}))
+                for place, spec in self._states:
+                    if spec.parameter == index:
+                        state[spec.key] = self.store.state_tensor(place)
+                self._optimizer.state[parameter] = state
+
+    def _ranges(self, chunk: int) -> list[torch.Tensor]:
+        ranges = [as_bytes(self.store.weights[index]) for index in self.own]
+        ranges += [as_bytes(self.store.state_tensor(place)) for place, _ in self._states]
+        return [*ranges, self._row_bytes]
+
+    def saved(self, chunk: int) -> Iterator[Saved]:
+        for index in self.own:
+            spec = self.store.table.parameters[index]
+            yield Saved("weights", spec.name, 0, as_bytes(self.store.weights[index]))
+            yield Saved("scalars", spec.name, 0, self._row_bytes.view(len(self._parameters), -1)[index])
+        for place, state in self._states:
+            name = self.store.table.parameters[state.parameter].name
+            yield Saved(f"state.{state.key}", name, 0, as_bytes(self.store.state_tensor(place)))
+
+
+def make_updater(
+    store: Store, rank: int, optimizer: torch.optim.Optimizer, parameters: Callable[[], Sequence[nn.Parameter]]
+) -> Updater:
+    """The updater that fits the job's optimizer."""
+    if store.table.elementwise:
+        return ElementwiseUpdater(store, rank, optimizer)
+    return WholeUpdater(store, rank, optimizer, parameters())
