@@ -1,0 +1,53 @@
+"""shoal: many workers, one model.
+
+The names of the contract, imported when first used, so that ``import shoal`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoal import data as data
+    from shoal.bundle import load as load
+    from shoal.cluster import Cluster as Cluster
+    from shoal.errors import ShoalError as ShoalError
+    from shoal.job import Job as Job
+    from shoal.plan import Plan as Plan
+    from shoal.train.api import plan as plan
+    from shoal.train.api import train as train
+    from shoal.train.run import Run as Run
+    from shoal.train.run import open_run as open
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Cluster": ("shoal.cluster", "Cluster"),
+    "Job": ("shoal.job", "Job"),
+    "Plan": ("shoal.plan", "Plan"),
+    "Run": ("shoal.train.run", "Run"),
+    "ShoalError": ("shoal.errors", "ShoalError"),
+    "data": ("shoal.data", None),
+    "load": ("shoal.bundle", "load"),
+    "open": ("shoal.train.run", "open_run"),
+    "plan": ("shoal.train.api", "plan"),
+    "train": ("shoal.train.api", "train"),
+}
+
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the contract when it is first asked for."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+    module_name, attribute = _EXPORTS[name]
+    module = importlib.import_module(module_name)
+    found = module if attribute is None else getattr(module, attribute)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

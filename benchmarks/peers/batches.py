@@ -1,9 +1,9 @@
 """The peers' data: a job's training set as tensors in memory, and shuffled batches of it.
 
 A ``DataLoader`` over these data sets calls Python once a sample; gathering a batch by its shuffled indices, as done
-here, took a third of its time for pictures and a hundredth for clicks; so the peers get the faster way. Pictures are converted to float32
-once, before the clock starts, and lie in memory in the layout that the model is given: NHWC bytes behind a
-permuted view for channels_last, so that a gathered batch is in that layout without a copy.
+here, took a third of its time for pictures and a hundredth for clicks; so the peers get the faster way. Pictures are
+converted to float32 once, before the clock starts, and lie in memory in the layout that the model is given: NHWC
+behind a permuted view for channels_last, so that a gathered batch is in that layout without a copy.
 """
 
 from __future__ import annotations

@@ -181,6 +181,8 @@ class ArenaData:
         missing = attempt((waiting.spin_s, waiting.slice_s))
         while missing >= 0:
             self.slot.write(Note.WAITS_FOR, missing)
+            # A worker that waits is alive: it says so at each round, and the supervisor looks for those who do not.
+            self.slot.write(Note.PHASE_SINCE, time.monotonic())
             if self.arena.supervisor.signal(Order.ABORT):
                 raise Aborted("The run was ended.")
             if time.monotonic() - began > waiting.deadline_s:

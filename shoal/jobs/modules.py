@@ -39,14 +39,13 @@ def import_file(path: Path) -> ModuleType:
     _put_first(str(path.parent))
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise TargetError(f"{path} cannot be read as a Python file; give the path of one that holds a job.")
     module = importlib.util.module_from_spec(spec)
-    loader = spec.loader
     before = sys.modules.get(name)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up while the file still runs
     try:
-        _run_theirs(lambda: loader.exec_module(module), f"Importing {path.name}")
+        _run_theirs(lambda: _execute(path, module), f"Importing {path.name}")
     except BaseException:
         if before is None:
             del sys.modules[name]
@@ -55,6 +54,12 @@ def import_file(path: Path) -> ModuleType:
         raise
     cloudpickle.register_pickle_by_value(module)
     return module
+
+
+def _execute(path: Path, module: ModuleType) -> None:
+    # Not by the spec's loader: its cached bytecode can be that of an edit made within the same second.
+    code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    exec(code, vars(module))
 
 
 def import_module(name: str) -> ModuleType:

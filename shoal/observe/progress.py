@@ -40,7 +40,13 @@ class Display:
         self.run_ended = False
         self.resume_command = resume_command
         self._clock = clock
-        self._console: Console = Console(file=stream or sys.stderr, highlight=False, markup=False, width=width)
+        self._console: Console = Console(
+            file=stream or sys.stderr,
+            highlight=False,
+            markup=False,
+            width=width,
+            force_jupyter=False,  # plain lines in a notebook cell, where every redraw would be one more output
+        )
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._start: Mapping[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from shoal.observe.lines import epoch_values
 from shoal.plan import Plan
 
 EVENTS_FILE = "events.jsonl"
+_TAIL_BYTES = 1 << 16
 _TOLD = ("run_start", "plan", "epoch", "checkpoint", "stop", "run_end")
 
 
@@ -28,7 +30,7 @@ class RunRow:
         name: the directory's name.
         job, plan: what was trained and how; '' where the run did not get as far as to say.
         status: "running", "done", "stopped", "failed", or "killed" where it ended without a word.
-        steps: the last step known of, from the end of the run, an epoch or a checkpoint.
+        steps: the last step known of.
         metric, value: the last evaluation metric (the loss where there is no other), or None.
         started: seconds since 1970, or None.
         path: the directory.
@@ -80,6 +82,7 @@ def read_run(path: Path) -> RunRow:
             steps = max(steps, event.get("step") or event.get("steps") or 0)
             metric = _metric(event) or metric if event["kind"] == "epoch" else metric
             status = event["status"] if event["kind"] == "run_end" else status
+        steps = max(steps, _last_step(path / EVENTS_FILE))
     except (RunDirectoryError, KeyError):
         status = "damaged"
     if supervisor_alive(path):
@@ -126,6 +129,22 @@ def ago(started: float | None, now: float | None = None) -> str:
         if passed >= length:
             return f"{passed // length} {unit} ago"
     return f"{passed} s ago"
+
+
+def _last_step(file: Path) -> int:
+    """The number of the last step event, looked for at the file's end: steps are most of a file."""
+    if not file.is_file():
+        return 0
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+        tail = stream.read().split(b"\n")
+    for line in reversed(tail):
+        # The first line and the last may be parts of one, which are no JSON.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(line)
+            if found["kind"] == "step":
+                return int(found["step"])
+    return 0
 
 
 def _metric(entry: Mapping[str, Any]) -> tuple[str, float | None] | None:

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import shoal
 from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.failure import Failure
-from shoal.process.template import STACK_SIGNAL, Assign, Call, Exited, Fork, Forked, Load, Returned
+from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Returned
+from shoal.process.template import STACK_SIGNAL
 
 _THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -90,7 +90,7 @@ class Supervisor:
         """Start the template; it imports torch while the caller goes on."""
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         env = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1"), **self._environment}
-        root = str(Path(shoal.__file__).parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "shoal.process.template", str(right.fileno())]
         self._template = subprocess.Popen(

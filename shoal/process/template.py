@@ -18,68 +18,14 @@ import os
 import selectors
 import signal
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.failure import Failure
+from shoal.process.messages import Call, Exited, Fork, Forked, Load, Returned
 
 STACK_SIGNAL = signal.SIGUSR1
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Load:
-    """Make the host: ``entry`` is "module:class", called with ``payload`` (pickled by value)."""
-
-    entry: str
-    payload: Any
-    sys_path: tuple[str, ...]
-    cwd: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """Call a method of the host; descriptors that came along are passed as ``fds``."""
-
-    method: str
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Returned:
-    """The result of Load or Call."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Fork:
-    """Fork a standby."""
-
-
-@dataclass(frozen=True)
-class Forked:
-    """A standby is there; its channel and its stack file come as descriptors."""
-
-    pid: int
-
-
-@dataclass(frozen=True)
-class Exited:
-    """A child is gone, with its wait status."""
-
-    pid: int
-    status: int
-
-
-@dataclass(frozen=True)
-class Assign:
-    """Sent to a standby: your role from now on."""
-
-    role: str
-    rank: int
-    incarnation: int
 
 
 def die_with_parent() -> None:
@@ -139,6 +85,8 @@ class _Template:
                 self._channel.send(Returned(getattr(self._host, message.method)(*message.arguments, *extra)))
             elif isinstance(message, Fork):
                 self._fork()
+            else:
+                raise TypeError(f"the template does not know {type(message).__name__}")
         except ChannelClosed:
             raise
         except Exception as error:

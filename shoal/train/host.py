@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +18,19 @@ from shoal.errors import JobError
 from shoal.job import Job
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
-from shoal.process.template import Assign
+from shoal.process.messages import Assign
 from shoal.train import streams
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
+from shoal.train.export import describe_model
 from shoal.train.describe import bind, describe, fill, make_optimizer, trained_parameters
+from shoal.train.built import Built
 from shoal.train.faults import Faults
 from shoal.train.feed import Cut, Feed
 from shoal.train.loop import Loop, Parts
 from shoal.train.schedule import Schedule
 from shoal.train.settings import JobFacts, RunSettings
 from shoal.train.update import make_updater
-
-
-@dataclass
-class Built:
-    """A job, built: its model, optimizer and data."""
-
-    job: Job
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    train: Source
-    evaluation: Source | None
 
 
 def build_model(job: Job) -> nn.Module:
@@ -119,6 +109,16 @@ class TrainHost:
     def forget_first_weights(self) -> None:
         """No further run will begin anew: give back the memory of the first weights."""
         self._first = {}
+
+    def describe_bundle(self, step: int, program: str | None) -> dict[str, Any]:
+        """What the trained model takes and gives, for bundle.json; export it to ``program`` where torch can."""
+        assert self._store is not None
+        model = self._built.model
+        with torch.no_grad():
+            buffers = dict(model.named_buffers(remove_duplicate=False))
+            for index, spec in enumerate(self._store.table.buffers):
+                buffers[spec.name].copy_(self._store.buffer(step % 2, index))
+        return describe_model(self._built, program)
 
     def run(self, role: Assign, channel: Channel) -> None:
         """A worker's whole life."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cloudpickle
@@ -40,10 +41,14 @@ number = 3
 
 
 @pytest.fixture(autouse=True)
-def _own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty directory, and forget afterwards what was imported from there."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
     monkeypatch.chdir(tmp_path)
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def write(name: str, text: str) -> Path:
@@ -88,11 +93,10 @@ def test_job_in_a_file(name: str) -> None:
 
 
 def test_file_in_another_folder_can_import_its_neighbours() -> None:
-    write("there/helper_of_mine.py", "WIDTH = 7\n")
-    write(
-        "there/mine.py",
-        "from shoal.job import Job\nfrom helper_of_mine import WIDTH\njob = Job(model=len, train_data=(), batch_size=WIDTH)\n",
-    )
+    write("there/helper_of_mine.py", "SIZE = 7\n")
+    lines = ["import helper_of_mine", "from shoal.job import Job"]
+    lines.append("job = Job(model=len, train_data=(), batch_size=helper_of_mine.SIZE)")
+    write("there/mine.py", "\n".join(lines))
     assert find("there/mine.py").job.batch_size == 7
 
 
@@ -125,10 +129,9 @@ def test_file_called_like_a_loaded_module_does_not_replace_it() -> None:
 
 
 def test_changed_file_is_read_again() -> None:
-    write("mine.py", "from shoal.job import Job\njob = Job(model=len, train_data=(), batch_size=5)\n")
-    assert find("mine.py").job.batch_size == 5
-    write("mine.py", "from shoal.job import Job\njob = Job(model=len, train_data=(), batch_size=50)\n")
-    assert find("mine.py").job.batch_size == 50
+    for batch_size in (50, 60):  # as many characters, within the same second: a cached bytecode would not notice
+        write("mine.py", f"from shoal.job import Job\njob = Job(model=len, train_data=(), batch_size={batch_size})\n")
+        assert find("mine.py").job.batch_size == batch_size
 
 
 def test_job_of_a_file_travels_to_a_process_that_cannot_import_it(tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_a_resumed_run_is_not_over_because_it_was_once(tmp_path: Path) -> None:
     assert (row.status, row.plan, row.steps) == ("killed", "dp=1", 12)
 
 
+def test_steps_after_the_last_epoch_are_counted(tmp_path: Path) -> None:
+    more = [("step", {"step": step, "loss": 1.0, "workers": [{"rank": 0}] * 9}) for step in range(11, 900)]
+    run = make_run(tmp_path / "a", 1.0, EPOCH, *more)
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"t": 1.0, "kind": "step", "step": 9')
+    assert list_runs(tmp_path)[0].steps == 899
+
+
 def test_a_run_that_died_before_its_first_event(tmp_path: Path) -> None:
     run = tmp_path / "early"
     run.mkdir()

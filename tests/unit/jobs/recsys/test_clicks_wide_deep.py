@@ -59,6 +59,7 @@ def test_learns() -> None:
     assert metric.compute() > 0.6
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's own Adagrad
 def test_sparse_gradients_give_the_same_weights() -> None:
     torch.manual_seed(0)
     dense = find("clicks-wide-deep").job.model()

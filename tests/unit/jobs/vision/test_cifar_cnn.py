@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,7 @@ def test_learns_a_batch(name: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.real_data
 def test_real_images_where_they_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_OFFLINE", "1")
     job = find("cifar-cnn").job
@@ -58,3 +60,6 @@ def test_real_images_where_they_are_here(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (len(train), len(test)) == (50_000, 10_000)
     assert train.labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     assert train.classes[6] == "frog"
+    inputs, _ = train.batch(np.arange(1000))
+    assert inputs.shape == (1000, 3, 32, 32)
+    assert (inputs.min().item(), inputs.max().item()) == (0.0, 1.0)

@@ -1,0 +1,60 @@
+"""What the supervisor and the template say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Load:
+    """Make the host: ``entry`` is "module:class", called with ``payload`` (pickled by value)."""
+
+    entry: str
+    payload: Any
+    sys_path: tuple[str, ...]
+    cwd: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call a method of the host; descriptors that came along are passed as ``fds``."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The result of Load or Call."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Fork a standby."""
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A standby is there; its channel and its stack file come as descriptors."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A child is gone, with its wait status."""
+
+    pid: int
+    status: int
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Sent to a standby: your role from now on."""
+
+    role: str
+    rank: int
+    incarnation: int

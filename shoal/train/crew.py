@@ -1,0 +1,221 @@
+"""The workers of a run, seen from the supervisor: starting them, noticing deaths and stalls, putting workers back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.comm.arena import Arena, Note, Phase, Signal
+from shoal.errors import RequestError, WorkerLostError
+from shoal.process.channel import ChannelClosed
+from shoal.process.failure import Failure
+from shoal.process.supervisor import Child, Supervisor
+from shoal.train.settings import RunSettings
+
+Emit = Callable[..., Any]
+MOST_DEATHS_A_STEP = 3
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a worker may take: before it is named, and before it is replaced.
+
+    Both grow with the longest step seen so far. A first step may compile, warm up, or read from a cold disk.
+    """
+
+    report_s: float = 5.0
+    replace_s: float = 60.0
+    first_report_s: float = 30.0
+    first_replace_s: float = 600.0
+
+    @classmethod
+    def from_environment(cls) -> Patience:
+        """``SHOAL_STALL_S``: seconds after which a worker that does not answer is replaced."""
+        text = os.environ.get("SHOAL_STALL_S")
+        if text is None:
+            return cls()
+        try:
+            seconds = float(text)
+            assert seconds > 0
+        except (ValueError, AssertionError):
+            raise RequestError(f'SHOAL_STALL_S is "{text}"; give a positive number of seconds.') from None
+        return cls(seconds / 2, seconds, seconds / 2, seconds)
+
+    def limits(self, longest_step_s: float, first: bool) -> tuple[float, float]:
+        """(report, replace) in seconds for a worker in its first step or a later one."""
+        if first:
+            return self.first_report_s, self.first_replace_s
+        return max(self.report_s, 5 * longest_step_s), max(self.replace_s, 20 * longest_step_s)
+
+
+@dataclass
+class _Recovery:
+    rank: int
+    pid: int
+    step: int
+    died_at: float
+    action: str
+
+
+class Crew:
+    """The workers of one arena."""
+
+    def __init__(self, supervisor: Supervisor, arena: Arena, settings: RunSettings, emit: Emit, fd: int) -> None:
+        self.supervisor = supervisor
+        self._arena = arena
+        self._settings = settings
+        self._emit = emit
+        self._fd = fd
+        self._patience = Patience.from_environment()
+        self._workers: dict[int, Child] = {}
+        self._incarnations = [0] * arena.world_size
+        self._deaths: dict[tuple[int, int], int] = {}
+        self._recoveries: list[_Recovery] = []
+        self._reported: dict[int, float] = {}
+        self._stalled: set[int] = set()
+        self._done: set[int] = set()
+        self.replaced = 0
+        self.first_steps = [arena.slots[r].signal(Signal.UPDATED) for r in range(arena.world_size)]
+
+    def start(self, spare: bool = True) -> None:
+        """Fork and assign all workers, and a standby to replace the first that dies."""
+        for rank in range(self._arena.world_size):
+            self._put(rank)
+        if spare:
+            self.supervisor.fork()
+
+    def _put(self, rank: int) -> Child:
+        child = self.supervisor.standby()
+        self.supervisor.assign(child, "worker", rank, self._incarnations[rank])
+        self._workers[rank] = child
+        return child
+
+    @property
+    def finished(self) -> bool:
+        """Whether every worker has done its last step and left."""
+        return len(self._done) == self._arena.world_size
+
+    def poll(self, timeout_s: float, longest_step_s: float, last_checkpoint: Callable[[], str]) -> list[Any]:
+        """Wait for news; put dead workers back; return the messages of workers, oldest first.
+
+        Raises what a worker raised, and WorkerLostError for one that keeps dying on the same step.
+        """
+        dead: list[Child] = []
+        template_gone = False
+        try:
+            dead = self.supervisor.poll(timeout_s)
+        except ChannelClosed:
+            template_gone = True
+        messages: list[Any] = []
+        for child in [*dead, *self._workers.values()]:
+            messages += child.inbox
+            child.inbox = []
+        for message in messages:
+            if isinstance(message, Failure):
+                raise message.error()
+        if template_gone:
+            self._begin_again(last_checkpoint)
+            return messages
+        for child in dead:
+            if child.role == "worker" and self._workers.get(child.rank) is child:
+                if child.status == 0 and self._phase(child.rank) == Phase.DONE:
+                    self._done.add(child.rank)
+                    del self._workers[child.rank]
+                else:
+                    self._bury(child, child.cause(), last_checkpoint)
+                    self._replace(child.rank)
+            elif child.role == "standby":
+                self.supervisor.fork()
+        self._look_for_recovered()
+        self._look_for_stalled(longest_step_s)
+        return messages
+
+    # -- deaths --------------------------------------------------------------------------------------------------
+
+    def _phase(self, rank: int) -> Phase:
+        return Phase(int(self._arena.slots[rank].note(Note.PHASE)))
+
+    def _bury(self, child: Child, cause: str, last_checkpoint: Callable[[], str]) -> None:
+        rank, slot = child.rank, self._arena.slots[child.rank]
+        step = slot.signal(Signal.UPDATED)
+        if child.pid in self._stalled:
+            cause = "stalled"
+        self._emit("death", rank=rank, pid=child.pid, step=step + 1, phase=self._phase(rank).name.lower(), cause=cause)
+        self._deaths[rank, step] = self._deaths.get((rank, step), 0) + 1
+        if self._deaths[rank, step] >= MOST_DEATHS_A_STEP:
+            raise WorkerLostError(
+                f"Worker {rank} died {MOST_DEATHS_A_STEP} times in step {step + 1} (last by {cause}), so something in that "
+                f"step kills it; {last_checkpoint()}"
+            )
+        published = slot.signal(Signal.GRADIENTS) > step
+        action = "rolled_forward" if published else "recomputed"
+        self._recoveries.append(_Recovery(rank, 0, step, time.monotonic(), action))
+        self._incarnations[rank] += 1
+        self._reported.pop(rank, None)
+        self.replaced += 1
+
+    def _replace(self, rank: int) -> None:
+        child = self._put(rank)
+        for recovery in self._recoveries:
+            if recovery.rank == rank:
+                recovery.pid = child.pid
+        self.supervisor.fork()
+
+    def _begin_again(self, last_checkpoint: Callable[[], str]) -> None:
+        """The template was killed, and its children with it: make another and go on from the arena."""
+        lost = dict(self._workers)
+        for rank in sorted(lost):
+            self._bury(lost[rank], "SIGKILL", last_checkpoint)
+        self.supervisor.restart(timeout_s=600.0)
+        self.supervisor.call("bind", self._settings, False, fds=(self._fd,))
+        self.supervisor.call("forget_first_weights")
+        for rank in sorted(lost):
+            child = self._put(rank)
+            for recovery in self._recoveries:
+                if recovery.rank == rank:
+                    recovery.pid = child.pid
+        self.supervisor.fork()
+
+    def _look_for_recovered(self) -> None:
+        for recovery in list(self._recoveries):
+            slot = self._arena.slots[recovery.rank]
+            if slot.signal(Signal.UPDATED) > recovery.step or self._phase(recovery.rank) == Phase.DONE:
+                self._recoveries.remove(recovery)
+                self._emit(
+                    "recovered", rank=recovery.rank, pid=recovery.pid, step=recovery.step + 1,
+                    after_s=time.monotonic() - recovery.died_at, action=recovery.action,
+                )  # fmt: skip
+
+    # -- stalls --------------------------------------------------------------------------------------------------
+
+    def _look_for_stalled(self, longest_step_s: float) -> None:
+        now = time.monotonic()
+        for rank, child in self._workers.items():
+            slot = self._arena.slots[rank]
+            phase = self._phase(rank)
+            if phase == Phase.DONE or slot.note(Note.INCARNATION) != self._incarnations[rank]:
+                continue
+            # A waiting worker beats its heart; any other phase is entered anew at every step.
+            silent_s = now - slot.note(Note.PHASE_SINCE)
+            first = slot.signal(Signal.UPDATED) == self.first_steps[rank] and phase != Phase.WAITING
+            report_s, replace_s = self._patience.limits(longest_step_s, first)
+            if silent_s > replace_s and child.pid not in self._stalled:
+                self._stalled.add(child.pid)
+                self.supervisor.kill(child)
+            elif silent_s > report_s and rank not in self._reported:
+                self._reported[rank] = now
+                self._report_stall(rank, child, phase, silent_s, replace_s)
+            elif silent_s < report_s:
+                self._reported.pop(rank, None)
+
+    def _report_stall(self, rank: int, child: Child, phase: Phase, silent_s: float, replace_s: float) -> None:
+        slot = self._arena.slots[rank]
+        missing = int(slot.note(Note.WAITS_FOR))
+        waits_for = "the supervisor" if missing >= self._arena.world_size else f"rank {missing}" if missing >= 0 else None
+        self._emit(
+            "stall", rank=rank, pid=child.pid, step=slot.signal(Signal.UPDATED) + 1, phase=phase.name.lower(),
+            waited_s=silent_s, waits_for=waits_for, stack=child.stack(), replaced_after_s=replace_s,
+        )  # fmt: skip

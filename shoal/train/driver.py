@@ -1,0 +1,216 @@
+"""Driving a run from the process that asked for it: from the job to the Run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cloudpickle
+
+from shoal.errors import JobError, JobFailed, LossNotFiniteError, PlanError, RequestError, ShoalError, UserCodeError
+from shoal.job import Job
+from shoal.observe.events import EventLog, read_events
+from shoal.plan import Plan
+from shoal.process.supervisor import Supervisor
+from shoal.train.api import Observer, TrainOptions, read_plan
+from shoal.train.run import SUMMARY, Run, open_run
+from shoal.train.rundir import RunDirectory
+from shoal.train.settings import JobFacts
+
+_ENTRY = "shoal.train.host:TrainHost"
+_BUILD_TIMEOUT_S = 3600.0
+
+
+class Emitter:
+    """Where events go: the file, the observers, and the user's ``on_event``, whose answer it remembers."""
+
+    def __init__(self, log: EventLog, observers: Sequence[Observer], on_event: Observer | None) -> None:
+        self._log = log
+        self._observers = observers
+        self._on_event = on_event
+        self.stop_wanted = False
+        self._flushed = time.monotonic()
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        event = self._log.write(kind, **fields)
+        for observer in self._observers:
+            observer(event)
+        if self._on_event is not None and self._on_event(event) == "stop":
+            self.stop_wanted = True
+        if time.monotonic() - self._flushed > 0.5:
+            self.flush()
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        self._log.flush()
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM: the first asks for a clean stop, the second leaves at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        # Before the first step there is nothing to finish or save.
+        self.armed = False
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Handle the signals inside; only the main thread may, elsewhere they keep their meaning."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted or not self.armed:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+def run_job(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> Run:
+    """Train a job to the end, or to where it is stopped; leave everything in its run directory."""
+    if os.environ.get("WORLD_SIZE") and os.environ.get("RANK"):
+        from shoal.train.joined import run_joined
+
+        return run_joined(job, options, observers)
+    check_request(job, options)
+    plan = read_plan(options.plan)
+    plan.require_built()
+    supervisor = Supervisor()
+    interrupts = Interrupts()
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stack.callback(supervisor.close)
+        stack.enter_context(interrupts.caught())
+        # The template imports torch while this process looks at the request.
+        supervisor.start()
+        directory = RunDirectory.claim(options.run_dir, job.name, options.resume)
+        if options.resume and options.plan is None:
+            plan = resumed_plan(directory)
+        log = stack.enter_context(EventLog(directory.events))
+        observers = [*observers, *_tensorboard(directory, options)]
+        emitter = Emitter(log, observers, options.on_event)
+        try:
+            supervisor.load(_ENTRY, portable(job), _BUILD_TIMEOUT_S)
+            facts: JobFacts = supervisor.call("facts")
+            finished = _finished(directory, job, options, facts)
+            if finished is not None:
+                return finished
+            from shoal.train.session import Session
+
+            session = Session(job, options, directory, supervisor, facts, emitter, interrupts)
+            return session.run(plan, began)
+        except ShoalError as error:
+            text = error.traceback_text if isinstance(error, UserCodeError) else None
+            emitter("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
+            _remove_if_empty(directory, error)
+            raise
+
+
+def check_request(job: Job, options: TrainOptions) -> None:
+    """Refuse what makes no sense before anything starts."""
+    for name, value in (("epochs", options.epochs), ("steps", options.steps)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise RequestError(f"{name} is {value!r}; give a whole number of at least 1.")
+    if sys.platform == "win32":
+        raise RequestError("shoal does not run on Windows itself; use it inside WSL2.")
+
+
+def portable(job: Job) -> Any:
+    """The job as it will be sent to other processes, by value. JobError names the field that cannot be."""
+    try:
+        cloudpickle.dumps(job)
+        return job
+    except Exception as error:
+        for name in type(job).__dataclass_fields__:
+            try:
+                cloudpickle.dumps(getattr(job, name))
+            except Exception:
+                raise JobError(
+                    f"{name} cannot be sent to the worker processes ({type(error).__name__}: {error}); "
+                    "let it make what cannot be pickled (open files, locks, connections) inside the function."
+                ) from None
+        raise
+
+
+def resumed_plan(directory: RunDirectory) -> Plan:
+    """The plan that a run had, or an empty one where it never came to have one."""
+    try:
+        return Plan.from_toml((directory.path / "plan.toml").read_text())
+    except OSError:
+        return Plan()
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    from shoal.bundle import shoal_version
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "shoal": shoal_version()}
+
+
+def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
+    """Refuse a plan that does not fit the job."""
+    batch = min(job.batch_size, facts.samples)
+    if plan.world_size > batch:
+        raise PlanError(
+            f"{plan.world_size} workers cannot share a batch of {batch} samples; use dp={batch} or fewer, or a larger batch."
+        )
+    if plan.shares is not None and sum(plan.shares) == 0:
+        raise PlanError("All shares are 0; give at least one worker a part of the batch.")
+    if (plan.accumulate or 1) > batch:
+        raise PlanError(f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer.")
+
+
+def _finished(directory: RunDirectory, job: Job, options: TrainOptions, facts: JobFacts) -> Run | None:
+    """The Run, where a resumed run has nothing left to do."""
+    if not options.resume:
+        return None
+    summary = directory.read_json(SUMMARY)
+    if not isinstance(summary, dict):
+        return None
+    per_epoch = -(-facts.samples // job.batch_size)
+    total = (options.epochs or job.epochs) * per_epoch
+    total = min(total, options.steps) if options.steps else total
+    done = summary.get("steps", 0) >= total or summary.get("stopped_by") in ("until", "patience")
+    if not done:
+        return None
+    run = open_run(directory.path)
+    run._job = job
+    return run
+
+
+def _tensorboard(directory: RunDirectory, options: TrainOptions) -> list[Observer]:
+    if not options.tensorboard:
+        return []
+    from shoal.observe.tensorboard import TensorBoardObserver
+
+    return [TensorBoardObserver(directory.path / "tensorboard")]
+
+
+def _remove_if_empty(directory: RunDirectory, error: ShoalError) -> None:
+    """A request that was refused before the first step leaves no directory behind that would be in the way."""
+    if isinstance(error, (JobFailed, LossNotFiniteError)) or (directory.path / "job.json").exists():
+        return
+    if any(read_events(directory.events, ["run_start"])):
+        return
+    for path in (directory.events, directory.path / "processes.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    for folder in (directory.checkpoints, directory.path):
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()

@@ -1,0 +1,428 @@
+"""One run under way: plan, arena, workers, epochs, checkpoints, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal import bundle
+from shoal.comm.arena import Arena, Note, Order, Signal
+from shoal.comm.store import Columns, Store, arena_layout
+from shoal.errors import JobFailed, LossNotFiniteError, RequestError
+from shoal.job import Job
+from shoal.observe.compare import weights_sha256
+from shoal.plan import Plan
+from shoal.process.supervisor import Supervisor
+from shoal.train import checkpoint as checkpoints
+from shoal.train.api import TrainOptions
+from shoal.train.choose import choose_plan, predicted_step, remember
+from shoal.train.crew import Crew
+from shoal.train.driver import Emitter, Interrupts, check_plan, versions
+from shoal.train.evaluate import combine
+from shoal.train.memory import memory_of
+from shoal.train.recorder import Goal, Recorder
+from shoal.train.run import SUMMARY, Run
+from shoal.train.rundir import RunDirectory
+from shoal.train.settings import CheckpointTrouble, EpochPart, JobFacts, NotFinite, RunSettings, ValueNames
+
+_CHECKPOINT_EVERY_S = 20.0
+_CHECKPOINT_COST = 50
+_POLL_S = 0.05
+
+
+class Session:
+    """Runs one job in one directory."""
+
+    def __init__(
+        self, job: Job, options: TrainOptions, directory: RunDirectory, supervisor: Supervisor, facts: JobFacts,
+        emit: Emitter, interrupts: Interrupts,
+    ) -> None:  # fmt: skip
+        self._job = job
+        self._options = options
+        self._directory = directory
+        self._supervisor = supervisor
+        self._facts = facts
+        self._emit = emit
+        self._interrupts = interrupts
+        self._history: list[dict[str, Any]] = []
+        self._epochs_done = 0
+        self._eval_s = 0.0
+        self._stopped_by: str | None = None
+        self._parts: dict[int, dict[int, EpochPart]] = {}
+        self._not_finite: list[NotFinite] = []
+        self._goal = Goal(job.until, job.patience)
+        self._last_checkpoint: checkpoints.Checkpoint | None = None
+        self._checkpointed_at = time.monotonic()
+        self._checkpoint_s = 0.0
+        self._checkpoint_wanted = 0
+        self._completing: threading.Thread | None = None
+        self._completed: list[Any] = []
+        self._peak: dict[str, Any] = {}
+
+    # -- the course of a run -------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan, began: float) -> Run:
+        """Choose what the plan leaves open, train, and return the Run."""
+        job, facts = self._job, self._facts
+        per_epoch = -(-facts.samples // job.batch_size)
+        total = (self._options.epochs or job.epochs) * per_epoch
+        total = min(total, self._options.steps) if self._options.steps else total
+        plan = choose_plan(plan, job, facts, self._supervisor, self._options.cluster)
+        check_plan(plan, job, facts)
+        self._plan = plan
+        self._predicted_s = predicted_step(plan, job, facts)
+        self._settings = RunSettings(
+            plan=plan,
+            layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes),
+            total_steps=total,
+            steps_per_epoch=per_epoch,
+            checkpoint_dir=str(self._directory.checkpoints.resolve()),
+            spin_s=spin_seconds(plan),
+            guard=os.environ.get("SHOAL_GUARD", "1") != "0",
+            wait_for_observer=self._options.on_event is not None,
+        )
+        arena = Arena.create(self._settings.layout)
+        try:
+            return self._run_in(arena, began)
+        finally:
+            self._finish_completing()
+            self._supervisor.close()
+            arena.memory.close()
+            self._directory.release([])
+
+    def _run_in(self, arena: Arena, began: float) -> Run:
+        store = Store(arena, self._facts.table)
+        self._store, self._arena = store, arena
+        fd = arena.memory.fd
+        self._supervisor.call("bind", self._settings, True, fds=(fd,))
+        self._supervisor.call("forget_first_weights")
+        first = self._restore(store)
+        self._write_beginning(first)
+        self._crew = Crew(self._supervisor, arena, self._settings, self._emit, fd)
+        self._recorder = Recorder(store, self._emit, self._settings.steps_per_epoch, first)
+        self._first_step = first
+        self._interrupts.armed = True
+        self._crew.start()
+        self._tell_processes()
+        self._loop()
+        self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
+        return self._end(began)
+
+    def _restore(self, store: Store) -> int:
+        """Fill the arena from the newest checkpoint, if this is a resumed run that has one; the steps it had done."""
+        checkpoints.discard_parts(self._directory.checkpoints)
+        if not self._options.resume:
+            return 0
+        damaged: list[tuple[Path, str]] = []
+        found = checkpoints.newest(self._directory.checkpoints, damaged)
+        for path, reason in damaged:
+            self._emit("checkpoint_damaged", path=str(path), reason=reason)
+        if found is None:
+            return 0
+        restored = checkpoints.restore(found, store)
+        step = found.step
+        for rank, slot in enumerate(self._arena.slots):
+            for signal in (Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
+                slot.post(signal, step)
+            slot.post(Signal.EVALUATED, found.meta["epochs_done"])
+            if restored.notebook is not None:
+                store.write_notebook(rank, step, restored.notebook)
+        row = store.record(0, step - 1)
+        count = Columns.SAMPLES_SUM + 1 - Columns.LOSS_SUM
+        row[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1] = restored.sums[:count]
+        row[Columns.VALUE_SUMS :] = restored.sums[count:]
+        self._history = list(found.meta["history"])
+        self._epochs_done = int(found.meta["epochs_done"])
+        self._arena.supervisor.write(Note.EVAL_LOSS, float(found.meta.get("eval_loss") or 0.0))
+        self._arena.supervisor.post(Order.EPOCH_DONE, self._epochs_done)
+        self._last_checkpoint = found
+        return step
+
+    def _write_beginning(self, first: int) -> None:
+        job, plan, facts, directory = self._job, self._plan, self._facts, self._directory
+        directory.write("plan.toml", plan.to_toml())
+        directory.write_json(
+            "job.json",
+            {
+                "name": job.name, "batch_size": job.batch_size, "epochs": self._options.epochs or job.epochs,
+                "seed": job.seed, "samples": facts.samples, "eval_samples": facts.eval_samples,
+                "parameters": sum(p.numel for p in facts.table.parameters), "factory": self._options.factory,
+                "source": str(self._options.source) if self._options.source else None,
+                "changes": dict(self._options.changes),
+            },
+        )  # fmt: skip
+        self._emit(
+            "run_start", run=str(directory.path), job=job.name, plan=str(plan), world_size=plan.world_size,
+            steps_total=self._settings.total_steps, epochs_total=self._options.epochs or job.epochs,
+            samples=facts.samples, batch_size=job.batch_size, steps_per_epoch=self._settings.steps_per_epoch,
+            resumed_from=first or None, versions=versions(),
+        )  # fmt: skip
+        self._emit(
+            "plan", plan=str(plan), why=list(plan.explanation), batch=batch_line(plan, job, facts),
+            predicted_step_s=self._predicted_s,
+        )  # fmt: skip
+
+    # -- while it runs -------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        lockstep = self._settings.wait_for_observer
+        recorder, crew = self._recorder, self._crew
+        replaced = crew.replaced
+        while not crew.finished:
+            if lockstep:
+                self._arena.wait_all(Signal.UPDATED, recorder.step + 1, 0.0, _POLL_S)
+            longest = recorder.longest_step_s
+            messages = crew.poll(0.0 if lockstep else _POLL_S, longest, self._name_last_checkpoint)
+            for message in messages:
+                self._take(message)
+            recorder.drain()
+            self._look_for_stop()
+            if lockstep:
+                self._arena.supervisor.post(Order.STEP_SEEN, recorder.step)
+            self._end_epochs()
+            self._checkpoint()
+            if self._not_finite:
+                self._stop_for_loss()
+            if crew.replaced != replaced:
+                replaced = crew.replaced
+                self._tell_processes()
+            self._measure_memory()
+        recorder.drain()
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, EpochPart):
+            self._parts.setdefault(message.epoch, {})[message.rank] = message
+        elif isinstance(message, ValueNames):
+            self._recorder.names = self._recorder.names or message.names
+        elif isinstance(message, NotFinite):
+            self._not_finite.append(message)
+        elif isinstance(message, CheckpointTrouble):
+            self._emit("checkpoint_failed", step=message.step, reason=message.reason)
+
+    def _look_for_stop(self) -> None:
+        if self._stopped_by is None and (self._interrupts.wanted or self._emit.stop_wanted):
+            self._stopped_by = "interrupt" if self._interrupts.wanted else "on_event"
+            self._arena.supervisor.write(Note.STOP_WANTED, 1)
+
+    def _end_epochs(self) -> None:
+        """Close an epoch once every worker has sent its part of it."""
+        epoch = self._epochs_done + 1
+        parts = self._parts.get(epoch, {})
+        if len(parts) < self._arena.world_size:
+            return
+        del self._parts[epoch]
+        self._recorder.drain(epoch * self._settings.steps_per_epoch)
+        ordered: list[Any] = [parts[rank] for rank in sorted(parts)]
+        entry = self._recorder.epoch_entry(epoch)
+        rate = entry.pop("samples_per_s")
+        entry.update(combine([part.training for part in ordered]))
+        evaluated = [part.evaluation for part in ordered if part.evaluation is not None]
+        entry.update(combine(evaluated, "eval_"))
+        entry["samples_per_s"] = rate
+        eval_s = max(part.seconds for part in ordered) if evaluated else 0.0
+        self._eval_s += eval_s
+        self._history.append(entry)
+        self._epochs_done = epoch
+        self._emit(
+            "epoch", **entry, step=self._recorder.step, train_s=self._recorder.epoch_train_s, eval_s=eval_s
+        )
+        supervisor = self._arena.supervisor
+        supervisor.write(Note.EVAL_LOSS, float(entry.get("eval_loss", entry["loss"])))
+        reason = self._goal.reached(self._history)
+        self._look_for_stop()
+        if reason is not None and self._stopped_by is None:
+            self._stopped_by = reason
+        if self._stopped_by is not None:
+            supervisor.write(Note.STOP_EPOCH, epoch)
+        else:
+            self._want_checkpoint()
+        supervisor.post(Order.EPOCH_DONE, epoch)
+
+    def _stop_for_loss(self) -> None:
+        """All workers have met the loss that is no number: say where, and what is left."""
+        deadline = time.monotonic() + 5.0
+        while len({m.rank for m in self._not_finite}) < self._arena.world_size and time.monotonic() < deadline:
+            for message in self._crew.poll(_POLL_S, 0.0, self._name_last_checkpoint):
+                self._take(message)
+        first = self._not_finite[0]
+        samples = sorted({s for m in self._not_finite for s in m.samples})
+        shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+        raise LossNotFiniteError(
+            f"The loss became {first.loss} in step {first.step} (samples {shown}); look at these samples or lower the "
+            f"learning rate; {self._name_last_checkpoint()}"
+        )
+
+    def _measure_memory(self) -> None:
+        if not self._peak or time.monotonic() - self._peak["at"] > 2.0:
+            self._peak = {"at": time.monotonic(), **memory_of(self._pids(), self._peak)}
+
+    def _pids(self) -> list[int]:
+        return [row["pid"] for row in self._supervisor.processes()]
+
+    def _tell_processes(self) -> None:
+        self._directory.write_json("processes.json", self._supervisor.processes())
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _want_checkpoint(self) -> None:
+        """Ask the workers to write one at the next step, unless the last one is hardly over."""
+        due = max(_CHECKPOINT_EVERY_S if self._last_checkpoint else 0.0, _CHECKPOINT_COST * self._checkpoint_s)
+        if self._completing is None and time.monotonic() - self._checkpointed_at > due:
+            self._checkpoint_wanted += 1
+            self._checkpointed_at = time.monotonic()
+            self._arena.supervisor.write(Note.CHECKPOINT_WANTED, self._checkpoint_wanted)
+
+    def _checkpoint(self) -> None:
+        """See to it that checkpoints are made and completed."""
+        if self._completing is not None:
+            if not self._completing.is_alive():
+                self._finish_completing()
+            return
+        slots = self._arena.slots
+        step = int(slots[0].note(Note.CHECKPOINT_AT))
+        known = self._last_checkpoint.step if self._last_checkpoint is not None else -1
+        if step > max(known, 0) and all(int(slot.note(Note.CHECKPOINT_DONE)) == step for slot in slots):
+            self._start_completing(step)
+        elif time.monotonic() - self._checkpointed_at > _CHECKPOINT_EVERY_S:
+            self._want_checkpoint()
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "job": self._job.name, "plan": str(self._plan), "epochs_done": self._epochs_done,
+            "history": list(self._history), "eval_loss": self._arena.supervisor.note(Note.EVAL_LOSS),
+            "batch_size": self._job.batch_size, "seed": self._job.seed,
+        }  # fmt: skip
+
+    def _start_completing(self, step: int) -> None:
+        meta = self._meta()
+        began = time.monotonic()
+        done = step // self._settings.steps_per_epoch
+        meta["history"], meta["epochs_done"] = meta["history"][:done], min(done, meta["epochs_done"])
+
+        def work() -> None:
+            try:
+                self._completed.append((checkpoints.complete(self._directory.checkpoints, step, meta), time.monotonic() - began))
+            except OSError as error:
+                self._completed.append((step, error.strerror or str(error)))
+
+        self._completing = threading.Thread(target=work, name="shoal-checkpoint", daemon=True)
+        self._completing.start()
+
+    def _finish_completing(self) -> None:
+        if self._completing is None:
+            return
+        self._completing.join()
+        self._completing = None
+        result, detail = self._completed.pop()
+        if isinstance(result, checkpoints.Checkpoint):
+            self._last_checkpoint = result
+            self._checkpoint_s = detail
+            size = sum(f.stat().st_size for f in result.path.iterdir())
+            self._emit("checkpoint", step=result.step, path=str(result.path), bytes=size, write_s=detail)
+        else:
+            self._emit("checkpoint_failed", step=result, reason=detail)
+
+    def _last_one(self, step: int) -> None:
+        """The checkpoint of the run's end; the workers have gone."""
+        self._finish_completing()
+        if step == 0 or (self._last_checkpoint is not None and self._last_checkpoint.step == step):
+            return
+        began = time.monotonic()
+        checkpoints.discard_parts(self._directory.checkpoints)
+        try:
+            checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
+            found = checkpoints.complete(self._directory.checkpoints, step, self._meta())
+        except OSError as error:
+            self._emit("checkpoint_failed", step=step, reason=error.strerror or str(error))
+            return
+        self._last_checkpoint = found
+        size = sum(f.stat().st_size for f in found.path.iterdir())
+        self._emit("checkpoint", step=step, path=str(found.path), bytes=size, write_s=time.monotonic() - began)
+
+    def _name_last_checkpoint(self) -> str:
+        if self._last_checkpoint is None:
+            return "there is no checkpoint yet."
+        return f"the last good checkpoint is {self._last_checkpoint.path}."
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _end(self, began: float) -> Run:
+        recorder, directory = self._recorder, self._directory
+        step = recorder.step
+        complete = step >= self._settings.total_steps or self._stopped_by in ("until", "patience")
+        reason = self._stopped_by
+        if reason is None and self._options.steps is not None and step % self._settings.steps_per_epoch:
+            reason = "steps"
+        if reason is not None and (not complete or reason != "interrupt"):
+            self._emit("stop", step=step, reason=reason)
+        if step % self._settings.steps_per_epoch and step > self._epochs_done * self._settings.steps_per_epoch:
+            self._history.append(recorder.epoch_entry(step // self._settings.steps_per_epoch + 1, partial=True))
+        history = self._history
+        self._history = [entry for entry in history if not entry.get("partial")]
+        self._last_one(step)
+        state = self._store.state_dict(step % 2)
+        self._write_bundle(state, step, history)
+        digest = weights_sha256(state)
+        if recorder.step_s is not None and len(recorder.step_times_s) >= 20:
+            remember(self._plan, self._job, self._facts, recorder.step_s)
+        summary = {
+            "run": str(directory.path), "job": self._job.name, "plan": str(self._plan),
+            "world_size": self._plan.world_size, "steps": step, "epochs": history,
+            "final": history[-1] if history else None, "samples_per_s": recorder.samples_per_s,
+            "step_s": recorder.step_s, "predicted_step_s": self._predicted_s,
+            "peak_rss_mb": self._peak.get("peak_rss_mb", []), "pss_mb": self._peak.get("pss_mb"),
+            "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
+            "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,
+        }  # fmt: skip
+        directory.write_json(SUMMARY, summary)
+        self._emit(
+            "run_end", status="done" if complete or reason == "steps" else "stopped", steps=step,
+            epochs=self._epochs_done, samples_per_s=summary["samples_per_s"], step_s=summary["step_s"],
+            predicted_step_s=self._predicted_s, startup_s=self._startup_s, eval_s=self._eval_s,
+            wall_s=summary["wall_s"], model=str(directory.model), weights_sha256=digest,
+        )  # fmt: skip
+        return Run(directory.path, summary, self._job)
+
+    def _write_bundle(self, state: dict[str, torch.Tensor], step: int, history: list[dict[str, Any]]) -> None:
+        directory = self._directory
+        description: dict[str, Any] = {"name": self._job.name, "factory": self._options.factory, "step": step}
+        try:
+            directory.model.mkdir(parents=True, exist_ok=True)
+            export = os.environ.get("SHOAL_EXPORT", "1") != "0"
+            program = str((directory.model / bundle.PROGRAM).resolve()) if export else None
+            description.update(self._supervisor.call("describe_bundle", step, program, timeout_s=300.0))
+        except (JobFailed, RequestError) as error:
+            self._emit("warning", text=f"The bundle does not say what goes in and out: {error}")
+        description["metrics"] = {k: v for k, v in (history[-1] if history else {}).items() if k not in ("epoch", "partial")}
+        try:
+            bundle.write(directory.model, state, description, self._options.source)
+        except OSError as error:
+            raise JobFailed(
+                f"The model could not be written to {directory.model} ({error.strerror}); make room and go on with --resume."
+            ) from None
+
+
+def spin_seconds(plan: Plan) -> float:
+    """How long a worker spins before it sleeps: not at all when the cores do not suffice for all."""
+    from shoal.cluster import Cluster
+
+    wanted = plan.world_size * (plan.threads or 1)
+    return 200e-6 if wanted <= Cluster.local(measure=False).cores else 0.0
+
+
+def batch_line(plan: Plan, job: Job, facts: JobFacts) -> str:
+    """How the global batch is divided: 'global 100 = 2 × 50'."""
+    from shoal.data.order import share_bounds
+
+    batch = min(job.batch_size, facts.samples)
+    sizes = [b - a for a, b in share_bounds(batch, plan.shares or (1,) * plan.world_size)]
+    if len(set(sizes)) == 1:
+        return f"global {batch} = {len(sizes)} × {sizes[0]}"
+    return f"global {batch} = " + " + ".join(map(str, sizes))
+
+
