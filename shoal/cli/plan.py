@@ -51,10 +51,9 @@ def plan(
     wanted = parse_plan(plan)
     job = find_target(target, set, seed, data)
     machines = find_cluster(cluster, memory_limit)
-    from shoal.planner import api
+    from shoal.train.api import plan_job
 
-    made = api.make_plan(job, wanted, machines)
-    result = api.report(job, made, machines)
+    made, result = plan_job(job.job, wanted, machines)
     return Answer(result, _lines(made, result))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.errors import PlanError, RequestError
 from shoal.job import Job
 from shoal.plan import Plan
+from shoal.process.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from shoal.cluster import Cluster
@@ -81,6 +82,36 @@ def train(
         cluster=cluster, on_event=on_event, factory=importable(job.model),
     )  # fmt: skip
     return run_job(job, options, [])
+
+
+def plan(job: Job, cluster: Cluster | None = None, wanted: str | Plan | None = None) -> Plan:
+    """Choose how a job would run on a cluster (None: this machine), by short trials, without training it.
+
+    Args:
+        wanted: what is already decided, such as "dp=2"; the rest is chosen.
+
+    Returns a complete Plan: ``print(plan)`` shows it, ``plan.why()`` explains it.
+    """
+    return plan_job(job, wanted, cluster)[0]
+
+
+def plan_job(job: Job, wanted: str | Plan | None, cluster: Cluster | None) -> tuple[Plan, dict[str, Any]]:
+    """The chosen plan, and what ``shoal plan --json`` prints."""
+    from shoal.train.driver import ENTRY, check_plan, portable
+    from shoal.train.choose import choose_plan, report
+
+    asked = read_plan(wanted)
+    asked.require_built()
+    supervisor = Supervisor()
+    try:
+        supervisor.start()
+        supervisor.load(ENTRY, portable(job), 3600.0)
+        facts = supervisor.call("facts")
+        chosen = choose_plan(asked, job, facts, supervisor, cluster)
+        check_plan(chosen, job, facts)
+        return chosen, report(chosen, job, facts, supervisor)
+    finally:
+        supervisor.close()
 
 
 def train_target(target: Any, options: TrainOptions, observers: Sequence[Observer] = ()) -> Run:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from shoal.cluster import Cluster
@@ -20,9 +23,11 @@ from shoal.planner.candidates import local_candidates
 from shoal.planner.search import Tried, search
 from shoal.process.supervisor import Supervisor
 from shoal.train.crew import Crew
+from shoal.train.memory import memory_of
 from shoal.train.settings import JobFacts, RunSettings
 
-SEARCH_S = 6.0
+SEARCH_S = 4.0
+_SINGLE_TRIAL_S = 1.5
 _WARM_UP_STEPS = 3
 _MOST_TRIAL_STEPS = 400
 
@@ -56,9 +61,11 @@ def _best(
     known = _known(job, facts, candidates)
     if known is None:
         began = time.monotonic()
-        tried = search(candidates, _trial(job, facts, supervisor), SEARCH_S)
+        tried = search(
+            candidates, lambda plan, s: run_trial(plan, job, facts, supervisor, s).step_times_s, SEARCH_S
+        )
         for entry in tried:
-            remember(entry.plan, job, facts, entry.step_s, tried=True)
+            remember(entry.plan, job, facts, {"trial_step_s": entry.step_s})
         how = f"tried {len(tried)} plans in {time.monotonic() - began:.0f} s"
     else:
         tried, how = known, "remembered from earlier trials of this job on this machine"
@@ -74,47 +81,94 @@ def _short(plan: Plan) -> str:
     return f"dp={plan.dp},threads={plan.threads}" + (f",layout={plan.layout}" if plan.layout != "contiguous" else "")
 
 
-def _trial(job: Job, facts: JobFacts, supervisor: Supervisor) -> Callable[[Plan, float], list[float]]:
-    def trial(plan: Plan, seconds: float) -> list[float]:
-        from shoal.train.session import spin_seconds
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial measured.
 
-        settings = RunSettings(
-            plan=plan,
-            layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes),
-            total_steps=_MOST_TRIAL_STEPS,
-            steps_per_epoch=_MOST_TRIAL_STEPS + 1 if facts.samples > job.batch_size else 1,
-            spin_s=spin_seconds(plan),
-            evaluate=False,
-        )
-        arena = Arena.create(settings.layout)
-        try:
-            return _run_trial(arena, settings, supervisor, facts, seconds)
-        finally:
-            arena.memory.close()
+    Attributes:
+        step_times_s: of the steps after the first few.
+        compute_s, comm_s: medians of a worker's computing, and of its reducing, updating and waiting.
+        memory_mb: the largest worker's peak resident memory.
+    """
 
-    return trial
+    step_times_s: list[float]
+    compute_s: float
+    comm_s: float
+    memory_mb: float | None
+
+
+def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, seconds: float) -> TrialResult:
+    """Run a plan for about so many seconds in an arena of its own, whose results are thrown away; remember the times."""
+    from shoal.train.session import spin_seconds
+
+    settings = RunSettings(
+        plan=plan,
+        layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes),
+        total_steps=_MOST_TRIAL_STEPS,
+        steps_per_epoch=_MOST_TRIAL_STEPS + 1 if facts.samples > job.batch_size else 1,
+        spin_s=spin_seconds(plan),
+        evaluate=False,
+    )
+    arena = Arena.create(settings.layout)
+    try:
+        result = _run_trial(arena, settings, supervisor, facts, seconds)
+    finally:
+        arena.memory.close()
+    details = {"compute_s": result.compute_s, "comm_s": result.comm_s, "memory_mb": result.memory_mb}
+    remember(plan, job, facts, {"trial_step_s": statistics.median(result.step_times_s), **details})
+    return result
 
 
 def _run_trial(
     arena: Arena, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
-) -> list[float]:
-    """Run a plan in an arena of its own, whose results are thrown away; the times of its steps after the first few."""
+) -> TrialResult:
     supervisor.call("bind", settings, True, fds=(arena.memory.fd,))
     crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
     crew.start(spare=False)
     started = None
+    memory: dict[str, Any] = {}
     while not crew.finished:
         crew.poll(0.01, 0.0, lambda: "the job was only being tried.")
         done = min(slot.signal(Signal.UPDATED) for slot in arena.slots)
         if started is None and done >= _WARM_UP_STEPS:
             started = time.monotonic()
         if started is not None and time.monotonic() - started > seconds and done > _WARM_UP_STEPS + 1:
+            if not arena.supervisor.note(Note.STOP_WANTED):
+                memory = memory_of([child.pid for child in supervisor.children.values() if child.role == "worker"])
             arena.supervisor.write(Note.STOP_WANTED, 1)
     store = Store(arena, facts.table)
     count = min(slot.signal(Signal.UPDATED) for slot in arena.slots)
-    ends = [float(store.record(0, step)[Columns.ENDED]) for step in range(count)]
     first = min(_WARM_UP_STEPS, max(0, count - 2))
-    return [b - a for a, b in zip(ends[first:-1], ends[first + 1 :], strict=True)]
+    rows = [store.record(0, step) for step in range(first, count)]
+    ends = [float(row[Columns.ENDED]) for row in rows]
+    return TrialResult(
+        [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)] or [ends[0] - float(rows[0][Columns.BEGAN])],
+        statistics.median(float(row[Columns.COMPUTE]) for row in rows),
+        statistics.median(float(row[Columns.REDUCE] + row[Columns.WAIT]) for row in rows),
+        max(memory.get("peak_rss_mb") or [0.0]) or None,
+    )
+
+
+def report(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor) -> dict[str, Any]:
+    """What ``shoal plan --json`` says of a chosen plan; it is tried now if nothing is known of it."""
+    if "memory_mb" not in _entries(job, facts).get(str(plan), {}):
+        run_trial(plan, job, facts, supervisor, _SINGLE_TRIAL_S)
+    entries = _entries(job, facts)
+    entry = entries[str(plan)]
+    return {
+        "plan": str(plan),
+        "predicted": {
+            "step_s": predicted_step(plan, job, facts),
+            "memory_mb_per_worker": entry["memory_mb"],
+            "compute_s": entry["compute_s"],
+            "comm_s": entry["comm_s"],
+        },
+        "candidates": sorted(
+            ({"plan": name, "step_s": e["trial_step_s"]} for name, e in entries.items() if "trial_step_s" in e),
+            key=lambda e: e["step_s"],
+        ),
+        "why": list(plan.explanation),
+    }
 
 
 def _check_memory(facts: JobFacts, plan: Plan, machine: Cluster) -> None:
@@ -150,21 +204,23 @@ def _file(job: Job, facts: JobFacts) -> Any:
     return cache_dir() / "plans" / f"{job_key(job, facts)}.json"
 
 
-def remember(plan: Plan, job: Job, facts: JobFacts, step_s: float, tried: bool = False) -> None:
-    """Keep the median step of a plan; a full run counts for more than a trial."""
-    path = _file(job, facts)
-    known = read_json(path) or {}
-    entry = known.setdefault(str(plan), {})
-    entry["trial_step_s" if tried else "step_s"] = step_s
-    try:
-        write_json(path, known)
-    except OSError:
-        return
+def _entries(job: Job, facts: JobFacts) -> dict[str, dict[str, Any]]:
+    """What is known of this job on this machine: plan -> measurements."""
+    return read_json(_file(job, facts)) or {}
+
+
+def remember(plan: Plan, job: Job, facts: JobFacts, measured: Mapping[str, float | None]) -> None:
+    """Keep measurements of a plan: ``trial_step_s`` of a trial, ``step_s`` of a full run, which counts for more."""
+    known = _entries(job, facts)
+    known.setdefault(str(plan), {}).update(measured)
+    # A cache that cannot be written costs the next run a trial, nothing else.
+    with contextlib.suppress(OSError):
+        write_json(_file(job, facts), known)
 
 
 def _known(job: Job, facts: JobFacts, candidates: list[Plan]) -> list[Tried] | None:
     """What is remembered of all the candidates' trials, the fastest first, or None where one was never tried."""
-    known = read_json(_file(job, facts)) or {}
+    known = _entries(job, facts)
     if any("trial_step_s" not in known.get(str(plan), {}) for plan in candidates):
         return None
     found = [Tried(plan, float(known[str(plan)]["trial_step_s"]), 0) for plan in candidates]
@@ -173,6 +229,6 @@ def _known(job: Job, facts: JobFacts, candidates: list[Plan]) -> list[Tried] | N
 
 def predicted_step(plan: Plan, job: Job, facts: JobFacts) -> float | None:
     """What this plan's median step was in an earlier run, or in a trial; None where nothing is known of it."""
-    entry = (read_json(_file(job, facts)) or {}).get(str(plan), {})
+    entry = _entries(job, facts).get(str(plan), {})
     value = entry.get("step_s", entry.get("trial_step_s"))
     return None if value is None else float(value)

@@ -26,7 +26,7 @@ from shoal.train.run import SUMMARY, Run, open_run
 from shoal.train.rundir import RunDirectory
 from shoal.train.settings import JobFacts
 
-_ENTRY = "shoal.train.host:TrainHost"
+ENTRY = "shoal.train.host:TrainHost"
 _BUILD_TIMEOUT_S = 3600.0
 
 
@@ -105,7 +105,7 @@ def run_job(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> R
         observers = [*observers, *_tensorboard(directory, options)]
         emitter = Emitter(log, observers, options.on_event)
         try:
-            supervisor.load(_ENTRY, portable(job), _BUILD_TIMEOUT_S)
+            supervisor.load(ENTRY, portable(job), _BUILD_TIMEOUT_S)
             facts: JobFacts = supervisor.call("facts")
             finished = _finished(directory, job, options, facts)
             if finished is not None:

@@ -369,7 +369,7 @@ class Session:
         self._write_bundle(state, step, history)
         digest = weights_sha256(state)
         if recorder.step_s is not None and len(recorder.step_times_s) >= 20:
-            remember(self._plan, self._job, self._facts, recorder.step_s)
+            remember(self._plan, self._job, self._facts, {"step_s": recorder.step_s})
         summary = {
             "run": str(directory.path), "job": self._job.name, "plan": str(self._plan),
             "world_size": self._plan.world_size, "steps": step, "epochs": history,
