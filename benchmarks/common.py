@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,7 @@ def alternate(
     """
     say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     results = {peer.name: Result(peer.name) for peer in peers}
+    began = time.monotonic()
     for number in range(repeats):
         for peer in peers if number % 2 == 0 else list(reversed(peers)):
             result = results[peer.name]
@@ -112,12 +114,17 @@ def alternate(
                 value = float(answer[key])
             except (PeerFailed, KeyError, TypeError, ValueError) as error:
                 result.error = f"{key} is missing" if isinstance(error, KeyError) else str(error)
-                say(f"round {number + 1}/{repeats}  {peer.name}: failed: {result.error}")
+                say(f"{_gone(began)}  round {number + 1}/{repeats}  {peer.name}: failed: {result.error}")
                 continue
             result.values.append(value)
             result.details.append(answer)
-            say(f"round {number + 1}/{repeats}  {peer.name}: {_number(value)}")
+            say(f"{_gone(began)}  round {number + 1}/{repeats}  {peer.name}: {_number(value)}")
     return results
+
+
+def _gone(began: float) -> str:
+    minutes, seconds = divmod(int(time.monotonic() - began), 60)
+    return f"{minutes:3d}:{seconds:02d}"
 
 
 def hardware() -> dict[str, Any]:
@@ -176,15 +183,45 @@ class Group:
         return best(ready, key=lambda r: r.median or 0.0) if ready else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A promise that a benchmark holds itself to: ``value`` is at most (or at least) ``limit``; None was not measured."""
+
+    claim: str
+    value: float | None
+    limit: float
+    unit: str = ""
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "claim": self.claim, "value": self.value, "limit": self.limit, "unit": self.unit,
+            "at_least": self.at_least, "passed": self.passed,
+        }  # fmt: skip
+
+
 def report(
-    name: str, groups: Sequence[Group], unit: str, settings: Mapping[str, Any], machine: Mapping[str, Any]
+    name: str,
+    groups: Sequence[Group],
+    unit: str,
+    settings: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    bars: Sequence[Bar] = (),
+    draw: Callable[[Path, str], None] | None = None,
 ) -> bool:
-    """Print the tables, add a JSON line to ``results/<name>.jsonl`` and draw ``results/<name>.png``.
+    """Print the tables and bars, add a JSON line to ``results/<name>.jsonl`` and draw ``results/<name>.png``.
 
     Args:
         machine: ``hardware()``, called before the first measurement, so that it holds the load before them.
+        draw: makes another figure than ``figure`` does, from (path, caption).
 
-    Returns whether no peer failed.
+    Returns whether no peer failed; a bar that was missed is shown and written down, and is no failure.
     """
     from rich.console import Console
     from rich.table import Table
@@ -205,6 +242,8 @@ def report(
         for result in group.results.values():
             if result.error is not None:
                 console.print(f"{result.name} failed: {result.error}", style="red", highlight=False)
+    if bars:
+        console.print(_bar_table(bars))
     line = {
         "t": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "benchmark": name,
@@ -212,13 +251,30 @@ def report(
         "hardware": machine,
         "settings": dict(settings),
         "groups": [_group_dict(group) for group in groups],
+        "bars": [bar.as_dict() for bar in bars],
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    figure(RESULTS / f"{name}.png", groups, unit, hardware_line(machine))
+    if draw is not None:
+        draw(RESULTS / f"{name}.png", hardware_line(machine))
+    else:
+        figure(RESULTS / f"{name}.png", groups, unit, hardware_line(machine))
     console.print(f"Written: {RESULTS / name}.jsonl and .png", highlight=False)
     return all(result.error is None for group in groups for result in group.results.values())
+
+
+def _bar_table(bars: Sequence[Bar]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="bars", title_justify="left")
+    for heading in ("claim", "measured", "bar", ""):
+        table.add_column(heading, justify="left" if heading in ("claim", "") else "right")
+    for bar in bars:
+        measured = "not measured" if bar.value is None else f"{_number(bar.value)} {bar.unit}".strip()
+        wanted = f"{'≥' if bar.at_least else '≤'} {_number(bar.limit)} {bar.unit}".strip()
+        table.add_row(bar.claim, measured, wanted, "[green]pass[/green]" if bar.passed else "[red]falls short[/red]")
+    return table
 
 
 def _row(result: Result, reference: Result | None) -> list[str]:

@@ -139,9 +139,7 @@ def _from_source(directory: Path, source: Mapping[str, str]) -> Any:
 
 
 def shoal_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    """The version of the shoal that runs, installed or not."""
+    import shoal
 
-    try:
-        return version("shoal")
-    except PackageNotFoundError:
-        return "unknown"
+    return shoal.__version__

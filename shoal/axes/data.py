@@ -32,6 +32,7 @@ import torch
 
 from shoal.comm.arena import Note, Order, Phase, Signal
 from shoal.comm.store import Columns, Store
+from shoal.comm.table import chunks_of, slice_bounds
 from shoal.errors import DeadlineError, ShoalError
 
 COLLECTIVES_A_STEP = 4096
@@ -128,7 +129,10 @@ class ArenaData:
             loss += record[Columns.LOSS]
             weight += record[Columns.WEIGHT]
             measured = measured or record[Columns.MEASURED] > 0
-        return Totals(float(loss / weight) if weight else 0.0, 1.0 / weight if measured and weight else 1.0)
+        mean = float(loss / weight) if weight else 0.0
+        if self.store.local:
+            weight = self.store.record(self.rank, step)[Columns.WEIGHT]
+        return Totals(mean, float(1.0 / weight) if measured and weight else 1.0)
 
     def update(self, step: int, totals: Totals, grad_clip: float | None, hooks: Hooks) -> None:
         """Update this worker's slice, or what is left of it."""
@@ -155,14 +159,39 @@ class ArenaData:
         """Wait until everybody's slice is."""
         self.wait(Signal.UPDATED, step + 1)
 
+    def average(self, step: int, samples: Sequence[int]) -> None:
+        """After ``step``, make every replica the average of all, weighted by the samples that each was trained on.
+
+        Each worker averages a slice into the shared weights, then copies all of them into its replica. A replacement may
+        do either again: the replicas do not change before all have posted AVERAGED, nor the averages before the next one.
+        """
+        store, table = self.store, self.store.table
+        if self.slot.signal(Signal.AVERAGED) <= step:
+            total = sum(samples)
+            start, stop = slice_bounds(table.trained_bytes, self.world_size)[self.rank]
+            for chunk in chunks_of(table, start, stop):
+                dtype = table.parameters[chunk.pieces[0].parameter].dtype
+                mean = store.weight_range(chunk.start, chunk.stop, dtype)
+                mean.zero_()
+                for rank, count in enumerate(samples):
+                    if count:
+                        mean.add_(store.weight_range(chunk.start, chunk.stop, dtype, rank), alpha=count / total)
+            self.slot.post(Signal.AVERAGED, step + 1)
+        self.wait(Signal.AVERAGED, step + 1)
+        if table.trained_bytes:
+            own = store.weight_range(0, table.trained_bytes, torch.uint8, self.rank)
+            own.copy_(store.weight_range(0, table.trained_bytes, torch.uint8))
+
     def _clip_scale(self, step: int, totals: Totals, grad_clip: float) -> float:
         """Clip by the global norm, as torch.nn.utils.clip_grad_norm_ does."""
-        if self.slot.signal(Signal.NORM) <= step:
+        if self.slot.signal(Signal.NORM) <= step or self.store.local:
             squared = 0.0
             for chunk in range(self.updater.count):
                 self.updater.sum_gradients(chunk, totals.factor)
                 squared += self.updater.norm_squared()
             self.slot.write(Note.GRADIENT_NORM_SQUARED, squared)
+            if self.store.local:
+                return min(1.0, grad_clip / (math.sqrt(squared) + 1e-6))
             self.slot.post(Signal.NORM, step + 1)
         self.wait(Signal.NORM, step + 1)
         norm = math.sqrt(sum(slot.note(Note.GRADIENT_NORM_SQUARED) for slot in self.arena.slots))

@@ -39,6 +39,7 @@ class Signal(IntEnum):
     UPDATED = 2
     EVALUATED = 3
     COLLECTIVE = 4
+    AVERAGED = 5
 
 
 class Order(IntEnum):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from shoal.comm.arena import Arena, ArenaLayout
-from shoal.comm.table import CHUNK_BYTES, ParameterTable, align, chunks_of, deal_tensors, slice_bounds
+from shoal.comm.table import CHUNK_BYTES, Lane, ParameterTable, align, chunks_of, deal_tensors, lane_of
 from shoal.errors import JobError
 
 RING_STEPS = 2048
@@ -58,27 +58,30 @@ def scalar_row_bytes(table: ParameterTable) -> int:
     return 8 * (1 + len(table.scalar_keys))
 
 
-def slice_layout(table: ParameterTable, world_size: int) -> SliceLayout:
+def slice_layout(table: ParameterTable, world_size: int, local: bool = False) -> SliceLayout:
     """The most that any worker needs."""
     row = scalar_row_bytes(table)
     if table.elementwise:
-        slices = slice_bounds(table.trained_bytes, world_size)
-        chunks = [chunks_of(table, *bounds) for bounds in slices]
+        lanes = [lane_of(table, rank, world_size, local) for rank in range(world_size)]
+        chunks = [chunks_of(table, lane.start, lane.stop) for lane in lanes]
         pieces = max((sum(len(c.pieces) for c in own) for own in chunks), default=0)
         longest = max((len(c.pieces) for own in chunks for c in own), default=0)
         undo = align(CHUNK_BYTES) * (1 + len(table.state_keys)) + longest * row
         return SliceLayout(align(pieces * row), align(undo))
     held = []
-    for hand in deal_tensors(table, world_size):
+    for hand in deal_tensors(table, 1 if local else world_size):
         own = set(hand)
         state = sum(align(s.nbytes) for s in table.states if s.parameter in own)
         held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(table.trained))
     return SliceLayout(align(row * len(table.trained)), align(max(held)))
 
 
-def arena_layout(table: ParameterTable, world_size: int, collective_bytes: int = 0) -> ArenaLayout:
-    """Lay out an arena for a model and a number of workers."""
-    own = slice_layout(table, world_size)
+def arena_layout(
+    table: ParameterTable, world_size: int, collective_bytes: int = 0, local: bool = False
+) -> ArenaLayout:
+    """Lay out an arena for a model and a number of workers; ``local``: each trains a replica of its own."""
+    own = slice_layout(table, world_size, local)
+    replicas = world_size if local else 0
     state = len(table.state_keys) * table.trained_bytes if table.elementwise else table.state_bytes
     return ArenaLayout.plan(
         world_size,
@@ -92,7 +95,8 @@ def arena_layout(table: ParameterTable, world_size: int, collective_bytes: int =
             "buffer_steps": 8 * max(1, len(table.buffers)),
             "collectives": world_size * collective_bytes,
             "weights": table.weight_bytes,
-            "state": state,
+            "state": (replicas or 1) * align(state),
+            "replicas": replicas * table.weight_bytes,
             "gradients": world_size * table.trained_bytes,
         },
     )
@@ -104,7 +108,8 @@ class Store:
     def __init__(self, arena: Arena, table: ParameterTable) -> None:
         self.arena = arena
         self.table = table
-        self._own = slice_layout(table, arena.world_size)
+        self.local = arena.layout.regions["replicas"][1] > 0
+        self._own = slice_layout(table, arena.world_size, self.local)
         n = arena.world_size
         self.weights = [arena.view("weights", p.offset, p.numel, p.dtype).view(p.shape) for p in table.parameters]
         records = arena.region("records").numpy().view(np.float64)
@@ -129,15 +134,52 @@ class Store:
         offset = parity * self.table.buffer_bytes + spec.offset
         return self.arena.view("buffers", offset, spec.numel, spec.dtype).view(spec.shape)
 
-    def state_range(self, key: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def lane(self, rank: int) -> Lane:
+        """What a worker updates."""
+        return lane_of(self.table, rank, self.arena.world_size, self.local)
+
+    @property
+    def lanes(self) -> int:
+        """How many copies of the optimizer's state there are."""
+        return self.arena.world_size if self.local else 1
+
+    def weight_range(self, start: int, stop: int, dtype: torch.dtype, replica: int | None = None) -> torch.Tensor:
+        """Bytes ``start`` to ``stop`` of the weights, the shared ones or a replica."""
+        count = (stop - start) // dtype.itemsize
+        if replica is None:
+            return self.arena.view("weights", start, count, dtype)
+        return self.arena.view("replicas", replica * self.table.weight_bytes + start, count, dtype)
+
+    def weight(self, index: int, replica: int | None = None) -> torch.Tensor:
+        """A parameter in its shape, shared or of a replica."""
+        if replica is None:
+            return self.weights[index]
+        spec = self.table.parameters[index]
+        return self.weight_range(spec.offset, spec.offset + spec.nbytes, spec.dtype, replica).view(spec.shape)
+
+    def spread(self) -> None:
+        """Give every replica the shared weights."""
+        if self.local:
+            self.arena.region("replicas").view(self.arena.world_size, -1)[:] = self.arena.region("weights")
+
+    def _state_offset(self, replica: int | None) -> int:
+        if not replica:
+            return 0
+        size: int = self.arena.layout.regions["state"][1]
+        return replica * (size // self.lanes)
+
+    def state_range(
+        self, key: int, start: int, stop: int, dtype: torch.dtype, replica: int | None = None
+    ) -> torch.Tensor:
         """Bytes ``start`` to ``stop`` of an elementwise optimizer's key-th state tensor."""
-        offset = key * self.table.trained_bytes + start
+        offset = self._state_offset(replica) + key * self.table.trained_bytes + start
         return self.arena.view("state", offset, (stop - start) // dtype.itemsize, dtype)
 
-    def state_tensor(self, index: int) -> torch.Tensor:
+    def state_tensor(self, index: int, replica: int | None = None) -> torch.Tensor:
         """A state tensor of an optimizer that is not elementwise."""
         spec = self.table.states[index]
-        return self.arena.view("state", spec.offset, spec.numel, spec.dtype).view(spec.shape)
+        offset = self._state_offset(replica) + spec.offset
+        return self.arena.view("state", offset, spec.numel, spec.dtype).view(spec.shape)
 
     def scalar_bytes(self, rank: int) -> torch.Tensor:
         """A worker's rows of per-piece scalars, as bytes."""

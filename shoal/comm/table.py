@@ -125,6 +125,33 @@ class Chunk:
 CHUNK_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class Lane:
+    """What one worker updates, and from whose gradients.
+
+    Usually that is a slice of the shared weights, from everybody's gradients. A worker that trains alone for some steps
+    (``local_steps``) updates all of a replica of its own, from its own gradients.
+
+    Attributes:
+        start, stop: bytes of the trained weights.
+        sources: the ranks whose gradients are summed.
+        replica: index of the weights' and the state's copy that is updated; None for the shared one.
+    """
+
+    rank: int
+    start: int
+    stop: int
+    sources: tuple[int, ...]
+    replica: int | None = None
+
+
+def lane_of(table: ParameterTable, rank: int, world_size: int, local: bool) -> Lane:
+    """The lane of a worker."""
+    if local:
+        return Lane(rank, 0, table.trained_bytes, (rank,), rank)
+    return Lane(rank, *slice_bounds(table.trained_bytes, world_size)[rank], tuple(range(world_size)))
+
+
 def slice_bounds(total: int, parts: int) -> list[tuple[int, int]]:
     """Cut ``total`` bytes into ``parts`` slices of nearly equal size, each beginning on a cache line."""
     lines = -(-total // ALIGNMENT)

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from shoal.comm.store import Columns, Store, scalar_row_bytes
-from shoal.comm.table import FROZEN, ParameterTable, chunks_of, deal_tensors, slice_bounds
+from shoal.comm.table import FROZEN, ParameterTable, chunks_of, deal_tensors
 from shoal.errors import RequestError
-from shoal.train.update import Saved, as_bytes
+from shoal.train.update import Saved, as_bytes, lane_kind
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -52,21 +52,22 @@ class Entry:
 
 
 class FileLayout:
-    """Where each tensor of a checkpoint lies in its safetensors file."""
+    """Where each tensor of a checkpoint lies in its safetensors file; ``lanes``: copies of the optimizer's state."""
 
-    def __init__(self, table: ParameterTable) -> None:
+    def __init__(self, table: ParameterTable, lanes: int = 1) -> None:
         self.entries: dict[str, Entry] = {}
         self._at = 0
+        row = scalar_row_bytes(table)
         for spec in table.parameters:
             self._add("weights", spec.name, spec.dtype, spec.shape, spec.nbytes)
-            if spec.group != FROZEN:
+            for lane in range(lanes) if spec.group != FROZEN else ():
                 for key in table.state_keys:
-                    self._add(f"state.{key}", spec.name, spec.dtype, spec.shape, spec.nbytes)
-                row = scalar_row_bytes(table)
-                self._add("scalars", spec.name, torch.uint8, (row,), row)
+                    self._add(lane_kind(f"state.{key}", lane), spec.name, spec.dtype, spec.shape, spec.nbytes)
+                self._add(lane_kind("scalars", lane), spec.name, torch.uint8, (row,), row)
         for state in table.states:
             name = table.parameters[state.parameter].name
-            self._add(f"state.{state.key}", name, state.dtype, state.shape, state.nbytes)
+            for lane in range(lanes):
+                self._add(lane_kind(f"state.{state.key}", lane), name, state.dtype, state.shape, state.nbytes)
         for spec in table.buffers:
             self._add("buffers", spec.name, spec.dtype, spec.shape, spec.nbytes)
 
@@ -105,7 +106,7 @@ class PartWriter:
     def __init__(self, store: Store, directory: str | Path, step: int) -> None:
         self._store = store
         self.step = step
-        self._layout = FileLayout(store.table)
+        self._layout = FileLayout(store.table, store.lanes)
         self._path = part_path(directory, step)
         self._fd = -1
 
@@ -144,13 +145,16 @@ class PartWriter:
         rows = ScalarRows(store)
         for index, spec in enumerate(table.trained):
             self.write([Saved("weights", spec.name, 0, as_bytes(store.weights[index]))])
-            self.write([Saved("scalars", spec.name, 0, rows.of(index)[0])])
-            for k, key in enumerate(table.state_keys):
-                data = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype)
-                self.write([Saved(f"state.{key}", spec.name, 0, as_bytes(data))])
+            for lane in range(store.lanes):
+                self.write([Saved(lane_kind("scalars", lane), spec.name, 0, rows.of(index, lane)[0])])
+                for k, key in enumerate(table.state_keys):
+                    data = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype, lane)
+                    self.write([Saved(lane_kind(f"state.{key}", lane), spec.name, 0, as_bytes(data))])
         for place, state in enumerate(table.states):
             name = table.parameters[state.parameter].name
-            self.write([Saved(f"state.{state.key}", name, 0, as_bytes(store.state_tensor(place)))])
+            for lane in range(store.lanes):
+                data = as_bytes(store.state_tensor(place, lane))
+                self.write([Saved(lane_kind(f"state.{state.key}", lane), name, 0, data)])
         self.close()
 
     def close(self) -> None:
@@ -170,23 +174,24 @@ class ScalarRows:
 
     def __init__(self, store: Store) -> None:
         table, world_size = store.table, store.arena.world_size
-        self._rows: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(table.trained))}
+        self._rows: dict[tuple[int, int], list[torch.Tensor]] = {}
         row = scalar_row_bytes(table)
-        if not table.elementwise:
-            for rank, hand in enumerate(deal_tensors(table, world_size)):
-                data = store.scalar_bytes(rank)
-                for index in hand:
-                    self._rows[index].append(data[index * row : (index + 1) * row])
-            return
-        for rank, bounds in enumerate(slice_bounds(table.trained_bytes, world_size)):
+        hands = deal_tensors(table, world_size) if not store.local else deal_tensors(table, 1) * world_size
+        for rank in range(world_size):
+            lane = store.lane(rank)
             data = store.scalar_bytes(rank)
-            pieces = [piece for chunk in chunks_of(table, *bounds) for piece in chunk.pieces]
-            for at, piece in enumerate(pieces):
-                self._rows[piece.parameter].append(data[at * row : (at + 1) * row])
+            if table.elementwise:
+                chunks = chunks_of(table, lane.start, lane.stop)
+                owned = enumerate(piece.parameter for chunk in chunks for piece in chunk.pieces)
+            else:
+                owned = ((index, index) for index in hands[rank])  # type: ignore[assignment]
+            for at, parameter in owned:
+                rows = self._rows.setdefault((parameter, lane.replica or 0), [])
+                rows.append(data[at * row : (at + 1) * row])
 
-    def of(self, parameter: int) -> list[torch.Tensor]:
-        """The rows of a trained parameter, the first piece's first."""
-        return self._rows[parameter]
+    def of(self, parameter: int, lane: int = 0) -> list[torch.Tensor]:
+        """The rows of a trained parameter in one copy of the optimizer's state, the first piece's first."""
+        return self._rows[parameter, lane]
 
 
 # -- completing and reading ------------------------------------------------------------------------------------------
@@ -260,43 +265,52 @@ def restore(checkpoint: Checkpoint, store: Store) -> Restored:
     """Fill the arena from a checkpoint, whatever number of workers wrote it. RequestError where it is of another model."""
     from safetensors import safe_open
 
-    layout = FileLayout(store.table)
-    rows = ScalarRows(store)
-    table = store.table
-    by_name = {spec.name: index for index, spec in enumerate(table.parameters)}
-    buffers = {spec.name: index for index, spec in enumerate(table.buffers)}
-    states = {(table.parameters[s.parameter].name, s.key): place for place, s in enumerate(table.states)}
     with safe_open(checkpoint.path / "state.safetensors", framework="pt") as file:
         names = set(file.keys())
+        layout = FileLayout(store.table, _lanes_in(names))
         if names != set(layout.entries):
             odd = sorted(names ^ set(layout.entries))[0]
             raise RequestError(
                 f"The checkpoint {checkpoint.path} is of another model or optimizer ({odd} is not in both); "
                 "resume with the job that wrote it, or choose another --run."
             )
-        for key in layout.entries:
-            kind, _, name = key.partition("/")
+        for key, entry in layout.entries.items():
             value = file.get_tensor(key)
-            if tuple(value.shape) != layout.entries[key].shape:
+            if tuple(value.shape) != entry.shape:
                 raise RequestError(
-                    f"The checkpoint {checkpoint.path} has {name} in the shape {tuple(value.shape)}, the job in "
-                    f"{layout.entries[key].shape}; resume with the job that wrote it, or choose another --run."
+                    f"The checkpoint {checkpoint.path} has {key.partition('/')[2]} in the shape {tuple(value.shape)}, the "
+                    f"job in {entry.shape}; resume with the job that wrote it, or choose another --run."
                 )
-            if kind == "weights":
-                store.weights[by_name[name]].copy_(value)
-            elif kind == "buffers":
-                for parity in (0, 1):
-                    store.buffer(parity, buffers[name]).copy_(value)
-            elif kind == "scalars":
-                for row in rows.of(by_name[name]):
-                    row.copy_(value)
-            elif table.elementwise:
-                spec = table.parameters[by_name[name]]
-                k = table.state_keys.index(kind.removeprefix("state."))
-                store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype).copy_(value.reshape(-1))
-            else:
-                store.state_tensor(states[name, kind.removeprefix("state.")]).copy_(value)
+        _restore_tensors(store, file, _lanes_in(names))
     return _restore_notes(checkpoint)
+
+
+def _lanes_in(names: Iterable[str]) -> int:
+    """How many copies of the optimizer's state a checkpoint holds."""
+    return 1 + max((int(kind.partition("@")[2] or 0) for kind in (n.partition("/")[0] for n in names)), default=0)
+
+
+def _restore_tensors(store: Store, file: Any, lanes: int) -> None:
+    """Copy weights, buffers and state into the arena; a lane that the checkpoint lacks gets another one's state."""
+    table = store.table
+    rows = ScalarRows(store)
+    for index, spec in enumerate(table.parameters):
+        store.weights[index].copy_(file.get_tensor(f"weights/{spec.name}"))
+    for index, spec in enumerate(table.buffers):
+        for parity in (0, 1):
+            store.buffer(parity, index).copy_(file.get_tensor(f"buffers/{spec.name}"))
+    for lane in range(store.lanes):
+        kept = lane % lanes
+        for index, spec in enumerate(table.trained):
+            for row in rows.of(index, lane):
+                row.copy_(file.get_tensor(f"{lane_kind('scalars', kept)}/{spec.name}"))
+            for k, state_key in enumerate(table.state_keys):
+                value = file.get_tensor(f"{lane_kind(f'state.{state_key}', kept)}/{spec.name}")
+                place = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype, lane)
+                place.copy_(value.reshape(-1))
+        for at, state in enumerate(table.states):
+            name = table.parameters[state.parameter].name
+            store.state_tensor(at, lane).copy_(file.get_tensor(f"{lane_kind(f'state.{state.key}', kept)}/{name}"))
 
 
 def _restore_notes(checkpoint: Checkpoint) -> Restored:

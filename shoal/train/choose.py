@@ -103,7 +103,7 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
 
     settings = RunSettings(
         plan=plan,
-        layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes),
+        layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes, bool(plan.local_steps)),
         total_steps=_MOST_TRIAL_STEPS,
         steps_per_epoch=_MOST_TRIAL_STEPS + 1 if facts.samples > job.batch_size else 1,
         spin_s=spin_seconds(plan),
@@ -123,6 +123,7 @@ def _run_trial(
     arena: Arena, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
 ) -> TrialResult:
     supervisor.call("bind", settings, True, fds=(arena.memory.fd,))
+    Store(arena, facts.table).spread()
     crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
     crew.start(spare=False)
     started = None

@@ -131,6 +131,9 @@ class TrainHost:
         slot.write(Note.INCARNATION, role.incarnation)
         slot.enter(Phase.STARTING, slot.signal(2))
         parameters = trained_parameters(built.model, self._facts.table)
+        if store.local:
+            for index, parameter in enumerate(parameters):
+                parameter.data = store.weight(index, rank)
         updater = make_updater(store, rank, built.optimizer, lambda: parameters)
         axis = ArenaData(store, rank, updater, Waiting(spin_s=settings.spin_s), settings.guard)
         shares = plan.shares or (1,) * axis.world_size

@@ -79,6 +79,9 @@ class Loop:
         self.parts.model.train()
         step = axis.steps_done()
         self.parts.schedule.recall(step)
+        if step and not axis.has_published(step):
+            # A predecessor may have died before its replica became the average.
+            self._average(step - 1)
         while True:
             if step and step % settings.steps_per_epoch == 0 and self._epoch_ends(step):
                 break
@@ -128,6 +131,7 @@ class Loop:
         axis.commit(step)
         slot.enter(Phase.WAITING, step)
         axis.finish(step)
+        self._average(step)
         if parts.settings.wait_for_observer and self.rank == 0:
             supervisor = axis.arena.supervisor
             axis.wait_for(
@@ -135,9 +139,29 @@ class Loop:
                 "the observer of events",
             )
 
+    # -- training alone for some steps (local_steps) -------------------------------------------------------------
+
+    def _ends_round(self, step: int) -> bool:
+        """Whether replicas are averaged after this step."""
+        settings = self.parts.settings
+        alone, done = settings.plan.local_steps or 1, step + 1
+        return done % alone == 0 or done % settings.steps_per_epoch == 0 or done == settings.total_steps
+
+    def _average(self, step: int) -> None:
+        if not self.parts.store.local or not self._ends_round(step):
+            return
+        first = step
+        while first and not self._ends_round(first - 1):
+            first -= 1
+        samples = [0] * self.parts.axis.world_size
+        for at in range(first, step + 1):
+            for share in self.parts.feed.shares(at):
+                samples = [a + b for a, b in zip(samples, share.counts, strict=True)]
+        self.parts.axis.average(step, samples)
+
     def _decide(self, step: int) -> None:
         """Rank 0 alone decides what happens after a step, before anybody can get past its barrier."""
-        if self.rank:
+        if self.rank or (self.parts.store.local and not self._ends_round(step)):
             return
         supervisor, slot = self.parts.axis.arena.supervisor, self.slot
         if supervisor.note(Note.STOP_WANTED):
@@ -159,7 +183,9 @@ class Loop:
         computing = time.monotonic()
         self._accumulated = False
         self._buffers.load(step)
-        total = sum(sum(share.counts) for share, _ in batches)
+        counts = [share.counts for share, _ in batches]
+        # A worker that trains alone takes the mean over its own samples.
+        total = sum(c[self.rank] for c in counts) if parts.store.local else sum(map(sum, counts))
         loss = weight = samples = 0.0
         measured = False
         values: dict[str, float] = {}

@@ -78,7 +78,7 @@ class Session:
         self._predicted_s = predicted_step(plan, job, facts)
         self._settings = RunSettings(
             plan=plan,
-            layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes),
+            layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes, bool(plan.local_steps)),
             total_steps=total,
             steps_per_epoch=per_epoch,
             checkpoint_dir=str(self._directory.checkpoints.resolve()),
@@ -102,6 +102,7 @@ class Session:
         self._supervisor.call("bind", self._settings, True, fds=(fd,))
         self._supervisor.call("forget_first_weights")
         first = self._restore(store)
+        store.spread()
         self._write_beginning(first)
         self._crew = Crew(self._supervisor, arena, self._settings, self._emit, fd)
         self._recorder = Recorder(store, self._emit, self._settings.steps_per_epoch, first)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shoal.comm.store import Store, scalar_row_bytes
-from shoal.comm.table import Chunk, align, chunks_of, deal_tensors, slice_bounds
+from shoal.comm.table import Chunk, Lane, align, chunks_of, deal_tensors
 from shoal.train.describe import hyperparameters, sliced_group
 
 
@@ -37,12 +37,18 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def lane_kind(kind: str, replica: int | None) -> str:
+    """How a checkpoint names what a replica has of its own: the first one's names are the plain ones."""
+    return f"{kind}@{replica}" if replica else kind
+
+
 class Updater:
     """What both kinds of optimizer share: the list of chunks and the undo log."""
 
     def __init__(self, store: Store, rank: int) -> None:
         self.store = store
         self.rank = rank
+        self.lane = store.lane(rank)
         self._undo = store.undo_bytes(rank)
         self._native = store.arena.native
 
@@ -104,14 +110,13 @@ class ElementwiseUpdater(Updater):
     def __init__(self, store: Store, rank: int, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(store, rank)
         table = store.table
-        bounds = slice_bounds(table.trained_bytes, store.arena.world_size)[rank]
         row = scalar_row_bytes(table)
         rows = store.scalar_bytes(rank)
         self.chunks: list[_ElementwiseChunk] = []
         first = 0
-        for chunk in chunks_of(table, *bounds):
+        for chunk in chunks_of(table, self.lane.start, self.lane.stop):
             last = first + len(chunk.pieces)
-            self.chunks.append(_ElementwiseChunk(store, chunk, rows[first * row : last * row], optimizer))
+            self.chunks.append(_ElementwiseChunk(store, self.lane, chunk, rows[first * row : last * row], optimizer))
             first = last
         longest = max((c.chunk.stop - c.chunk.start for c in self.chunks), default=0)
         self._scratch = torch.empty(longest, dtype=torch.uint8)
@@ -148,10 +153,14 @@ class ElementwiseUpdater(Updater):
 class _ElementwiseChunk:
     """The pieces of one chunk, their views in the arena, and the optimizer over them."""
 
-    def __init__(self, store: Store, chunk: Chunk, rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, store: Store, lane: Lane, chunk: Chunk, rows: torch.Tensor, optimizer: torch.optim.Optimizer
+    ) -> None:
         table = store.table
         self.chunk = chunk
         self.store = store
+        self._lane = lane
+        replica = lane.replica
         self._keys, self._scalar_keys = table.state_keys, table.scalar_keys
         self._specs = [table.parameters[p.parameter] for p in chunk.pieces]
         self._dtype = self._specs[0].dtype
@@ -161,10 +170,10 @@ class _ElementwiseChunk:
             for piece, spec in zip(chunk.pieces, self._specs, strict=True)
         ]
         self._spans = [(a - chunk.start, b - chunk.start) for a, b in flat]
-        weights = store.arena.view("weights", chunk.start, (chunk.stop - chunk.start) // width, self._dtype)
+        weights = store.weight_range(chunk.start, chunk.stop, self._dtype, replica)
         self._pieces = [nn.Parameter(weights[a // width : b // width]) for a, b in self._spans]
         self._states = [
-            [store.state_range(k, a, b, self._dtype) for k in range(len(self._keys))] for a, b in flat
+            [store.state_range(k, a, b, self._dtype, replica) for k in range(len(self._keys))] for a, b in flat
         ]
         self._rows = rows.view(len(flat), -1)
         self._made = self._rows[:, :8].numpy().view(np.int64).reshape(-1)
@@ -174,11 +183,15 @@ class _ElementwiseChunk:
             for row in self._rows
         ]
         self.ranges = [as_bytes(weights)]
-        self.ranges += [as_bytes(store.state_range(k, chunk.start, chunk.stop, self._dtype)) for k in range(len(self._keys))]
+        self.ranges += [
+            as_bytes(store.state_range(k, chunk.start, chunk.stop, self._dtype, replica)) for k in range(len(self._keys))
+        ]
         self.ranges.append(rows)
+        # A slice of all rows makes no copy.
+        self._rows_of = slice(lane.sources[0], lane.sources[-1] + 1)
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
         self._stripes = [
-            store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in range(store.arena.world_size)
+            store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in lane.sources
         ]
         self._group_of = [spec.group for spec in self._specs]
         self._optimizer = self._make_optimizer(optimizer)
@@ -204,7 +217,7 @@ class _ElementwiseChunk:
                 own["fused"] = fused
 
     def sum_gradients(self, scratch: torch.Tensor, factor: float) -> None:
-        touched = self.store.touched[:, self._indices]
+        touched = self.store.touched[self._rows_of][:, self._indices]
         total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
         width = self._dtype.itemsize
         native = self.store.arena.native
@@ -268,11 +281,12 @@ class _ElementwiseChunk:
         width = self._dtype.itemsize
         for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self._specs, strict=True)):
             start = piece.start * width
-            yield Saved("weights", spec.name, start, as_bytes(self._pieces[k].data))
+            if not self._lane.replica:
+                yield Saved("weights", spec.name, start, as_bytes(self._pieces[k].data))
             for key, place in zip(self._keys, self._states[k], strict=True):
-                yield Saved(f"state.{key}", spec.name, start, as_bytes(place))
+                yield Saved(lane_kind(f"state.{key}", self._lane.replica), spec.name, start, as_bytes(place))
             if piece.start == 0:
-                yield Saved("scalars", spec.name, 0, self._rows[k])
+                yield Saved(lane_kind("scalars", self._lane.replica), spec.name, 0, self._rows[k])
 
 
 class WholeUpdater(Updater):
@@ -286,7 +300,8 @@ class WholeUpdater(Updater):
         self, store: Store, rank: int, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
     ) -> None:
         super().__init__(store, rank)
-        self.own = deal_tensors(store.table, store.arena.world_size)[rank]
+        local = self.lane.replica is not None
+        self.own = deal_tensors(store.table, 1)[0] if local else deal_tensors(store.table, store.arena.world_size)[rank]
         self._optimizer = optimizer
         self._parameters = parameters
         row = scalar_row_bytes(store.table)
@@ -306,9 +321,9 @@ class WholeUpdater(Updater):
     def sum_gradients(self, chunk: int, factor: float) -> None:
         self._gradients = {}
         for index in self.own:
-            ranks = np.flatnonzero(self.store.touched[:, index])
-            if len(ranks):
-                stripes = [self.store.gradient(int(r), index) for r in ranks]
+            ranks = [r for r in self.lane.sources if self.store.touched[r, index]]
+            if ranks:
+                stripes = [self.store.gradient(r, index) for r in ranks]
                 out = torch.empty_like(stripes[0])
                 self._native.sum_into(out.view(-1), [s.view(-1) for s in stripes], factor)
                 self._gradients[index] = out
@@ -326,7 +341,7 @@ class WholeUpdater(Updater):
         for place, spec in self._states:
             state = self._optimizer.state.get(self._parameters[spec.parameter], {})
             value = state.get(spec.key)
-            view = self.store.state_tensor(place)
+            view = self.store.state_tensor(place, self.lane.replica)
             if value is not None and value.data_ptr() != view.data_ptr():
                 view.copy_(value)
                 state[spec.key] = view
@@ -363,22 +378,26 @@ class WholeUpdater(Updater):
                 state = dict(self._remembered.get("state", {}).get(index, {}))
                 for place, spec in self._states:
                     if spec.parameter == index:
-                        state[spec.key] = self.store.state_tensor(place)
+                        state[spec.key] = self.store.state_tensor(place, self.lane.replica)
                 self._optimizer.state[parameter] = state
 
     def _ranges(self, chunk: int) -> list[torch.Tensor]:
-        ranges = [as_bytes(self.store.weights[index]) for index in self.own]
-        ranges += [as_bytes(self.store.state_tensor(place)) for place, _ in self._states]
+        replica = self.lane.replica
+        ranges = [as_bytes(self.store.weight(index, replica)) for index in self.own]
+        ranges += [as_bytes(self.store.state_tensor(place, replica)) for place, _ in self._states]
         return [*ranges, self._row_bytes]
 
     def saved(self, chunk: int) -> Iterator[Saved]:
         for index in self.own:
             spec = self.store.table.parameters[index]
-            yield Saved("weights", spec.name, 0, as_bytes(self.store.weights[index]))
-            yield Saved("scalars", spec.name, 0, self._row_bytes.view(len(self._parameters), -1)[index])
+            if not self.lane.replica:
+                yield Saved("weights", spec.name, 0, as_bytes(self.store.weight(index, self.lane.replica)))
+            row = self._row_bytes.view(len(self._parameters), -1)[index]
+            yield Saved(lane_kind("scalars", self.lane.replica), spec.name, 0, row)
         for place, state in self._states:
             name = self.store.table.parameters[state.parameter].name
-            yield Saved(f"state.{state.key}", name, 0, as_bytes(self.store.state_tensor(place)))
+            data = as_bytes(self.store.state_tensor(place, self.lane.replica))
+            yield Saved(lane_kind(f"state.{state.key}", self.lane.replica), name, 0, data)
 
 
 def make_updater(
