@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -168,7 +168,8 @@ def hardware_line(machine: Mapping[str, Any]) -> str:
 class Group:
     """One table of a benchmark: a title, a note on it, its results, and the peers that the others are held against.
 
-    The reference is the best of ``references`` (the largest median, or the smallest where less is better).
+    The reference is the best of ``references`` (the largest median, or the smallest where less is better). A group
+    without a unit of its own has the report's.
     """
 
     title: str
@@ -176,6 +177,7 @@ class Group:
     references: Sequence[str]
     note: str = ""
     less_is_better: bool = False
+    unit: str = ""
 
     def reference(self) -> Result | None:
         ready = [r for name, r in self.results.items() if name in self.references and r.median is not None]
@@ -213,35 +215,29 @@ def report(
     settings: Mapping[str, Any],
     machine: Mapping[str, Any],
     bars: Sequence[Bar] = (),
+    tables: Sequence[Any] | None = None,
     draw: Callable[[Path, str], None] | None = None,
 ) -> bool:
     """Print the tables and bars, add a JSON line to ``results/<name>.jsonl`` and draw ``results/<name>.png``.
 
     Args:
         machine: ``hardware()``, called before the first measurement, so that it holds the load before them.
+        tables: rich tables to print instead of one for each group.
         draw: makes another figure than ``figure`` does, from (path, caption).
 
     Returns whether no peer failed; a bar that was missed is shown and written down, and is no failure.
     """
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=130)
+    groups = [group if group.unit else replace(group, unit=unit) for group in groups]
     console.print(f"[bold]{name}[/bold] · {hardware_line(machine)}", highlight=False)
-    for group in groups:
-        reference = group.reference()
-        table = Table(title=": ".join(filter(None, (group.title, group.note))), title_justify="left")
-        table.add_column("peer")
-        for heading in (f"median {unit}", "min", "max", "× reference"):
-            table.add_column(heading, justify="right")
-        for result in group.results.values():
-            table.add_row(*_row(result, reference))
+    for table in [group_table(group, unit) for group in groups] if tables is None else tables:
         console.print(table)
-        for result in group.results.values():
-            if result.error is not None:
-                console.print(f"{result.name} failed: {result.error}", style="red", highlight=False)
+    for error in dict.fromkeys(f"{r.name} failed: {r.error}" for g in groups for r in g.results.values() if r.error):
+        console.print(error, style="red", highlight=False)
     if bars:
         console.print(_bar_table(bars))
     line = {
@@ -262,6 +258,20 @@ def report(
         figure(RESULTS / f"{name}.png", groups, unit, hardware_line(machine))
     console.print(f"Written: {RESULTS / name}.jsonl and .png", highlight=False)
     return all(result.error is None for group in groups for result in group.results.values())
+
+
+def group_table(group: Group, unit: str) -> Any:
+    """Return a rich table of a group: median, smallest, largest, and the ratio to the reference."""
+    from rich.table import Table
+
+    reference = group.reference()
+    table = Table(title=": ".join(filter(None, (group.title, group.note))), title_justify="left")
+    table.add_column("peer")
+    for heading in (f"median {group.unit or unit}", "min", "max", "× reference"):
+        table.add_column(heading, justify="right")
+    for result in group.results.values():
+        table.add_row(*_row(result, reference))
+    return table
 
 
 def _bar_table(bars: Sequence[Bar]) -> Any:
@@ -295,6 +305,7 @@ def _group_dict(group: Group) -> dict[str, Any]:
     reference = group.reference()
     return {
         "title": group.title,
+        "unit": group.unit,
         "note": group.note,
         "reference": reference.name if reference else None,
         "results": [result.as_dict() for result in group.results.values()],
@@ -317,7 +328,7 @@ def figure(path: Path, groups: Sequence[Group], unit: str, caption: str) -> None
         colours = ["tab:orange" if result.name.startswith("shoal") else "tab:blue" for result in ready]
         axis.barh([result.name for result in ready], medians, xerr=[below, above], color=colours, capsize=3)
         axis.invert_yaxis()
-        axis.set_xlabel(unit)
+        axis.set_xlabel(group.unit or unit)
         axis.set_title(group.title)
     drawing.text(0.01, 0.01, caption, fontsize=6)
     drawing.tight_layout(rect=(0, 0.04, 1, 1))

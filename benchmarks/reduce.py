@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,14 +22,14 @@ from benchmarks.common import Bar, Group, Peer, Result  # noqa: E402
 SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 400_000_000)
 PROCESSES = (2, 4)
 ARENA, GLOO = "shoal arena", "gloo all_reduce"
-_BYTES_A_SIZE = 2_000_000_000
+_BYTES_A_SIZE = 1_500_000_000
 _LATENCY_AT = 64 << 10
 _BANDWIDTH_FROM = 4 << 20
 
 
 def times(size: int, quick: bool) -> int:
     """How often a size is summed: about the same bytes for each, but neither thousands of times nor once or twice."""
-    return 5 if quick else max(7, min(2000, _BYTES_A_SIZE // size))
+    return 5 if quick else max(7, min(1000, _BYTES_A_SIZE // size))
 
 
 def measure(processes: int, sizes: Sequence[int], options: argparse.Namespace) -> dict[int, dict[str, Result]]:
@@ -55,17 +56,30 @@ def size_name(size: int) -> str:
     return f"{size >> 20} MB" if size >= 1 << 20 else f"{size >> 10} KB"
 
 
-def groups_of(processes: int, found: Mapping[int, Mapping[str, Result]]) -> list[Group]:
-    """One table a size: microseconds, with the bandwidth of both sides in the title's note."""
-    groups = []
+def group_of(processes: int, size: int, results: Mapping[str, Result]) -> Group:
+    """The microseconds of both sides, for the JSON line."""
+    in_us = {name: Result(name, [v * 1e6 for v in r.values], error=r.error) for name, r in results.items()}
+    title = f"{processes} processes, {size_name(size)}"
+    return Group(title=title, results=in_us, references=[GLOO], less_is_better=True)
+
+
+def table_of(processes: int, found: Mapping[int, Mapping[str, Result]]) -> Any:
+    """One row a size: the medians of both sides, and what they make in bytes a second."""
+    from rich.table import Table
+
+    table = Table(title=f"{processes} processes", title_justify="left")
+    for heading in ("bytes each", "arena µs", "min", "max", "gloo µs", "min", "max", "gloo / arena", "arena GB/s", "gloo GB/s"):
+        table.add_column(heading, justify="right")
     for size, results in found.items():
-        in_us = {n: Result(n, [v * 1e6 for v in r.values], error=r.error) for n, r in results.items()}
-        rates = [f"{name} {size / r.median / 1e9:.2f} GB/s" for name, r in results.items() if r.median]
-        title = f"{processes} processes, {size_name(size)}"
-        groups.append(
-            Group(title=title, results=in_us, references=[GLOO], note="; ".join(rates), less_is_better=True)
-        )
-    return groups
+        arena, gloo = results[ARENA], results[GLOO]
+        ratio = f"{gloo.median / arena.median:.1f}" if arena.median and gloo.median else ""
+        rates = [f"{size / r.median / 1e9:.3g}" if r.median else "failed" for r in (arena, gloo)]
+        cells = [f"{v * 1e6:,.0f}" for r in (arena, gloo) if r.median for v in (r.median, min(r.values), max(r.values))]
+        if len(cells) == 6:
+            table.add_row(size_name(size), *cells, ratio, *rates)
+        else:
+            table.add_row(size_name(size), "failed")
+    return table
 
 
 def bars_of(found: Mapping[int, Mapping[str, Result]]) -> list[Bar]:
@@ -125,14 +139,15 @@ def main() -> int:
     machine = common.hardware()
     sizes = [size for size in options.sizes if size <= 4 << 20] if options.quick else options.sizes
     found = {processes: measure(processes, sizes, options) for processes in options.processes}
-    groups = [group for processes, by_size in found.items() for group in groups_of(processes, by_size)]
+    groups = [group_of(processes, size, r) for processes, by_size in found.items() for size, r in by_size.items()]
+    tables = [table_of(processes, by_size) for processes, by_size in found.items()]
     bars = bars_of(found[2]) if 2 in found else []
     name = "reduce_quick" if options.quick else "reduce"
 
     def picture(path: Path, caption: str) -> None:
         draw(path, caption, found)
 
-    return 0 if common.report(name, groups, "µs", vars(options), machine, bars, picture) else 1
+    return 0 if common.report(name, groups, "µs", vars(options), machine, bars, tables, picture) else 1
 
 
 if __name__ == "__main__":

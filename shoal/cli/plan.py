@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from typer.core import TyperCommand
@@ -49,11 +50,12 @@ def plan(
     A plan is a list such as "dp=2,threads=1"; what is left out, the planner chooses.
     """
     wanted = parse_plan(plan)
-    job = find_target(target, set, seed, data)
-    machines = find_cluster(cluster, memory_limit)
-    from shoal.train.api import plan_job
+    from shoal.train.api import plan_job, start_supervisor
 
-    made, result = plan_job(job.job, wanted, machines)
+    with contextlib.closing(start_supervisor()) as supervisor:
+        job = find_target(target, set, seed, data)
+        machines = find_cluster(cluster, memory_limit)
+        made, result = plan_job(job.job, wanted, machines, supervisor)
     return Answer(result, _lines(made, result))
 
 

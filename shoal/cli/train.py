@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,17 +62,18 @@ def train(
     at_least_one("--epochs", epochs)
     at_least_one("--steps", steps)
     wanted = parse_plan(plan)
-    job = find_target(target, set, seed, data)
-    machines = find_cluster(cluster, memory_limit)
     from shoal.observe.progress import Display
-    from shoal.train.api import TrainOptions, train_target
+    from shoal.train.api import TrainOptions, start_supervisor, train_target
 
-    options = TrainOptions(
-        plan=wanted, run_dir=run, resume=resume, epochs=epochs, steps=steps, cluster=machines, tensorboard=tensorboard
-    )
-    with Display() as display:
+    # The supervisor's template imports torch while this process imports the job.
+    with contextlib.closing(start_supervisor()) as supervisor, Display() as display:
+        job = find_target(target, set, seed, data)
+        machines = find_cluster(cluster, memory_limit)
+        options = TrainOptions(
+            plan=wanted, run_dir=run, resume=resume, epochs=epochs, steps=steps, cluster=machines, tensorboard=tensorboard
+        )
         observer = _Quieted(display) if quiet else _with_resume_command(display, target, set, seed, data)
-        trained = train_target(job, options, [observer])
+        trained = train_target(job, options, [observer], supervisor)
         if not quiet:
             if not display.run_ended:
                 _tell_finished(display, trained)

@@ -22,13 +22,14 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from shoal.comm.memory import SharedMemory
+from shoal.comm.memory import Memory, PrivateMemory, SharedMemory
 from shoal.comm.native import Native, load
 
 _LINE = 64
 _PAGE = 4096
 _SLOT = 1024
 _NOTES_AT = 512
+FAULT_NOTES = 32
 
 
 class Signal(IntEnum):
@@ -90,27 +91,32 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class ArenaLayout:
-    """Where each region lies: name -> (offset, bytes). A value that can be sent to another process."""
+    """Where each region lies: name -> (offset, bytes). A value that can be sent to another process.
+
+    ``parts`` is into how many parts gradients and updates are cut: one for each worker of an arena that all of them
+    share, a single one where a process has memory of its own and its peers are reached through a process group.
+    """
 
     regions: Mapping[str, tuple[int, int]]
     size: int
     world_size: int
+    parts: int
 
     @classmethod
-    def plan(cls, world_size: int, sizes: Mapping[str, int]) -> ArenaLayout:
+    def plan(cls, world_size: int, sizes: Mapping[str, int], parts: int | None = None) -> ArenaLayout:
         """Lay the regions out one after the other, each on a page of its own."""
         regions: dict[str, tuple[int, int]] = {}
         at = 0
         for name, size in {"control": _SLOT * (world_size + 1), **sizes}.items():
             regions[name] = (at, size)
             at += -(-size // _PAGE) * _PAGE
-        return cls(regions, max(at, _PAGE), world_size)
+        return cls(regions, max(at, _PAGE), world_size, parts or world_size)
 
 
 class Arena:
     """The mapped arena of one run."""
 
-    def __init__(self, memory: SharedMemory, layout: ArenaLayout, native: Native | None = None) -> None:
+    def __init__(self, memory: Memory, layout: ArenaLayout, native: Native | None = None) -> None:
         self.memory = memory
         self.layout = layout
         self.native = native or load()
@@ -121,6 +127,11 @@ class Arena:
     def create(cls, layout: ArenaLayout) -> Arena:
         """Reserve the memory that the layout needs, all zero."""
         return cls(SharedMemory.create(layout.size, "shoal-arena"), layout)
+
+    @classmethod
+    def private(cls, layout: ArenaLayout) -> Arena:
+        """The same in memory that no other process sees."""
+        return cls(PrivateMemory(layout.size), layout)
 
     @classmethod
     def attach(cls, fd: int, layout: ArenaLayout) -> Arena:
@@ -174,6 +185,14 @@ class Slot:
 
     def write(self, note: Note, value: float) -> None:
         self._notes[int(note)] = value
+
+    def count_fault(self, index: int, times: int) -> bool:
+        """Whether a fault on purpose is to strike once more; it is counted then. The last notes of a slot are for these."""
+        counts = self._notes[-FAULT_NOTES:]
+        if counts[index] >= times:
+            return False
+        counts[index] += 1
+        return True
 
     def enter(self, phase: Phase, step: int) -> None:
         """Say what this worker does now."""

@@ -23,15 +23,34 @@ def supported() -> bool:
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
-class SharedMemory:
-    """A block of shared memory: ``fd`` to hand on, ``bytes`` to use (a 1-D uint8 tensor over all of it)."""
+class Memory:
+    """A mapped block: ``bytes`` to use (a 1-D uint8 tensor over all of it), ``address`` where it begins here."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._map = mapped
+        self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.address: int = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+
+    def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a 1-D view of ``numel`` elements that begins ``offset`` bytes in."""
+        width = torch.empty(0, dtype=dtype).element_size()
+        return self.bytes[offset : offset + numel * width].view(dtype)
+
+
+class PrivateMemory(Memory):
+    """A block of this process's own, all zero, on any system."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(mmap.mmap(-1, max(size, mmap.PAGESIZE)))
+
+
+class SharedMemory(Memory):
+    """A block of shared memory, with the descriptor ``fd`` to hand on."""
 
     def __init__(self, fd: int, size: int) -> None:
+        super().__init__(mmap.mmap(fd, size))
         self.fd = fd
         self.size = size
-        self._map = mmap.mmap(fd, size)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.address: int = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     @classmethod
     def create(cls, size: int, label: str = "shoal") -> SharedMemory:
@@ -54,11 +73,6 @@ class SharedMemory:
     def attach(cls, fd: int) -> SharedMemory:
         """Map the block behind a file descriptor that another process handed over."""
         return cls(fd, os.fstat(fd).st_size)
-
-    def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return a 1-D view of ``numel`` elements that begins ``offset`` bytes in."""
-        width = torch.empty(0, dtype=dtype).element_size()
-        return self.bytes[offset : offset + numel * width].view(dtype)
 
     def close(self) -> None:
         """Give the descriptor back; the mapping goes when the last view of it does."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,15 @@ class Source(ABC):
         return (collate or default_collate)(self.items(indices, before_item))
 
 
+    def prefer_layout(self, channels_last: bool) -> None:
+        """Hand out images in this memory layout, where the data set can make either; others stay as they are."""
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """The names of the classes, where the data set knows them."""
+        return None
+
+
 class _Columns(Source):
     """A tensor, or tuples, lists and mappings of tensors, all with the samples along their first dim."""
 
@@ -99,6 +108,14 @@ class _Items(Source):
                 before_item(index)
             samples.append(self._dataset[index])
         return samples
+
+    def prefer_layout(self, channels_last: bool) -> None:
+        if hasattr(self._dataset, "channels_last"):
+            self._dataset.channels_last = channels_last
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        return getattr(self._dataset, "classes", None)
 
 
 class _ItemLists(_Items):
@@ -150,6 +167,13 @@ class _Selection(Source):
         if self.vectorised and collate is None:
             return self._source.fetch(self._numbers[indices])
         return super().fetch(indices, collate, before_item)
+
+    def prefer_layout(self, channels_last: bool) -> None:
+        self._source.prefer_layout(channels_last)
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        return self._source.classes
 
 
 def open_source(value: Any, what: str) -> Source:

@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Load:
-    """Make the host: ``entry`` is "module:class", called with ``payload`` (pickled by value)."""
+    """Make the host: ``entry`` is "module:class", called with what ``payload`` is the pickle of."""
 
     entry: str
-    payload: Any
+    payload: bytes
     sys_path: tuple[str, ...]
     cwd: str
 

@@ -15,10 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import cloudpickle
 
 from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import Channel, ChannelClosed
@@ -76,7 +78,9 @@ class Supervisor:
     waiting for somebody.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        """``preload``: modules that the template imports while it waits for its first message."""
+        self._preload = tuple(preload)
         self._environment = dict(environment or {})
         self.children: dict[int, Child] = {}
         self._template: subprocess.Popen[bytes] | None = None
@@ -92,7 +96,7 @@ class Supervisor:
         env = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1"), **self._environment}
         root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "shoal.process.template", str(right.fileno())]
+        command = [sys.executable, "-m", "shoal.process.template", str(right.fileno()), *self._preload]
         self._template = subprocess.Popen(
             command, pass_fds=[right.fileno()], env=env, start_new_session=True, stdin=subprocess.DEVNULL
         )
@@ -106,7 +110,7 @@ class Supervisor:
 
     def load(self, entry: str, payload: Any, timeout_s: float) -> None:
         """Make the host inside the template. Raises what its constructor raised."""
-        self._load = Load(entry, payload, tuple(sys.path), os.getcwd())
+        self._load = Load(entry, cloudpickle.dumps(payload), tuple(sys.path), os.getcwd())
         self._request(self._load, (), timeout_s, "the job to be built")
 
     def call(self, method: str, *arguments: Any, fds: tuple[int, ...] = (), timeout_s: float = 600.0) -> Any:
@@ -247,8 +251,9 @@ class Supervisor:
             self._channel.close()
             self._channel = None
         if self._template is not None:
+            # One that has nothing to clean up may still be importing.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._template.wait(timeout=0.5)
+                self._template.wait(timeout=0.5 if self._load is not None else 0.0)
             if self._template.poll() is None:
                 self._template.kill()
             self._template.wait()

@@ -1,6 +1,6 @@
 """The template: a fresh, single-threaded process that prepares everything once and then forks the others.
 
-It is started as ``python -m shoal.process.template FD``, imports torch, and obeys the supervisor on the other end of FD:
+It is started as ``python -m shoal.process.template FD MODULE…``, imports torch and these modules, and obeys the supervisor on the other end of FD:
 it makes a *host* (an object that knows what the processes are for), calls its methods, and forks children from it. A child
 is a standby until the supervisor gives it a role; then ``host.run(role, channel)`` is its whole life.
 
@@ -20,8 +20,10 @@ import signal
 import sys
 from typing import Any
 
+import cloudpickle
+
 from shoal.process.channel import Channel, ChannelClosed
-from shoal.process.failure import Failure
+from shoal.process.failure import Failure, user_code
 from shoal.process.messages import Call, Exited, Fork, Forked, Load, Returned
 
 STACK_SIGNAL = signal.SIGUSR1
@@ -42,6 +44,8 @@ def main() -> None:
     # What user code prints must not get between the lines that a command promises on standard output.
     os.dup2(2, 1)
     importlib.import_module("torch").set_num_threads(1)
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
     # Ctrl-C, a closed terminal: the supervisor decides what they mean.
     with contextlib.suppress(ChannelClosed):
         _Template(channel).serve()
@@ -78,7 +82,11 @@ class _Template:
                 os.chdir(message.cwd)
                 sys.path[:] = list(message.sys_path)
                 module, _, name = message.entry.partition(":")
-                self._host = getattr(importlib.import_module(module), name)(message.payload)
+                host = getattr(importlib.import_module(module), name)
+                # Only now, because what it names may lie on the path that has just been set.
+                with user_code("loading the job"):
+                    payload = cloudpickle.loads(message.payload)
+                self._host = host(payload)
                 self._channel.send(Returned(None))
             elif isinstance(message, Call):
                 extra = (fds,) if fds else ()

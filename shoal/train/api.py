@@ -95,16 +95,27 @@ def plan(job: Job, cluster: Cluster | None = None, wanted: str | Plan | None = N
     return plan_job(job, wanted, cluster)[0]
 
 
-def plan_job(job: Job, wanted: str | Plan | None, cluster: Cluster | None) -> tuple[Plan, dict[str, Any]]:
+def start_supervisor() -> Supervisor:
+    """Start a template that imports, while this process goes on, what every training job needs.
+
+    torch._dynamo is what the first torch optimizer imports; it takes as long as torch itself.
+    """
+    supervisor = Supervisor(preload=("torch._dynamo", "shoal.train.host"))
+    supervisor.start()
+    return supervisor
+
+
+def plan_job(
+    job: Job, wanted: str | Plan | None, cluster: Cluster | None, supervisor: Supervisor | None = None
+) -> tuple[Plan, dict[str, Any]]:
     """The chosen plan, and what ``shoal plan --json`` prints."""
     from shoal.train.driver import ENTRY, check_plan, portable
     from shoal.train.choose import choose_plan, report
 
     asked = read_plan(wanted)
     asked.require_built()
-    supervisor = Supervisor()
+    supervisor = supervisor or start_supervisor()
     try:
-        supervisor.start()
         supervisor.load(ENTRY, portable(job), 3600.0)
         facts = supervisor.call("facts")
         chosen = choose_plan(asked, job, facts, supervisor, cluster)
@@ -114,7 +125,9 @@ def plan_job(job: Job, wanted: str | Plan | None, cluster: Cluster | None) -> tu
         supervisor.close()
 
 
-def train_target(target: Any, options: TrainOptions, observers: Sequence[Observer] = ()) -> Run:
+def train_target(
+    target: Any, options: TrainOptions, observers: Sequence[Observer] = (), supervisor: Supervisor | None = None
+) -> Run:
     """Train what a command's TARGET named (a ``shoal.jobs.registry.Target``)."""
     import dataclasses
 
@@ -122,7 +135,7 @@ def train_target(target: Any, options: TrainOptions, observers: Sequence[Observe
 
     factory = target.factory or (f"{Path(target.source).stem}:{target.attribute}" if target.source else None)
     options = dataclasses.replace(options, factory=factory, source=target.source)
-    return run_job(target.job, options, observers)
+    return run_job(target.job, options, observers, supervisor)
 
 
 def read_plan(plan: str | Plan | None) -> Plan:

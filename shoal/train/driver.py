@@ -21,7 +21,7 @@ from shoal.job import Job
 from shoal.observe.events import EventLog, read_events
 from shoal.plan import Plan
 from shoal.process.supervisor import Supervisor
-from shoal.train.api import Observer, TrainOptions, read_plan
+from shoal.train.api import Observer, TrainOptions, read_plan, start_supervisor
 from shoal.train.run import SUMMARY, Run, open_run
 from shoal.train.rundir import RunDirectory
 from shoal.train.settings import JobFacts
@@ -81,8 +81,13 @@ class Interrupts:
         self.wanted = True
 
 
-def run_job(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> Run:
-    """Train a job to the end, or to where it is stopped; leave everything in its run directory."""
+def run_job(
+    job: Job, options: TrainOptions, observers: Sequence[Observer], supervisor: Supervisor | None = None
+) -> Run:
+    """Train a job to the end, or to where it is stopped; leave everything in its run directory.
+
+    ``supervisor``: one that was started already, so that its template could import torch in the meantime.
+    """
     if os.environ.get("WORLD_SIZE") and os.environ.get("RANK"):
         from shoal.train.joined import run_joined
 
@@ -90,14 +95,12 @@ def run_job(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> R
     check_request(job, options)
     plan = read_plan(options.plan)
     plan.require_built()
-    supervisor = Supervisor()
+    supervisor = supervisor or start_supervisor()
     interrupts = Interrupts()
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.close)
         stack.enter_context(interrupts.caught())
-        # The template imports torch while this process looks at the request.
-        supervisor.start()
         directory = RunDirectory.claim(options.run_dir, job.name, options.resume)
         if options.resume and options.plan is None:
             plan = resumed_plan(directory)

@@ -45,7 +45,7 @@ def describe_model(built: Built, program: str | None) -> dict[str, Any]:
 
 
 def _labels(built: Built) -> list[str] | None:
-    classes = getattr(getattr(built.train, "dataset", built.train), "classes", None)
+    classes = built.train.classes
     return [str(c) for c in classes] if classes else None
 
 

@@ -6,7 +6,10 @@
 * ``stall(rank, step, phase[, times])``: stops answering (SIGSTOP), so that it has to be replaced;
 * ``slow(rank, factor[, step])``: computes ``factor`` times as long, from ``step`` on.
 
-Phases: data, forward, backward, reduce, update, checkpoint, evaluate. Steps count from 0 here: step 3 is the fourth.
+Phases: data, forward, backward, reduce, update, checkpoint, evaluate; and two places where a worker stands between phases:
+published (its gradients are), committed (its part of the update is). Steps count from 0 here: step 3 is the fourth. A fault
+in checkpoint strikes at the first checkpoint from that step on, since it is the clock that decides when one is made.
+How often a fault has struck is noted in the worker's slot, so that a replacement knows.
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ import signal
 import time
 from dataclasses import dataclass
 
+from shoal.comm.arena import FAULT_NOTES, Slot
 from shoal.errors import RequestError
 
-PHASES = ("data", "forward", "backward", "reduce", "update", "checkpoint", "evaluate")
+PHASES = ("data", "forward", "backward", "published", "reduce", "update", "committed", "checkpoint", "evaluate")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One disturbance; ``times`` is how many incarnations of the worker it hits."""
+    """One disturbance; ``times`` is how often it strikes."""
 
     kind: str
     rank: int
@@ -56,18 +60,21 @@ def parse_faults(text: str) -> list[Fault]:
 
 
 class Faults:
-    """The faults of one incarnation of one worker."""
+    """The faults of one worker, whose slot outlives it."""
 
-    def __init__(self, rank: int, incarnation: int, text: str | None = None) -> None:
+    def __init__(self, rank: int, slot: Slot, text: str | None = None) -> None:
         own = [f for f in parse_faults(os.environ.get("SHOAL_FAULTS", "") if text is None else text) if f.rank == rank]
-        self._sudden = {(f.step, f.phase): f for f in own if f.kind != "slow" and incarnation < f.times}
+        self._sudden = [f for f in own if f.kind != "slow"]
         self._slow = [f for f in own if f.kind == "slow"]
+        self._slot = slot
+        if len(self._sudden) > FAULT_NOTES:
+            raise RequestError(f"SHOAL_FAULTS has {len(self._sudden)} faults for rank {rank}; give {FAULT_NOTES} at most.")
 
     def reach(self, phase: str, step: int) -> None:
         """Called where a phase of a step begins, or in the midst of it."""
-        if self._sudden:
-            fault = self._sudden.get((step, phase))
-            if fault is not None:
+        for index, fault in enumerate(self._sudden):
+            here = phase == fault.phase and (step == fault.step or (phase == "checkpoint" and step > fault.step))
+            if here and self._slot.count_fault(index, fault.times):
                 os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
     def drag(self, step: int, computed_s: float) -> None:

@@ -136,11 +136,16 @@ class TrainHost:
                 parameter.data = store.weight(index, rank)
         updater = make_updater(store, rank, built.optimizer, lambda: parameters)
         axis = ArenaData(store, rank, updater, Waiting(spin_s=settings.spin_s), settings.guard)
+        for source in (built.train, built.evaluation):
+            if source is not None:
+                source.prefer_layout(plan.layout == "channels_last")
         shares = plan.shares or (1,) * axis.world_size
         cut = Cut(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed)
         batchnorm = None
         if self._facts.batchnorm and plan.batchnorm != "local" and axis.world_size > 1:
             batchnorm = GlobalBatchNorm(built.model, axis.sum_small)
+        with user_code("scheduler", rank):
+            schedule = Schedule(job, built.optimizer, store, rank, updater)
         parts = Parts(
             job=job,
             model=built.model,
@@ -149,9 +154,9 @@ class TrainHost:
             axis=axis,
             feed=Feed(built.train, cut, rank, job.collate, plan.layout == "channels_last"),
             eval_source=built.evaluation,
-            schedule=Schedule(job, built.optimizer, store, rank, updater),
+            schedule=schedule,
             batchnorm=batchnorm,
-            faults=Faults(rank, role.incarnation),
+            faults=Faults(rank, slot),
             settings=settings,
             channel=channel,
         )

@@ -1,0 +1,196 @@
+"""Memory of all processes together: a 100-million-parameter transformer with Adam, shoal against DDP on gloo.
+
+Both are looked at from outside in the same way: the proportional set size (PSS: a page that k processes share counts
+1/k in each) of every process, the launcher and shoal's supervisor, template and standby among them, added up several
+times a second from start to end. The largest sum counts. shoal writes checkpoints while it trains; DDP writes none.
+A tiny batch keeps activations small, so that weights, gradients and optimizer state are what is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common  # noqa: E402
+from benchmarks.common import Bar, Group, Peer, PeerFailed, Result  # noqa: E402
+
+JOBS = "benchmarks/peers/large.py"
+WORKERS = (1, 2, 4)
+DDP = "DDP on gloo, 4 × 1 thread"
+_EVERY_S = 0.2
+_LIMIT_S = 900.0
+
+
+def family(root: int) -> list[int]:
+    """The pids of a process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # The name in parentheses may hold blanks; the parent is the second field after it.
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [root]
+    while todo:
+        pid = todo.pop()
+        found.append(pid)
+        todo += children.get(pid, [])
+    return found
+
+
+def pss_mb(pids: list[int]) -> float:
+    """The proportional set size of some processes together, in MB of 2**20 bytes."""
+    total = 0
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return total / 1024
+
+
+def watch(command: list[str], env: Mapping[str, str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """Run a command; the JSON object on the last line of its output, and (seconds since 1970, PSS in MB) while it ran."""
+    path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
+    samples: list[tuple[float, float]] = []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        running = subprocess.Popen(
+            command, stdout=out, stderr=err, cwd=common.ROOT, env={**os.environ, "PYTHONPATH": path, **env}
+        )
+        began = time.monotonic()
+        try:
+            while running.poll() is None:
+                samples.append((time.time(), pss_mb(family(running.pid))))
+                if time.monotonic() - began > _LIMIT_S:
+                    raise PeerFailed(f"it took longer than {_LIMIT_S:.0f} s")
+                time.sleep(_EVERY_S)
+        finally:
+            if running.poll() is None:
+                for pid in reversed(family(running.pid)):
+                    os.kill(pid, 9)
+                running.wait()
+        out.seek(0)
+        err.seek(0)
+        lines = out.read().strip().splitlines()
+        if running.returncode != 0 or not lines:
+            said = err.read().strip().splitlines()
+            raise PeerFailed(f"exit code {running.returncode}: {said[-1] if said else 'nothing said'}")
+        return json.loads(lines[-1]), samples
+
+
+def ddp(job: str, steps: int) -> Mapping[str, Any]:
+    """DistributedDataParallel with gradient_as_bucket_view, as in benchmarks/peers/ddp.py."""
+    command = [
+        sys.executable, "-m", "benchmarks.peers.ddp", "--job", f"{JOBS}:{job}", "--warmup", "1",
+        "--steps", str(steps - 1), "--processes", "4",
+    ]  # fmt: skip
+    _, samples = watch(command, {})
+    return {"pss_mb": max(value for _, value in samples)}
+
+
+def shoal(job: str, steps: int, workers: int, checkpoint_s: float) -> Mapping[str, Any]:
+    """``shoal train`` with checkpoints every ``checkpoint_s`` while it trains."""
+    folder = tempfile.mkdtemp(prefix="shoal-benchmark-")
+    run = Path(folder) / "run"
+    command = [
+        sys.executable, "-m", "shoal", "train", f"{JOBS}:{job}", "--plan", f"dp={workers},threads=1",
+        "--steps", str(steps), "--run", str(run), "--json",
+    ]  # fmt: skip
+    try:
+        answer, samples = watch(command, {"SHOAL_CHECKPOINT_S": str(checkpoint_s)})
+        from shoal.observe.events import read_events
+
+        events = list(read_events(run / "events.jsonl", ["step", "checkpoint"]))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    last_step_at = max(e["t"] for e in events if e["kind"] == "step")
+    training = [value for at, value in samples if at <= last_step_at]
+    checkpoints = [e for e in events if e["kind"] == "checkpoint" and e["step"] < steps]
+    return {
+        "pss_mb": max(value for _, value in samples),
+        "pss_training_mb": max(training, default=None),
+        "pss_said_mb": answer["pss_mb"],
+        "checkpoints_while_training": len(checkpoints),
+    }
+
+
+def lasting_mb(job: str, workers: int) -> dict[str, float]:
+    """What an arena of so many workers holds, by meaning, from its layout: no run is needed for that."""
+    from shoal.comm.store import arena_layout
+    from shoal.jobs import find
+    from shoal.train.describe import describe, make_optimizer
+
+    definition = find(f"{common.ROOT / JOBS}:{job}").job
+    model = definition.model()
+    table = describe(model, make_optimizer(definition.optimizer, model))
+    regions = {name: size / 2**20 for name, (_, size) in arena_layout(table, workers).regions.items()}
+    kept = {name: regions.pop(name) for name in ("weights", "state", "gradients")}
+    return {**kept, "rest": sum(regions.values())}
+
+
+def table_of(lasting: Mapping[int, Mapping[str, float]]) -> Any:
+    """What the arena holds, by the number of workers."""
+    from rich.table import Table
+
+    table = Table(title="what the arena holds, MB", title_justify="left")
+    table.add_column("workers")
+    for heading in ("weights", "optimizer state", "gradients", "the rest"):
+        table.add_column(heading, justify="right")
+    for workers, mb in lasting.items():
+        table.add_row(str(workers), *(f"{mb[key]:,.1f}" for key in ("weights", "state", "gradients", "rest")))
+    return table
+
+
+def bars_of(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, float]]) -> list[Bar]:
+    ours, theirs = results["shoal, dp=4"], results[DDP].median
+    ratio = ours.median / theirs if ours.median and theirs else None
+    kept = [mb["weights"] + mb["state"] for mb in lasting.values()]
+    checkpoints = min((d["checkpoints_while_training"] for d in ours.details), default=None)
+    return [
+        Bar(claim="dp=4: all processes together, of DDP's", value=ratio, limit=0.5, unit="×"),
+        Bar(claim="checkpoints written while training (the least of all rounds)", value=checkpoints, limit=1, at_least=True),
+        Bar(claim="weights and optimizer state, 4 workers by 1", value=kept[-1] / kept[0], limit=1.0, unit="×"),
+    ]
+
+
+def main() -> int:
+    parser = common.arguments(__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--steps", type=int, default=None, help="steps of each run")
+    parser.add_argument("--checkpoint-s", type=float, default=None, help="seconds between checkpoints")
+    options = parser.parse_args()
+    machine = common.hardware()
+    job = "small" if options.quick else "large"
+    steps = options.steps or (60 if options.quick else 12)
+    checkpoint_s = options.checkpoint_s or (0.2 if options.quick else 3.0)
+    peers = [Peer(name=DDP, measure=lambda: ddp(job, steps))]
+    for workers in WORKERS:
+        peers.append(Peer(name=f"shoal, dp={workers}", measure=lambda n=workers: shoal(job, steps, n, checkpoint_s)))
+    results = common.alternate(peers, 1 if options.quick else options.repeats, "pss_mb")
+    lasting = {workers: lasting_mb(job, workers) for workers in WORKERS}
+    note = f"{job}, {steps} steps; the largest PSS of all processes together"
+    group = Group(title="memory", note=note, results=results, references=[DDP], less_is_better=True)
+    settings = {
+        **vars(options), "job": job, "steps": steps, "checkpoint_s": checkpoint_s,
+        "arena_mb": {str(workers): mb for workers, mb in lasting.items()},
+        "details": {name: result.details for name, result in results.items()},
+    }  # fmt: skip
+    name = "memory_quick" if options.quick else "memory"
+    tables = [common.group_table(group, "MB"), table_of(lasting)]
+    return 0 if common.report(name, [group], "MB", settings, machine, bars_of(results, lasting), tables) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
