@@ -150,6 +150,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def shoal_command() -> list[str]:
+    """Return the words that start shoal: the script beside this interpreter, or the module."""
+    script = Path(sys.executable).parent / "shoal"
+    return [str(script)] if script.exists() else [sys.executable, "-m", "shoal"]
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

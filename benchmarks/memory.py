@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,22 +52,35 @@ def family(root: int) -> list[int]:
     return found
 
 
-def pss_mb(pids: list[int]) -> float:
-    """The proportional set size of some processes together, in MB of 2**20 bytes."""
-    total = 0
+@dataclass(frozen=True)
+class Sample:
+    """All processes of a family at one moment; MB are 2**20 bytes. ``shared_mb`` is the part in shared memory."""
+
+    t: float
+    processes: int
+    pss_mb: float
+    shared_mb: float
+
+
+def sample(pids: list[int]) -> Sample:
+    """Add up the proportional set sizes of some processes."""
+    sums = {"Pss:": 0, "Pss_Shmem:": 0}
     for pid in pids:
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
-    return total / 1024
+        for line in lines:
+            name, _, rest = line.partition(" ")
+            if name in sums:
+                sums[name] += int(rest.split()[0])
+    return Sample(time.time(), len(pids), sums["Pss:"] / 1024, sums["Pss_Shmem:"] / 1024)
 
 
-def watch(command: list[str], env: Mapping[str, str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """Run a command; the JSON object on the last line of its output, and (seconds since 1970, PSS in MB) while it ran."""
+def watch(command: list[str], env: Mapping[str, str]) -> tuple[dict[str, Any], list[Sample]]:
+    """Run a command; the JSON object on the last line of its output, and what its processes held while it ran."""
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
-    samples: list[tuple[float, float]] = []
+    samples: list[Sample] = []
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         running = subprocess.Popen(
             command, stdout=out, stderr=err, cwd=common.ROOT, env={**os.environ, "PYTHONPATH": path, **env}
@@ -73,7 +88,7 @@ def watch(command: list[str], env: Mapping[str, str]) -> tuple[dict[str, Any], l
         began = time.monotonic()
         try:
             while running.poll() is None:
-                samples.append((time.time(), pss_mb(family(running.pid))))
+                samples.append(sample(family(running.pid)))
                 if time.monotonic() - began > _LIMIT_S:
                     raise PeerFailed(f"it took longer than {_LIMIT_S:.0f} s")
                 time.sleep(_EVERY_S)
@@ -98,7 +113,8 @@ def ddp(job: str, steps: int) -> Mapping[str, Any]:
         "--steps", str(steps - 1), "--processes", "4",
     ]  # fmt: skip
     _, samples = watch(command, {})
-    return {"pss_mb": max(value for _, value in samples)}
+    most = max(samples, key=lambda s: s.pss_mb)
+    return {"pss_mb": most.pss_mb, "processes": most.processes}
 
 
 def shoal(job: str, steps: int, workers: int, checkpoint_s: float) -> Mapping[str, Any]:
@@ -106,7 +122,7 @@ def shoal(job: str, steps: int, workers: int, checkpoint_s: float) -> Mapping[st
     folder = tempfile.mkdtemp(prefix="shoal-benchmark-")
     run = Path(folder) / "run"
     command = [
-        sys.executable, "-m", "shoal", "train", f"{JOBS}:{job}", "--plan", f"dp={workers},threads=1",
+        *common.shoal_command(), "train", f"{JOBS}:{job}", "--plan", f"dp={workers},threads=1",
         "--steps", str(steps), "--run", str(run), "--json",
     ]  # fmt: skip
     try:
@@ -117,10 +133,13 @@ def shoal(job: str, steps: int, workers: int, checkpoint_s: float) -> Mapping[st
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     last_step_at = max(e["t"] for e in events if e["kind"] == "step")
-    training = [value for at, value in samples if at <= last_step_at]
+    training = [s.pss_mb for s in samples if s.t <= last_step_at]
     checkpoints = [e for e in events if e["kind"] == "checkpoint" and e["step"] < steps]
+    most = max(samples, key=lambda s: s.pss_mb)
     return {
-        "pss_mb": max(value for _, value in samples),
+        "pss_mb": most.pss_mb,
+        "processes": most.processes,
+        "shared_mb": max(s.shared_mb for s in samples),
         "pss_training_mb": max(training, default=None),
         "pss_said_mb": answer["pss_mb"],
         "checkpoints_while_training": len(checkpoints),
@@ -141,28 +160,42 @@ def lasting_mb(job: str, workers: int) -> dict[str, float]:
     return {**kept, "rest": sum(regions.values())}
 
 
-def table_of(lasting: Mapping[int, Mapping[str, float]]) -> Any:
-    """What the arena holds, by the number of workers."""
+def kept_mb(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, float]], workers: int) -> float | None:
+    """The shared memory that was seen from outside, less gradient stripes and notes: weights and optimizer state."""
+    seen = [detail["shared_mb"] for detail in results[f"shoal, dp={workers}"].details]
+    return median(seen) - lasting[workers]["gradients"] - lasting[workers]["rest"] if seen else None
+
+
+def table_of(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, float]]) -> Any:
+    """What the arena holds, by the number of workers: as it was laid out, and as it was seen."""
     from rich.table import Table
 
     table = Table(title="what the arena holds, MB", title_justify="left")
     table.add_column("workers")
-    for heading in ("weights", "optimizer state", "gradients", "the rest"):
+    headings = ("weights", "optimizer state", "gradients", "the rest", "seen in all", "checkpoints", "while training", "said")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for workers, mb in lasting.items():
-        table.add_row(str(workers), *(f"{mb[key]:,.1f}" for key in ("weights", "state", "gradients", "rest")))
+        cells = [f"{mb[key]:,.1f}" for key in ("weights", "state", "gradients", "rest")]
+        details = results[f"shoal, dp={workers}"].details
+        for key in ("shared_mb", "checkpoints_while_training", "pss_training_mb", "pss_said_mb"):
+            values = [detail[key] for detail in details if detail[key] is not None]
+            cells.append(f"{median(values):,.0f}" if values else "")
+        table.add_row(str(workers), *cells)
     return table
 
 
 def bars_of(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, float]]) -> list[Bar]:
     ours, theirs = results["shoal, dp=4"], results[DDP].median
     ratio = ours.median / theirs if ours.median and theirs else None
-    kept = [mb["weights"] + mb["state"] for mb in lasting.values()]
+    one, four = kept_mb(results, lasting, 1), kept_mb(results, lasting, 4)
+    growth = four / one if one and four else None
     checkpoints = min((d["checkpoints_while_training"] for d in ours.details), default=None)
     return [
         Bar(claim="dp=4: all processes together, of DDP's", value=ratio, limit=0.5, unit="×"),
         Bar(claim="checkpoints written while training (the least of all rounds)", value=checkpoints, limit=1, at_least=True),
-        Bar(claim="weights and optimizer state, 4 workers by 1", value=kept[-1] / kept[0], limit=1.0, unit="×"),
+        # Pages that were reserved and never touched are not seen: the undo logs are a little smaller than laid out.
+        Bar(claim="weights and optimizer state as seen, 4 workers by 1", value=growth, limit=1.02, unit="×"),
     ]
 
 
@@ -188,7 +221,7 @@ def main() -> int:
         "details": {name: result.details for name, result in results.items()},
     }  # fmt: skip
     name = "memory_quick" if options.quick else "memory"
-    tables = [common.group_table(group, "MB"), table_of(lasting)]
+    tables = [common.group_table(group, "MB"), table_of(results, lasting)]
     return 0 if common.report(name, [group], "MB", settings, machine, bars_of(results, lasting), tables) else 1
 
 

@@ -146,6 +146,16 @@ class Plan:
         said = {key: value for key, value in self.values().items() if key != "mode" or self.staleness is None}
         return write_text(said)
 
+    def brief(self) -> str:
+        """Return the plan without the keys that are at the value which changes nothing; axes and threads always show."""
+        said = {
+            key: value
+            for key, value in self.values().items()
+            if key in ("dp", "threads", "workers") or _DEFAULTS.get(key, None) != value
+        }
+        said.pop("mode" if self.staleness is not None else "", None)
+        return write_text(said) if said else str(self)
+
     def __repr__(self) -> str:
         return f'Plan.parse("{self}")'
 

@@ -55,6 +55,8 @@ class SliceUpdater(Protocol):
 
     @property
     def count(self) -> int: ...
+    @property
+    def starts_over(self) -> bool: ...
     def sum_gradients(self, chunk: int, factor: float) -> None: ...
     def norm_squared(self) -> float: ...
     def apply(self, chunk: int, scale: float) -> None: ...
@@ -138,8 +140,10 @@ class ArenaData:
         """Update this worker's slice, or what is left of it."""
         scale = self._clip_scale(step, totals, grad_clip) if grad_clip is not None else 1.0
         updater, slot = self.updater, self.slot
-        first = int(slot.note(Note.CHUNK_DONE)) + 1
-        if first < updater.count and int(slot.note(Note.CHUNK_SAVED)) == first:
+        first, saved = int(slot.note(Note.CHUNK_DONE)) + 1, int(slot.note(Note.CHUNK_SAVED))
+        if updater.starts_over and saved == 0:
+            first = 0
+        if first < updater.count and saved == first:
             updater.restore(first)
         for chunk in range(first, updater.count):
             hooks.before_chunk(chunk, step)

@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from shoal.cli.answer import Answer, table
+from shoal.cli.answer import Answer
 from shoal.cli.options import (
     ClusterOption,
     DataOption,
@@ -62,7 +62,7 @@ def plan(
 def _lines(made: Any, result: dict[str, Any]) -> list[str]:
     predicted = result.get("predicted") or {}
     why = made.why()
-    lines = [f"plan: {made}"]
+    lines = [f"plan: {made.brief()}"]
     lines += [f"  {sentence}" for sentence in (why.splitlines() if isinstance(why, str) else why)]
     if predicted.get("step_s") is None:
         lines.append("predicted step time: — (nothing to predict from yet)")
@@ -73,6 +73,4 @@ def _lines(made: Any, result: dict[str, Any]) -> list[str]:
         lines.append(f"predicted step time: {step_time(predicted['step_s'])}{beside}")
     if predicted.get("memory_mb_per_worker") is not None:
         lines.append(f"predicted memory: {predicted['memory_mb_per_worker']:,.0f} MB a worker")
-    candidates = result.get("candidates") or []
-    rows = [(c.get("plan", ""), step_time(c.get("step_s"))) for c in candidates if isinstance(c, dict)]
-    return lines + (["", *table(rows, ("tried", "a step"))] if rows else [])
+    return [*lines, f"in full: {made}"]

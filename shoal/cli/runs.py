@@ -10,7 +10,7 @@ import typer
 from shoal.cli.answer import Answer, table
 from shoal.cli.options import JsonFlag
 from shoal.errors import RunDirectoryError
-from shoal.observe.lines import number
+from shoal.observe.lines import brief, number
 from shoal.observe.runs import RunRow, ago, is_run, list_runs, read_run
 
 _Root = Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.", show_default=False)]
@@ -30,4 +30,4 @@ def runs(root: _Root = Path("runs"), json: JsonFlag = False) -> Answer:
 
 def _cells(row: RunRow) -> tuple[object, ...]:
     value = "—" if row.metric is None else f"{row.metric.removeprefix('eval_')} {number(row.value)}"
-    return row.name, row.job, row.status, row.steps, value, ago(row.started), row.plan
+    return row.name, row.job, row.status, row.steps, value, ago(row.started), brief(row.plan)

@@ -24,7 +24,12 @@ def supported() -> bool:
 
 
 class Memory:
-    """A mapped block: ``bytes`` to use (a 1-D uint8 tensor over all of it), ``address`` where it begins here."""
+    """A mapped block: ``bytes`` to use (a 1-D uint8 tensor over all of it), ``address`` where it begins here.
+
+    ``fd`` is the descriptor to hand on, -1 where nobody else can have the block.
+    """
+
+    fd = -1
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._map = mapped
@@ -36,6 +41,11 @@ class Memory:
         width = torch.empty(0, dtype=dtype).element_size()
         return self.bytes[offset : offset + numel * width].view(dtype)
 
+    def close(self) -> None:
+        """Give the descriptor back; the mapping goes when the last view of it does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
 
 class PrivateMemory(Memory):
     """A block of this process's own, all zero, on any system."""
@@ -45,7 +55,7 @@ class PrivateMemory(Memory):
 
 
 class SharedMemory(Memory):
-    """A block of shared memory, with the descriptor ``fd`` to hand on."""
+    """A block of shared memory without a name."""
 
     def __init__(self, fd: int, size: int) -> None:
         super().__init__(mmap.mmap(fd, size))
@@ -73,7 +83,3 @@ class SharedMemory(Memory):
     def attach(cls, fd: int) -> SharedMemory:
         """Map the block behind a file descriptor that another process handed over."""
         return cls(fd, os.fstat(fd).st_size)
-
-    def close(self) -> None:
-        """Give the descriptor back; the mapping goes when the last view of it does."""
-        os.close(self.fd)

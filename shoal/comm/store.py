@@ -58,18 +58,18 @@ def scalar_row_bytes(table: ParameterTable) -> int:
     return 8 * (1 + len(table.scalar_keys))
 
 
-def slice_layout(table: ParameterTable, world_size: int, local: bool = False) -> SliceLayout:
-    """The most that any worker needs."""
+def slice_layout(table: ParameterTable, parts: int, local: bool = False) -> SliceLayout:
+    """The most that any of the parts needs."""
     row = scalar_row_bytes(table)
     if table.elementwise:
-        lanes = [lane_of(table, rank, world_size, local) for rank in range(world_size)]
+        lanes = [lane_of(table, part, parts, local) for part in range(parts)]
         chunks = [chunks_of(table, lane.start, lane.stop) for lane in lanes]
         pieces = max((sum(len(c.pieces) for c in own) for own in chunks), default=0)
         longest = max((len(c.pieces) for own in chunks for c in own), default=0)
         undo = align(CHUNK_BYTES) * (1 + len(table.state_keys)) + longest * row
         return SliceLayout(align(pieces * row), align(undo))
     held = []
-    for hand in deal_tensors(table, 1 if local else world_size):
+    for hand in deal_tensors(table, 1 if local else parts):
         own = set(hand)
         state = sum(align(s.nbytes) for s in table.states if s.parameter in own)
         held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(table.trained))
@@ -77,10 +77,15 @@ def slice_layout(table: ParameterTable, world_size: int, local: bool = False) ->
 
 
 def arena_layout(
-    table: ParameterTable, world_size: int, collective_bytes: int = 0, local: bool = False
+    table: ParameterTable, world_size: int, collective_bytes: int = 0, local: bool = False, private: bool = False
 ) -> ArenaLayout:
-    """Lay out an arena for a model and a number of workers; ``local``: each trains a replica of its own."""
-    own = slice_layout(table, world_size, local)
+    """Lay out an arena for a model and a number of workers.
+
+    ``local``: each trains a replica of its own. ``private``: the memory is one worker's own, with room for one stripe of
+    gradients; its peers have the same weights in memory of theirs.
+    """
+    parts = 1 if private else world_size
+    own = slice_layout(table, parts, local)
     replicas = world_size if local else 0
     state = len(table.state_keys) * table.trained_bytes if table.elementwise else table.state_bytes
     return ArenaLayout.plan(
@@ -88,17 +93,18 @@ def arena_layout(
         {
             "records": world_size * RING_STEPS * Columns.COUNT * 8,
             "notebooks": world_size * 2 * NOTEBOOK_BYTES,
-            "touched": world_size * max(1, len(table.trained)),
-            "scalars": world_size * own.scalar_bytes,
-            "undo": world_size * own.undo_bytes,
+            "touched": parts * max(1, len(table.trained)),
+            "scalars": parts * own.scalar_bytes,
+            "undo": parts * own.undo_bytes,
             "buffers": 2 * table.buffer_bytes,
             "buffer_steps": 8 * max(1, len(table.buffers)),
             "collectives": world_size * collective_bytes,
             "weights": table.weight_bytes,
             "state": (replicas or 1) * align(state),
             "replicas": replicas * table.weight_bytes,
-            "gradients": world_size * table.trained_bytes,
+            "gradients": parts * table.trained_bytes,
         },
+        parts,
     )
 
 
@@ -109,13 +115,18 @@ class Store:
         self.arena = arena
         self.table = table
         self.local = arena.layout.regions["replicas"][1] > 0
-        self._own = slice_layout(table, arena.world_size, self.local)
+        self.parts = arena.layout.parts
+        self._own = slice_layout(table, self.parts, self.local)
         n = arena.world_size
         self.weights = [arena.view("weights", p.offset, p.numel, p.dtype).view(p.shape) for p in table.parameters]
         records = arena.region("records").numpy().view(np.float64)
         self.records = records.reshape(n, RING_STEPS, Columns.COUNT)
-        self.touched = arena.region("touched")[: n * len(table.trained)].view(n, -1).numpy()
+        self.touched = arena.region("touched")[: self.parts * len(table.trained)].view(self.parts, -1).numpy()
         self.buffer_steps = arena.region("buffer_steps").numpy().view(np.float64)
+
+    def part_of(self, rank: int) -> int:
+        """The part of gradients and updates that is a worker's: its own, or the only one that this memory has."""
+        return rank if self.parts == self.arena.world_size else 0
 
     def gradient(self, rank: int, parameter: int) -> torch.Tensor:
         """A worker's gradient of one trained parameter, in the parameter's shape."""
@@ -136,7 +147,7 @@ class Store:
 
     def lane(self, rank: int) -> Lane:
         """What a worker updates."""
-        return lane_of(self.table, rank, self.arena.world_size, self.local)
+        return lane_of(self.table, rank, self.parts, self.local)
 
     @property
     def lanes(self) -> int:

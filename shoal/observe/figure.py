@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import RequestError
-from shoal.observe.lines import epoch_values, number
+from shoal.observe.lines import brief, epoch_values, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def learning_curve(
     if job:
         figure.suptitle(f"{job}: learning curve", fontsize=12, fontweight="bold", color="#222222")
     if plan:
-        figure.supxlabel("\n".join(textwrap.wrap(f"plan {plan}", 110)), fontsize=7, color="#777777")
+        figure.supxlabel("\n".join(textwrap.wrap(f"plan {brief(plan)}", 110)), fontsize=7, color="#777777")
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     figure.savefig(unfinished, format="png")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from shoal.errors import PlanError
+from shoal.plan import Plan
+
 Event = Mapping[str, Any]
 
 _NOT_VALUES = frozenset({"t", "kind", "epoch", "samples_per_s", "partial", "step", "train_s", "eval_s"})
@@ -75,11 +78,19 @@ def _run_start(event: Event) -> list[str]:
 
 
 def _plan(event: Event) -> list[str]:
-    lines = [f"plan: {event.get('plan')}"]
+    lines = [f"plan: {brief(event.get('plan'))}"]
     lines += [f"  {sentence}" for sentence in _why(event)]
     if event.get("batch"):
         lines.append(f"batch: {event['batch']}")
     return lines
+
+
+def brief(plan: object) -> str:
+    """A plan string without what is at its neutral value, or the text itself where it is no plan."""
+    try:
+        return Plan.parse(str(plan)).brief()
+    except PlanError:
+        return str(plan)
 
 
 def _why(event: Event) -> Sequence[str]:

@@ -31,6 +31,10 @@ from shoal.process.template import STACK_SIGNAL
 _THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
+class TemplateLost(JobFailed):
+    """The template died while it was asked for something."""
+
+
 @dataclass
 class Child:
     """A process that was forked from the template. ``rank`` and ``role`` are those it was assigned."""
@@ -87,6 +91,8 @@ class Supervisor:
         self._channel: Channel | None = None
         self._load: Load | None = None
         self.template_deaths = 0
+        # Grows with every change of what ``processes`` returns.
+        self.changes = 0
 
     # -- the template --------------------------------------------------------------------------------------------
 
@@ -102,6 +108,7 @@ class Supervisor:
         )
         right.close()
         self._channel = Channel(left)
+        self.changes += 1
 
     @property
     def template_pid(self) -> int:
@@ -134,9 +141,9 @@ class Supervisor:
                     return answer
                 self._note(answer)
         except ChannelClosed:
-            raise JobFailed(
+            raise TemplateLost(
                 f"The template process died ({self._template_cause()}) while shoal waited for {what}; "
-                "if it was killed for memory, use a smaller model or machine with more."
+                "if it was killed for memory, use a smaller model or a machine with more."
             ) from None
 
     def _template_cause(self) -> str:
@@ -160,12 +167,14 @@ class Supervisor:
             if isinstance(answer, Forked):
                 child = Child(answer.pid, Channel.from_fd(fds[0]), fds[1])
                 self.children[child.pid] = child
+                self.changes += 1
                 return child
             self._note(answer)
 
     def assign(self, child: Child, role: str, rank: int, incarnation: int) -> None:
         """Give a standby its role."""
         child.role, child.rank, child.incarnation = role, rank, incarnation
+        self.changes += 1
         with contextlib.suppress(ChannelClosed):
             child.channel.send(Assign(role, rank, incarnation))
 
@@ -207,7 +216,8 @@ class Supervisor:
             child.channel.close()
 
     def _drain(self, child: Child) -> None:
-        while child.channel.fileno() >= 0:
+        """Take in what a dead child had sent. Not until the end of the channel: a process of its own may hold that open."""
+        while child.channel.fileno() >= 0 and child.channel.ready():
             self._receive(child)
 
     def _note(self, message: Any) -> None:
@@ -216,6 +226,7 @@ class Supervisor:
 
     def _forget(self, child: Child) -> None:
         self.children.pop(child.pid, None)
+        self.changes += 1
         child.channel.close()
         os.close(child.stack_fd)
 
@@ -232,6 +243,16 @@ class Supervisor:
             rows.append(("template", 0, self._template.pid))
         rows += [(c.role, max(c.rank, 0), c.pid) for c in self.children.values()]
         return [{"role": role, "rank": rank, "pid": pid, "host": host} for role, rank, pid in rows]
+
+    def end_children(self) -> list[Child]:
+        """Kill every child, wait for it and take in what it had still sent; return them all."""
+        children = list(self.children.values())
+        for child in children:
+            self.kill(child)
+        for child in children:
+            _wait_gone(child.pid)
+            self._drain(child)
+        return children
 
     def restart(self, timeout_s: float) -> None:
         """Begin again with a new template after the old one died: same host, no children."""

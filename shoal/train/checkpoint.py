@@ -13,7 +13,9 @@ The file is the same whatever the plan was: whole tensors under the model's own 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -39,6 +41,18 @@ _DTYPES = {
     torch.complex64: "C64",
 }  # fmt: skip
 KEPT = 2
+EVERY_S = 20.0
+
+
+def cadence() -> float:
+    """Seconds between checkpoints: ``SHOAL_CHECKPOINT_S`` in the environment, or 20."""
+    text = os.environ.get("SHOAL_CHECKPOINT_S")
+    if text is None:
+        return EVERY_S
+    with contextlib.suppress(ValueError):
+        if float(text) >= 0:
+            return float(text)
+    raise RequestError(f'SHOAL_CHECKPOINT_S is "{text}"; give the seconds between checkpoints, 0 or more.')
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,10 @@ class PartWriter:
             )
         record = store.record(rank, step - 1)
         sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
-        torch.save({"notebook": store.read_notebook(rank, step), "sums": sums}, self._path / f"rank-{rank}.pt")
+        # Into memory first: torch tells a full disk by a RuntimeError.
+        notes = io.BytesIO()
+        torch.save({"notebook": store.read_notebook(rank, step), "sums": sums}, notes)
+        (self._path / f"rank-{rank}.pt").write_bytes(notes.getbuffer())
 
     def write_all(self) -> None:
         """Write everything, while no worker is at work."""
@@ -170,21 +187,21 @@ class PartWriter:
 
 
 class ScalarRows:
-    """Where the rows of a parameter's scalars lie: one for each piece of it, under the arena's number of workers."""
+    """Where the rows of a parameter's scalars lie: one for each piece of it, for each part of the arena."""
 
     def __init__(self, store: Store) -> None:
-        table, world_size = store.table, store.arena.world_size
+        table, parts = store.table, store.parts
         self._rows: dict[tuple[int, int], list[torch.Tensor]] = {}
         row = scalar_row_bytes(table)
-        hands = deal_tensors(table, world_size) if not store.local else deal_tensors(table, 1) * world_size
-        for rank in range(world_size):
-            lane = store.lane(rank)
-            data = store.scalar_bytes(rank)
+        hands = deal_tensors(table, parts) if not store.local else deal_tensors(table, 1) * parts
+        for part in range(parts):
+            lane = store.lane(part)
+            data = store.scalar_bytes(part)
             if table.elementwise:
                 chunks = chunks_of(table, lane.start, lane.stop)
                 owned = enumerate(piece.parameter for chunk in chunks for piece in chunk.pieces)
             else:
-                owned = ((index, index) for index in hands[rank])  # type: ignore[assignment]
+                owned = ((index, index) for index in hands[part])  # type: ignore[assignment]
             for at, parameter in owned:
                 rows = self._rows.setdefault((parameter, lane.replica or 0), [])
                 rows.append(data[at * row : (at + 1) * row])
@@ -215,6 +232,7 @@ def complete(directory: Path, step: int, meta: Mapping[str, Any], keep: int = KE
             sums[path.name] = _sha256(path)
             _sync(path)
     meta = {**meta, "step": step, "sha256": sums, "written": time.time()}
+    meta["check"] = _meta_check(meta)
     (part / "meta.json").write_text(json.dumps(meta, indent=1))
     _sync(part / "meta.json")
     _sync(part)
@@ -223,9 +241,14 @@ def complete(directory: Path, step: int, meta: Mapping[str, Any], keep: int = KE
         shutil.rmtree(final)
     part.rename(final)
     _sync(directory)
+    prune(directory, keep)
+    return Checkpoint(final, step, meta)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest ``keep``."""
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return Checkpoint(final, step, meta)
 
 
 def discard_parts(directory: Path) -> None:
@@ -240,6 +263,8 @@ def newest(directory: Path, damaged: list[tuple[Path, str]] | None = None) -> Ch
         reason = ""
         try:
             meta = json.loads((path / "meta.json").read_text())
+            if meta["check"] != _meta_check(meta):
+                raise ValueError("meta.json is not what was written")
             for name, digest in meta["sha256"].items():
                 if _sha256(path / name) != digest:
                     reason = f"{name} is not what was written"
@@ -325,6 +350,12 @@ def _restore_notes(checkpoint: Checkpoint) -> Restored:
         elif page is not None and page.get("optimizer"):
             notebook["optimizer"]["state"].update(page["optimizer"]["state"])
     return Restored(notebook, sums)
+
+
+def _meta_check(meta: Mapping[str, Any]) -> str:
+    """The SHA-256 of all that meta.json says but for this."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -27,6 +27,8 @@ from shoal.train.memory import memory_of
 from shoal.train.settings import JobFacts, RunSettings
 
 SEARCH_S = 4.0
+_ENOUGH_S = 7.0
+_LONG_WARM_UP_S = 0.5
 _SINGLE_TRIAL_S = 1.5
 _WARM_UP_STEPS = 3
 _MOST_TRIAL_STEPS = 400
@@ -43,15 +45,9 @@ def choose_plan(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, c
     _check_memory(facts, plan.filled() if plan.names_axes else Plan(dp=1), machine)
     batch = min(job.batch_size, facts.samples)
     candidates = local_candidates(plan, machine.cores, batch, facts.images)
-    chosen, why = candidates[0], [f"{candidates[0]} was given as it is."]
+    chosen, why = candidates[0], [f"{candidates[0].brief()} was given as it is."]
     if len(candidates) > 1:
         chosen, why = _best(candidates, job, facts, supervisor, plan, machine)
-    workers = chosen.world_size * (chosen.threads or 1)
-    if workers > machine.cores:
-        why.append(
-            f"Warning: {chosen.world_size} workers × {chosen.threads} threads are more than the {machine.cores} cores "
-            "there are, so they take turns."
-        )
     return chosen.replace(explanation=tuple(why))
 
 
@@ -62,7 +58,10 @@ def _best(
     if known is None:
         began = time.monotonic()
         tried = search(
-            candidates, lambda plan, s: run_trial(plan, job, facts, supervisor, s).step_times_s, SEARCH_S
+            candidates,
+            lambda plan, seconds: run_trial(plan, job, facts, supervisor, seconds).step_times_s,
+            SEARCH_S,
+            enough=lambda: time.monotonic() - began > _ENOUGH_S,
         )
         for entry in tried:
             remember(entry.plan, job, facts, {"trial_step_s": entry.step_s})
@@ -71,14 +70,9 @@ def _best(
         tried, how = known, "remembered from earlier trials of this job on this machine"
     best = tried[0]
     samples = min(job.batch_size, facts.samples)
-    why = [f"{_short(best.plan)} is the fastest of {len(tried)} plans on {machine.cores} cores ({how})."]
-    why += [f"{_short(t.plan)}: {t.step_s * 1e3:.2f} ms a step, {samples / t.step_s:,.0f} samples/s" for t in tried]
+    why = [f"{best.plan.brief()} is the fastest of {len(tried)} plans on {machine.cores} cores ({how})."]
+    why += [f"{t.plan.brief()}: {t.step_s * 1e3:.2f} ms a step, {samples / t.step_s:,.0f} samples/s" for t in tried]
     return best.plan, why
-
-
-def _short(plan: Plan) -> str:
-    """The part of a plan that the search chose."""
-    return f"dp={plan.dp},threads={plan.threads}" + (f",layout={plan.layout}" if plan.layout != "contiguous" else "")
 
 
 @dataclass(frozen=True)
@@ -126,20 +120,22 @@ def _run_trial(
     Store(arena, facts.table).spread()
     crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
     crew.start(spare=False)
-    started = None
+    began = time.monotonic()
+    started: tuple[float, int] | None = None
     memory: dict[str, Any] = {}
     while not crew.finished:
         crew.poll(0.01, 0.0, lambda: "the job was only being tried.")
         done = min(slot.signal(Signal.UPDATED) for slot in arena.slots)
-        if started is None and done >= _WARM_UP_STEPS:
-            started = time.monotonic()
-        if started is not None and time.monotonic() - started > seconds and done > _WARM_UP_STEPS + 1:
+        now = time.monotonic()
+        if started is None and (done >= _WARM_UP_STEPS or (done and now - began > _LONG_WARM_UP_S)):
+            started = now, done
+        if started is not None and now - started[0] > seconds and done > started[1]:
             if not arena.supervisor.note(Note.STOP_WANTED):
                 memory = memory_of([child.pid for child in supervisor.children.values() if child.role == "worker"])
             arena.supervisor.write(Note.STOP_WANTED, 1)
     store = Store(arena, facts.table)
     count = min(slot.signal(Signal.UPDATED) for slot in arena.slots)
-    first = min(_WARM_UP_STEPS, max(0, count - 2))
+    first = min(started[1] if started is not None else _WARM_UP_STEPS, max(0, count - 2))
     rows = [store.record(0, step) for step in range(first, count)]
     ends = [float(row[Columns.ENDED]) for row in rows]
     return TrialResult(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from shoal.comm.arena import Arena, Note, Phase, Signal
 from shoal.errors import RequestError, WorkerLostError
 from shoal.process.channel import ChannelClosed
 from shoal.process.failure import Failure
-from shoal.process.supervisor import Child, Supervisor
+from shoal.process.supervisor import Child, Supervisor, TemplateLost
 from shoal.train.settings import RunSettings
 
 Emit = Callable[..., Any]
 MOST_DEATHS_A_STEP = 3
+MOST_TEMPLATES = 3
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,39 @@ class Crew:
         self._fd = fd
         self._patience = Patience.from_environment()
         self._workers: dict[int, Child] = {}
+        # From 1: a slot that nobody has written to says 0.
         self._incarnations = [0] * arena.world_size
+        self._put_at = [0.0] * arena.world_size
+        self._spare = True
         self._deaths: dict[tuple[int, int], int] = {}
         self._recoveries: list[_Recovery] = []
         self._reported: dict[int, float] = {}
         self._stalled: set[int] = set()
         self._done: set[int] = set()
-        self.replaced = 0
         self.first_steps = [arena.slots[r].signal(Signal.UPDATED) for r in range(arena.world_size)]
 
     def start(self, spare: bool = True) -> None:
         """Fork and assign all workers, and a standby to replace the first that dies."""
-        for rank in range(self._arena.world_size):
-            self._put(rank)
-        if spare:
-            self.supervisor.fork()
+        self._spare = spare
+        # A template that is gone already comes to light, and is replaced, at the first ``poll``.
+        with contextlib.suppress(ChannelClosed):
+            self._fill()
 
-    def _put(self, rank: int) -> Child:
-        child = self.supervisor.standby()
-        self.supervisor.assign(child, "worker", rank, self._incarnations[rank])
-        self._workers[rank] = child
-        return child
+    def _fill(self) -> None:
+        """Put a process in every place that is empty. ChannelClosed where the template is gone."""
+        for rank in range(self._arena.world_size):
+            if rank not in self._workers and rank not in self._done:
+                child = self.supervisor.standby()
+                self._incarnations[rank] += 1
+                self._put_at[rank] = time.monotonic()
+                self._workers[rank] = child
+                self.supervisor.assign(child, "worker", rank, self._incarnations[rank])
+                for recovery in self._recoveries:
+                    if recovery.rank == rank:
+                        recovery.pid = child.pid
+        children = self.supervisor.children.values()
+        if self._spare and not any(c.role == "standby" and c.status is None for c in children):
+            self.supervisor.fork()
 
     @property
     def finished(self) -> bool:
@@ -103,32 +117,16 @@ class Crew:
 
         Raises what a worker raised, and WorkerLostError for one that keeps dying on the same step.
         """
-        dead: list[Child] = []
-        template_gone = False
+        messages: list[Any] = []
         try:
             dead = self.supervisor.poll(timeout_s)
+            messages += _messages([*dead, *self._workers.values()])
+            for child in dead:
+                self._bury(child, child.cause(), last_checkpoint)
+            if dead:
+                self._fill()
         except ChannelClosed:
-            template_gone = True
-        messages: list[Any] = []
-        for child in [*dead, *self._workers.values()]:
-            messages += child.inbox
-            child.inbox = []
-        for message in messages:
-            if isinstance(message, Failure):
-                raise message.error()
-        if template_gone:
-            self._begin_again(last_checkpoint)
-            return messages
-        for child in dead:
-            if child.role == "worker" and self._workers.get(child.rank) is child:
-                if child.status == 0 and self._phase(child.rank) == Phase.DONE:
-                    self._done.add(child.rank)
-                    del self._workers[child.rank]
-                else:
-                    self._bury(child, child.cause(), last_checkpoint)
-                    self._replace(child.rank)
-            elif child.role == "standby":
-                self.supervisor.fork()
+            messages += self._begin_again(last_checkpoint)
         self._look_for_recovered()
         self._look_for_stalled(longest_step_s)
         return messages
@@ -136,9 +134,21 @@ class Crew:
     # -- deaths --------------------------------------------------------------------------------------------------
 
     def _phase(self, rank: int) -> Phase:
-        return Phase(int(self._arena.slots[rank].note(Note.PHASE)))
+        """What a worker does; its slot speaks of its predecessor until it has begun."""
+        slot = self._arena.slots[rank]
+        return Phase(int(slot.note(Note.PHASE))) if self._has_begun(rank) else Phase.STARTING
+
+    def _has_begun(self, rank: int) -> bool:
+        return int(self._arena.slots[rank].note(Note.INCARNATION)) == self._incarnations[rank]
 
     def _bury(self, child: Child, cause: str, last_checkpoint: Callable[[], str]) -> None:
+        """Take note of a child's death; nothing more where it was no worker, or had finished."""
+        if self._workers.get(child.rank) is not child:
+            return
+        del self._workers[child.rank]
+        if self._phase(child.rank) == Phase.DONE:
+            self._done.add(child.rank)
+            return
         rank, slot = child.rank, self._arena.slots[child.rank]
         step = slot.signal(Signal.UPDATED)
         if child.pid in self._stalled:
@@ -153,31 +163,34 @@ class Crew:
         published = slot.signal(Signal.GRADIENTS) > step
         action = "rolled_forward" if published else "recomputed"
         self._recoveries.append(_Recovery(rank, 0, step, time.monotonic(), action))
-        self._incarnations[rank] += 1
         self._reported.pop(rank, None)
-        self.replaced += 1
 
-    def _replace(self, rank: int) -> None:
-        child = self._put(rank)
-        for recovery in self._recoveries:
-            if recovery.rank == rank:
-                recovery.pid = child.pid
-        self.supervisor.fork()
+    def _begin_again(self, last_checkpoint: Callable[[], str]) -> list[Any]:
+        """The template was killed, and its children with it: make another and go on from the arena.
 
-    def _begin_again(self, last_checkpoint: Callable[[], str]) -> None:
-        """The template was killed, and its children with it: make another and go on from the arena."""
-        lost = dict(self._workers)
-        for rank in sorted(lost):
-            self._bury(lost[rank], "SIGKILL", last_checkpoint)
-        self.supervisor.restart(timeout_s=600.0)
-        self.supervisor.call("bind", self._settings, False, fds=(self._fd,))
-        self.supervisor.call("forget_first_weights")
-        for rank in sorted(lost):
-            child = self._put(rank)
-            for recovery in self._recoveries:
-                if recovery.rank == rank:
-                    recovery.pid = child.pid
-        self.supervisor.fork()
+        Returns the messages that the children had sent before they died.
+        """
+        messages = _messages(self.supervisor.end_children())
+        for rank in sorted(self._workers):
+            self._bury(self._workers[rank], "SIGKILL", last_checkpoint)
+        for attempt in range(MOST_TEMPLATES):
+            if self.finished:
+                break
+            try:
+                self.supervisor.restart(timeout_s=600.0)
+                self.supervisor.call("bind", self._settings, False, fds=(self._fd,))
+                self.supervisor.call("forget_first_weights")
+                self._fill()
+                break
+            except (ChannelClosed, TemplateLost) as error:
+                if attempt == MOST_TEMPLATES - 1:
+                    raise WorkerLostError(
+                        f"The process that workers are forked from died {MOST_TEMPLATES} times while it was made again "
+                        f"({error}); {last_checkpoint()}"
+                    ) from None
+                self.supervisor.end_children()
+                self._workers.clear()
+        return messages
 
     def _look_for_recovered(self) -> None:
         for recovery in list(self._recoveries):
@@ -196,10 +209,8 @@ class Crew:
         for rank, child in self._workers.items():
             slot = self._arena.slots[rank]
             phase = self._phase(rank)
-            if phase == Phase.DONE or slot.note(Note.INCARNATION) != self._incarnations[rank]:
-                continue
             # A waiting worker beats its heart; any other phase is entered anew at every step.
-            silent_s = now - slot.note(Note.PHASE_SINCE)
+            silent_s = now - (slot.note(Note.PHASE_SINCE) if self._has_begun(rank) else self._put_at[rank])
             first = slot.signal(Signal.UPDATED) == self.first_steps[rank] and phase != Phase.WAITING
             report_s, replace_s = self._patience.limits(longest_step_s, first)
             if silent_s > replace_s and child.pid not in self._stalled:
@@ -219,3 +230,15 @@ class Crew:
             "stall", rank=rank, pid=child.pid, step=slot.signal(Signal.UPDATED) + 1, phase=phase.name.lower(),
             waited_s=silent_s, waits_for=waits_for, stack=child.stack(), replaced_after_s=replace_s,
         )  # fmt: skip
+
+
+def _messages(children: Iterable[Child]) -> list[Any]:
+    """Take the messages that have come from these. Raises the first failure among them."""
+    messages: list[Any] = []
+    for child in children:
+        messages += child.inbox
+        child.inbox = []
+    for message in messages:
+        if isinstance(message, Failure):
+            raise message.error()
+    return messages

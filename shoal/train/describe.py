@@ -48,6 +48,17 @@ def sliced_group(kind: type, group: dict[str, Any], params: Iterable[torch.Tenso
     return new
 
 
+def optimizer_like(like: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """An optimizer of the same elementwise type over other groups.
+
+    The constructor gets the defaults again: not all that it does follows from the groups (Adagrad's first sum does not).
+    """
+    kind: Any = type(like)
+    accepted = inspect.signature(kind.__init__).parameters
+    made: torch.optim.Optimizer = kind(groups, **{key: value for key, value in like.defaults.items() if key in accepted})
+    return made
+
+
 def describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> ParameterTable:
     """Return the table of a model and its optimizer; JobError where there is nothing to train."""
     groups: dict[int, int] = {}
@@ -113,11 +124,10 @@ def _with_state(table: ParameterTable, model: nn.Module, optimizer: torch.optim.
     if table.elementwise:
         # Two elements tell a per-element tensor from a 0-dim one.
         probe = torch.zeros(2, dtype=table.parameters[0].dtype, requires_grad=True)
-        kind: Any = type(optimizer)
         state_keys: dict[str, None] = {}
         scalars: dict[str, torch.dtype] = {}
         for group in optimizer.param_groups:
-            copied = kind([sliced_group(kind, group, [probe])])
+            copied = optimizer_like(optimizer, [sliced_group(type(optimizer), group, [probe])])
             probe.grad = torch.zeros_like(probe)
             copied.step()
             for key, value in copied.state[probe].items():

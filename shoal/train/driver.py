@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import cloudpickle
 
-from shoal.errors import JobError, JobFailed, LossNotFiniteError, PlanError, RequestError, ShoalError, UserCodeError
+from shoal.errors import JobError, JobFailed, PlanError, RequestError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog, read_events
 from shoal.plan import Plan
@@ -120,7 +119,11 @@ def run_job(
         except ShoalError as error:
             text = error.traceback_text if isinstance(error, UserCodeError) else None
             emitter("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
-            _remove_if_empty(directory, error)
+            _abandon_if_refused(directory, error)
+            raise
+        except KeyboardInterrupt:
+            if not any(read_events(directory.events, ["run_start"])):
+                directory.abandon()
             raise
 
 
@@ -205,15 +208,7 @@ def _tensorboard(directory: RunDirectory, options: TrainOptions) -> list[Observe
     return [TensorBoardObserver(directory.path / "tensorboard")]
 
 
-def _remove_if_empty(directory: RunDirectory, error: ShoalError) -> None:
+def _abandon_if_refused(directory: RunDirectory, error: ShoalError) -> None:
     """A request that was refused before the first step leaves no directory behind that would be in the way."""
-    if isinstance(error, (JobFailed, LossNotFiniteError)) or (directory.path / "job.json").exists():
-        return
-    if any(read_events(directory.events, ["run_start"])):
-        return
-    for path in (directory.events, directory.path / "processes.json"):
-        with contextlib.suppress(OSError):
-            path.unlink()
-    for folder in (directory.checkpoints, directory.path):
-        with contextlib.suppress(OSError):
-            Path(folder).rmdir()
+    if not isinstance(error, JobFailed) and not any(read_events(directory.events, ["step"])):
+        directory.abandon()

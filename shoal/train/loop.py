@@ -79,9 +79,10 @@ class Loop:
         self.parts.model.train()
         step = axis.steps_done()
         self.parts.schedule.recall(step)
-        if step and not axis.has_published(step):
-            # A predecessor may have died before its replica became the average.
-            self._average(step - 1)
+        if step:
+            # A predecessor may have died between its own commit and the others'. Until theirs, the weights are not those
+            # of the next step, and this worker's stripe is still being read.
+            self._finish(step - 1)
         while True:
             if step and step % settings.steps_per_epoch == 0 and self._epoch_ends(step):
                 break
@@ -104,20 +105,23 @@ class Loop:
             self._compute(step, record, began)
             self._decide(step)
             axis.publish(step)
+            parts.faults.reach("published", step)
             if step + 1 < parts.settings.total_steps:
                 # While the others still compute, there is time to fetch what comes next.
+                slot.enter(Phase.DATA, step)
                 with user_code("train_data", self.rank):
                     parts.feed.prepare(step + 1)
         slot.enter(Phase.WAITING, step)
         totals = axis.gather(step)
+        slot.enter(Phase.REDUCE, step)
         parts.faults.reach("reduce", step)
         if not math.isfinite(totals.loss):
             samples = np.concatenate([share.indices for share in parts.feed.shares(step)] or [np.empty(0, int)])
             parts.channel.send(NotFinite(step + 1, self.rank, totals.loss, tuple(int(s) for s in samples)))
             axis.wait_for(lambda times: time.sleep(times[1]) or axis.world_size, "the end of the run")
         reduce_began = time.monotonic()
-        slot.enter(Phase.UPDATE, step)
         self._begin_checkpoint(step)
+        slot.enter(Phase.UPDATE, step)
         with user_code("optimizer", self.rank):
             axis.update(step, totals, parts.job.grad_clip, self._hooks)
         self._end_checkpoint(step)
@@ -129,9 +133,16 @@ class Loop:
         record[Columns.ENDED] = ended
         record[Columns.STEP] = step + 1
         axis.commit(step)
-        slot.enter(Phase.WAITING, step)
+        parts.faults.reach("committed", step)
+        self._finish(step)
+
+    def _finish(self, step: int) -> None:
+        """Wait until everybody's part of the step's update is done, and for an observer who must see it first."""
+        axis, parts = self.parts.axis, self.parts
+        self.slot.enter(Phase.WAITING, step)
         axis.finish(step)
-        self._average(step)
+        if not axis.has_published(step + 1):
+            self._average(step)
         if parts.settings.wait_for_observer and self.rank == 0:
             supervisor = axis.arena.supervisor
             axis.wait_for(
@@ -167,7 +178,8 @@ class Loop:
         if supervisor.note(Note.STOP_WANTED):
             slot.write(Note.STOP_AFTER, step + 1)
         wanted = supervisor.note(Note.CHECKPOINT_WANTED)
-        if wanted > slot.note(Note.CHECKPOINT_SEEN):
+        # The one that this very step is to write must not be put off again.
+        if wanted > slot.note(Note.CHECKPOINT_SEEN) and slot.note(Note.CHECKPOINT_AT) != step:
             slot.write(Note.CHECKPOINT_AT, step + 1)
             slot.write(Note.CHECKPOINT_SEEN, wanted)
 
@@ -287,7 +299,9 @@ class Loop:
     def _begin_checkpoint(self, step: int) -> None:
         slots = self.parts.axis.arena.slots
         self._part_writer = None
-        if int(slots[0].note(Note.CHECKPOINT_AT)) == step and step and self.slot.note(Note.CHECKPOINT_DONE) != step:
+        settled = (self.slot.note(Note.CHECKPOINT_DONE), self.slot.note(Note.CHECKPOINT_FAILED))
+        if int(slots[0].note(Note.CHECKPOINT_AT)) == step and step and step not in settled:
+            self.slot.enter(Phase.CHECKPOINT, step)
             self.parts.faults.reach("checkpoint", step)
             writer = PartWriter(self.parts.store, self.parts.settings.checkpoint_dir, step)
             self._attempt(writer, lambda: writer.write_rest(self.rank))
@@ -296,6 +310,8 @@ class Loop:
         """Copy a chunk into the checkpoint before its update: it is still that of the step's beginning."""
         writer = self._part_writer
         if writer is not None:
+            # A slow disk is no stall.
+            self.slot.write(Note.PHASE_SINCE, time.monotonic())
             self._attempt(writer, lambda: writer.write(self.parts.axis.updater.saved(chunk)))  # type: ignore[attr-defined]
 
     def _attempt(self, writer: PartWriter, action: Any) -> None:
@@ -305,6 +321,8 @@ class Loop:
         except OSError as error:
             self._part_writer = None
             writer.close()
+            # What is missing in the file now must not be taken for written by a replacement.
+            self.slot.write(Note.CHECKPOINT_FAILED, writer.step)
             self.parts.channel.send(CheckpointTrouble(writer.step, error.strerror or str(error)))
 
     def _end_checkpoint(self, step: int) -> None:
@@ -326,13 +344,16 @@ class Loop:
             found: Tally | None = None
             if parts.eval_source is not None and parts.settings.evaluate:
                 self._buffers.load(step)
+
+                def next_batch() -> None:
+                    self.slot.enter(Phase.EVALUATE, step)
+                    parts.faults.reach("evaluate", step)
+
                 part = Slice(
                     self.rank, axis.world_size, parts.settings.plan.layout == "channels_last", epoch, self._autocast
                 )
                 with user_code("evaluation", self.rank):
-                    found = evaluate(
-                        parts.job, parts.model, parts.eval_source, part, lambda: parts.faults.reach("evaluate", step)
-                    )
+                    found = evaluate(parts.job, parts.model, parts.eval_source, part, next_batch)
             training = Tally(metrics=self._metrics.stateful)
             parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
             self.slot.post(Signal.EVALUATED, epoch)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ RUNS = Path("runs")
 class RunDirectory:
     """One run's directory, claimed by this process while it runs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, held_run: bool = True, made: Sequence[Path] = ()) -> None:
+        """``held_run``: a run was here before; ``made``: the folders that were made for this one, innermost first."""
         self.path = path
+        self._held_run = held_run
+        self._made = tuple(made)
         self.checkpoints = path / "checkpoints"
         self.events = path / "events.jsonl"
         self.model = path / "model"
@@ -28,8 +33,9 @@ class RunDirectory:
     def claim(cls, wanted: Path | None, job_name: str, resume: bool) -> RunDirectory:
         """Choose and make the directory. RunDirectoryError where it is in use, exists already, or cannot be written."""
         path = wanted or (_latest(job_name) if resume else None) or _fresh(job_name)
-        directory = cls(path)
-        if _has_run(path):
+        held_run = _has_run(path)
+        directory = cls(path, held_run, [folder for folder in (path, *path.parents) if not folder.exists()])
+        if held_run:
             owner = _owner(path)
             if owner is not None:
                 raise RunDirectoryError(
@@ -47,6 +53,19 @@ class RunDirectory:
                 f"{path} cannot be written ({error.strerror}); choose another directory with --run."
             ) from None
         return directory
+
+    def abandon(self) -> None:
+        """Remove what this process left here, where no run was before: the request was refused before its first step."""
+        if self._held_run:
+            return
+        if self.path in self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for file in (self.events, *(self.path / name for name in ("processes.json", "job.json", "plan.toml"))):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        for folder in (self.checkpoints, *self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write(self, name: str, text: str) -> None:
         """Write a small file in one move."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from shoal import bundle
+from shoal.cluster import Cluster
+from shoal.axes.data import COLLECTIVES_A_STEP
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.store import Columns, Store, arena_layout
 from shoal.errors import JobFailed, LossNotFiniteError, RequestError
@@ -30,7 +33,7 @@ from shoal.train.run import SUMMARY, Run
 from shoal.train.rundir import RunDirectory
 from shoal.train.settings import CheckpointTrouble, EpochPart, JobFacts, NotFinite, RunSettings, ValueNames
 
-_CHECKPOINT_EVERY_S = 20.0
+# Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
 _POLL_S = 0.05
 
@@ -57,12 +60,16 @@ class Session:
         self._not_finite: list[NotFinite] = []
         self._goal = Goal(job.until, job.patience)
         self._last_checkpoint: checkpoints.Checkpoint | None = None
+        self._checkpoint_every_s = checkpoints.cadence()
         self._checkpointed_at = time.monotonic()
         self._checkpoint_s = 0.0
         self._checkpoint_wanted = 0
+        self._checkpoint_settled = 0
         self._completing: threading.Thread | None = None
         self._completed: list[Any] = []
         self._peak: dict[str, Any] = {}
+        self._measure_at = 0.0
+        self._measure_every_s = 0.5
 
     # -- the course of a run -------------------------------------------------------------------------------------
 
@@ -93,7 +100,8 @@ class Session:
             self._finish_completing()
             self._supervisor.close()
             arena.memory.close()
-            self._directory.release([])
+            with contextlib.suppress(OSError):
+                self._directory.release([])
 
     def _run_in(self, arena: Arena, began: float) -> Run:
         store = Store(arena, self._facts.table)
@@ -109,7 +117,6 @@ class Session:
         self._first_step = first
         self._interrupts.armed = True
         self._crew.start()
-        self._tell_processes()
         self._loop()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         return self._end(began)
@@ -131,6 +138,7 @@ class Session:
             for signal in (Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
                 slot.post(signal, step)
             slot.post(Signal.EVALUATED, found.meta["epochs_done"])
+            slot.post(Signal.COLLECTIVE, step * COLLECTIVES_A_STEP)
             if restored.notebook is not None:
                 store.write_notebook(rank, step, restored.notebook)
         row = store.record(0, step - 1)
@@ -142,6 +150,7 @@ class Session:
         self._arena.supervisor.write(Note.EVAL_LOSS, float(found.meta.get("eval_loss") or 0.0))
         self._arena.supervisor.post(Order.EPOCH_DONE, self._epochs_done)
         self._last_checkpoint = found
+        self._checkpoint_settled = step
         return step
 
     def _write_beginning(self, first: int) -> None:
@@ -167,14 +176,24 @@ class Session:
             "plan", plan=str(plan), why=list(plan.explanation), batch=batch_line(plan, job, facts),
             predicted_step_s=self._predicted_s,
         )  # fmt: skip
+        cores = Cluster.local(measure=False).cores
+        if plan.world_size * (plan.threads or 1) > cores:
+            self._emit(
+                "warning",
+                text=f"{plan.world_size} workers × {plan.threads} threads are more than the {cores} cores there are, so "
+                "they take turns",
+            )
 
     # -- while it runs -------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
         lockstep = self._settings.wait_for_observer
         recorder, crew = self._recorder, self._crew
-        replaced = crew.replaced
+        changes = -1
         while not crew.finished:
+            if self._supervisor.changes != changes:
+                changes = self._supervisor.changes
+                self._tell_processes()
             if lockstep:
                 self._arena.wait_all(Signal.UPDATED, recorder.step + 1, 0.0, _POLL_S)
             longest = recorder.longest_step_s
@@ -189,9 +208,6 @@ class Session:
             self._checkpoint()
             if self._not_finite:
                 self._stop_for_loss()
-            if crew.replaced != replaced:
-                replaced = crew.replaced
-                self._tell_processes()
             self._measure_memory()
         recorder.drain()
 
@@ -259,21 +275,29 @@ class Session:
         )
 
     def _measure_memory(self) -> None:
-        if not self._peak or time.monotonic() - self._peak["at"] > 2.0:
-            self._peak = {"at": time.monotonic(), **memory_of(self._pids(), self._peak)}
+        # Counting shared pages takes the kernel a while for large processes: seldom, and ever more so.
+        now = time.monotonic()
+        if self._recorder.first_step_at is not None and now >= self._measure_at:
+            self._peak = memory_of(self._pids(), self._peak)
+            self._measure_every_s = min(30.0, 2 * self._measure_every_s)
+            self._measure_at = now + self._measure_every_s
 
     def _pids(self) -> list[int]:
         return [row["pid"] for row in self._supervisor.processes()]
 
     def _tell_processes(self) -> None:
-        self._directory.write_json("processes.json", self._supervisor.processes())
+        # What only tells must not end a run when the disk is full.
+        with contextlib.suppress(OSError):
+            self._directory.write_json("processes.json", self._supervisor.processes())
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _want_checkpoint(self) -> None:
-        """Ask the workers to write one at the next step, unless the last one is hardly over."""
-        due = max(_CHECKPOINT_EVERY_S if self._last_checkpoint else 0.0, _CHECKPOINT_COST * self._checkpoint_s)
-        if self._completing is None and time.monotonic() - self._checkpointed_at > due:
+        """Ask the workers to write one at the next step, unless the last one is hardly over, or not over at all."""
+        every_s = self._checkpoint_every_s
+        due = max(every_s if self._last_checkpoint else 0.0, _CHECKPOINT_COST * self._checkpoint_s if every_s else 0.0)
+        if self._completing is None and not self._being_written() and time.monotonic() - self._checkpointed_at > due:
+            checkpoints.discard_parts(self._directory.checkpoints)
             self._checkpoint_wanted += 1
             self._checkpointed_at = time.monotonic()
             self._arena.supervisor.write(Note.CHECKPOINT_WANTED, self._checkpoint_wanted)
@@ -284,13 +308,32 @@ class Session:
             if not self._completing.is_alive():
                 self._finish_completing()
             return
-        slots = self._arena.slots
-        step = int(slots[0].note(Note.CHECKPOINT_AT))
-        known = self._last_checkpoint.step if self._last_checkpoint is not None else -1
-        if step > max(known, 0) and all(int(slot.note(Note.CHECKPOINT_DONE)) == step for slot in slots):
-            self._start_completing(step)
-        elif time.monotonic() - self._checkpointed_at > _CHECKPOINT_EVERY_S:
+        if not self._being_written() and time.monotonic() - self._checkpointed_at > self._checkpoint_every_s:
             self._want_checkpoint()
+
+    def _being_written(self) -> bool:
+        """Whether workers have yet to write the one that they were asked for; a whole one goes on to be completed."""
+        slots = self._arena.slots
+        if slots[0].note(Note.CHECKPOINT_SEEN) < self._checkpoint_wanted:
+            return True
+        step = int(slots[0].note(Note.CHECKPOINT_AT))
+        if step <= self._checkpoint_settled:
+            return False
+        # Looked at first: who has finished that step has written its part or never will.
+        over = self._recorder.committed() > step
+        if all(int(slot.note(Note.CHECKPOINT_DONE)) == step for slot in slots):
+            self._checkpoint_settled = step
+            self._start_completing(step)
+            return True
+        if over:
+            self._checkpoint_settled = step
+            self._make_room()
+        return not over
+
+    def _make_room(self) -> None:
+        """A checkpoint has failed, most likely because the disk is full: keep the last good one only."""
+        checkpoints.discard_parts(self._directory.checkpoints)
+        checkpoints.prune(self._directory.checkpoints, 1)
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -304,6 +347,10 @@ class Session:
         began = time.monotonic()
         done = step // self._settings.steps_per_epoch
         meta["history"], meta["epochs_done"] = meta["history"][:done], min(done, meta["epochs_done"])
+        if meta["history"]:
+            # The run may have come to the end of another epoch since.
+            last = meta["history"][-1]
+            meta["eval_loss"] = float(last.get("eval_loss", last["loss"]))
 
         def work() -> None:
             try:
@@ -326,6 +373,7 @@ class Session:
             size = sum(f.stat().st_size for f in result.path.iterdir())
             self._emit("checkpoint", step=result.step, path=str(result.path), bytes=size, write_s=detail)
         else:
+            self._make_room()
             self._emit("checkpoint_failed", step=result, reason=detail)
 
     def _last_one(self, step: int) -> None:
@@ -339,6 +387,7 @@ class Session:
             checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
             found = checkpoints.complete(self._directory.checkpoints, step, self._meta())
         except OSError as error:
+            self._make_room()
             self._emit("checkpoint_failed", step=step, reason=error.strerror or str(error))
             return
         self._last_checkpoint = found
@@ -380,7 +429,12 @@ class Session:
             "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
             "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,
         }  # fmt: skip
-        directory.write_json(SUMMARY, summary)
+        try:
+            directory.write_json(SUMMARY, summary)
+        except OSError as error:
+            raise JobFailed(
+                f"The summary could not be written to {directory.path} ({error.strerror}); make room and go on with --resume."
+            ) from None
         self._emit(
             "run_end", status="done" if complete or reason == "steps" else "stopped", steps=step,
             epochs=self._epochs_done, samples_per_s=summary["samples_per_s"], step_s=summary["step_s"],
@@ -410,8 +464,6 @@ class Session:
 
 def spin_seconds(plan: Plan) -> float:
     """How long a worker spins before it sleeps: not at all when the cores do not suffice for all."""
-    from shoal.cluster import Cluster
-
     wanted = plan.world_size * (plan.threads or 1)
     return 200e-6 if wanted <= Cluster.local(measure=False).cores else 0.0
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import Chunk, Lane, align, chunks_of, deal_tensors
-from shoal.train.describe import hyperparameters, sliced_group
+from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Updater:
     def count(self) -> int:
         """How many chunks this worker updates in a step."""
         raise NotImplementedError
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether a replacement makes its predecessor's update again from the first chunk, even where that was done."""
+        return False
 
     def sum_gradients(self, chunk: int, factor: float) -> None:
         """Add up all workers' gradients of a chunk and keep the result for ``norm_squared`` and ``apply``."""
@@ -200,13 +205,13 @@ class _ElementwiseChunk:
         self.reload()
 
     def _make_optimizer(self, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        kind: Any = type(like)
         self._groups = sorted(set(self._group_of))
-        return kind(  # type: ignore[no-any-return]
+        return optimizer_like(
+            like,
             [
-                sliced_group(kind, like.param_groups[g], [p for p, of in zip(self._pieces, self._group_of, strict=True) if of == g])
+                sliced_group(type(like), like.param_groups[g], [p for p, of in zip(self._pieces, self._group_of, strict=True) if of == g])
                 for g in self._groups
-            ]
+            ],
         )
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -221,6 +226,12 @@ class _ElementwiseChunk:
         total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
         width = self._dtype.itemsize
         native = self.store.arena.native
+        if len(self._stripes) == 1 and factor == 1.0:
+            # One worker alone: its stripe is the sum already.
+            self._gradients = [
+                self._stripes[0][a // width : b // width] if touched[0, k] else None for k, (a, b) in enumerate(self._spans)
+            ]
+            return
         if touched.all():
             native.sum_into(total, self._stripes, factor)
             self._gradients = [total[a // width : b // width] for a, b in self._spans]
@@ -240,9 +251,8 @@ class _ElementwiseChunk:
 
     def apply(self, scale: float) -> None:
         for piece, gradient in zip(self._pieces, self._gradients, strict=True):
-            if gradient is not None and scale != 1.0:
-                gradient.mul_(scale)
-            piece.grad = gradient
+            # Not in place: what was summed may be the stripe itself, which an update made again would need.
+            piece.grad = gradient if gradient is None or scale == 1.0 else gradient * scale
         self._optimizer.step()
         for k, piece in enumerate(self._pieces):
             if piece.grad is not None and not self._bound[k]:
@@ -271,10 +281,10 @@ class _ElementwiseChunk:
                 self._bound[k] = True
             elif self._bound[k]:
                 # The chunk went back to before its first update: the optimizer has to make its state anew.
-                fresh: Any = type(self._optimizer)
                 del self._optimizer.state[piece]
                 group = next(g for g in self._optimizer.param_groups if any(p is piece for p in g["params"]))
-                self._optimizer.state.update(fresh([{**hyperparameters(group), "params": [piece]}]).state)
+                fresh = optimizer_like(self._optimizer, [{**hyperparameters(group), "params": [piece]}])
+                self._optimizer.state.update(fresh.state)
                 self._bound[k] = False
 
     def saved(self) -> Iterator[Saved]:
@@ -301,7 +311,7 @@ class WholeUpdater(Updater):
     ) -> None:
         super().__init__(store, rank)
         local = self.lane.replica is not None
-        self.own = deal_tensors(store.table, 1)[0] if local else deal_tensors(store.table, store.arena.world_size)[rank]
+        self.own = deal_tensors(store.table, 1)[0] if local else deal_tensors(store.table, store.parts)[rank]
         self._optimizer = optimizer
         self._parameters = parameters
         row = scalar_row_bytes(store.table)
@@ -317,6 +327,11 @@ class WholeUpdater(Updater):
     @property
     def count(self) -> int:
         return 1 if self.own else 0
+
+    @property
+    def starts_over(self) -> bool:
+        # What the optimizer keeps in Python numbers died with the worker; only the step's beginning is in the notebook.
+        return True
 
     def sum_gradients(self, chunk: int, factor: float) -> None:
         self._gradients = {}

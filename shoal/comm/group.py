@@ -1,0 +1,357 @@
+"""A process group: workers that share no memory and speak through torch.distributed.
+
+What every process of a job joins, whoever started it (torchrun, Slurm, shoal itself). Every exchange is named, so that one
+that does not come to an end says what was waited for and from whom. Nobody hangs because another has failed: who fails
+says so in the group's key-value store, and everybody who waits looks there several times a second.
+
+On processors it is gloo. NCCL is chosen for a CUDA device, through which flat sums then go (untested).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shoal.errors import DeadlineError, JobFailed, RequestError, ShoalError
+
+BUCKET_BYTES = 32 << 20
+_SLICE_S = 0.2
+_JOIN_S = 300.0
+_ACKNOWLEDGE_S = 5.0
+
+
+class PeerFailed(ShoalError):
+    """Another process of the group has said that it failed; ``value`` is what it said."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__("Another process of the job failed.")
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Member:
+    """This process's place in a job that something else started.
+
+    Attributes:
+        rank, world_size: among all processes of the job.
+        local_size: processes of the job on this machine.
+        init_method: how torch.distributed finds the others.
+    """
+
+    rank: int
+    world_size: int
+    local_size: int
+    init_method: str = "env://"
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Member | None:
+        """What torchrun or Slurm says in the environment; None where this process stands alone.
+
+        RequestError where they say something that is no number, or that contradicts itself.
+        """
+        if environ.get("RANK") and environ.get("WORLD_SIZE"):
+            rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+            local = _number(environ, "LOCAL_WORLD_SIZE") if environ.get("LOCAL_WORLD_SIZE") else size
+            found = cls(rank, size, local)
+        elif environ.get("SLURM_PROCID") and environ.get("SLURM_NTASKS") and environ.get("SLURM_STEP_ID"):
+            found = cls._of_slurm(environ)
+        else:
+            return None
+        if not 0 <= found.rank < found.world_size:
+            raise RequestError(
+                f"The environment says rank {found.rank} of {found.world_size} processes; start the job with torchrun or srun."
+            )
+        return found if found.world_size > 1 else None
+
+    @classmethod
+    def _of_slurm(cls, environ: Mapping[str, str]) -> Member:
+        rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
+        host = environ.get("MASTER_ADDR") or first_node(nodes)
+        # Steps of one job may run side by side: each gets a port of its own, the same on all its nodes.
+        job, step = environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"]
+        port = environ.get("MASTER_PORT") or str(20000 + (int(job or 0) * 61 + int(step or 0)) % 30000)
+        return cls(rank, size, int(tasks.split("(")[0].split(",")[0]), f"tcp://{host}:{port}")
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a Slurm node list: "gpu[03-07,9],login1" -> "gpu03"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodes)
+    if match is None:
+        raise RequestError(f'Slurm names its nodes "{nodes}", which has no first one; set MASTER_ADDR.')
+    return match[1] + (re.split(r"[-,]", match[2])[0] if match[2] else "")
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise RequestError(f'{name} is "{environ[name]}" in the environment; it must be a whole number.') from None
+
+
+class Group:
+    """The processes of one job, seen from one of them."""
+
+    def __init__(self, rank: int, world_size: int, store: Any = None, device: str = "cpu") -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.deadline_s = 3600.0
+        # Called while this process waits, with the name of what it waits for and for how long it has.
+        self.while_waiting: Callable[[str, float], None] = lambda what, waited_s: None
+        self._store = store
+        self._device = torch.device(device)
+        self._subgroups: dict[tuple[int, ...], Any] = {}
+        self._ours = False
+
+    # -- joining and leaving -------------------------------------------------------------------------------------
+
+    @classmethod
+    @contextlib.contextmanager
+    def join(cls, member: Member, device: str = "cpu") -> Iterator[Group]:
+        """Join the job that this process was started as a part of. DeadlineError where the others do not come."""
+        timeout = timedelta(seconds=_JOIN_S)
+        if dist.is_initialized():
+            # The script has made the process group already: stand beside it, and leave it as it is.
+            store = dist.distributed_c10d._get_default_store()
+            ours = False
+        else:
+            with _joining(member.world_size):
+                found = dist.rendezvous(member.init_method, member.rank, member.world_size, timeout=timeout)
+                store, _, _ = next(iter(found))
+            ours = True
+        # Several runs may follow one another in a job: each has keys of its own.
+        number = store.add(f"shoal/runs/{member.rank}", 1)
+        store = dist.PrefixStore(f"shoal/{number}", store)
+        group = cls(member.rank, member.world_size, store, device)
+        # With torchrun the store outlives this run; elsewhere it lives in rank 0, and a next run needs it again.
+        leave = ours and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        with group._joined(ours, leave, member.local_size == member.world_size):
+            yield group
+
+    @classmethod
+    @contextlib.contextmanager
+    def meet(cls, path: str | Path, rank: int, world_size: int, device: str = "cpu") -> Iterator[Group]:
+        """Join processes of this machine that meet at a file, which must not exist before. Alone, nothing is needed."""
+        if world_size == 1:
+            yield cls(0, 1)
+            return
+        group = cls(rank, world_size, dist.FileStore(str(path), world_size), device)
+        with group._joined(True, True, True):
+            yield group
+
+    @contextlib.contextmanager
+    def _joined(self, make: bool, leave: bool, one_machine: bool) -> Iterator[None]:
+        timeout = timedelta(seconds=_JOIN_S)
+        self._ours = make
+        with _joining(self.world_size), _loopback(one_machine):
+            if make:
+                backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+                dist.init_process_group(
+                    backend, store=self._store, rank=self.rank, world_size=self.world_size, timeout=timeout
+                )
+            everybody = tuple(range(self.world_size))
+            self._subgroups[everybody] = dist.new_group(list(everybody), timeout, self._backend)
+        self._one_machine = one_machine
+        try:
+            yield
+        finally:
+            if leave:
+                dist.destroy_process_group()
+            else:
+                for subgroup in self._subgroups.values():
+                    dist.destroy_process_group(subgroup)
+
+    @property
+    def _backend(self) -> str:
+        return "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+
+    def prepare(self, subsets: Sequence[tuple[int, ...]]) -> None:
+        """Make it possible to sum over these ranks alone. All processes call it, with the same subsets."""
+        for ranks in subsets:
+            if self.world_size > 1 and len(ranks) > 1 and ranks not in self._subgroups:
+                with _loopback(self._one_machine):
+                    self._subgroups[ranks] = dist.new_group(list(ranks), timedelta(seconds=_JOIN_S), self._backend)
+
+    # -- exchanges -----------------------------------------------------------------------------------------------
+
+    def sum_in_place(self, tensors: Sequence[torch.Tensor], what: str) -> None:
+        """Replace each tensor (1-D, contiguous) by its sum over all processes, the same bits everywhere."""
+        if self.world_size == 1:
+            return
+        works = []
+        for tensor in tensors:
+            for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size())):
+                moved = piece.to(self._device)
+                works.append((piece, moved, dist.all_reduce(moved, group=self._everybody, async_op=True)))
+        for piece, moved, work in works:
+            self._wait(work, what)
+            if moved is not piece:
+                piece.copy_(moved)
+
+    def gather_rows(self, row: torch.Tensor, what: str) -> torch.Tensor:
+        """Every process's row (1-D, of one length), stacked by rank."""
+        if self.world_size == 1:
+            return row.unsqueeze(0)
+        return self._gather(row, tuple(range(self.world_size)), what)
+
+    def sum_small(self, values: torch.Tensor, ranks: Sequence[int], what: str) -> torch.Tensor:
+        """Sum over the ranks that take part, in rank order; ``prepare`` has to know them."""
+        rows = self._gather(values.reshape(-1), tuple(ranks), what)
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return total.view(values.shape)
+
+    def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
+        """Give everybody what ``source`` has in a tensor (1-D, contiguous)."""
+        if self.world_size == 1:
+            return
+        for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size())):
+            self._wait(dist.broadcast(piece, source, group=self._everybody, async_op=True), what)
+
+    def broadcast_object(self, value: Any, source: int, what: str) -> Any:
+        """Give everybody a value that ``source`` has; what the others pass is ignored."""
+        if self.world_size == 1:
+            return value
+        data = pickle.dumps(value, protocol=5) if self.rank == source else b""
+        size = torch.tensor([len(data)])
+        self.broadcast(size, source, what)
+        page = torch.frombuffer(bytearray(data) or bytearray(int(size)), dtype=torch.uint8)
+        self.broadcast(page, source, what)
+        return value if self.rank == source else pickle.loads(page.numpy().tobytes())
+
+    def gather_objects(self, value: Any, what: str) -> list[Any]:
+        """Everybody's values, by rank."""
+        if self.world_size == 1:
+            return [value]
+        data = pickle.dumps(value, protocol=5)
+        sizes = self.gather_rows(torch.tensor([len(data)]), what).reshape(-1).tolist()
+        page = torch.zeros(max(sizes), dtype=torch.uint8)
+        page[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self.gather_rows(page, what)
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    @property
+    def _everybody(self) -> Any:
+        return self._subgroups[tuple(range(self.world_size))]
+
+    def _gather(self, row: torch.Tensor, ranks: tuple[int, ...], what: str) -> torch.Tensor:
+        rows = row.new_empty((len(ranks), row.numel()))
+        subgroup = self._subgroups[ranks]
+        self._wait(dist.all_gather(list(rows), row.contiguous(), group=subgroup, async_op=True), what)
+        return rows
+
+    def _wait(self, work: Any, what: str) -> None:
+        """Wait for an exchange in short rounds, and look around between them."""
+        began = time.monotonic()
+        said = False
+        while True:
+            try:
+                work.wait(timedelta(seconds=_SLICE_S))
+                return
+            except RuntimeError as error:
+                waited_s = time.monotonic() - began
+                self._look_for_failure(2.0 if work.is_completed() else 0.0)
+                if work.is_completed():
+                    raise JobFailed(
+                        f"Rank {self.rank} lost the other processes while it waited for {what} ({_first_line(error)}); "
+                        "see what ended them, and go on with --resume."
+                    ) from None
+            if not said:
+                self._store.set(f"waits/{self.rank}", what)
+                said = True
+            self.while_waiting(what, waited_s)
+            if waited_s > self.deadline_s:
+                raise DeadlineError(
+                    f"Rank {self.rank} waited {waited_s:.0f} s for {what} from {self.name_missing(what)}; "
+                    "see what keeps it, and go on with --resume."
+                )
+
+    def missing(self, what: str) -> list[int]:
+        """The ranks that do not wait for the same thing: those that everybody else waits for."""
+        missing = []
+        for rank in range(self.world_size):
+            key = f"waits/{rank}"
+            if rank != self.rank and not (self._store.check([key]) and self._store.get(key).decode() == what):
+                missing.append(rank)
+        return missing
+
+    def name_missing(self, what: str) -> str:
+        """The same in words."""
+        ranks = self.missing(what)
+        return " and ".join(f"rank {rank}" for rank in ranks) if ranks else "the network"
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def fail(self, value: Any) -> None:
+        """Tell the others that this process fails, and why; wait a moment until they know."""
+        if self.world_size == 1:
+            return
+        # The store itself may be gone: then there is nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            if self._store.add("failures", 1) == 1:
+                self._store.set("failure", pickle.dumps(value))
+            self._acknowledge()
+
+    def _look_for_failure(self, patience_s: float) -> None:
+        deadline = time.monotonic() + patience_s
+        try:
+            while not self._store.check(["failure"]):
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.02)
+            value = pickle.loads(self._store.get("failure"))
+        except RuntimeError:
+            return
+        raise PeerFailed(value)
+
+    def _acknowledge(self) -> None:
+        """Leave together, so that whoever keeps the store, or watches over the processes, ends nobody too early."""
+        self._store.set(f"knows/{self.rank}", "1")
+        deadline = time.monotonic() + _ACKNOWLEDGE_S
+        others = [f"knows/{rank}" for rank in range(self.world_size)]
+        while time.monotonic() < deadline and not self._store.check(others):
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _joining(world_size: int) -> Iterator[None]:
+    """Say in one sentence that the others did not come."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise DeadlineError(
+            f"The {world_size} processes of the job did not find one another ({_first_line(error)}); "
+            "see whether all were started, and whether MASTER_ADDR and MASTER_PORT can be reached from each machine."
+        ) from None
+
+
+@contextlib.contextmanager
+def _loopback(wanted: bool) -> Iterator[None]:
+    """Let gloo speak over the loopback interface where all processes are on one machine and nobody chose another."""
+    name = "GLOO_SOCKET_IFNAME"
+    if not wanted or name in os.environ:
+        yield
+        return
+    os.environ[name] = "lo0" if os.uname().sysname == "Darwin" else "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return re.sub(r"^\[[^\]]*\]\s*", "", text).rstrip(".")
