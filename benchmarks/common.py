@@ -193,7 +193,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A promise that a benchmark holds itself to: ``value`` is at most (or at least) ``limit``; None was not measured."""
+    """What a benchmark has to reach: ``value`` at most (or at least) ``limit``. A value of None could not be measured."""
 
     claim: str
     value: float | None

@@ -172,8 +172,8 @@ def table_of(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, f
 
     table = Table(title="what the arena holds, MB", title_justify="left")
     table.add_column("workers")
-    headings = ("weights", "optimizer state", "gradients", "the rest", "seen in all", "checkpoints", "while training", "said")
-    for heading in headings:
+    laid_out, seen = ("weights", "optimizer state", "gradients", "the rest"), ("seen", "checkpoints", "PSS in training", "said")
+    for heading in (*laid_out, *seen):
         table.add_column(heading, justify="right")
     for workers, mb in lasting.items():
         cells = [f"{mb[key]:,.1f}" for key in ("weights", "state", "gradients", "rest")]
@@ -193,7 +193,7 @@ def bars_of(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, fl
     checkpoints = min((d["checkpoints_while_training"] for d in ours.details), default=None)
     return [
         Bar(claim="dp=4: all processes together, of DDP's", value=ratio, limit=0.5, unit="×"),
-        Bar(claim="checkpoints written while training (the least of all rounds)", value=checkpoints, limit=1, at_least=True),
+        Bar(claim="dp=4: checkpoints written while training, fewest", value=checkpoints, limit=1, at_least=True),
         # Pages that were reserved and never touched are not seen: the undo logs are a little smaller than laid out.
         Bar(claim="weights and optimizer state as seen, 4 workers by 1", value=growth, limit=1.02, unit="×"),
     ]

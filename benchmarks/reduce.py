@@ -68,7 +68,8 @@ def table_of(processes: int, found: Mapping[int, Mapping[str, Result]]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{processes} processes", title_justify="left")
-    for heading in ("bytes each", "arena µs", "min", "max", "gloo µs", "min", "max", "gloo / arena", "arena GB/s", "gloo GB/s"):
+    sides = ("arena µs", "min", "max", "gloo µs", "min", "max")
+    for heading in ("bytes each", *sides, "gloo / arena", "arena GB/s", "gloo GB/s"):
         table.add_column(heading, justify="right")
     for size, results in found.items():
         arena, gloo = results[ARENA], results[GLOO]

@@ -48,7 +48,8 @@ def timed(command: list[str]) -> Mapping[str, Any]:
     """Run a command to its end."""
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": path}, timeout=60.0, check=False)
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, env=env, timeout=60.0, check=False)
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         raise PeerFailed(f"exit code {done.returncode}")
@@ -69,9 +70,8 @@ def main() -> int:
         common.alternate(peers, 1, "seconds")
         print("measuring:", file=sys.stderr, flush=True)
     results = common.alternate(peers, 1 if options.quick else options.repeats, "seconds")
-    groups = [
-        Group(title="start", note="to the end of the first step, or of the command", results=results, references=[TORCH])
-    ]
+    note = "to the end of the first step, or of the command"
+    groups = [Group(title="start", note=note, results=results, references=[TORCH])]
     bars = [
         Bar(claim=f"{TRAIN}: first step", value=results[TRAIN].median, limit=_STEP_LIMIT_S, unit="s"),
         Bar(claim=HELP, value=results[HELP].median, limit=_HELP_LIMIT_S, unit="s"),

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal import tensorfile
 from shoal.errors import TargetError
 from shoal.job import Job
 
@@ -31,11 +32,9 @@ def write(
 ) -> None:
     """Write a bundle; ``description`` holds what bundle.json says, beside what is added here (source, versions)."""
     import torch
-    from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    # Each name gets a copy of its own: tied weights count under both names.
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, directory / WEIGHTS)
+    tensorfile.write(directory / WEIGHTS, state)
     described = dict(description)
     if source is not None:
         copied = directory / source.name

@@ -1,4 +1,4 @@
-"""A transformer of 100 million parameters with Adam and a tiny batch, so that memory is parameters and what goes with them.
+"""A transformer of 100 million parameters with Adam and a tiny batch: memory is weights and what goes with them.
 
 Both sides of the memory benchmark train it: ``shoal train benchmarks/peers/large.py:large``, and the DDP peer.
 """
@@ -20,7 +20,9 @@ class Model(nn.Module):
     def __init__(self, vocabulary: int, width: int, blocks: int) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, width)
-        layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
         nn.init.normal_(self.words.weight, std=0.02)
 

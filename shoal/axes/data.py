@@ -201,7 +201,24 @@ class ArenaData:
         norm = math.sqrt(sum(slot.note(Note.GRADIENT_NORM_SQUARED) for slot in self.arena.slots))
         return min(1.0, grad_clip / (norm + 1e-6))
 
+    @property
+    def keeps(self) -> Sequence[int]:
+        """The ranks whose notes this worker writes into a checkpoint; none where it writes nothing."""
+        return (self.rank,)
+
+    def carry_buffers(self, publisher: int, written: Sequence[int]) -> None:
+        """Say which rank has written buffers for the next step, and which of them: here they lie where all read them."""
+
     # -- waiting -------------------------------------------------------------------------------------------------
+
+    def await_supervisor(self, order: Order, target: int, what: str) -> None:
+        """Wait for the supervisor's word."""
+        supervisor = self.arena.supervisor
+        self.wait_for(lambda times: -1 if supervisor.wait(order, target, times[1]) else self.world_size, what)
+
+    def await_end(self) -> None:
+        """Wait until the supervisor ends the run: Aborted."""
+        self.wait_for(lambda times: time.sleep(times[1]) or self.world_size, "the end of the run")
 
     def wait(self, signal: Signal, target: int) -> None:
         """Wait until all ranks have posted; Aborted when the run ends, DeadlineError with the missing rank's name."""

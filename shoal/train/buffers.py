@@ -56,12 +56,15 @@ class Buffers:
                 self._loaded[index] = float(steps[index])
 
     @torch.no_grad()
-    def publish(self, step: int) -> None:
-        """Write what the step made of them, for the next one."""
+    def publish(self, step: int) -> list[int]:
+        """Write what the step made of them, for the next one; return the indices of those that were written."""
         steps = self._store.buffer_steps
+        written = []
         for index in range(len(self._places)):
             changed = self._changed(index)
             if changed or steps[index] == step:
                 self._store.buffer((step + 1) % 2, index).copy_(self._present(index))
+                written.append(index)
             if changed and not self._always[index]:
                 steps[index] = step + 1
+        return written

@@ -19,7 +19,6 @@ import io
 import json
 import os
 import shutil
-import struct
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,16 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from shoal import tensorfile
 from shoal.comm.store import Columns, Store, scalar_row_bytes
 from shoal.comm.table import FROZEN, ParameterTable, chunks_of, deal_tensors
 from shoal.errors import RequestError
+from shoal.tensorfile import Entry, dtype_name
 from shoal.train.update import Saved, as_bytes, lane_kind
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64",
-}  # fmt: skip
 KEPT = 2
 EVERY_S = 20.0
 
@@ -53,16 +49,6 @@ def cadence() -> float:
         if float(text) >= 0:
             return float(text)
     raise RequestError(f'SHOAL_CHECKPOINT_S is "{text}"; give the seconds between checkpoints, 0 or more.')
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor's place in the file: bytes from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 class FileLayout:
@@ -86,19 +72,13 @@ class FileLayout:
             self._add("buffers", spec.name, spec.dtype, spec.shape, spec.nbytes)
 
     def _add(self, kind: str, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
-        self.entries[f"{kind}/{name}"] = Entry(_DTYPES[dtype], shape, self._at, self._at + nbytes)
+        self.entries[f"{kind}/{name}"] = Entry(dtype_name(dtype), shape, self._at, self._at + nbytes)
         self._at += nbytes
 
     @cached_property
     def header(self) -> bytes:
         """The safetensors header, with its length before it."""
-        described = {
-            name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.stop]}
-            for name, e in self.entries.items()
-        }
-        text = json.dumps(described, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return tensorfile.header(self.entries)
 
     @property
     def size(self) -> int:

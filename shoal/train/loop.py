@@ -64,7 +64,8 @@ class Loop:
         self._buffers = Buffers(parts.model, parts.store)
         self._metrics = Metrics(parts.job.metrics)
         self._names: tuple[str, ...] | None = None
-        self._touched = parts.store.touched[self.rank]
+        self._part = parts.store.part_of(self.rank)
+        self._touched = parts.store.touched[self._part]
         self._accumulated = False
         self._bf16 = parts.settings.plan.precision == "bf16"
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
@@ -118,7 +119,7 @@ class Loop:
         if not math.isfinite(totals.loss):
             samples = np.concatenate([share.indices for share in parts.feed.shares(step)] or [np.empty(0, int)])
             parts.channel.send(NotFinite(step + 1, self.rank, totals.loss, tuple(int(s) for s in samples)))
-            axis.wait_for(lambda times: time.sleep(times[1]) or axis.world_size, "the end of the run")
+            axis.await_end()
         reduce_began = time.monotonic()
         self._begin_checkpoint(step)
         slot.enter(Phase.UPDATE, step)
@@ -144,11 +145,7 @@ class Loop:
         if not axis.has_published(step + 1):
             self._average(step)
         if parts.settings.wait_for_observer and self.rank == 0:
-            supervisor = axis.arena.supervisor
-            axis.wait_for(
-                lambda times: -1 if supervisor.wait(Order.STEP_SEEN, step + 1, times[1]) else axis.world_size,
-                "the observer of events",
-            )
+            axis.await_supervisor(Order.STEP_SEEN, step + 1, "the observer of events")
 
     # -- training alone for some steps (local_steps) -------------------------------------------------------------
 
@@ -217,8 +214,9 @@ class Loop:
                 values[name] = values.get(name, 0.0) + value * count
         faults.drag(step, time.monotonic() - computing)
         shares = batches[-1][0].counts if batches else ()
-        if next((rank for rank, count in enumerate(shares) if count), 0) == self.rank:
-            self._buffers.publish(step)
+        publisher = next((rank for rank, count in enumerate(shares) if count), 0)
+        written = self._buffers.publish(step) if publisher == self.rank else []
+        parts.axis.carry_buffers(publisher, written)
         self._write_record(step, record, (loss, weight, samples, measured), values)
         record[Columns.BEGAN] = began
         record[Columns.DATA] = computing - began
@@ -250,7 +248,7 @@ class Loop:
         store, touched = self.parts.store, self._touched
         ours = {id(p) for p in self.parts.parameters}
         for index, parameter in enumerate(self.parts.parameters):
-            stripe = store.gradient(self.rank, index)
+            stripe = store.gradient(self._part, index)
 
             def keep(p: torch.Tensor, index: int = index, stripe: torch.Tensor = stripe) -> None:
                 gradient = p.grad
@@ -304,7 +302,7 @@ class Loop:
             self.slot.enter(Phase.CHECKPOINT, step)
             self.parts.faults.reach("checkpoint", step)
             writer = PartWriter(self.parts.store, self.parts.settings.checkpoint_dir, step)
-            self._attempt(writer, lambda: writer.write_rest(self.rank))
+            self._attempt(writer, lambda: [writer.write_rest(rank) for rank in self.parts.axis.keeps])
 
     def _before_chunk(self, chunk: int, step: int) -> None:
         """Copy a chunk into the checkpoint before its update: it is still that of the step's beginning."""
@@ -329,7 +327,8 @@ class Loop:
         if self._part_writer is not None:
             self._part_writer.close()
             self._part_writer = None
-            self.slot.write(Note.CHECKPOINT_DONE, step)
+            for rank in self.parts.axis.keeps:
+                self.parts.axis.arena.slots[rank].write(Note.CHECKPOINT_DONE, step)
 
     # -- the edge of an epoch ------------------------------------------------------------------------------------
 
@@ -359,10 +358,7 @@ class Loop:
             self.slot.post(Signal.EVALUATED, epoch)
         self._metrics.reset()
         self.slot.enter(Phase.WAITING, step)
-        axis.wait_for(
-            lambda times: -1 if supervisor.wait(Order.EPOCH_DONE, epoch, times[1]) else axis.world_size,
-            "the supervisor's decision on the epoch",
-        )
+        axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch")
         with user_code("scheduler", self.rank):
             parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
         return int(supervisor.note(Note.STOP_EPOCH)) == epoch

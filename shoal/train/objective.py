@@ -39,12 +39,26 @@ class Outcome:
     def to_backward(self, total: int) -> torch.Tensor:
         """The scalar to differentiate: a share of the mean over ``total`` samples, or the sum where weights are measured."""
         if self.measured:
+            if self.weight == 0 and not self.is_sum:
+                # The mean over nothing is no number, and so would be every gradient that it had a part in.
+                return _zero_of(self.output, self.loss)
             return self.loss if self.is_sum else self.loss * self.weight
         return self.loss if self.weight == total else self.loss * (self.weight / total)
 
     def loss_sum(self) -> float:
+        if self.weight == 0 and not self.is_sum:
+            return 0.0
         value = float(self.loss.detach())
         return value if self.is_sum else value * self.weight
+
+
+def _zero_of(output: Any, loss: torch.Tensor) -> torch.Tensor:
+    """0, as a function of what the model made beside its loss, so that its backward pass runs and gives zeros."""
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    if not isinstance(output, (Mapping, tuple, list, torch.Tensor)):
+        parts = vars(output).values() if hasattr(output, "__dict__") else []
+    made = [p for p in parts if isinstance(p, torch.Tensor) and p is not loss and p.requires_grad]
+    return sum(((p * 0).sum() for p in made), torch.zeros((), dtype=loss.dtype))
 
 
 def split(batch: Any) -> tuple[Any, Any]:

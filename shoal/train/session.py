@@ -36,6 +36,8 @@ from shoal.train.settings import CheckpointTrouble, EpochPart, JobFacts, NotFini
 # Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
 _POLL_S = 0.05
+# Exporting holds the weights in memory twice; above this only a model whose code cannot be imported is exported.
+_MOST_EXPORTED_BYTES = 200 << 20
 
 
 class Session:
@@ -76,23 +78,11 @@ class Session:
     def run(self, plan: Plan, began: float) -> Run:
         """Choose what the plan leaves open, train, and return the Run."""
         job, facts = self._job, self._facts
-        per_epoch = -(-facts.samples // job.batch_size)
-        total = (self._options.epochs or job.epochs) * per_epoch
-        total = min(total, self._options.steps) if self._options.steps else total
         plan = choose_plan(plan, job, facts, self._supervisor, self._options.cluster)
         check_plan(plan, job, facts)
         self._plan = plan
         self._predicted_s = predicted_step(plan, job, facts)
-        self._settings = RunSettings(
-            plan=plan,
-            layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes, bool(plan.local_steps)),
-            total_steps=total,
-            steps_per_epoch=per_epoch,
-            checkpoint_dir=str(self._directory.checkpoints.resolve()),
-            spin_s=spin_seconds(plan),
-            guard=os.environ.get("SHOAL_GUARD", "1") != "0",
-            wait_for_observer=self._options.on_event is not None,
-        )
+        self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints)
         arena = Arena.create(self._settings.layout)
         try:
             return self._run_in(arena, began)
@@ -200,16 +190,20 @@ class Session:
             messages = crew.poll(0.0 if lockstep else _POLL_S, longest, self._name_last_checkpoint)
             for message in messages:
                 self._take(message)
-            recorder.drain()
-            self._look_for_stop()
-            if lockstep:
-                self._arena.supervisor.post(Order.STEP_SEEN, recorder.step)
-            self._end_epochs()
-            self._checkpoint()
-            if self._not_finite:
-                self._stop_for_loss()
-            self._measure_memory()
+            self._attend()
         recorder.drain()
+
+    def _attend(self) -> None:
+        """Do whatever has become due since the last time."""
+        self._recorder.drain()
+        self._look_for_stop()
+        if self._settings.wait_for_observer:
+            self._arena.supervisor.post(Order.STEP_SEEN, self._recorder.step)
+        self._end_epochs()
+        self._checkpoint()
+        if self._not_finite:
+            self._stop_for_loss()
+        self._measure_memory()
 
     def _take(self, message: Any) -> None:
         if isinstance(message, EpochPart):
@@ -448,7 +442,9 @@ class Session:
         description: dict[str, Any] = {"name": self._job.name, "factory": self._options.factory, "step": step}
         try:
             directory.model.mkdir(parents=True, exist_ok=True)
-            export = os.environ.get("SHOAL_EXPORT", "1") != "0"
+            export = os.environ.get("SHOAL_EXPORT", "1") != "0" and (
+                self._options.factory is None or self._facts.table.weight_bytes <= _MOST_EXPORTED_BYTES
+            )
             program = str((directory.model / bundle.PROGRAM).resolve()) if export else None
             description.update(self._supervisor.call("describe_bundle", step, program, timeout_s=300.0))
         except (JobFailed, RequestError) as error:
@@ -460,6 +456,27 @@ class Session:
             raise JobFailed(
                 f"The model could not be written to {directory.model} ({error.strerror}); make room and go on with --resume."
             ) from None
+
+
+def run_settings(
+    plan: Plan, job: Job, facts: JobFacts, options: TrainOptions, directory: Path, private: bool = False
+) -> RunSettings:
+    """What the workers of a run have to know; ``directory``: of checkpoints; ``private``: they share no memory."""
+    per_epoch = -(-facts.samples // job.batch_size)
+    total = (options.epochs or job.epochs) * per_epoch
+    total = min(total, options.steps) if options.steps else total
+    room = 0 if private else facts.collective_bytes
+    return RunSettings(
+        plan=plan,
+        layout=arena_layout(facts.table, plan.world_size, room, bool(plan.local_steps), private),
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        checkpoint_dir=str(directory.resolve()),
+        spin_s=spin_seconds(plan),
+        # What has no peer to take over after it needs no undo log either.
+        guard=not private and os.environ.get("SHOAL_GUARD", "1") != "0",
+        wait_for_observer=options.on_event is not None,
+    )
 
 
 def spin_seconds(plan: Plan) -> float:

@@ -250,14 +250,24 @@ class _ElementwiseChunk:
         return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients if g is not None)
 
     def apply(self, scale: float) -> None:
-        for piece, gradient in zip(self._pieces, self._gradients, strict=True):
-            # Not in place: what was summed may be the stripe itself, which an update made again would need.
-            piece.grad = gradient if gradient is None or scale == 1.0 else gradient * scale
-        self._optimizer.step()
-        for k, piece in enumerate(self._pieces):
-            if piece.grad is not None and not self._bound[k]:
-                self._keep(k, piece)
-            piece.grad = None
+        # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
+        for begun in (True, False):
+            chosen = [
+                k for k, gradient in enumerate(self._gradients) if gradient is not None and self._bound[k] == begun
+            ]
+            if not chosen:
+                continue
+            for k in chosen:
+                gradient = self._gradients[k]
+                assert gradient is not None
+                # Not in place: what was summed may be the stripe itself, which an update made again would need.
+                self._pieces[k].grad = gradient if scale == 1.0 else gradient * scale
+            self._optimizer.step()
+            for k in chosen:
+                self._pieces[k].grad = None
+            if not begun:
+                for k in chosen:
+                    self._keep(k, self._pieces[k])
 
     def _keep(self, k: int, piece: nn.Parameter) -> None:
         """Move the state that the optimizer has just made into the arena."""

@@ -95,12 +95,11 @@ class Trust(torch.optim.Optimizer):
 
 
 def two_groups(kind: Any, **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """The expert with a learning rate and a weight decay of its own; the frozen layer is named, too."""
+    """The last layers with a learning rate and a weight decay of their own; the frozen layer is named, too."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        expert = list(model.expert.parameters())
-        rest = [p for name, p in model.named_parameters() if not name.startswith("expert")]
-        return kind([{"params": rest}, {"params": expert, "lr": 0.003, "weight_decay": 0.1}], **options)
+        rest = [p for name, p in model.named_parameters() if not name.startswith("out")]
+        return kind([{"params": rest}, {"params": list(model.out.parameters()), "lr": 0.003, "weight_decay": 0.1}], **options)
 
     return make
 
