@@ -193,7 +193,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What a benchmark has to reach: ``value`` at most (or at least) ``limit``. A value of None could not be measured."""
+    """What a benchmark has to reach: ``value`` at most (or at least) ``limit``; None where it was not measured."""
 
     claim: str
     value: float | None

@@ -8,6 +8,7 @@ A tiny batch keeps activations small, so that weights, gradients and optimizer s
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -172,7 +173,8 @@ def table_of(results: Mapping[str, Result], lasting: Mapping[int, Mapping[str, f
 
     table = Table(title="what the arena holds, MB", title_justify="left")
     table.add_column("workers")
-    laid_out, seen = ("weights", "optimizer state", "gradients", "the rest"), ("seen", "checkpoints", "PSS in training", "said")
+    laid_out = ("weights", "optimizer state", "gradients", "the rest")
+    seen = ("seen", "checkpoints", "PSS in training", "said")
     for heading in (*laid_out, *seen):
         table.add_column(heading, justify="right")
     for workers, mb in lasting.items():
@@ -210,7 +212,8 @@ def main() -> int:
     checkpoint_s = options.checkpoint_s or (0.2 if options.quick else 3.0)
     peers = [Peer(name=DDP, measure=lambda: ddp(job, steps))]
     for workers in WORKERS:
-        peers.append(Peer(name=f"shoal, dp={workers}", measure=lambda n=workers: shoal(job, steps, n, checkpoint_s)))
+        measure = functools.partial(shoal, job, steps, workers, checkpoint_s)
+        peers.append(Peer(name=f"shoal, dp={workers}", measure=measure))
     results = common.alternate(peers, 1 if options.quick else options.repeats, "pss_mb")
     lasting = {workers: lasting_mb(job, workers) for workers in WORKERS}
     note = f"{job}, {steps} steps; the largest PSS of all processes together"

@@ -4,7 +4,8 @@
     make test 2>&1 | tail -1 > test.log;  python scripts/readme_output.py test-output test.log
     python scripts/readme_output.py numbers table.md        # Markdown, taken as it is
 
-The markers are lines: <!-- demo-output --> and <!-- /demo-output -->. Colours and overwritten progress lines are left out.
+The markers are lines: <!-- demo-output --> and <!-- /demo-output -->. Colours are left out, and so are lines
+of progress that were overwritten.
 """
 
 from __future__ import annotations

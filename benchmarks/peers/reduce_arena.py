@@ -1,8 +1,8 @@
 """Sum over processes through the arena, as a training step does it: post, wait, sum one's slice, post, wait.
 
 Each process's values lie in its stripe already, where backward would have put them. Each sums its slice of all
-stripes, in chunks of the size that training uses, into one result that all of them read: what an all_reduce brings
-about, without the copies. Processes are forked from this one, which has run nothing on threads, as workers are from
+stripes into one result that all of them read: what an all_reduce brings about, without the copies. (A training step
+sums its slice in chunks of 1 MiB, each of which the optimizer takes up at once and writes where all read.) Processes are forked from this one, which has run nothing on threads, as workers are from
 their template. Prints one JSON line: the median and the 90th percentile in seconds by the number of bytes.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.peers.reduce_sizes import Measurement, arguments, percentiles
 from shoal.comm.arena import Arena, ArenaLayout, Signal
-from shoal.comm.table import CHUNK_BYTES, slice_bounds
+from shoal.comm.table import slice_bounds
 from shoal.plan import Plan
 from shoal.train.session import spin_seconds
 
@@ -33,20 +33,15 @@ class Member:
         self.stripe = arena.view("stripes", rank * size, size // 4, torch.float32)
         self.result = arena.view("result", 0, size // 4, torch.float32)
         low, high = slice_bounds(size, processes)[rank]
-        cuts = [*range(low, high, CHUNK_BYTES), high]
-        self._chunks = [
-            (
-                arena.view("result", a, (b - a) // 4, torch.float32),
-                [arena.view("stripes", k * size + a, (b - a) // 4, torch.float32) for k in range(processes)],
-            )
-            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        self._slice = arena.view("result", low, (high - low) // 4, torch.float32)
+        self._sources = [
+            arena.view("stripes", k * size + low, (high - low) // 4, torch.float32) for k in range(processes)
         ]
 
     def reduce(self, step: int) -> None:
         self._slot.post(Signal.GRADIENTS, step)
         self._arena.wait_all(Signal.GRADIENTS, step, self._spin_s, LIMIT_S)
-        for out, sources in self._chunks:
-            self._native.sum_into(out, sources, 1.0)
+        self._native.sum_into(self._slice, self._sources, 1.0)
         self._slot.post(Signal.UPDATED, step)
         self._arena.wait_all(Signal.UPDATED, step, self._spin_s, LIMIT_S)
 

@@ -98,7 +98,8 @@ def _draw_time(axes: Axes) -> None:
 def _draw_memory(axes: Axes) -> None:
     axes.set_xlim(-2.6, 12.2)
     axes.set_ylim(-0.5, 5.6)
-    axes.set_title("Where it lies: the arena, shared by all processes", loc="left", fontsize=11, fontweight="bold", color=INK)
+    title = "Where it lies: the arena, shared by all processes"
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     rows = (
         (4.2, "stripe of worker 0", (WORKERS[0], WORKERS[0])),
         (3.2, "stripe of worker 1", (WORKERS[1], WORKERS[1])),

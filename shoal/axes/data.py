@@ -113,7 +113,7 @@ class ArenaData:
     def begin(self, step: int) -> None:
         """Start computing a step."""
         self._step, self._collective, self._collective_at = step, 0, 0
-        self.store.touched[self.rank] = 0
+        self.store.touched[self.store.part_of(self.rank)] = 0
 
     def publish(self, step: int) -> None:
         """Say that this worker's stripe and record are complete."""

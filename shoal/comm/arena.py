@@ -72,6 +72,7 @@ class Note(IntEnum):
     CHECKPOINT_WANTED = 21
     STOP_EPOCH = 22
     EVAL_LOSS = 23
+    STOP_AT = 24
 
 
 class Phase(IntEnum):

@@ -1,8 +1,8 @@
 """A process group: workers that share no memory and speak through torch.distributed.
 
-What every process of a job joins, whoever started it (torchrun, Slurm, shoal itself). Every exchange is named, so that one
-that does not come to an end says what was waited for and from whom. Nobody hangs because another has failed: who fails
-says so in the group's key-value store, and everybody who waits looks there several times a second.
+What every process of a job joins, whoever started it (torchrun, Slurm, shoal itself). Every exchange is named, so that
+one that does not come to an end says what was waited for and from whom. Nobody hangs because another has failed: who
+fails says so in the group's key-value store, and everybody who waits looks there several times a second.
 
 On processors it is gloo. NCCL is chosen for a CUDA device, through which flat sums then go (untested).
 """
@@ -14,8 +14,7 @@ import os
 import pickle
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal.errors import DeadlineError, JobFailed, RequestError, ShoalError
+from shoal.comm.member import Member
+from shoal.errors import DeadlineError, JobFailed, ShoalError
 
 BUCKET_BYTES = 32 << 20
 _SLICE_S = 0.2
 _JOIN_S = 300.0
+DEADLINE_S = 600.0
 _ACKNOWLEDGE_S = 5.0
 
 
@@ -39,87 +40,27 @@ class PeerFailed(ShoalError):
         self.value = value
 
 
-@dataclass(frozen=True)
-class Member:
-    """This process's place in a job that something else started.
-
-    Attributes:
-        rank, world_size: among all processes of the job.
-        local_size: processes of the job on this machine.
-        init_method: how torch.distributed finds the others.
-    """
-
-    rank: int
-    world_size: int
-    local_size: int
-    init_method: str = "env://"
-
-    @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Member | None:
-        """What torchrun or Slurm says in the environment; None where this process stands alone.
-
-        RequestError where they say something that is no number, or that contradicts itself.
-        """
-        if environ.get("RANK") and environ.get("WORLD_SIZE"):
-            rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-            local = _number(environ, "LOCAL_WORLD_SIZE") if environ.get("LOCAL_WORLD_SIZE") else size
-            found = cls(rank, size, local)
-        elif environ.get("SLURM_PROCID") and environ.get("SLURM_NTASKS") and environ.get("SLURM_STEP_ID"):
-            found = cls._of_slurm(environ)
-        else:
-            return None
-        if not 0 <= found.rank < found.world_size:
-            raise RequestError(
-                f"The environment says rank {found.rank} of {found.world_size} processes; start the job with torchrun or srun."
-            )
-        return found if found.world_size > 1 else None
-
-    @classmethod
-    def _of_slurm(cls, environ: Mapping[str, str]) -> Member:
-        rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
-        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
-        host = environ.get("MASTER_ADDR") or first_node(nodes)
-        # Steps of one job may run side by side: each gets a port of its own, the same on all its nodes.
-        job, step = environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"]
-        port = environ.get("MASTER_PORT") or str(20000 + (int(job or 0) * 61 + int(step or 0)) % 30000)
-        return cls(rank, size, int(tasks.split("(")[0].split(",")[0]), f"tcp://{host}:{port}")
-
-
-def first_node(nodes: str) -> str:
-    """The first host of a Slurm node list: "gpu[03-07,9],login1" -> "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodes)
-    if match is None:
-        raise RequestError(f'Slurm names its nodes "{nodes}", which has no first one; set MASTER_ADDR.')
-    return match[1] + (re.split(r"[-,]", match[2])[0] if match[2] else "")
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise RequestError(f'{name} is "{environ[name]}" in the environment; it must be a whole number.') from None
-
-
 class Group:
     """The processes of one job, seen from one of them."""
 
-    def __init__(self, rank: int, world_size: int, store: Any = None, device: str = "cpu") -> None:
+    def __init__(
+        self, rank: int, world_size: int, store: Any = None, deadline_s: float = DEADLINE_S, device: str = "cpu"
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.deadline_s = 3600.0
+        self.deadline_s = deadline_s
         # Called while this process waits, with the name of what it waits for and for how long it has.
         self.while_waiting: Callable[[str, float], None] = lambda what, waited_s: None
         self._store = store
         self._device = torch.device(device)
         self._subgroups: dict[tuple[int, ...], Any] = {}
-        self._ours = False
+        self._one_machine = False
 
     # -- joining and leaving -------------------------------------------------------------------------------------
 
     @classmethod
     @contextlib.contextmanager
-    def join(cls, member: Member, device: str = "cpu") -> Iterator[Group]:
+    def join(cls, member: Member, deadline_s: float = DEADLINE_S, device: str = "cpu") -> Iterator[Group]:
         """Join the job that this process was started as a part of. DeadlineError where the others do not come."""
         timeout = timedelta(seconds=_JOIN_S)
         if dist.is_initialized():
@@ -131,10 +72,11 @@ class Group:
                 found = dist.rendezvous(member.init_method, member.rank, member.world_size, timeout=timeout)
                 store, _, _ = next(iter(found))
             ours = True
+        store.set_timeout(timeout)
         # Several runs may follow one another in a job: each has keys of its own.
         number = store.add(f"shoal/runs/{member.rank}", 1)
         store = dist.PrefixStore(f"shoal/{number}", store)
-        group = cls(member.rank, member.world_size, store, device)
+        group = cls(member.rank, member.world_size, store, deadline_s, device)
         # With torchrun the store outlives this run; elsewhere it lives in rank 0, and a next run needs it again.
         leave = ours and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         with group._joined(ours, leave, member.local_size == member.world_size):
@@ -142,28 +84,35 @@ class Group:
 
     @classmethod
     @contextlib.contextmanager
-    def meet(cls, path: str | Path, rank: int, world_size: int, device: str = "cpu") -> Iterator[Group]:
-        """Join processes of this machine that meet at a file, which must not exist before. Alone, nothing is needed."""
+    def meet(
+        cls, path: str | Path, rank: int, world_size: int, deadline_s: float = DEADLINE_S,
+        while_joining: Callable[[], None] = lambda: None,
+    ) -> Iterator[Group]:  # fmt: skip
+        """Join processes of this machine that meet at a file, which must not exist before. Alone, nothing is needed.
+
+        ``while_joining`` is called until all have come, to raise where one of them never will.
+        """
         if world_size == 1:
             yield cls(0, 1)
             return
-        group = cls(rank, world_size, dist.FileStore(str(path), world_size), device)
+        group = cls(rank, world_size, dist.FileStore(str(path), world_size), deadline_s)
+        group._await_all(while_joining)
         with group._joined(True, True, True):
             yield group
 
     @contextlib.contextmanager
     def _joined(self, make: bool, leave: bool, one_machine: bool) -> Iterator[None]:
-        timeout = timedelta(seconds=_JOIN_S)
-        self._ours = make
-        with _joining(self.world_size), _loopback(one_machine):
-            if make:
-                backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
-                dist.init_process_group(
-                    backend, store=self._store, rank=self.rank, world_size=self.world_size, timeout=timeout
-                )
-            everybody = tuple(range(self.world_size))
-            self._subgroups[everybody] = dist.new_group(list(everybody), timeout, self._backend)
         self._one_machine = one_machine
+        everybody = tuple(range(self.world_size))
+        with _joining(self.world_size):
+            if make:
+                with _loopback(one_machine):
+                    dist.init_process_group(
+                        self._backend, None, self._timeout, self.world_size, self.rank, self._store
+                    )
+                self._subgroups[everybody] = dist.group.WORLD
+            else:
+                self.prepare([everybody])
         try:
             yield
         finally:
@@ -171,18 +120,33 @@ class Group:
                 dist.destroy_process_group()
             else:
                 for subgroup in self._subgroups.values():
-                    dist.destroy_process_group(subgroup)
+                    if subgroup is not dist.group.WORLD:
+                        dist.destroy_process_group(subgroup)
+
+    def _await_all(self, while_joining: Callable[[], None]) -> None:
+        self._store.set(f"here/{self.rank}", "1")
+        deadline = time.monotonic() + _JOIN_S
+        while not self._store.check([f"here/{rank}" for rank in range(self.world_size)]):
+            while_joining()
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"Rank {self.rank} waited {_JOIN_S:.0f} s for all {self.world_size} workers to start.")
+            time.sleep(0.02)
 
     @property
     def _backend(self) -> str:
         return "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+
+    @property
+    def _timeout(self) -> timedelta:
+        # A process cannot end before its exchanges have: they give up a little after we do.
+        return timedelta(seconds=self.deadline_s + 5)
 
     def prepare(self, subsets: Sequence[tuple[int, ...]]) -> None:
         """Make it possible to sum over these ranks alone. All processes call it, with the same subsets."""
         for ranks in subsets:
             if self.world_size > 1 and len(ranks) > 1 and ranks not in self._subgroups:
                 with _loopback(self._one_machine):
-                    self._subgroups[ranks] = dist.new_group(list(ranks), timedelta(seconds=_JOIN_S), self._backend)
+                    self._subgroups[ranks] = dist.new_group(list(ranks), self._timeout, self._backend)
 
     # -- exchanges -----------------------------------------------------------------------------------------------
 
@@ -265,6 +229,7 @@ class Group:
                 waited_s = time.monotonic() - began
                 self._look_for_failure(2.0 if work.is_completed() else 0.0)
                 if work.is_completed():
+                    self.while_waiting(what, waited_s)
                     raise JobFailed(
                         f"Rank {self.rank} lost the other processes while it waited for {what} ({_first_line(error)}); "
                         "see what ended them, and go on with --resume."

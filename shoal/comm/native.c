@@ -7,9 +7,13 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 static int64_t now_ns(void) {
     struct timespec t;
@@ -61,11 +65,42 @@ int shoal_wait_all(char *base, int64_t stride, int n, uint32_t target, int64_t s
     return -1;
 }
 
+/* Results from here on do not stay in a cache anyway: written past it, their old contents need not be read first. */
+enum { STREAM_BYTES = 8 << 20 };
+
+/* Whether to write a result past the caches. */
+static inline int streams(const void *dst, int64_t bytes) {
+#if defined(__SSE2__)
+    return bytes >= STREAM_BYTES && ((uintptr_t)dst & 15) == 0;
+#else
+    return (void)dst, (void)bytes, 0;
+#endif
+}
+
+/* Write a block past the caches; both ends are 16-byte aligned. */
+static inline void stream_block(void *dst, const void *block, int64_t bytes) {
+#if defined(__SSE2__)
+    int64_t whole = bytes / 16;
+    for (int64_t i = 0; i < whole; i++) _mm_stream_si128((__m128i *)dst + i, _mm_load_si128((const __m128i *)block + i));
+    memcpy((char *)dst + whole * 16, (const char *)block + whole * 16, bytes - whole * 16);
+#else
+    memcpy(dst, block, bytes);
+#endif
+}
+
+/* Such stores are not ordered with others: a post that follows must not overtake them. */
+static inline void finish_stream(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 /* dst = (src[0] + src[1] + ... + src[n-1]) * scale, summed in that order, element by element. dst may be a source. */
 #define DEFINE_SUM(NAME, T)                                                         \
     void NAME(T *dst, T **src, int n, int64_t count, T scale) {                     \
         enum { BLOCK = 2048 };                                                      \
-        T sum[BLOCK];                                                               \
+        T sum[BLOCK] __attribute__((aligned(64)));                                  \
+        int stream = n > 1 && streams(dst, count * (int64_t)sizeof(T));             \
         for (int64_t at = 0; at < count; at += BLOCK) {                             \
             int64_t m = count - at < BLOCK ? count - at : BLOCK;                    \
             const T *first = src[0] + at;                                           \
@@ -79,8 +114,14 @@ int shoal_wait_all(char *base, int64_t stride, int n, uint32_t target, int64_t s
                 const T *next = src[k] + at;                                        \
                 for (int64_t i = 0; i < m; i++) sum[i] += next[i];                  \
             }                                                                       \
+            if (stream) {                                                           \
+                for (int64_t i = 0; i < m; i++) sum[i] *= scale;                    \
+                stream_block(dst + at, sum, m * (int64_t)sizeof(T));                \
+                continue;                                                           \
+            }                                                                       \
             for (int64_t i = 0; i < m; i++) dst[at + i] = sum[i] * scale;           \
         }                                                                           \
+        if (stream) finish_stream();                                                \
     }
 DEFINE_SUM(shoal_sum_f32, float)
 DEFINE_SUM(shoal_sum_f64, double)

@@ -329,6 +329,7 @@ def _restore_notes(checkpoint: Checkpoint) -> Restored:
             notebook = page
         elif page is not None and page.get("optimizer"):
             notebook["optimizer"]["state"].update(page["optimizer"]["state"])
+            notebook["optimizer"]["common"].update(page["optimizer"]["common"])
     return Restored(notebook, sums)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import cloudpickle
 
+from shoal.comm.member import Member, shares_memory
 from shoal.errors import JobError, JobFailed, PlanError, RequestError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog, read_events
@@ -87,10 +88,15 @@ def run_job(
 
     ``supervisor``: one that was started already, so that its template could import torch in the meantime.
     """
-    if os.environ.get("WORLD_SIZE") and os.environ.get("RANK"):
+    member = Member.of(os.environ)
+    if member is not None:
         from shoal.train.joined import run_joined
 
-        return run_joined(job, options, observers)
+        return run_joined(job, options, observers, member)
+    if not shares_memory(os.environ):
+        from shoal.train.joined import run_here
+
+        return run_here(job, options, observers)
     check_request(job, options)
     plan = read_plan(options.plan)
     plan.require_built()
@@ -104,12 +110,12 @@ def run_job(
         if options.resume and options.plan is None:
             plan = resumed_plan(directory)
         log = stack.enter_context(EventLog(directory.events))
-        observers = [*observers, *_tensorboard(directory, options)]
+        observers = [*observers, *tensorboard_observers(directory, options)]
         emitter = Emitter(log, observers, options.on_event)
         try:
             supervisor.load(ENTRY, portable(job), _BUILD_TIMEOUT_S)
             facts: JobFacts = supervisor.call("facts")
-            finished = _finished(directory, job, options, facts)
+            finished = finished_run(directory, job, options, facts)
             if finished is not None:
                 return finished
             from shoal.train.session import Session
@@ -119,7 +125,7 @@ def run_job(
         except ShoalError as error:
             text = error.traceback_text if isinstance(error, UserCodeError) else None
             emitter("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
-            _abandon_if_refused(directory, error)
+            abandon_if_refused(directory, error)
             raise
         except KeyboardInterrupt:
             if not any(read_events(directory.events, ["run_start"])):
@@ -182,7 +188,7 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
         raise PlanError(f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer.")
 
 
-def _finished(directory: RunDirectory, job: Job, options: TrainOptions, facts: JobFacts) -> Run | None:
+def finished_run(directory: RunDirectory, job: Job, options: TrainOptions, facts: JobFacts) -> Run | None:
     """The Run, where a resumed run has nothing left to do."""
     if not options.resume:
         return None
@@ -200,7 +206,7 @@ def _finished(directory: RunDirectory, job: Job, options: TrainOptions, facts: J
     return run
 
 
-def _tensorboard(directory: RunDirectory, options: TrainOptions) -> list[Observer]:
+def tensorboard_observers(directory: RunDirectory, options: TrainOptions) -> list[Observer]:
     if not options.tensorboard:
         return []
     from shoal.observe.tensorboard import TensorBoardObserver
@@ -208,7 +214,7 @@ def _tensorboard(directory: RunDirectory, options: TrainOptions) -> list[Observe
     return [TensorBoardObserver(directory.path / "tensorboard")]
 
 
-def _abandon_if_refused(directory: RunDirectory, error: ShoalError) -> None:
+def abandon_if_refused(directory: RunDirectory, error: BaseException) -> None:
     """A request that was refused before the first step leaves no directory behind that would be in the way."""
     if not isinstance(error, JobFailed) and not any(read_events(directory.events, ["step"])):
         directory.abandon()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shoal.process.failure import user_code
 from shoal.train import objective
 from shoal.train.built import Built
 
@@ -27,14 +28,13 @@ def describe_model(built: Built, program: str | None) -> dict[str, Any]:
     """
     described: dict[str, Any] = {"inputs": [], "outputs": [], "program": False, "labels": _labels(built)}
     count = min(2, len(built.train))
-    batch = built.train.fetch(np.arange(count, dtype=np.int64), built.job.collate, None)
-    inputs, _ = objective.split(batch)
     model = built.model
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            output = objective.call(model, inputs)
+        with user_code("the model or its data"), torch.no_grad():
+            batch = built.train.fetch(np.arange(count, dtype=np.int64), built.job.collate, None)
+            inputs, output = _pass(built, batch)
         described["inputs"] = _tensors(inputs, "input", count)
         described["outputs"] = _tensors(output, "output", count)
         if program is not None:
@@ -42,6 +42,26 @@ def describe_model(built: Built, program: str | None) -> dict[str, Any]:
     finally:
         model.train(was_training)
     return described
+
+
+def _pass(built: Built, batch: Any) -> tuple[Any, Any]:
+    """What goes into the model and what comes out of it; a job's own step decides what it calls the model with."""
+    model, job = built.model, built.job
+    if job.step is None:
+        inputs, _ = objective.split(batch)
+        return inputs, objective.call(model, inputs)
+    calls: list[tuple[Any, Any]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = {**{f"input_{k}": value for k, value in enumerate(args)}, **kwargs} if kwargs else args
+        calls.append((inputs[0] if not kwargs and len(args) == 1 else inputs, output))
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        job.step(model, batch)
+    finally:
+        handle.remove()
+    return calls[0] if calls else ((), ())
 
 
 def _labels(built: Built) -> list[str] | None:

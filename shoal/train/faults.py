@@ -6,8 +6,8 @@
 * ``stall(rank, step, phase[, times])``: stops answering (SIGSTOP), so that it has to be replaced;
 * ``slow(rank, factor[, step])``: computes ``factor`` times as long, from ``step`` on.
 
-Phases: data, forward, backward, reduce, update, checkpoint, evaluate; and two places where a worker stands between phases:
-published (its gradients are), committed (its part of the update is). Steps count from 0 here: step 3 is the fourth. A fault
+Phases: data, forward, backward, reduce, update, checkpoint, evaluate; and three places between phases: published
+(its gradients are), updated (its part of the weights is), committed (the others have been told so). Steps count from 0 here: step 3 is the fourth. A fault
 in checkpoint strikes at the first checkpoint from that step on, since it is the clock that decides when one is made.
 How often a fault has struck is noted in the worker's slot, so that a replacement knows.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from shoal.comm.arena import FAULT_NOTES, Slot
 from shoal.errors import RequestError
 
-PHASES = ("data", "forward", "backward", "published", "reduce", "update", "committed", "checkpoint", "evaluate")
+PHASES = ("data", "forward", "backward", "published", "reduce", "update", "updated", "committed", "checkpoint", "evaluate")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ from shoal.train.describe import bind, describe, fill, make_optimizer, trained_p
 from shoal.train.built import Built
 from shoal.train.faults import Faults
 from shoal.train.feed import Cut, Feed
-from shoal.train.loop import Loop, Parts
+from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.schedule import Schedule
 from shoal.train.settings import JobFacts, RunSettings
-from shoal.train.update import make_updater
+from shoal.train.update import Updater, make_updater
 
 
 def build_model(job: Job) -> nn.Module:
@@ -93,9 +94,15 @@ class TrainHost:
         return self._facts
 
     def bind(self, settings: RunSettings, write: bool, fds: list[int]) -> None:
-        """Take up a run: map its arena, write the first weights into it where ``write`` says so, bind the model to it."""
+        """Map the arena of a run and take it up."""
+        self.take_up(Arena.attach(fds[0], settings.layout), settings, write)
+        gc.collect()
+        gc.freeze()
+
+    def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
+        """Write the first weights into an arena where ``write`` says so, and bind the model to it."""
         model = self._built.model
-        store = Store(Arena.attach(fds[0], settings.layout), self._facts.table)
+        store = Store(arena, self._facts.table)
         if write:
             with torch.no_grad():
                 for name, tensor in _tensors(model):
@@ -103,8 +110,7 @@ class TrainHost:
             fill(model, store)
         bind(model, store)
         self._store, self._settings = store, settings
-        gc.collect()
-        gc.freeze()
+        return store
 
     def forget_first_weights(self) -> None:
         """No further run will begin anew: give back the memory of the first weights."""
@@ -122,20 +128,29 @@ class TrainHost:
 
     def run(self, role: Assign, channel: Channel) -> None:
         """A worker's whole life."""
+        store, settings = self._store, self._settings
+        assert store is not None and settings is not None
+        keep_freed_memory()
+        torch.set_num_threads(settings.plan.threads or 1)
+        store.arena.slots[role.rank].write(Note.INCARNATION, role.incarnation)
+        waiting = Waiting(spin_s=settings.spin_s)
+        loop = self.loop(role.rank, channel, lambda updater: ArenaData(store, role.rank, updater, waiting, settings.guard))
+        with contextlib.suppress(KeyboardInterrupt):
+            loop.run()
+
+    def loop(self, rank: int, channel: Sender, make_axis: Callable[[Updater], ArenaData]) -> Loop:
+        """The loop of one worker in the run that was taken up."""
         store, settings, built = self._store, self._settings, self._built
         assert store is not None and settings is not None
-        plan, job, rank = settings.plan, built.job, role.rank
-        keep_freed_memory()
-        torch.set_num_threads(plan.threads or 1)
+        plan, job = settings.plan, built.job
         slot = store.arena.slots[rank]
-        slot.write(Note.INCARNATION, role.incarnation)
         slot.enter(Phase.STARTING, slot.signal(2))
         parameters = trained_parameters(built.model, self._facts.table)
         if store.local:
             for index, parameter in enumerate(parameters):
                 parameter.data = store.weight(index, rank)
-        updater = make_updater(store, rank, built.optimizer, lambda: parameters)
-        axis = ArenaData(store, rank, updater, Waiting(spin_s=settings.spin_s), settings.guard)
+        updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: parameters)
+        axis = make_axis(updater)
         for source in (built.train, built.evaluation):
             if source is not None:
                 source.prefer_layout(plan.layout == "channels_last")
@@ -160,8 +175,7 @@ class TrainHost:
             settings=settings,
             channel=channel,
         )
-        with contextlib.suppress(KeyboardInterrupt):
-            Loop(parts).run()
+        return Loop(parts)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

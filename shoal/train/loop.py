@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from shoal.comm.store import VALUE_COLUMNS, Columns, Store
 from shoal.data.source import Source
 from shoal.errors import JobError
 from shoal.job import Job
-from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.train import objective, streams
 from shoal.train.batchnorm import GlobalBatchNorm
@@ -34,6 +33,12 @@ from shoal.train.faults import Faults
 from shoal.train.feed import Feed, Share
 from shoal.train.schedule import Schedule
 from shoal.train.settings import CheckpointTrouble, EpochPart, NotFinite, RunSettings, ValueNames
+
+
+class Sender(Protocol):
+    """Whatever takes a worker's messages to the supervisor."""
+
+    def send(self, message: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class Parts:
     batchnorm: GlobalBatchNorm | None
     faults: Faults
     settings: RunSettings
-    channel: Channel
+    channel: Sender
 
 
 class Loop:
@@ -94,8 +99,9 @@ class Loop:
         self.slot.enter(Phase.DONE, step)
 
     def _must_stop(self, step: int) -> bool:
-        """Whether rank 0 decided, when it published its last gradients, that the run ends here."""
-        return int(self.parts.axis.arena.slots[0].note(Note.STOP_AFTER)) == step and step > 0
+        """Whether the run ends here: rank 0 said so with its last gradients, or an observer when all had done the step."""
+        arena = self.parts.axis.arena
+        return step > 0 and step in (int(arena.slots[0].note(Note.STOP_AFTER)), int(arena.supervisor.note(Note.STOP_AT)))
 
     def _step(self, step: int) -> None:
         axis, slot, parts = self.parts.axis, self.slot, self.parts
@@ -125,6 +131,7 @@ class Loop:
         slot.enter(Phase.UPDATE, step)
         with user_code("optimizer", self.rank):
             axis.update(step, totals, parts.job.grad_clip, self._hooks)
+        parts.faults.reach("updated", step)
         self._end_checkpoint(step)
         with user_code("scheduler", self.rank):
             parts.schedule.after_step(step)
@@ -144,7 +151,7 @@ class Loop:
         axis.finish(step)
         if not axis.has_published(step + 1):
             self._average(step)
-        if parts.settings.wait_for_observer and self.rank == 0:
+        if parts.settings.wait_for_observer:
             axis.await_supervisor(Order.STEP_SEEN, step + 1, "the observer of events")
 
     # -- training alone for some steps (local_steps) -------------------------------------------------------------

@@ -122,6 +122,7 @@ class Session:
             self._emit("checkpoint_damaged", path=str(path), reason=reason)
         if found is None:
             return 0
+        refuse_another_job(found, self._job)
         restored = checkpoints.restore(found, store)
         step = found.step
         for rank, slot in enumerate(self._arena.slots):
@@ -218,7 +219,13 @@ class Session:
     def _look_for_stop(self) -> None:
         if self._stopped_by is None and (self._interrupts.wanted or self._emit.stop_wanted):
             self._stopped_by = "interrupt" if self._interrupts.wanted else "on_event"
-            self._arena.supervisor.write(Note.STOP_WANTED, 1)
+            supervisor, step = self._arena.supervisor, self._recorder.step
+            # While all wait for the observer of this very step, it can be the last. Replicas must first be averaged.
+            all_wait = self._settings.wait_for_observer and supervisor.signal(Order.STEP_SEEN) < step
+            if all_wait and (self._settings.plan.local_steps or 1) == 1:
+                supervisor.write(Note.STOP_AT, step)
+            else:
+                supervisor.write(Note.STOP_WANTED, 1)
 
     def _end_epochs(self) -> None:
         """Close an epoch once every worker has sent its part of it."""
@@ -477,6 +484,17 @@ def run_settings(
         guard=not private and os.environ.get("SHOAL_GUARD", "1") != "0",
         wait_for_observer=options.on_event is not None,
     )
+
+
+def refuse_another_job(found: checkpoints.Checkpoint, job: Job) -> None:
+    """RequestError where a step of the job is no longer the step that the checkpoint counts."""
+    for name in ("batch_size", "seed"):
+        then, now = found.meta.get(name), getattr(job, name)
+        if then is not None and then != now:
+            raise RequestError(
+                f"{found.path.parent.parent} was trained with {name}={then} and the job now says {now}; "
+                f"go on with --set {name}={then}, or begin another run."
+            )
 
 
 def spin_seconds(plan: Plan) -> float:

@@ -383,7 +383,10 @@ class WholeUpdater(Updater):
             }
             for index in self.own
         }
-        return {"state": rest, "groups": [hyperparameters(g) for g in self._optimizer.param_groups]}
+        # What belongs to no one parameter is kept under a key of the optimizer's own, as torch's state_dict has it.
+        common = {key: copy.deepcopy(v) for key, v in self._optimizer.state.items() if not isinstance(key, torch.Tensor)}
+        groups = [hyperparameters(g) for g in self._optimizer.param_groups]
+        return {"state": rest, "common": common if self.own else {}, "groups": groups}
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Go back to what the notebook holds."""
@@ -396,6 +399,7 @@ class WholeUpdater(Updater):
     def reload(self, chunk: int) -> None:
         for group, kept in zip(self._optimizer.param_groups, self._remembered.get("groups", []), strict=False):
             group.update(kept)
+        self._optimizer.state.update(copy.deepcopy(self._remembered.get("common", {})))
         for index in self.own:
             parameter = self._parameters[index]
             self._optimizer.state.pop(parameter, None)

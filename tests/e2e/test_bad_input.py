@@ -114,7 +114,7 @@ AT_ONCE: dict[str, tuple[list[str], list[str]]] = {
 # What comes to light while the job is built or makes its first step.
 WHILE_BUILDING: dict[str, tuple[list[str], list[str]]] = {
     "more workers than samples": (
-        ["jobs.py:good", "--plan", "dp=9,threads=1"], ["9 workers cannot share a batch of 8 samples", "dp=8"],
+        ["jobs.py:good", "--plan", "dp=9"], ["9 workers cannot share a batch of 8 samples", "dp=8"],
     ),
     "no parameters": (["jobs.py:no_parameters", "--plan", PLAN], ["The model has no parameters"]),
     "a loss for each sample": (["jobs.py:vector_loss", "--plan", PLAN], ["The loss has the shape (4,)", "scalar"]),

@@ -105,6 +105,14 @@ def test_importing_shoal_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60, check=False).returncode == 0
 
 
+def test_plan_chooses_and_explains() -> None:
+    plan = shoal.plan(JOB)
+    assert isinstance(plan, shoal.Plan) and shoal.Plan.parse(str(plan)) == plan
+    assert plan.dp and plan.threads and plan.layout, "nothing that can change a bit is left open"
+    assert "fastest" in plan.why()
+    assert shoal.plan(JOB) == plan, "remembered, not tried again"
+
+
 # -- a run and what it holds -----------------------------------------------------------------------------------------
 
 

@@ -120,7 +120,8 @@ def test_commands_and_options_in_a_page_exist(page: Path) -> None:
         if not found:
             continue
         command, rest = found.groups()
-        options = [f"shoal {command} {option}" for option in re.findall(r"(?<!\S)--[a-z-]+", rest) if option != "--help"]
+        named = set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - {"--help"}
+        options = [f"shoal {command} {option}" for option in sorted(named)]
         if command not in commands:
             unknown.append(line)
         unknown += [option for option in options if not any(line.split(" ")[:3] == option.split(" ") for line in known)]
@@ -130,12 +131,14 @@ def test_commands_and_options_in_a_page_exist(page: Path) -> None:
 def test_files_named_in_the_architecture_exist() -> None:
     named = re.findall(r"`([\w./-]+\.(?:py|c|toml|md|txt))[:`]", text_of(DOCS / "architecture.md"))
     made_by_runs = {"plan.toml"}
-    lost = [n for n in named if n not in made_by_runs and not any((base / n).exists() for base in (ROOT, ROOT / "shoal"))]
+    places = (ROOT, ROOT / "shoal")
+    lost = [name for name in named if name not in made_by_runs and not any((p / name).exists() for p in places)]
     assert len(named) > 20 and lost == []
 
 
 def test_the_helpers_see_what_they_look_for() -> None:
-    text = "# A `b`: c\n\n[x](y.md#z) `[no](no.md)`\n\n```bash\n[no](no.md)\n```\n\n| `k` | v |\n|---|---|\n| `m` | w |\n"
+    text = "# A `b`: c\n\n[x](y.md#z) `[no](no.md)`\n\n```bash\n[no](no.md)\n```\n"
+    text += "\n| `k` | v |\n|---|---|\n| `m` | w |\n"
     assert links(text) == ["y.md#z"] and anchors(text) == {"a-b-c"} and code_blocks(text) == [("bash", "[no](no.md)\n")]
     assert tables(text) == [{"k": ["`k`", "v"], "---": ["---", "---"], "m": ["`m`", "w"]}]
 
@@ -152,9 +155,10 @@ def test_plan_keys_are_those_of_the_glossary() -> None:
 def test_plan_keys_stand_in_the_right_table() -> None:
     works, refused = tables(text_of(DOCS / "plan.md"))
     # Where the glossary's example is the very value that is accepted, another one.
-    others = {"recompute": "full", "compile": "on", "device": "cuda", "rewrites": "auto", "codec": "int8", "adapt": "on"}
+    others = {"recompute": "full", "compile": "on", "device": "cuda", "rewrites": "auto", "codec": "q8", "adapt": "on"}
     server = dict.fromkeys(("mode", "staleness", "push_every", "pull_every", "backup", "replicas"), "ps=1,workers=2,")
-    needs = {**server, "workers": "ps=1,", "schedule": "pp=2,", "interleave": "pp=2,", "sequence_parallel": "tp=2,", "shares": "dp=2,"}
+    pipeline = dict.fromkeys(("schedule", "interleave"), "pp=2,")
+    needs = {**server, **pipeline, "workers": "ps=1,", "sequence_parallel": "tp=2,", "shares": "dp=2,"}
     for key in KEYS:
         if key in works:
             Plan.parse(f"{needs.get(key, '')}{key}={KEYS[key].example}").require_built()
@@ -240,7 +244,8 @@ def test_output_goes_between_its_markers() -> None:
     readme = script(ROOT / "scripts" / "readme_output.py")
     page = "a\n<!-- demo-output -->\nold\n<!-- /demo-output -->\nb\n"
     assert readme.put(page, "demo-output", "new") == "a\n<!-- demo-output -->\nnew\n<!-- /demo-output -->\nb\n"
-    assert readme.put(readme.put(page, "demo-output", "x"), "demo-output", "new") == readme.put(page, "demo-output", "new")
+    once = readme.put(page, "demo-output", "new")
+    assert readme.put(once, "demo-output", "new") == once
     with pytest.raises(ValueError, match="numbers"):
         readme.put(page, "numbers", "new")
     assert readme.plain("\x1b[1mone\x1b[0m\r\n10 %\r20 %\rdone \n\n") == "one\ndone"

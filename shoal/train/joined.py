@@ -1,0 +1,382 @@
+"""A run whose workers share no memory: processes of a job that torchrun or Slurm started, or that shoal starts here.
+
+Every process runs the same loop over memory of its own (``shoal.axes.data_group``). Rank 0 is also what the supervisor is
+elsewhere: it holds the run directory, tells the observers, ends epochs and writes checkpoints, in between its own steps. The
+others are silent; what goes wrong with them, rank 0 hears and says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.axes.data_group import Course, GroupData, Outbox
+from shoal.cluster import Cluster
+from shoal.comm.arena import Arena, Note, Order, Signal
+from shoal.comm.group import DEADLINE_S, Group, PeerFailed
+from shoal.comm.member import Member
+from shoal.comm.store import Store
+from shoal.errors import JobError, NotBuiltError, PlanError, ShoalError, UserCodeError
+from shoal.job import Job
+from shoal.observe.events import EventLog
+from shoal.plan import Plan
+from shoal.process.failure import Failure
+from shoal.train.allocator import keep_freed_memory
+from shoal.train.api import Observer, TrainOptions, read_plan
+from shoal.train.choose import predicted_step
+from shoal.train.crew import Patience
+from shoal.train.driver import (
+    Emitter,
+    Interrupts,
+    abandon_if_refused,
+    check_plan,
+    check_request,
+    finished_run,
+    resumed_plan,
+    tensorboard_observers,
+)
+from shoal.train.host import TrainHost
+from shoal.train.loop import Loop
+from shoal.train.neighbours import Neighbours
+from shoal.train.recorder import Recorder
+from shoal.train.run import Run
+from shoal.train.rundir import RunDirectory
+from shoal.train.session import Session, run_settings
+from shoal.train.settings import JobFacts, RunSettings
+
+_SHARED_REGIONS = ("weights", "buffers", "buffer_steps", "state", "scalars")
+# torchrun hands a terminal's Ctrl-C on to processes that the terminal has told already.
+_ONE_INTERRUPT_S = 2.0
+
+
+def run_joined(job: Job, options: TrainOptions, observers: Sequence[Observer], member: Member) -> Run:
+    """Train as one of the processes of a job that something else started; every one of them returns the Run.
+
+    Only rank 0's observers and ``on_event`` are told, and it alone writes. PlanError where the plan is for another number
+    of processes than there are.
+    """
+    plan = _asked(job, options)
+    threads = max(1, Cluster.local(measure=False).cores // member.local_size)
+    interrupts = _PatientInterrupts()
+    with Group.join(member, _deadline_s()) as group, interrupts.caught(), _callers_state():
+        return _Process(job, options, group, interrupts).run(plan, threads, observers)
+
+
+def run_here(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> Run:
+    """Train on this machine without shared memory: this process is rank 0 and starts the others."""
+    plan = _asked(job, options)
+    interrupts = _PatientInterrupts()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interrupts.caught())
+        directory = RunDirectory.claim(options.run_dir, job.name, options.resume)
+        if options.resume and options.plan is None:
+            plan = resumed_plan(directory)
+        cores = Cluster.local(measure=False).cores
+        count = plan.data_ways if plan.names_axes else min(cores, job.batch_size)
+        stack.enter_context(_callers_state())
+        neighbours = stack.enter_context(Neighbours.start(job, options, directory.path / ".meeting", count))
+        group = stack.enter_context(Group.meet(neighbours.meeting, 0, count, _deadline_s(), neighbours.check))
+        return _Process(job, options, group, interrupts, neighbours).run(plan, max(1, cores // count), observers, directory)
+
+
+def work_for(job: Job, options: TrainOptions, meeting: str, rank: int, world_size: int) -> None:
+    """What a process that ``run_here`` started does."""
+    with Group.meet(meeting, rank, world_size, _deadline_s()) as group:
+        _Process(job, options, group, Interrupts()).run(Plan(), 1, [])
+
+
+def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
+    """The whole plan for a job of so many processes; PlanError where it is for another number."""
+    if plan.local_steps:
+        raise NotBuiltError(
+            f"local_steps={plan.local_steps} is not built for workers that share no memory; leave it out of the plan."
+        )
+    if plan.names_axes and plan.data_ways != world_size:
+        raise PlanError(
+            f"The plan says dp={plan.data_ways} and the job was started with {world_size} processes; "
+            f"write dp={world_size}, or start {plan.data_ways} processes."
+        )
+    whole = plan.replace(dp=world_size, threads=plan.threads or threads).filled()
+    return whole.replace(explanation=(f"The job was started with {world_size} processes, which speak through gloo.",))
+
+
+def _asked(job: Job, options: TrainOptions) -> Plan:
+    check_request(job, options)
+    plan = read_plan(options.plan)
+    plan.require_built()
+    return plan
+
+
+def _deadline_s() -> float:
+    return Patience.from_environment().first_replace_s if os.environ.get("SHOAL_STALL_S") else DEADLINE_S
+
+
+@contextlib.contextmanager
+def _callers_state() -> Iterator[None]:
+    """Give the process back as it was: it is the user's own, not a worker's."""
+    threads, streams = torch.get_num_threads(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        torch.set_rng_state(streams[2])
+
+
+class _PatientInterrupts(Interrupts):
+    """Takes signals that come in a burst for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: float | None = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.wanted and self._first is not None and now - self._first < _ONE_INTERRUPT_S:
+            return
+        if self._first is None:
+            self._first = now
+        super()._handle(number, frame)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What rank 0 tells the others before the first step."""
+
+    step: int
+    orders: dict[Order, int]
+    eval_loss: float
+    notebook: Any
+
+
+class _Process:
+    """One process of the group, from the job to the Run."""
+
+    def __init__(
+        self, job: Job, options: TrainOptions, group: Group, interrupts: Interrupts, neighbours: Neighbours | None = None
+    ) -> None:
+        # What the script holds stays as it is: the model that is trained is the run's own.
+        self._job = job.replace(model=copy.deepcopy(job.model)) if isinstance(job.model, nn.Module) else job
+        self._options = options
+        self._group = group
+        self._interrupts = interrupts
+        self._neighbours = neighbours
+        self._emit: Emitter | None = None
+        self._stalled: set[str] = set()
+
+    def run(
+        self, plan: Plan, threads: int, observers: Sequence[Observer], directory: RunDirectory | None = None
+    ) -> Run:
+        """Train. Whatever goes wrong in one of the processes is raised in all of them."""
+        began = time.monotonic()
+        group = self._group
+        group.while_waiting = self._look_around
+        with contextlib.ExitStack() as stack:
+            try:
+                if group.rank == 0:
+                    directory = directory or RunDirectory.claim(self._options.run_dir, self._job.name, self._options.resume)
+                    if self._options.resume and self._options.plan is None:
+                        plan = resumed_plan(directory)
+                    log = stack.enter_context(EventLog(directory.events))
+                    everybody = [*observers, *tensorboard_observers(directory, self._options)]
+                    self._emit = Emitter(log, everybody, self._options.on_event)
+                plan, threads = group.broadcast_object((plan, threads), 0, "the plan")
+                return self._train(fit_plan(plan, group.world_size, threads), directory, began)
+            except PeerFailed as failed:
+                group.fail(None)
+                error = failed.value.error() if isinstance(failed.value, Failure) else KeyboardInterrupt()
+                self._tell(error, directory)
+                raise error from None
+            except BaseException as error:
+                group.fail(Failure.of(error, group.rank) if isinstance(error, Exception) else None)
+                self._tell(error, directory)
+                raise
+
+    def _tell(self, error: BaseException, directory: RunDirectory | None) -> None:
+        """Say what went wrong: rank 0 for all."""
+        if self._emit is None or directory is None:
+            # Whoever prints errors need not print this one again.
+            error.told_by_rank_0 = True  # type: ignore[attr-defined]
+            return
+        if isinstance(error, ShoalError):
+            text = error.traceback_text if isinstance(error, UserCodeError) else None
+            self._emit("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
+        abandon_if_refused(directory, error)
+
+    def _look_around(self, what: str, waited_s: float) -> None:
+        """While this process waits: whether a neighbour has died, and whom to name where it takes long."""
+        if self._neighbours is not None:
+            self._neighbours.check()
+        if self._emit is None or what in self._stalled or waited_s < Patience.from_environment().report_s:
+            return
+        self._stalled.add(what)
+        for rank in self._group.missing(what):
+            self._emit(
+                "stall", rank=rank, pid=None, step=None, phase="unknown", waited_s=waited_s, waits_for=what, stack="",
+                replaced_after_s=None,
+            )  # fmt: skip
+
+    # -- the course of a run -------------------------------------------------------------------------------------
+
+    def _train(self, plan: Plan, directory: RunDirectory | None, began: float) -> Run:
+        group, job, options = self._group, self._job, self._options
+        host = TrainHost(job)
+        facts = host.facts()
+        check_plan(plan, job, facts)
+        self._compare(facts)
+        done = finished_run(directory, job, options, facts) if directory is not None else None
+        found = group.broadcast_object((done.path, done.summary()) if done is not None else None, 0, "what was done before")
+        if found is not None:
+            return Run(*found, job)
+        place = group.broadcast_object(directory.path if directory is not None else None, 0, "the run directory")
+        settings = run_settings(plan, job, facts, options, place / "checkpoints", private=True)
+        # Rank 0 alone has an observer, and all have to know of it.
+        lockstep = group.broadcast_object(settings.wait_for_observer, 0, "the observer")
+        settings = dataclasses.replace(settings, wait_for_observer=lockstep)
+        arena = Arena.private(settings.layout)
+        store = host.take_up(arena, settings, True)
+        host.forget_first_weights()
+        rows = group.gather_objects({"pid": os.getpid(), "host": socket.gethostname()}, "the list of processes")
+        lead = None
+        if directory is not None and self._emit is not None:
+            lead = _Lead(job, options, directory, _Host(host, rows), facts, self._emit, self._interrupts)  # type: ignore[arg-type]
+        try:
+            if lead is not None:
+                lead.begin(settings, store)
+            self._share_start(store)
+            self._interrupts.armed = True
+            keep_freed_memory()
+            torch.set_num_threads(plan.threads or 1)
+            self._make_loop(host, store, settings, lead).run()
+            ended = lead.end(began) if lead is not None else None
+            path, summary = group.broadcast_object(
+                (ended.path, ended.summary()) if ended is not None else None, 0, "the end of the run"
+            )
+            return Run(path, summary, self._job)
+        finally:
+            if lead is not None:
+                lead.release()
+
+    def _compare(self, facts: JobFacts) -> None:
+        """All processes must have built the same."""
+        mine = (facts.samples, facts.eval_samples, facts.table)
+        found = self._group.gather_objects(mine, "the job to be built")
+        for rank, theirs in enumerate(found):
+            if theirs != found[0]:
+                raise JobError(
+                    f"Rank {rank} has built another model or data set than rank 0 ({theirs[0]} samples); "
+                    "let the job's functions do the same in every process."
+                )
+
+    def _share_start(self, store: Store) -> None:
+        """Give everybody rank 0's weights, and where the run goes on."""
+        group, arena = self._group, store.arena
+        for name in _SHARED_REGIONS:
+            if arena.layout.regions[name][1]:
+                group.broadcast(arena.region(name), 0, "the first weights")
+        step = arena.slots[0].signal(Signal.UPDATED)
+        supervisor = arena.supervisor
+        start = group.broadcast_object(
+            _Start(
+                step, {Order.EPOCH_DONE: supervisor.signal(Order.EPOCH_DONE)}, supervisor.note(Note.EVAL_LOSS),
+                store.read_notebook(0, step),
+            ),
+            0, "where the run begins",
+        )  # fmt: skip
+        if group.rank == 0 or not start.step:
+            return
+        supervisor.write(Note.EVAL_LOSS, start.eval_loss)
+        for order, value in start.orders.items():
+            supervisor.post(order, value)
+        for slot in arena.slots:
+            for signal in (Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
+                slot.post(signal, start.step)
+            slot.post(Signal.EVALUATED, start.orders[Order.EPOCH_DONE])
+        if start.notebook is not None:
+            store.write_notebook(group.rank, start.step, start.notebook)
+
+    def _make_loop(self, host: TrainHost, store: Store, settings: RunSettings, lead: _Lead | None) -> Loop:
+        group, outbox = self._group, Outbox()
+        course = Course(
+            total_steps=settings.total_steps, steps_per_epoch=settings.steps_per_epoch,
+            every_step=settings.wait_for_observer,
+        )  # fmt: skip
+        loop = host.loop(
+            group.rank,
+            outbox,
+            lambda updater: GroupData(store, updater, group, outbox, course, lambda: self._interrupts.wanted, lead),
+        )
+        if loop.parts.batchnorm is not None:
+            # A ragged batch leaves some without samples: these do not take part in its statistics.
+            steps = (0, settings.steps_per_epoch - 1)
+            shares = [share for step in steps for share in loop.parts.feed.shares(step)]
+            group.prepare([tuple(rank for rank, n in enumerate(share.counts) if n) for share in shares])
+        return loop
+
+
+class _Host:
+    """The built job inside this process, where a session expects a template's supervisor."""
+
+    def __init__(self, host: TrainHost, rows: Sequence[dict[str, Any]]) -> None:
+        self._host = host
+        here = {"role": "supervisor", "rank": 0, **rows[0]}
+        self._rows = [here, *({"role": "worker", "rank": rank, **row} for rank, row in enumerate(rows))]
+
+    def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
+        return getattr(self._host, method)(*arguments)
+
+    def processes(self) -> list[dict[str, Any]]:
+        return self._rows
+
+
+class _Lead(Session):
+    """The supervisor's part of a run, played by rank 0 in between its steps."""
+
+    def begin(self, settings: RunSettings, store: Store) -> None:
+        """Take up the run; fill the store from a checkpoint where there is one to go on from."""
+        self._plan = settings.plan
+        self._settings = settings
+        self._store, self._arena = store, store.arena
+        self._predicted_s = predicted_step(self._plan, self._job, self._facts)
+        first = self._restore(store)
+        self._write_beginning(first)
+        self._recorder = Recorder(store, self._emit, settings.steps_per_epoch, first)
+        self._first_step = first
+        self._tell_processes()
+
+    def take(self, message: Any) -> None:
+        self._take(message)
+
+    def attend(self) -> None:
+        self._attend()
+
+    def wish_to_stop(self) -> None:
+        self._interrupts.wanted = True
+
+    def end(self, began: float) -> Run:
+        """What is left to do once the loop is over."""
+        self._recorder.drain()
+        self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
+        return self._end(began)
+
+    def release(self) -> None:
+        """Leave the directory to whoever comes next."""
+        self._finish_completing()
+        with contextlib.suppress(OSError):
+            self._directory.release([])
+
+    def _pids(self) -> list[int]:
+        host = socket.gethostname()
+        return sorted({row["pid"] for row in self._supervisor.processes() if row["host"] == host})

@@ -1,0 +1,188 @@
+"""kill -9 of workers, anywhere and again and again: the final weights are those of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import noisy_job
+import pytest
+import torch
+from noisy_job import digest, events, history, kill, make_job, processes, wait_until
+
+import shoal
+
+PLAN = "dp=2,threads=1"
+EDGE = noisy_job.STEPS_PER_EPOCH
+# (rank, step from 0, phase) and what the replacement does. A worker that dies after its commit joins the next step.
+KILLS: list[tuple[int, int, str, str]] = [
+    (1, 0, "data", "recomputed"),
+    (0, 1, "update", "rolled_forward"),
+    (1, 2, "forward", "recomputed"),
+    (0, 3, "backward", "recomputed"),
+    (1, 4, "published", "rolled_forward"),
+    (0, 5, "reduce", "rolled_forward"),
+    (1, 6, "update", "rolled_forward"),
+    (0, 7, "committed", "recomputed"),
+    (1, 8, "checkpoint", "rolled_forward"),
+    (0, 14, "data", "recomputed"),
+    (1, 15, "backward", "recomputed"),
+    (0, 16, "forward", "recomputed"),
+    (1, 17, "reduce", "rolled_forward"),
+    (0, 18, "published", "rolled_forward"),
+    (1, 19, "committed", "recomputed"),
+    (0, 20, "checkpoint", "rolled_forward"),
+    (0, 22, "updated", "rolled_forward"),
+    (1, EDGE, "evaluate", "recomputed"),
+    (0, 2 * EDGE, "evaluate", "recomputed"),
+    (1, 2 * EDGE, "forward", "recomputed"),
+]
+
+
+
+
+LONG = make_job(epochs=30)
+
+
+def nadam(params: Any) -> torch.optim.Optimizer:
+    """Works on whole tensors: some of them belong to each worker."""
+    return torch.optim.NAdam(params, lr=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
+
+
+def with_faults(monkeypatch: pytest.MonkeyPatch, job: shoal.Job, run: Path, faults: str, plan: str = PLAN) -> shoal.Run:
+    monkeypatch.setenv("SHOAL_FAULTS", faults)
+    return shoal.train(job, plan=plan, run_dir=run)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> shoal.Run:
+    """The undisturbed run of LONG."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_EXPORT", "0")
+        return shoal.train(LONG, plan=PLAN, run_dir=tmp_path_factory.mktemp("calm") / "run")
+
+
+@pytest.mark.parametrize("optimizer", [noisy_job.adam, nadam, noisy_job.Counting])
+def test_killed_in_every_phase(
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if optimizer is noisy_job.adam:
+        job, calm = LONG, request.getfixturevalue("calm")
+    else:
+        job = make_job(optimizer, scheduler_every="epoch" if optimizer is nadam else "step")
+        calm = shoal.train(job, plan=PLAN, run_dir=tmp_path / "calm")
+    assert not events(calm.path, "death", "stall")
+
+    text = ";".join(f"kill(rank={rank},step={step},phase={phase})" for rank, step, phase, _ in KILLS)
+    run = with_faults(monkeypatch, job, tmp_path / "killed", text)
+
+    assert digest(run) == digest(calm)
+    assert history(run) == history(calm)
+    deaths, recovered = events(run.path, "death"), events(run.path, "recovered")
+    # An optimizer of the user's own works in rank 0 alone, so that rank 1 has no update to die in.
+    expected = [k for k in KILLS if k[0] == 0 or k[2] != "update" or optimizer is not noisy_job.Counting]
+    assert len(deaths) == len(recovered) == len(expected)
+    assert {event["cause"] for event in deaths} == {"SIGKILL"}
+    for rank, step, phase, action in expected:
+        if phase == "checkpoint":
+            # The clock decides at which step that is.
+            assert any(e["rank"] == rank and e["phase"] == phase and e["step"] > step for e in deaths)
+            continue
+        at = step + 1 + (phase == "committed")
+        (death,) = [e for e in deaths if (e["rank"], e["step"]) == (rank, at) and e["phase"] in _shown(phase)]
+        back = [e for e in recovered if (e["rank"], e["step"], e["action"]) == (rank, at, action)]
+        assert back and all(e["pid"] != death["pid"] for e in back)
+
+
+def _shown(phase: str) -> tuple[str, ...]:
+    """What the event says for the places that are between two phases."""
+    return {"published": ("backward",), "updated": ("update",), "committed": ("update",)}.get(phase, (phase,))
+
+
+def test_who_died_after_its_commit_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calm: shoal.Run
+) -> None:
+    """Rank 1 is done with the step and dies; rank 0 hangs in its update and still needs rank 1's gradients."""
+    monkeypatch.setenv("SHOAL_STALL_S", "4")
+    faults = "stall(rank=0,step=5,phase=update);kill(rank=1,step=5,phase=committed);slow(rank=1,factor=2)"
+    run = with_faults(monkeypatch, LONG, tmp_path / "run", faults)
+    assert digest(run) == digest(calm)
+    assert {(e["rank"], e["cause"]) for e in events(run.path, "death")} >= {(0, "stalled"), (1, "SIGKILL")}
+    # It is named before it is replaced; a stopped process cannot show its stack, and that is said.
+    stalled = next(e for e in events(run.path, "stall") if e["rank"] == 0)
+    assert (stalled["step"], stalled["phase"], stalled["replaced_after_s"]) == (6, "update", pytest.approx(4, abs=30))
+    assert "stopped" in stalled["stack"]
+    assert stalled["waited_s"] < stalled["replaced_after_s"]
+
+
+def test_killed_at_random_moments(tmp_path: Path, calm: shoal.Run) -> None:
+    run = tmp_path / "run"
+    trouble = _Trouble(run)
+    trouble.start()
+    try:
+        disturbed = shoal.train(LONG, plan=PLAN, run_dir=run)
+    finally:
+        trouble.stop()
+    assert digest(disturbed) == digest(calm)
+    assert history(disturbed) == history(calm)
+    deaths = events(run, "death")
+    assert len(deaths) >= 12
+    assert all(event["cause"] == "SIGKILL" for event in deaths)
+    assert len(events(run, "recovered")) == len(deaths)
+    assert processes(run) == []
+
+
+class _Trouble(threading.Thread):
+    """Kills what processes.json names: single workers, all of them, standbys, the template."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self._run = run
+        self._random = random.Random(7)
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        targets = ["worker"] * 6 + ["standby", "all", "worker", "template", "worker", "standby", "all", "worker", "worker"]
+        for target in targets:
+            before = self._last_step()
+            # Each time somewhere else in a step, and never three times in the same one.
+            while not self._over.is_set() and self._last_step() < before + 8:
+                time.sleep(0.005)
+            time.sleep(self._random.random() * 0.02)
+            pids = processes(self._run, "worker" if target == "all" else target)
+            if self._over.is_set() or not pids:
+                return
+            for pid in pids if target == "all" else [self._random.choice(pids)]:
+                kill(pid)
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def _last_step(self) -> int:
+        return max((event["step"] for event in events(self._run, "step", "epoch")), default=-8)
+
+
+def test_three_deaths_in_the_same_step_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(shoal.errors.ShoalError) as caught:
+        with_faults(monkeypatch, make_job(), tmp_path / "run", "kill(rank=1,step=20,phase=forward,times=3)")
+    assert caught.value.exit_code == 1
+    text = str(caught.value)
+    assert "Worker 1 died 3 times in step 21" in text and "SIGKILL" in text and "\n" not in text
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert checkpoints and str(checkpoints[-1]) in text
+    assert [e["sentence"] for e in events(tmp_path / "run", "error")] == [text]
+    wait_until(lambda: processes(tmp_path / "run") == [])
