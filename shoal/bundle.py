@@ -139,6 +139,6 @@ def _from_source(directory: Path, source: Mapping[str, str]) -> Any:
 
 def shoal_version() -> str:
     """The version of the shoal that runs, installed or not."""
-    import shoal
+    from shoal import __version__
 
-    return shoal.__version__
+    return __version__

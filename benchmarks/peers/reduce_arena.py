@@ -2,8 +2,9 @@
 
 Each process's values lie in its stripe already, where backward would have put them. Each sums its slice of all
 stripes into one result that all of them read: what an all_reduce brings about, without the copies. (A training step
-sums its slice in chunks of 1 MiB, each of which the optimizer takes up at once and writes where all read.) Processes are forked from this one, which has run nothing on threads, as workers are from
-their template. Prints one JSON line: the median and the 90th percentile in seconds by the number of bytes.
+sums its slice in chunks of 1 MiB, each of which the optimizer takes up at once and writes where all read.)
+Processes are forked from this one, which has run nothing on threads, as workers are from their template. Prints one
+JSON line: the median and the 90th percentile in seconds by the number of bytes.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from shoal.cli.answer import Answer, standard_output, write
 from shoal.errors import RequestError, ShoalError, UserCodeError, did_you_mean
 
 INTERRUPTED = 130
+_LAST_WORD_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with _sigterm_is_interrupt():
                 answer = _run(given)
-            if answer is not None:
+            if answer is not None and not _follows():
                 write(answer, stream, json)
             return 0
         except BaseException as error:
             code, sentence = _explain(error)
-            if json:
+            if json and not _follows():
                 write(Answer({"error": sentence, "exit_code": code}), stream, json)
             return code
 
@@ -121,8 +123,24 @@ def _value_of(names: Sequence[str], arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _follows() -> bool:
+    """Whether this is one of several processes of a job, and not the one that speaks for all."""
+    from shoal.comm.member import Member
+
+    try:
+        member = Member.of(os.environ)
+    except RequestError:
+        return False
+    return member is not None and member.rank > 0
+
+
 def _explain(error: BaseException) -> tuple[int, str]:
     """Print what is to be said about an error, the sentence last; return the exit code and the sentence."""
+    # A request that makes no sense makes none in any process; of other failures rank 0 has been told.
+    if _follows() and (isinstance(error, RequestError) or getattr(error, "told_by_rank_0", False)):
+        # Whoever watches over the job ends everybody as soon as the first has left: let rank 0 say it before.
+        time.sleep(_LAST_WORD_S)
+        return getattr(error, "exit_code", INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1), str(error)
     if isinstance(error, KeyboardInterrupt):
         code, sentence = INTERRUPTED, "Interrupted."
     elif isinstance(error, ShoalError):

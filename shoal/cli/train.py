@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,11 +63,18 @@ def train(
     at_least_one("--epochs", epochs)
     at_least_one("--steps", steps)
     wanted = parse_plan(plan)
+    from shoal.comm.member import Member, shares_memory
     from shoal.observe.progress import Display
     from shoal.train.api import TrainOptions, start_supervisor, train_target
 
     # The supervisor's template imports torch while this process imports the job.
-    with contextlib.closing(start_supervisor()) as supervisor, Display() as display:
+    # Where workers share no memory there is none; and of several processes that were started together, one shows the run.
+    member = Member.of(os.environ)
+    quiet = quiet or (member is not None and member.rank > 0)
+    alone = member is None and shares_memory(os.environ)
+    with contextlib.ExitStack() as stack:
+        supervisor = stack.enter_context(contextlib.closing(start_supervisor())) if alone else None
+        display = stack.enter_context(Display())
         job = find_target(target, set, seed, data)
         machines = find_cluster(cluster, memory_limit)
         options = TrainOptions(

@@ -1,20 +1,24 @@
 """BatchNorm over the global batch: the workers' sums are added up inside the step.
 
-Forward, after Chan, Golub and LeVeque (1979): from each worker's count, mean and centred sum of squares the global mean
-and variance are combined. Backward, after Ioffe and Szegedy (2015), section 3: the two sums over the batch that the input's
+Forward: the workers' counts, sums and sums of squares are added up in float64, which gives the global mean and variance. Backward, after Ioffe and Szegedy (2015), section 3: the two sums over the batch that the input's
 gradient needs are added up likewise. With one worker the layer computes exactly as torch's own.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 SumSmall = Callable[[torch.Tensor], torch.Tensor]
+Averages = tuple[torch.Tensor | None, torch.Tensor | None]
+_SIGNATURE = inspect.signature(F.batch_norm)
 
 
 class GlobalBatchNorm:
@@ -33,19 +37,47 @@ class GlobalBatchNorm:
 
     def _forward_of(self, module: _BatchNorm) -> Callable[[torch.Tensor], torch.Tensor]:
         plain = module.forward
+        is_torchs_own = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if not module.training or len(self._ranks) < 2:
-                return plain(x)  # type: ignore[no-any-return]
+                return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+            if not is_torchs_own:
+                # A subclass may do more than normalise: only what it does by torch's function is replaced.
+                with _Instead(self._normalize):
+                    return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
             module._check_input_dim(x)
-            ranks = self._ranks
-            momentum = _count_batch(module)
-            result: torch.Tensor = _Normalize.apply(
-                x, module.weight, module.bias, module, momentum, lambda values: self._sum_small(values, ranks)
-            )
-            return result
+            averages = (module.running_mean, module.running_var)
+            return self._normalize(x, module.weight, module.bias, averages, _count_batch(module), module.eps)
 
         return forward
+
+    def _normalize(
+        self, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float
+    ) -> torch.Tensor:
+        ranks = self._ranks
+        result: torch.Tensor = _Normalize.apply(
+            x, weight, bias, averages, momentum, eps, lambda values: self._sum_small(values, ranks)
+        )
+        return result
+
+
+class _Instead(TorchFunctionMode):
+    """While it is active, ``torch.nn.functional.batch_norm`` in training is another function."""
+
+    def __init__(self, normalize: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._normalize = normalize
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            given = _SIGNATURE.bind(*args, **(kwargs or {}))
+            given.apply_defaults()
+            a = given.arguments
+            if a["training"]:
+                averages = (a["running_mean"], a["running_var"])
+                return self._normalize(a["input"], a["weight"], a["bias"], averages, a["momentum"], a["eps"])
+        return func(*args, **(kwargs or {}))
 
 
 def statistics_bytes(model: nn.Module) -> int:
@@ -66,8 +98,9 @@ def _count_batch(module: _BatchNorm) -> float:
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, module: _BatchNorm, momentum: float, add_up: SumSmall
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float, add_up: SumSmall
     ) -> torch.Tensor:
+        running_mean, running_var = averages
         channels = x.shape[1]
         count = x.numel() // channels
         var_local, mean_local = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
@@ -76,20 +109,20 @@ class _Normalize(torch.autograd.Function):
         sums = torch.cat([mean_local * count, (var_local + mean_local**2) * count, mean_local.new_tensor([float(count)])])
         sums = add_up(sums)
         total = float(sums[-1])
+        if total < 2:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         mean = sums[:channels] / total
         var = (sums[channels : 2 * channels] / total - mean**2).clamp_(min=0)
-        inv_std = (var + module.eps).rsqrt()
-        if momentum and module.running_mean is not None and module.running_var is not None:
-            if total < 2:
-                raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        inv_std = (var + eps).rsqrt()
+        if momentum and running_mean is not None and running_var is not None:
             unbiased = var * (total / (total - 1))
-            module.running_mean.mul_(1 - momentum).add_(mean.to(module.running_mean.dtype), alpha=momentum)
-            module.running_var.mul_(1 - momentum).add_(unbiased.to(module.running_var.dtype), alpha=momentum)
+            running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
         statistics_dtype = weight.dtype if weight is not None else (x.dtype if x.dtype != torch.bfloat16 else torch.float32)
         mean, var, inv_std = mean.to(statistics_dtype), var.to(statistics_dtype), inv_std.to(statistics_dtype)
-        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, module.eps)
+        y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, var, inv_std)
-        ctx.total, ctx.add_up, ctx.eps = total, add_up, module.eps
+        ctx.total, ctx.add_up, ctx.eps = total, add_up, eps
         return y
 
     @staticmethod
@@ -109,4 +142,4 @@ class _Normalize(torch.autograd.Function):
         shift = -(factor * mean_dy) - slope * mean.double()
         shape = [1, -1] + [1] * (x.dim() - 2)
         dx = dx + torch.addcmul(shift.to(dx.dtype).view(shape), x.to(dx.dtype), slope.to(dx.dtype).view(shape))
-        return dx, dy_xhat if weight is not None else None, dy_sum if weight is not None else None, None, None, None
+        return dx, dy_xhat if weight is not None else None, dy_sum if weight is not None else None, None, None, None, None

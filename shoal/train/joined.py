@@ -239,7 +239,7 @@ class _Process:
         done = finished_run(directory, job, options, facts) if directory is not None else None
         found = group.broadcast_object((done.path, done.summary()) if done is not None else None, 0, "what was done before")
         if found is not None:
-            return Run(*found, job)
+            return Run(found[0], found[1], job)
         place = group.broadcast_object(directory.path if directory is not None else None, 0, "the run directory")
         settings = run_settings(plan, job, facts, options, place / "checkpoints", private=True)
         # Rank 0 alone has an observer, and all have to know of it.

@@ -126,7 +126,7 @@ class Loop:
             samples = np.concatenate([share.indices for share in parts.feed.shares(step)] or [np.empty(0, int)])
             parts.channel.send(NotFinite(step + 1, self.rank, totals.loss, tuple(int(s) for s in samples)))
             axis.await_end()
-        reduce_began = time.monotonic()
+        reduce_began, waited_s = time.monotonic(), axis.waited_s
         self._begin_checkpoint(step)
         slot.enter(Phase.UPDATE, step)
         with user_code("optimizer", self.rank):
@@ -136,7 +136,7 @@ class Loop:
         with user_code("scheduler", self.rank):
             parts.schedule.after_step(step)
         ended = time.monotonic()
-        record[Columns.REDUCE] = ended - reduce_began
+        record[Columns.REDUCE] = ended - reduce_began - (axis.waited_s - waited_s)
         record[Columns.WAIT] = axis.waited_s
         record[Columns.ENDED] = ended
         record[Columns.STEP] = step + 1

@@ -61,7 +61,9 @@ class Recorder:
             self._epoch_train_s = self._epoch_samples = 0.0
         samples = float(sums[Columns.SAMPLES])
         self.step_times_s.append(step_s)
-        self.longest_step_s = max(self.longest_step_s, step_s)
+        # Without waiting: for how long a worker works on a step says how patient to be with one that is silent.
+        work_s = max(float(row[Columns.DATA] + row[Columns.COMPUTE] + row[Columns.REDUCE]) for row in rows)
+        self.longest_step_s = max(self.longest_step_s, work_s)
         self.train_s += step_s
         self.samples += samples
         self._epoch_train_s += step_s

@@ -23,6 +23,7 @@ import shoal
 from shoal.observe.compare import max_rel_diff
 
 PLAN = "dp=2,threads=1"
+ROOT = Path(shoal.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def test_killed_supervisor_and_damaged_checkpoint(tmp_path: Path) -> None:
     killed_after(run, 1, 0.1 * choose.random())
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     first = int(newest.name.partition("-")[2])
-    killed_after(run, first + 60, 0.1 * choose.random(), "--resume")
+    killed_after(run, first + 20, 0.1 * choose.random(), "--resume")
     assert shared_memory() <= before
 
     kept = sorted((run / "checkpoints").glob("step-*"))
@@ -72,11 +73,9 @@ def test_killed_supervisor_and_damaged_checkpoint(tmp_path: Path) -> None:
     weights = kept[-1] / "state.safetensors"
     with open(weights, "r+b") as file:
         file.seek(weights.stat().st_size // 2)
-        file.write(bytes(byte ^ 0xFF for byte in file.read(8)) or b"")
+        flipped = bytes(byte ^ 0xFF for byte in file.read(8))
         file.seek(-8, os.SEEK_CUR)
-        damaged = bytes(byte ^ 0xFF for byte in file.read(8))
-        file.seek(-8, os.SEEK_CUR)
-        file.write(damaged)
+        file.write(flipped)
     resumed = train(run, "--resume")
 
     assert resumed["weights_sha256"] == calm["weights_sha256"]
@@ -89,8 +88,6 @@ def test_killed_supervisor_and_damaged_checkpoint(tmp_path: Path) -> None:
     assert starts[0] is None and starts[1] >= first and starts[2] == int(kept[0].name.partition("-")[2])
     assert processes(run) == []
     assert not list((run / "checkpoints").glob(".part-*"))
-    # A finished run says so and gives its result again.
-    assert train(run, "--resume")["weights_sha256"] == calm["weights_sha256"]
 
 
 # -- another number of workers ---------------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ STEADY = shoal.Job(
     loss=nn.functional.cross_entropy,
     optimizer=noisy_job.adam,
     scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Ramp()),
-    metrics={"accuracy": noisy_job.accuracy},
+    metrics={"accuracy": lambda output, target: (output.argmax(1) == target).double().mean()},
     batch_size=10,
     epochs=3,
     grad_clip=0.3,
@@ -166,8 +163,7 @@ def test_full_disk_costs_the_newest_checkpoint_only(tmp_path: Path, monkeypatch:
     ballast = "ballast"
 
     def fill(event: dict[str, Any]) -> None:
-        checkpoints = [e for e in events(disk / "run", "checkpoint")]
-        if len(checkpoints) >= 1 and not (disk / ballast).exists():
+        if event["kind"] == "checkpoint" and not (disk / ballast).exists() and not good:
             with contextlib.suppress(OSError), open(disk / ballast, "wb") as file:
                 while True:
                     file.write(bytes(1 << 16))
@@ -208,7 +204,8 @@ def test_large_arena_with_a_small_dev_shm(tmp_path: Path) -> None:
     )
     inside = f"mount -t tmpfs -o size=64m none /dev/shm && exec {sys.executable} {script}"
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", inside], env=environment(), capture_output=True, text=True, timeout=100
-    )
+        ["unshare", "-m", "sh", "-c", inside], env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "3 []"

@@ -118,7 +118,7 @@ def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return value
 
 
-job = make_job(loss=loss, epochs=30)
+job = make_job(loss=loss, epochs=12)
 
 
 # -- what the tests ask of a run -------------------------------------------------------------------------------------

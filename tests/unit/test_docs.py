@@ -177,6 +177,13 @@ def test_fields_of_a_job_are_all_described() -> None:
     assert described == {field.name for field in dataclasses.fields(Job)}
 
 
+def test_environment_variables_are_all_described() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "shoal").rglob("*.py")]
+    used = {name for text in sources for name in re.findall(r"\"(SHOAL_[A-Z_]+)\"", text)}
+    described = set(re.findall(r"SHOAL_[A-Z_]+", text_of(DOCS / "training.md")))
+    assert len(used) >= 8 and used - described == set()
+
+
 def test_faults_are_those_of_the_vocabulary() -> None:
     from shoal.train.faults import PHASES, parse_faults
 

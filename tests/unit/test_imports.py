@@ -15,7 +15,7 @@ PACKAGE = ROOT / "shoal"
 
 # A room imports only what stands before it here. `plan_grammar` is the half of `plan` that reads strings.
 ROOMS = (
-    "errors", "job", "plan_grammar", "plan", "bundle",
+    "errors", "job", "plan_grammar", "plan", "tensorfile", "bundle",
     "cluster", "data", "observe", "comm", "process", "ps", "axes",
     "planner", "train", "compress", "serve", "jobs", "cli",
 )  # fmt: skip

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from shoal.axes.data import ArenaData, Hooks, Totals, Waiting
+from shoal.train.update import Updater
+from small_store import MakeOptimizer, Ranks, every_bit
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda model: torch.optim.SGD(_groups(model), lr=0.1, momentum=0.9),
+    "adam": lambda model: torch.optim.Adam(_groups(model), lr=0.1, amsgrad=True),
+    "adagrad": lambda model: torch.optim.Adagrad(_groups(model), lr=0.1, initial_accumulator_value=0.5),
+    "rmsprop": lambda model: torch.optim.RMSprop(_groups(model), lr=0.1, momentum=0.5),
+    "nadam": lambda model: torch.optim.NAdam(_groups(model), lr=0.1),
+    "adafactor": lambda model: torch.optim.Adafactor(_groups(model), lr=0.1),
+}
+STEPS = 3
+
+
+def _groups(model: Any) -> list[dict[str, Any]]:
+    small = list(model.small.parameters())
+    return [{"params": [model.large, model.late, model.frozen]}, {"params": [*small, *model.norm.parameters()], "lr": 0.01}]
+
+
+class Killed(Exception):
+    pass
+
+
+class Dying:
+    """Raises at one place: an event, and how often it has come before since the last ``arm``."""
+
+    def __init__(self) -> None:
+        self.arm("", 0)
+
+    def arm(self, event: str, count: int) -> None:
+        self._event, self._left = event, count
+        self.seen: dict[str, int] = {}
+
+    def reach(self, event: str) -> None:
+        before = self.seen.get(event, 0)
+        self.seen[event] = before + 1
+        if event == self._event and before == self._left:
+            raise Killed
+
+
+def _dies_inside(updater: Updater, dying: Dying) -> None:
+    """Let the places between a chunk's copy and its update be deadly, too."""
+    save, apply = updater.save, updater.apply
+
+    def saving(chunk: int) -> None:
+        dying.reach("before save")
+        save(chunk)
+
+    def applying(chunk: int, scale: float) -> None:
+        dying.reach("saved")
+        apply(chunk, scale)
+        dying.reach("applied")
+
+    updater.save, updater.apply = saving, applying  # type: ignore[method-assign]
+
+
+def _axis(ranks: Ranks, rank: int, dying: Dying) -> ArenaData:
+    updater = ranks.updater(rank)
+    _dies_inside(updater, dying)
+    return ArenaData(ranks.store, rank, updater, Waiting(spin_s=0.0))
+
+
+def _train(make: MakeOptimizer, world_size: int, event: str = "", count: int = -1) -> tuple[bytes, dict[str, int]]:
+    """Train for a few steps; rank 0 dies at one place of steps 1 and 2 and is replaced."""
+    ranks = Ranks(make, world_size)
+    dying = Dying()
+    axes = [_axis(ranks, rank, dying if rank == 0 else Dying()) for rank in range(world_size)]
+    pages: dict[int, Any] = {}
+    try:
+        for step in range(STEPS):
+            ranks.give_gradients(step)
+            if step == 1:
+                dying.arm(event, count)
+            for axis in axes:
+                axis.publish(step)
+            for rank, axis in enumerate(axes):
+                hooks = Hooks(reach=lambda phase, step: None, before_chunk=lambda chunk, step: None)
+                if hasattr(axis.updater, "memory"):
+                    pages[rank] = axis.updater.memory()
+                for _ in range(2):
+                    try:
+                        axis.update(step, Totals(1.0, 0.5), None, hooks)
+                        break
+                    except Killed:
+                        axis = axes[rank] = _axis(ranks, rank, Dying())
+                        if hasattr(axis.updater, "remember"):
+                            axis.updater.remember(pages[rank])
+                axis.commit(step)
+        return every_bit(ranks.store), dying.seen
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_that_is_gone_on_with_after_a_death_at_any_point_gives_the_same_bits(name: str) -> None:
+    undisturbed, places = _train(OPTIMIZERS[name], world_size=2)
+    # In steps 1 and 2, of each chunk.
+    times = 2 if name in ("nadam", "adafactor") else 4
+    assert places == {"before save": times, "saved": times, "applied": times}
+    for event, count in itertools.product(places, range(times)):
+        assert _train(OPTIMIZERS[name], 2, event, count)[0] == undisturbed, (event, count)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def world_size(request: pytest.FixtureRequest) -> Iterator[int]:
+    yield request.param
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_slices_together_do_what_the_optimizer_does_alone(name: str, world_size: int) -> None:
+    ranks = Ranks(OPTIMIZERS[name], world_size)
+    try:
+        twin = Ranks(OPTIMIZERS[name], 1).model
+        optimizer = OPTIMIZERS[name](twin)
+        by_name = dict(twin.named_parameters())
+        updaters = [ranks.updater(rank) for rank in range(world_size)]
+        for step in range(STEPS):
+            for spec, total in zip(ranks.store.table.trained, ranks.give_gradients(step), strict=True):
+                by_name[spec.name].grad = None if total is None else total / 4
+            optimizer.step()
+            for updater in updaters:
+                for chunk in range(updater.count):
+                    updater.sum_gradients(chunk, 0.25)
+                    updater.apply(chunk, 1.0)
+        for tensor, expected in zip(ranks.model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-11, atol=1e-13)
+        everything = [chunk for updater in updaters for k in range(updater.count) for chunk in updater.saved(k)]
+        written = sum(s.data.numel() for s in everything if s.kind == "weights")
+        assert written == sum(spec.nbytes for spec in ranks.store.table.trained)
+    finally:
+        ranks.close()
+
+
+def test_the_norms_of_the_slices_make_the_global_norm(world_size: int) -> None:
+    ranks = Ranks(OPTIMIZERS["sgd"], world_size)
+    try:
+        sums = ranks.give_gradients(1)
+        squared = 0.0
+        for rank in range(world_size):
+            updater = ranks.updater(rank)
+            for chunk in range(updater.count):
+                updater.sum_gradients(chunk, 1.0)
+                squared += updater.norm_squared()
+        assert squared == pytest.approx(sum(float(g.norm()) ** 2 for g in sums if g is not None), rel=1e-12)
+    finally:
+        ranks.close()
