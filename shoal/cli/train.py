@@ -25,6 +25,7 @@ from shoal.cli.options import (
     find_cluster,
     find_target,
     parse_plan,
+    settings,
 )
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def train(
         job = find_target(target, set, seed, data)
         machines = find_cluster(cluster, memory_limit)
         options = TrainOptions(
-            plan=wanted, run_dir=run, resume=resume, epochs=epochs, steps=steps, cluster=machines, tensorboard=tensorboard
-        )
+            plan=wanted, run_dir=run, resume=resume, epochs=epochs, steps=steps, cluster=machines, tensorboard=tensorboard,
+            changes=settings(set or (), seed),
+        )  # fmt: skip
         observer = _Quieted(display) if quiet else _with_resume_command(display, target, set, seed, data)
         trained = train_target(job, options, [observer], supervisor)
         if not quiet:
