@@ -56,7 +56,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps the functions ``shoal.train`` and ``shoal.plan``: importing the modules of that name would put those there."""
+    """Keeps the functions ``shoal.train`` and ``shoal.plan``: importing modules of these names would replace them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and _EXPORTS.get(name, ("", None))[1] is not None:

@@ -117,8 +117,8 @@ def _built(directory: Path, description: Mapping[str, Any]) -> nn.Module | None:
 
     found = resolve(directory, description)
     torch.manual_seed(0)
-    # The factory is a job, or makes one, or makes the model.
-    for _ in range(3):
+    # At the most a function that makes a job, the job, its function that makes the model, the model.
+    for _ in range(4):
         if found is None or isinstance(found, torch.nn.Module):
             return found
         found = found.model if isinstance(found, Job) else found()

@@ -67,4 +67,4 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         file.write(header(entries))
         for tensor in tensors.values():
             if tensor.numel():
-                file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -207,7 +207,7 @@ class ArenaData:
         return (self.rank,)
 
     def carry_buffers(self, publisher: int, written: Sequence[int]) -> None:
-        """Say which rank has written buffers for the next step, and which of them: here they lie where all read them."""
+        """Say which rank has written which buffers for the next step: here, all read them where they lie."""
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,12 @@ class ArenaData:
 
     def await_end(self) -> None:
         """Wait until the supervisor ends the run: Aborted."""
-        self.wait_for(lambda times: time.sleep(times[1]) or self.world_size, "the end of the run")
+
+        def attempt(times: tuple[float, float]) -> int:
+            time.sleep(times[1])
+            return self.world_size
+
+        self.wait_for(attempt, "the end of the run")
 
     def wait(self, signal: Signal, target: int) -> None:
         """Wait until all ranks have posted; Aborted when the run ends, DeadlineError with the missing rank's name."""

@@ -1,11 +1,11 @@
 """The data axis where workers share no memory: over a process group, also between machines.
 
-Each worker has weights, optimizer state and one stripe of gradients in memory of its own, in the arena's layout, and the
+Each worker has weights, optimizer state and one stripe of gradients in memory of its own, in the arena's layout, and a
 step travels so (``GroupData``)::
 
     worker 0            worker 1
     gradients           gradients              1. each computes its share into its stripe
-    ------- what everybody found -------       2. one small exchange: losses, weights, touched parameters, the wish to stop
+    ------- what everybody found -------       2. one small exchange: losses, weights, touched parameters
     ------- gradients are summed -------       3. the stripes are summed in place, in flat buckets of one dtype
     optimize all        optimize all           4. each lets the user's optimizer update all of its weights, alike
 
@@ -13,8 +13,8 @@ A gradient is weighted before it is summed, as in the arena, so that the update 
 What moves in a step, for P bytes of trained parameters: about 2 P in and 2 P out of each worker, whatever their number.
 What it holds: (2 + s) · P in every worker, for s state tensors.
 
-Rank 0 does what a supervisor does for an arena: it decides when an epoch or the run is over, keeps the records, and writes
-the checkpoints. What it decides goes to the others with the next exchange. A worker that dies ends the run.
+Rank 0 does what a supervisor does for an arena: it decides when an epoch or the run is over, keeps the records, and
+writes the checkpoints. What it decides goes to the others with the next exchange. A worker that dies ends the run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from shoal.comm.group import Group
 from shoal.comm.store import Columns, Store
 from shoal.errors import ShoalError
 
-# What a worker says beside its record: where rank 0 ends the run, a wish to end it, whether there is mail, and how long the
-# step before took to update and to wait.
+# What a worker says beside its record: where rank 0 ends the run, a wish to end it, whether there is mail, and how long
+# the step before took to update and to wait.
 _STOP_AFTER, _STOP_WISHED, _MAIL, _REDUCE, _WAIT, _EXTRA = range(6)
 _ORDERS = (Order.EPOCH_DONE, Order.STEP_SEEN)
-_SUPERVISOR_NOTES = (Note.STOP_EPOCH, Note.EVAL_LOSS)
+_SUPERVISOR_NOTES = (Note.STOP_EPOCH, Note.STOP_AT, Note.EVAL_LOSS)
 
 
 class Manager(Protocol):
@@ -79,8 +79,8 @@ class Course:
 class GroupData(ArenaData):
     """The data axis over a process group; see the module's docstring.
 
-    The signals of all ranks in this worker's own memory say what the exchanges have told of them, so that the protocol of
-    a step is the arena's.
+    The signals of all ranks in this worker's own memory say what the exchanges have told of them, so that the protocol
+    of a step is the arena's.
     """
 
     def __init__(
@@ -206,6 +206,8 @@ class GroupData(ArenaData):
             self._hear_times(step, self._group.gather_rows(row, f"the end of step {done}").numpy())
         if self._manager is not None:
             self._manager.attend()
+        if course.every_step:
+            self._announce(f"the observer of step {done}")
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
@@ -234,6 +236,10 @@ class GroupData(ArenaData):
         self._deliver(what)
         if self._manager is not None:
             self._manager.attend()
+        self._announce(what)
+
+    def _announce(self, what: str) -> None:
+        """Give everybody the supervisor's words."""
         supervisor = self.arena.supervisor
         said = (
             {order: supervisor.signal(order) for order in _ORDERS},

@@ -69,7 +69,7 @@ def train(
     from shoal.train.api import TrainOptions, start_supervisor, train_target
 
     # The supervisor's template imports torch while this process imports the job.
-    # Where workers share no memory there is none; and of several processes that were started together, one shows the run.
+    # Where workers share no memory there is no template; of several processes that were started together, one shows.
     member = Member.of(os.environ)
     quiet = quiet or (member is not None and member.rank > 0)
     alone = member is None and shares_memory(os.environ)

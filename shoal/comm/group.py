@@ -29,7 +29,7 @@ BUCKET_BYTES = 32 << 20
 _SLICE_S = 0.2
 _JOIN_S = 300.0
 DEADLINE_S = 600.0
-_ACKNOWLEDGE_S = 5.0
+_ACKNOWLEDGE_S = 2.0
 
 
 class PeerFailed(ShoalError):
@@ -129,7 +129,7 @@ class Group:
         while not self._store.check([f"here/{rank}" for rank in range(self.world_size)]):
             while_joining()
             if time.monotonic() > deadline:
-                raise DeadlineError(f"Rank {self.rank} waited {_JOIN_S:.0f} s for all {self.world_size} workers to start.")
+                raise DeadlineError(f"Rank {self.rank} waited {_JOIN_S:.0f} s for {self.world_size} workers to start.")
             time.sleep(0.02)
 
     @property

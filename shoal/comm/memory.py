@@ -12,9 +12,11 @@ import errno
 import mmap
 import os
 import sys
+from pathlib import Path
 
 import torch
 
+from shoal.cluster.local import find_memory
 from shoal.errors import RequestError
 
 
@@ -66,16 +68,16 @@ class SharedMemory(Memory):
     def create(cls, size: int, label: str = "shoal") -> SharedMemory:
         """Make and reserve ``size`` bytes, all zero; RequestError where the machine does not have them."""
         size = max(size, mmap.PAGESIZE)
+        # Asked beforehand: a memfd has no limit of its own, so the kernel would look for victims before it said no.
+        if size > find_memory(Path("/"))[1]:
+            raise _too_much(size)
         fd = os.memfd_create(label, os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise RequestError(
-                    f"The run needs {size / 2**20:.0f} MiB of shared memory and the machine cannot give them; "
-                    "use fewer workers or a smaller model."
-                ) from None
+                raise _too_much(size) from None
             raise
         return cls(fd, size)
 
@@ -83,3 +85,10 @@ class SharedMemory(Memory):
     def attach(cls, fd: int) -> SharedMemory:
         """Map the block behind a file descriptor that another process handed over."""
         return cls(fd, os.fstat(fd).st_size)
+
+
+def _too_much(size: int) -> RequestError:
+    return RequestError(
+        f"The run needs {size / 2**20:.0f} MiB of shared memory and the machine cannot give them; "
+        "use fewer workers or a smaller model."
+    )

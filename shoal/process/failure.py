@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,8 +69,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _without_shoal(tb: TracebackType | None) -> TracebackType | None:
-    """Leave out shoal's own frames at the beginning of a traceback, unless nothing else remains."""
-    at = tb
-    while at is not None and at.tb_frame.f_code.co_filename.startswith(_SHOAL):
+    """Leave out shoal's own frames at a traceback's beginning, and torch's between them, unless nothing remains."""
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    not_theirs = (_SHOAL, str(Path(torch).parent)) if torch else (_SHOAL,)
+    at, rest = tb, tb
+    while at is not None and at.tb_frame.f_code.co_filename.startswith(not_theirs):
+        if at.tb_frame.f_code.co_filename.startswith(_SHOAL):
+            rest = at.tb_next
         at = at.tb_next
-    return at or tb
+    return rest or tb

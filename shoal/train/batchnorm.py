@@ -1,7 +1,8 @@
 """BatchNorm over the global batch: the workers' sums are added up inside the step.
 
-Forward: the workers' counts, sums and sums of squares are added up in float64, which gives the global mean and variance. Backward, after Ioffe and Szegedy (2015), section 3: the two sums over the batch that the input's
-gradient needs are added up likewise. With one worker the layer computes exactly as torch's own.
+Forward: the workers' counts, sums and sums of squares are added up in float64, which gives the global mean and
+variance. Backward, after Ioffe and Szegedy (2015), section 3: the two sums over the batch that the input's gradient
+needs are added up likewise. With one worker the layer computes exactly as torch's own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GlobalBatchNorm:
         """Say which ranks have samples in the microbatch that comes next."""
         self._ranks = ranks
 
-    def _forward_of(self, module: _BatchNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _forward_of(self, module: _BatchNorm) -> Callable[..., torch.Tensor]:
         plain = module.forward
         is_torchs_own = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -98,15 +99,17 @@ def _count_batch(module: _BatchNorm) -> float:
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float, add_up: SumSmall
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float,
+        add_up: SumSmall,
+    ) -> torch.Tensor:  # fmt: skip
         running_mean, running_var = averages
         channels = x.shape[1]
         count = x.numel() // channels
         var_local, mean_local = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
         mean_local, var_local = mean_local.double(), var_local.double()
         # One exchange: count, sum and sum of squares, in float64 so that nothing is lost by adding squares.
-        sums = torch.cat([mean_local * count, (var_local + mean_local**2) * count, mean_local.new_tensor([float(count)])])
+        squares = (var_local + mean_local**2) * count
+        sums = torch.cat([mean_local * count, squares, mean_local.new_tensor([float(count)])])
         sums = add_up(sums)
         total = float(sums[-1])
         if total < 2:
@@ -118,7 +121,8 @@ class _Normalize(torch.autograd.Function):
             unbiased = var * (total / (total - 1))
             running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
             running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
-        statistics_dtype = weight.dtype if weight is not None else (x.dtype if x.dtype != torch.bfloat16 else torch.float32)
+        plain_dtype = x.dtype if x.dtype != torch.bfloat16 else torch.float32
+        statistics_dtype = weight.dtype if weight is not None else plain_dtype
         mean, var, inv_std = mean.to(statistics_dtype), var.to(statistics_dtype), inv_std.to(statistics_dtype)
         y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, var, inv_std)
@@ -129,7 +133,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, weight, mean, var, inv_std = ctx.saved_tensors
         dy = gradients[0]
-        # The kernel of the evaluation mode gives the local sums of dy and of dy * x_hat as gradients of bias and weight.
+        # The kernel of the evaluation mode gives the local sums of dy and dy * x_hat as gradients of bias and weight.
         scale = weight if weight is not None else torch.ones_like(mean)
         dx, dy_xhat, dy_sum = torch.ops.aten.native_batch_norm_backward(
             dy, x, scale, mean, var, mean, inv_std, False, ctx.eps, [True, True, True]
@@ -142,4 +146,5 @@ class _Normalize(torch.autograd.Function):
         shift = -(factor * mean_dy) - slope * mean.double()
         shape = [1, -1] + [1] * (x.dim() - 2)
         dx = dx + torch.addcmul(shift.to(dx.dtype).view(shape), x.to(dx.dtype), slope.to(dx.dtype).view(shape))
-        return dx, dy_xhat if weight is not None else None, dy_sum if weight is not None else None, None, None, None, None
+        affine = (dy_xhat, dy_sum) if weight is not None else (None, None)
+        return dx, *affine, None, None, None, None

@@ -112,11 +112,11 @@ class PartWriter:
         for saved in parts:
             self._write_at(saved.data.numpy(), self._layout.offset(saved))
 
-    def write_rest(self, rank: int) -> None:
-        """Write what is no chunk: this rank's notes, and for rank 0 the header, frozen weights and buffers."""
+    def write_rest(self, *ranks: int) -> None:
+        """Write what is no chunk: these ranks' notes, and for rank 0 the header, frozen weights and buffers."""
         self.write(())
         step, store = self.step, self._store
-        if rank == 0:
+        if 0 in ranks:
             self._write_at(np.frombuffer(self._layout.header, dtype=np.uint8), 0)
             self.write(
                 Saved("weights", spec.name, 0, as_bytes(store.weights[index]))
@@ -127,11 +127,15 @@ class PartWriter:
                 Saved("buffers", spec.name, 0, as_bytes(store.buffer(step % 2, index)))
                 for index, spec in enumerate(store.table.buffers)
             )
-        record = store.record(rank, step - 1)
+        for rank in ranks:
+            self._write_notes(rank)
+
+    def _write_notes(self, rank: int) -> None:
+        record = self._store.record(rank, self.step - 1)
         sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
         # Into memory first: torch tells a full disk by a RuntimeError.
         notes = io.BytesIO()
-        torch.save({"notebook": store.read_notebook(rank, step), "sums": sums}, notes)
+        torch.save({"notebook": self._store.read_notebook(rank, self.step), "sums": sums}, notes)
         (self._path / f"rank-{rank}.pt").write_bytes(notes.getbuffer())
 
     def write_all(self) -> None:
@@ -160,7 +164,7 @@ class PartWriter:
             self._fd = -1
 
     def _write_at(self, data: np.ndarray, offset: int) -> None:
-        view = memoryview(data).cast("B")
+        view = data.data.cast("B")
         while len(view):
             written = os.pwrite(self._fd, view[: 1 << 30], offset)
             view, offset = view[written:], offset + written

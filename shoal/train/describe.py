@@ -51,11 +51,12 @@ def sliced_group(kind: type, group: dict[str, Any], params: Iterable[torch.Tenso
 def optimizer_like(like: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """An optimizer of the same elementwise type over other groups.
 
-    The constructor gets the defaults again: not all that it does follows from the groups (Adagrad's first sum does not).
+    The constructor gets the defaults again: not all that it does follows from the groups (Adagrad's first sum).
     """
     kind: Any = type(like)
     accepted = inspect.signature(kind.__init__).parameters
-    made: torch.optim.Optimizer = kind(groups, **{key: value for key, value in like.defaults.items() if key in accepted})
+    defaults = {key: value for key, value in like.defaults.items() if key in accepted}
+    made: torch.optim.Optimizer = kind(groups, **defaults)
     return made
 
 

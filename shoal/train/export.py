@@ -53,8 +53,8 @@ def _pass(built: Built, batch: Any) -> tuple[Any, Any]:
     calls: list[tuple[Any, Any]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = {**{f"input_{k}": value for k, value in enumerate(args)}, **kwargs} if kwargs else args
-        calls.append((inputs[0] if not kwargs and len(args) == 1 else inputs, output))
+        named: Any = {**{f"input_{k}": value for k, value in enumerate(args)}, **kwargs}
+        calls.append((named if kwargs else args[0] if len(args) == 1 else args, output))
 
     handle = model.register_forward_hook(note, with_kwargs=True)
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shoal.axes.data import ArenaData, Waiting
-from shoal.comm.arena import Arena, Note, Phase
+from shoal.comm.arena import Arena, Note, Phase, Signal
 from shoal.comm.store import Store
 from shoal.data.source import Source, open_source
 from shoal.errors import JobError
@@ -144,7 +144,7 @@ class TrainHost:
         assert store is not None and settings is not None
         plan, job = settings.plan, built.job
         slot = store.arena.slots[rank]
-        slot.enter(Phase.STARTING, slot.signal(2))
+        slot.enter(Phase.STARTING, slot.signal(Signal.UPDATED))
         parameters = trained_parameters(built.model, self._facts.table)
         if store.local:
             for index, parameter in enumerate(parameters):

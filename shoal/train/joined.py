@@ -1,8 +1,8 @@
 """A run whose workers share no memory: processes of a job that torchrun or Slurm started, or that shoal starts here.
 
-Every process runs the same loop over memory of its own (``shoal.axes.data_group``). Rank 0 is also what the supervisor is
-elsewhere: it holds the run directory, tells the observers, ends epochs and writes checkpoints, in between its own steps. The
-others are silent; what goes wrong with them, rank 0 hears and says.
+Every process runs the same loop over memory of its own (``shoal.axes.data_group``). Rank 0 is also what the supervisor
+is elsewhere: it holds the run directory, tells the observers, ends epochs and writes checkpoints, in between its own
+steps. The others are silent; what goes wrong with them, rank 0 hears and says.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _ONE_INTERRUPT_S = 2.0
 def run_joined(job: Job, options: TrainOptions, observers: Sequence[Observer], member: Member) -> Run:
     """Train as one of the processes of a job that something else started; every one of them returns the Run.
 
-    Only rank 0's observers and ``on_event`` are told, and it alone writes. PlanError where the plan is for another number
-    of processes than there are.
+    Only rank 0's observers and ``on_event`` are told, and it alone writes. PlanError where the plan is for another
+    number of processes than there are.
     """
     plan = _asked(job, options)
     threads = max(1, Cluster.local(measure=False).cores // member.local_size)
@@ -87,7 +87,8 @@ def run_here(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> 
         stack.enter_context(_callers_state())
         neighbours = stack.enter_context(Neighbours.start(job, options, directory.path / ".meeting", count))
         group = stack.enter_context(Group.meet(neighbours.meeting, 0, count, _deadline_s(), neighbours.check))
-        return _Process(job, options, group, interrupts, neighbours).run(plan, max(1, cores // count), observers, directory)
+        process = _Process(job, options, group, interrupts, neighbours)
+        return process.run(plan, max(1, cores // count), observers, directory)
 
 
 def work_for(job: Job, options: TrainOptions, meeting: str, rank: int, world_size: int) -> None:
@@ -165,8 +166,9 @@ class _Process:
     """One process of the group, from the job to the Run."""
 
     def __init__(
-        self, job: Job, options: TrainOptions, group: Group, interrupts: Interrupts, neighbours: Neighbours | None = None
-    ) -> None:
+        self, job: Job, options: TrainOptions, group: Group, interrupts: Interrupts,
+        neighbours: Neighbours | None = None,
+    ) -> None:  # fmt: skip
         # What the script holds stays as it is: the model that is trained is the run's own.
         self._job = job.replace(model=copy.deepcopy(job.model)) if isinstance(job.model, nn.Module) else job
         self._options = options
@@ -186,8 +188,9 @@ class _Process:
         with contextlib.ExitStack() as stack:
             try:
                 if group.rank == 0:
-                    directory = directory or RunDirectory.claim(self._options.run_dir, self._job.name, self._options.resume)
-                    if self._options.resume and self._options.plan is None:
+                    options = self._options
+                    directory = directory or RunDirectory.claim(options.run_dir, self._job.name, options.resume)
+                    if options.resume and options.plan is None:
                         plan = resumed_plan(directory)
                     log = stack.enter_context(EventLog(directory.events))
                     everybody = [*observers, *tensorboard_observers(directory, self._options)]
@@ -237,7 +240,8 @@ class _Process:
         check_plan(plan, job, facts)
         self._compare(facts)
         done = finished_run(directory, job, options, facts) if directory is not None else None
-        found = group.broadcast_object((done.path, done.summary()) if done is not None else None, 0, "what was done before")
+        before = (done.path, done.summary()) if done is not None else None
+        found = group.broadcast_object(before, 0, "what was done before")
         if found is not None:
             return Run(found[0], found[1], job)
         place = group.broadcast_object(directory.path if directory is not None else None, 0, "the run directory")

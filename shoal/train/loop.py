@@ -309,7 +309,7 @@ class Loop:
             self.slot.enter(Phase.CHECKPOINT, step)
             self.parts.faults.reach("checkpoint", step)
             writer = PartWriter(self.parts.store, self.parts.settings.checkpoint_dir, step)
-            self._attempt(writer, lambda: [writer.write_rest(rank) for rank in self.parts.axis.keeps])
+            self._attempt(writer, lambda: writer.write_rest(*self.parts.axis.keeps))
 
     def _before_chunk(self, chunk: int, step: int) -> None:
         """Copy a chunk into the checkpoint before its update: it is still that of the step's beginning."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from shoal import bundle
-from shoal.cluster import Cluster
 from shoal.axes.data import COLLECTIVES_A_STEP
+from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.store import Columns, Store, arena_layout
 from shoal.errors import JobFailed, LossNotFiniteError, RequestError

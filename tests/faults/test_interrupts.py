@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, by the command line: once, twice, and before anything has begun; and what a stalled worker shows."""
+"""Ctrl-C and SIGTERM, by the command line: once, twice, and before anything has begun; and workers that hang."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     rest = subprocess.Popen(
         command(run, "--resume", "--epochs", "1000"), env=environment(), stdout=-3, stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: len(events(run, "run_start")) == 2 and events(run, "checkpoint")[-1]["step"] > first["steps"], rest)
+    wait_until(lambda: len(events(run, "run_start")) == 2, rest)
+    wait_until(lambda: events(run, "checkpoint")[-1]["step"] > first["steps"], rest)
     rest.send_signal(signal.SIGTERM)
     assert rest.wait(timeout=60) == 0
     assert rest.stderr is not None and "--resume" in rest.stderr.read()
@@ -154,5 +155,6 @@ def test_a_worker_that_hangs_in_user_code_is_named_and_replaced(
         assert stall["phase"] == "forward" and Path(__file__).name in stall["stack"]
         death = next(e for e in events(run.path, "death") if e["pid"] == stall["pid"])
         assert (death["rank"], death["step"], death["cause"]) == (stall["rank"], stall["step"], "stalled")
-        back = next(e for e in events(run.path, "recovered") if (e["rank"], e["step"]) == (stall["rank"], stall["step"]))
+        recovered = events(run.path, "recovered")
+        back = next(e for e in recovered if (e["rank"], e["step"]) == (stall["rank"], stall["step"]))
         assert back["pid"] != stall["pid"]

@@ -16,7 +16,7 @@ from typing import Any
 import noisy_job
 import pytest
 import torch
-from noisy_job import command, digest, environment, events, gone, history, kill, make_job, processes, wait_until
+from noisy_job import command, digest, environment, events, gone, history, make_job, processes, wait_until
 from torch import nn
 
 import shoal
@@ -197,8 +197,9 @@ def test_large_arena_with_a_small_dev_shm(tmp_path: Path) -> None:
         "import os, shoal, torch\n"
         "from torch import nn\n"
         "assert os.statvfs('/dev/shm').f_blocks * os.statvfs('/dev/shm').f_frsize == 64 << 20\n"
-        "job = shoal.Job(model=lambda: nn.Linear(3000, 4000, bias=False), train_data=lambda: (torch.randn(4, 3000), torch.randn(4, 4000)),\n"
-        "    loss=nn.functional.mse_loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), batch_size=4, epochs=3)\n"
+        "job = shoal.Job(model=lambda: nn.Linear(3000, 4000, bias=False), batch_size=4, epochs=3,\n"
+        "    train_data=lambda: (torch.randn(4, 3000), torch.randn(4, 4000)), loss=nn.functional.mse_loss,\n"
+        "    optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))\n"
         f"run = shoal.train(job, plan='dp=2,threads=1', run_dir={str(tmp_path / 'run')!r})\n"
         "print(run.summary()['steps'], os.listdir('/dev/shm'))\n"
     )

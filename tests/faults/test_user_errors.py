@@ -18,6 +18,7 @@ from torch import nn
 import shoal
 from shoal.comm.arena import Arena
 from shoal.comm.store import arena_layout
+from shoal.data.order import epoch_order
 from shoal.errors import LossNotFiniteError, UserCodeError
 from shoal.plan import Plan
 from shoal.process.supervisor import Supervisor
@@ -35,8 +36,9 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loss_raises_in_one_worker(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(run), env=environment(SHOAL_TEST_LOSS="raise:7"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command(run), env=environment(SHOAL_TEST_LOSS="raise:7"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     wait_until(lambda: processes(run, "worker") or process.poll() is not None)
     family = processes(run)
     out, err = process.communicate(timeout=100)
@@ -59,9 +61,7 @@ def test_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shoal.train(noisy_job.job, plan=PLAN, run_dir=run)
     text = str(caught.value)
     assert "The loss became nan in step 9 " in text and "\n" not in text
-    order = __import__("shoal.data.order", fromlist=["epoch_order"]).epoch_order(
-        12 * noisy_job.STEPS_PER_EPOCH - 5, 0, 0
-    )
+    order = epoch_order(12 * noisy_job.STEPS_PER_EPOCH - 5, 0, 0)
     samples = ", ".join(map(str, sorted(int(i) for i in order[8 * 12 : 9 * 12])))
     assert f"(samples {samples})" in text
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
@@ -155,11 +155,13 @@ def test_exit_in_user_code_is_a_death(supervisor: Supervisor, tmp_path: Path) ->
     def leave(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         with open(tmp_path / "calls", "ab") as file:
             file.write(b"x")
-        if (tmp_path / "calls").stat().st_size == 5:
+        if (tmp_path / "calls").stat().st_size >= 5 and not (tmp_path / "left").exists():
+            (tmp_path / "left").touch()
             os._exit(0)
         return nn.functional.cross_entropy(output, target)
 
     seen = work(supervisor, make_job(loss=leave), tmp_path)
-    assert [(e["kind"], e.get("cause"), e.get("action")) for e in seen] == [
-        ("death", "exit code 0", None), ("recovered", None, "recomputed"),
-    ]  # fmt: skip
+    # Both may have come to it at the same time.
+    deaths = [e for e in seen if e["kind"] == "death"]
+    assert deaths and {(e["cause"], e["phase"]) for e in deaths} == {("exit code 0", "forward")}
+    assert [e["action"] for e in seen if e["kind"] == "recovered"] == ["recomputed"] * len(deaths)

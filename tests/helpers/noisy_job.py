@@ -1,11 +1,12 @@
 """A job with everything that a killed worker could get wrong, and what the tests of faults ask of a run.
 
-Random augmentation in the data set, dropout, BatchNorm over the global batch, gradient clipping and a schedule. It is also
-a target for the command line: ``noisy_job.py:job``. What goes wrong in it on purpose is chosen by the environment.
+Random augmentation in the data set, dropout, BatchNorm over the global batch, gradient clipping and a schedule. It is
+also a target for the command line: ``noisy_job.py:job``. What goes wrong in it on purpose is chosen by the environment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -45,8 +46,9 @@ class Noisy(Dataset):
 def model() -> nn.Module:
     """Large enough that each of two workers updates more than one chunk."""
     return nn.Sequential(
-        nn.Linear(12, 800), nn.BatchNorm1d(800), nn.ReLU(), nn.Dropout(0.3), nn.Linear(800, 800), nn.ReLU(), nn.Linear(800, 2)
-    )
+        nn.Linear(12, 800), nn.BatchNorm1d(800), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(800, 800), nn.ReLU(), nn.Linear(800, 2),
+    )  # fmt: skip
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -166,8 +168,10 @@ def processes(run: Path, *roles: str) -> list[int]:
     return [row["pid"] for row in rows if not roles or row["role"] in roles]
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, timeout_s: float = 60.0) -> Any:
-    """Wait for something to become true and return it; fails the test where it never does, or the process ends before."""
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, timeout_s: float = 60.0
+) -> Any:
+    """Wait for something to become true and return it; the test fails where it never does, or the process ends."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         ended = process is not None and process.poll() is not None
@@ -179,10 +183,8 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | No
 
 def kill(pid: int) -> None:
     """SIGKILL, if it is still there."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def gone(pids: Iterable[int]) -> bool:

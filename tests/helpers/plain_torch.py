@@ -1,4 +1,4 @@
-"""The oracle of the equivalence tests: a training loop as anybody would write it, with nothing of shoal in it but the order.
+"""The oracle of the equivalence tests: a training loop as anybody would write it, with only the order from shoal.
 
 Also what several of these tests share: a small transformer, and the measure of how far two models are apart.
 """

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
 from shoal.comm.arena import Arena
 from shoal.comm.store import Store, arena_layout
 from shoal.train.describe import bind, describe, fill, trained_parameters
 from shoal.train.update import Updater, make_updater
-from torch import nn
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import shoal
 import torch
 from plain_torch import PlainLoop, TinyTransformer, assert_equal, mean_loss, moved, text, word_loss
-from shoal.train.run import Run
 from torch import nn
 from torch.nn import functional as F
 
+import shoal
+from shoal.train.run import Run
+
 SAMPLES, BATCH, STEPS = 1003, 100, 30
 WORKERS = (1, 2, 3, 4, 5)
+Runs = dict[tuple[str, int], Run]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +52,7 @@ def float64_job() -> shoal.Job:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Both jobs under each number of workers."""
     directory = tmp_path_factory.mktemp("runs")
     return {
@@ -90,14 +92,14 @@ def plain_float64() -> dict[str, torch.Tensor]:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("k", WORKERS)
-def test_float32_with_sgd_and_momentum_equals_one_worker_and_plain_torch(runs: dict[tuple[str, int], Run], k: int) -> None:
+def test_float32_with_sgd_and_momentum_equals_one_worker_and_plain_torch(runs: Runs, k: int) -> None:
     found = runs["transformer", k].weights()
     assert_equal(found, runs["transformer", 1].weights(), within=1e-5)
     assert_equal(found, plain_float32(), within=1e-5)
 
 
 @pytest.mark.parametrize("k", WORKERS)
-def test_float64_padded_text_with_adam_equals_one_worker_and_plain_torch(runs: dict[tuple[str, int], Run], k: int) -> None:
+def test_float64_padded_text_with_adam_equals_one_worker_and_plain_torch(runs: Runs, k: int) -> None:
     found = runs["padded-text", k].weights()
     assert_equal(found, runs["padded-text", 1].weights(), within=1e-9)
     assert_equal(found, plain_float64(), within=1e-9)
@@ -107,7 +109,7 @@ def test_float64_padded_text_with_adam_equals_one_worker_and_plain_torch(runs: d
     ]
 
 
-def test_training_moves_everything_but_the_unused_layer_and_keeps_the_tie(runs: dict[tuple[str, int], Run]) -> None:
+def test_training_moves_everything_but_the_unused_layer_and_keeps_the_tie(runs: Runs) -> None:
     torch.manual_seed(0)
     before = TinyTransformer(torch.float32).state_dict()
     after = runs["transformer", 5].weights()
@@ -115,14 +117,14 @@ def test_training_moves_everything_but_the_unused_layer_and_keeps_the_tie(runs: 
     assert torch.equal(after["head.weight"], after["words.weight"])
 
 
-def test_the_same_plan_and_seed_give_the_same_bits(runs: dict[tuple[str, int], Run], tmp_path: Path) -> None:
+def test_the_same_plan_and_seed_give_the_same_bits(runs: Runs, tmp_path: Path) -> None:
     again = shoal.train(float32_job(), plan="dp=3,threads=1", run_dir=tmp_path / "again", steps=STEPS)
     assert again.summary()["weights_sha256"] == runs["transformer", 3].summary()["weights_sha256"]
     assert again.summary()["weights_sha256"] != runs["transformer", 1].summary()["weights_sha256"]
 
 
 def test_the_textbook_formula(tmp_path: Path) -> None:
-    """theta <- theta - alpha * (1/k) * sum_i grad_i with grad_i = (1/m) * sum over D_i of dloss: k = 5 shards of m = 2,000."""
+    """theta <- theta - alpha * (1/k) * sum_i grad_i, with grad_i the mean over a shard: k = 5 shards of 2,000."""
 
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 3)).double()
@@ -143,7 +145,8 @@ def test_the_textbook_formula(tmp_path: Path) -> None:
     F.cross_entropy(full(x), y).backward()
     torch.manual_seed(0)
     model = build()
-    by_shard = [torch.autograd.grad(F.cross_entropy(model(x[i::5]), y[i::5]), list(model.parameters())) for i in range(5)]
+    shards = [F.cross_entropy(model(x[i::5]), y[i::5]) for i in range(5)]
+    by_shard = [torch.autograd.grad(loss, list(model.parameters())) for loss in shards]
     with torch.no_grad():
         for index, parameter in enumerate(full.parameters()):
             assert parameter.grad is not None

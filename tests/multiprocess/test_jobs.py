@@ -1,4 +1,4 @@
-"""Jobs of every form that the contract allows, under dp and in plain torch; all in float64, so that little tells much."""
+"""Jobs of every form that the contract allows, under dp and in plain torch; in float64, so that little tells much."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import shoal
 import torch
 from plain_torch import IGNORED, PlainLoop, assert_equal
-from shoal.bundle import read_description
-from shoal.data.order import epoch_order
-from shoal.observe.compare import difference
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchmetrics.classification import BinaryAUROC
+
+import shoal
+from shoal.bundle import read_description
+from shoal.data.order import epoch_order
+from shoal.observe.compare import difference
 
 SAMPLES, BATCH = 210, 50
 
@@ -115,8 +116,9 @@ def test_metrics_plateau_schedule_and_patience(train: Callable[..., Any]) -> Non
         return len(losses) - 1 - losses.index(min(losses)) >= 3
 
     expected = PlainLoop(
-        build=network, samples=SAMPLES, batch_size=BATCH, backward=backward, optimizer=optimizer, after_epoch=after_epoch
-    ).run(40 * 5)
+        build=network, samples=SAMPLES, batch_size=BATCH, backward=backward, optimizer=optimizer,
+        after_epoch=after_epoch,
+    ).run(40 * 5)  # fmt: skip
     assert 4 < len(history) < 40
     assert plateau[0].get_last_lr()[0] < 3.0
     assert run.summary()["stopped_by"] == "patience"
@@ -278,7 +280,7 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
 
 def batchnorm_job() -> shoal.Job:
     return shoal.Job(
-        name="batchnorm", model=convolution, train_data=pictures, eval_data=pictures, loss=F.cross_entropy, batch_size=25,
+        name="batchnorm", model=convolution, train_data=pictures, loss=F.cross_entropy, batch_size=25,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9), epochs=2,
     )  # fmt: skip
 

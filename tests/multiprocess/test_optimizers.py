@@ -1,4 +1,4 @@
-"""Every kind of optimizer, with groups, schedules and clipping, does under dp what it does in a plain loop; all in float64."""
+"""Every kind of optimizer, with groups, schedules and clipping, does under dp what a plain loop does (float64)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shoal
 import torch
 from plain_torch import PlainLoop, assert_equal, moved
-from shoal.data.order import epoch_order
 from torch import nn
 from torch.nn import functional as F
+
+import shoal
+from shoal.data.order import epoch_order
 
 SAMPLES, BATCH = 203, 48
 STEPS = 13  # two epochs of five steps, the last of which has 11 samples, and three more
@@ -99,7 +100,8 @@ def two_groups(kind: Any, **options: Any) -> Callable[[nn.Module], torch.optim.O
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         rest = [p for name, p in model.named_parameters() if not name.startswith("out")]
-        return kind([{"params": rest}, {"params": list(model.out.parameters()), "lr": 0.003, "weight_decay": 0.1}], **options)
+        last = {"params": list(model.out.parameters()), "lr": 0.003, "weight_decay": 0.1}
+        return kind([{"params": rest}, last], **options)
 
     return make
 
@@ -122,7 +124,9 @@ def decay(optimizer: torch.optim.Optimizer) -> Any:
 
 # name: (optimizer, plan, scheduler by step, grad_clip, sparse)
 CASES: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], str, Any, float | None, bool]] = {
-    "sgd": (two_groups(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True), "dp=2,shares=3+1", one_cycle, 0.5, False),
+    "sgd": (
+        two_groups(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True), "dp=2,shares=3+1", one_cycle, 0.5, False,
+    ),
     "sgd-sparse": (one_group(torch.optim.SGD, lr=0.05), "dp=3", None, None, True),
     "adam-amsgrad": (two_groups(torch.optim.Adam, lr=0.01, amsgrad=True), "dp=3", warmup, 1.0, False),
     "adamw": (two_groups(torch.optim.AdamW, lr=0.01), "dp=2,accumulate=3", one_cycle, None, False),

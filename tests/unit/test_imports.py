@@ -199,3 +199,14 @@ def test_a_long_function_and_a_wide_constructor_are_found() -> None:
     assert "81 lines" in too_long(long)[0] and "9 parameters" in too_long(wide)[0]
     assert too_long("def f():\n" + "    x = 1\n" * (LONGEST_FUNCTION - 1)) == []
     assert too_long("class A:\n    def __init__(self, a, b, c, d, e, f, *, g, h): ...\n") == []
+
+
+def test_shoal_train_and_shoal_plan_stay_functions_when_the_modules_of_that_name_are_imported() -> None:
+    code = (
+        "import shoal; shoal.Plan, shoal.Run, shoal.open\n"
+        "import shoal.train.run, shoal.plan\n"
+        "from types import FunctionType, ModuleType\n"
+        "assert type(shoal.train) is type(shoal.plan) is FunctionType, (shoal.train, shoal.plan)\n"
+        "assert isinstance(shoal.data, ModuleType)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

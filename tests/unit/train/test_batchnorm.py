@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from torch import nn
+
+from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 
 # (layer, its shape behind the batch, samples of each worker)
 CASES: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = [

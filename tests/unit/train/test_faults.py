@@ -1,4 +1,4 @@
-"""The vocabulary of faults: what is read, when one strikes, and that it is remembered by the slot and not the worker."""
+"""The vocabulary of faults: what is read, when one strikes, and that the slot remembers it, not the worker."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_store import MakeOptimizer, Ranks, every_bit
+
 from shoal.axes.data import ArenaData, Hooks, Totals, Waiting
 from shoal.train.update import Updater
-from small_store import MakeOptimizer, Ranks, every_bit
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "sgd": lambda model: torch.optim.SGD(_groups(model), lr=0.1, momentum=0.9),
@@ -23,7 +24,8 @@ STEPS = 3
 
 def _groups(model: Any) -> list[dict[str, Any]]:
     small = list(model.small.parameters())
-    return [{"params": [model.large, model.late, model.frozen]}, {"params": [*small, *model.norm.parameters()], "lr": 0.01}]
+    second = {"params": [*small, *model.norm.parameters()], "lr": 0.01}
+    return [{"params": [model.large, model.late, model.frozen]}, second]
 
 
 class Killed(Exception):
