@@ -75,6 +75,17 @@ class Interrupts:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let a signal that comes inside wait for the end."""
+        self.armed = True
+        try:
+            yield
+        finally:
+            self.armed = False
+        if self.wanted:
+            raise KeyboardInterrupt
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.wanted or not self.armed:
             raise KeyboardInterrupt
@@ -106,7 +117,9 @@ def run_job(
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.close)
         stack.enter_context(interrupts.caught())
-        directory = RunDirectory.claim(options.run_dir, job.name, options.resume)
+        with interrupts.deferred():
+            directory = RunDirectory.claim(options.run_dir, job.name, options.resume)
+            stack.push(lambda kind, *_: _abandon_if_called_off(directory, kind))
         if options.resume and options.plan is None:
             plan = resumed_plan(directory)
         log = stack.enter_context(EventLog(directory.events))
@@ -126,10 +139,6 @@ def run_job(
             text = error.traceback_text if isinstance(error, UserCodeError) else None
             emitter("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
             abandon_if_refused(directory, error)
-            raise
-        except KeyboardInterrupt:
-            if not any(read_events(directory.events, ["run_start"])):
-                directory.abandon()
             raise
 
 
@@ -212,6 +221,13 @@ def tensorboard_observers(directory: RunDirectory, options: TrainOptions) -> lis
     from shoal.observe.tensorboard import TensorBoardObserver
 
     return [TensorBoardObserver(directory.path / "tensorboard")]
+
+
+def _abandon_if_called_off(directory: RunDirectory, kind: type[BaseException] | None) -> None:
+    """Ctrl-C before the run began leaves nothing behind either."""
+    began = directory.events.exists() and any(read_events(directory.events, ["run_start"]))
+    if kind is not None and issubclass(kind, KeyboardInterrupt) and not began:
+        directory.abandon()
 
 
 def abandon_if_refused(directory: RunDirectory, error: BaseException) -> None:

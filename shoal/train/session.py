@@ -396,6 +396,9 @@ class Session:
         self._emit("checkpoint", step=step, path=str(found.path), bytes=size, write_s=time.monotonic() - began)
 
     def _name_last_checkpoint(self) -> str:
+        # One that every worker has written, and that is only being synced or not even looked at, counts.
+        self._being_written()
+        self._finish_completing()
         if self._last_checkpoint is None:
             return "there is no checkpoint yet."
         return f"the last good checkpoint is {self._last_checkpoint.path}."

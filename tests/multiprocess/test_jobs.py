@@ -37,7 +37,8 @@ def train(tmp_path: Path) -> Callable[..., Any]:
     """train(job, plan, steps=None) -> Run"""
 
     def run(job: shoal.Job, plan: str, steps: int | None = None) -> Any:
-        return shoal.train(job, plan=f"{plan},threads=1", run_dir=tmp_path / plan, steps=steps)
+        # The layout is named so that nothing is left to be found out by trying.
+        return shoal.train(job, plan=f"{plan},threads=1,layout=contiguous", run_dir=tmp_path / plan, steps=steps)
 
     return run
 
