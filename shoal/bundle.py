@@ -49,7 +49,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((directory / DESCRIPTION).read_text())
     except (OSError, ValueError):
-        raise TargetError(f"{directory} is not a bundle; give a directory with a {DESCRIPTION}, or a run's model/.") from None
+        raise TargetError(
+            f"{directory} is not a bundle; give a directory with a {DESCRIPTION}, or a run's model/."
+        ) from None
     return found
 
 

@@ -92,14 +92,18 @@ class Job:
             if value is not None and not callable(value):
                 raise JobError(f"{name} is {type(value).__name__}, which cannot be called; give a function, or None.")
         if isinstance(self.optimizer, str):
-            raise JobError(f'optimizer="{self.optimizer}" is not built yet; give a function from parameters to a torch optimizer.')
+            raise JobError(
+                f'optimizer="{self.optimizer}" is not built yet; give a function from parameters to a torch optimizer.'
+            )
         if not callable(self.optimizer):
             raise JobError("optimizer cannot be called; give a function from parameters to a torch optimizer.")
         if not isinstance(self.metrics, Mapping):
             raise JobError("metrics is not a mapping; give {name: function or torchmetrics.Metric}.")
         for name, metric in self.metrics.items():
             if not callable(metric):
-                raise JobError(f'metric "{name}" cannot be called; give (output, target) -> mean, or a torchmetrics.Metric.')
+                raise JobError(
+                    f'metric "{name}" cannot be called; give (output, target) -> mean, or a torchmetrics.Metric.'
+                )
             if name == "loss" or name.startswith("eval_"):
                 raise JobError(f'metric "{name}" has a name that shoal uses itself; call it something else.')
 

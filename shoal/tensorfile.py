@@ -39,14 +39,17 @@ def dtype_name(dtype: torch.dtype) -> str:
         torch.complex64: "C64",
     }  # fmt: skip
     if dtype not in names:
-        raise JobError(f"A tensor of the model is {dtype}, which cannot be saved; keep such a tensor out of its buffers.")
+        raise JobError(
+            f"A tensor of the model is {dtype}, which cannot be saved; keep such a tensor out of its buffers."
+        )
     return names[dtype]
 
 
 def header(entries: Mapping[str, Entry]) -> bytes:
     """The beginning of a file that holds these tensors."""
     described = {
-        name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.stop]} for name, e in entries.items()
+        name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.stop]}
+        for name, e in entries.items()
     }
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

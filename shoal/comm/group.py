@@ -107,9 +107,7 @@ class Group:
         with _joining(self.world_size):
             if make:
                 with _loopback(one_machine):
-                    dist.init_process_group(
-                        self._backend, None, self._timeout, self.world_size, self.rank, self._store
-                    )
+                    dist.init_process_group(self._backend, None, self._timeout, self.world_size, self.rank, self._store)
                 self._subgroups[everybody] = dist.group.WORLD
             else:
                 self.prepare([everybody])

@@ -56,7 +56,10 @@ class _Compiled:
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64,
         ]  # fmt: skip
         self._wait.restype = ctypes.c_int
-        self._sum = {torch.float32: (lib.shoal_sum_f32, ctypes.c_float), torch.float64: (lib.shoal_sum_f64, ctypes.c_double)}
+        self._sum = {
+            torch.float32: (lib.shoal_sum_f32, ctypes.c_float),
+            torch.float64: (lib.shoal_sum_f64, ctypes.c_double),
+        }
         for function, kind in self._sum.values():
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, kind]
             function.restype = None
@@ -145,7 +148,9 @@ def _build() -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / library.name
-            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=60)
+            subprocess.run(
+                [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=60
+            )
             made.replace(library)
     return library
 

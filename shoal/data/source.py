@@ -55,7 +55,6 @@ class Source(ABC):
 
         return (collate or default_collate)(self.items(indices, before_item))
 
-
     def prefer_layout(self, channels_last: bool) -> None:
         """Hand out images in this memory layout, where the data set can make either; others stay as they are."""
 

@@ -75,7 +75,10 @@ class Channel:
 
     def _exactly(self, size: int, deadline: float | None, what: str, fds: list[int]) -> bytes:
         while len(self._received) < size:
-            if deadline is not None and not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if (
+                deadline is not None
+                and not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]
+            ):
                 raise DeadlineError(f"Waited too long for {what}.")
             wanted = min(1 << 20, max(size - len(self._received), 1))
             try:

@@ -109,8 +109,8 @@ def plan_job(
     job: Job, wanted: str | Plan | None, cluster: Cluster | None, supervisor: Supervisor | None = None
 ) -> tuple[Plan, dict[str, Any]]:
     """The chosen plan, and what ``shoal plan --json`` prints."""
-    from shoal.train.driver import ENTRY, check_plan, portable
     from shoal.train.choose import choose_plan, report
+    from shoal.train.driver import ENTRY, check_plan, portable
 
     asked = read_plan(wanted)
     asked.require_built()

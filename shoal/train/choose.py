@@ -193,7 +193,15 @@ def job_key(job: Job, facts: JobFacts) -> str:
 
     machine = Cluster.local(measure=False).machines[0]
     shapes: list[Any] = [[spec.shape, str(spec.dtype), spec.group] for spec in facts.table.parameters]
-    parts = [job.name, job.batch_size, facts.samples, shapes, facts.table.state_keys, torch.__version__, fingerprint(machine)]
+    parts = [
+        job.name,
+        job.batch_size,
+        facts.samples,
+        shapes,
+        facts.table.state_keys,
+        torch.__version__,
+        fingerprint(machine),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

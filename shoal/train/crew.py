@@ -225,7 +225,9 @@ class Crew:
     def _report_stall(self, rank: int, child: Child, phase: Phase, silent_s: float, replace_s: float) -> None:
         slot = self._arena.slots[rank]
         missing = int(slot.note(Note.WAITS_FOR))
-        waits_for = "the supervisor" if missing >= self._arena.world_size else f"rank {missing}" if missing >= 0 else None
+        waits_for = (
+            "the supervisor" if missing >= self._arena.world_size else f"rank {missing}" if missing >= 0 else None
+        )
         self._emit(
             "stall", rank=rank, pid=child.pid, step=slot.signal(Signal.UPDATED) + 1, phase=phase.name.lower(),
             waited_s=silent_s, waits_for=waits_for, stack=child.stack(), replaced_after_s=replace_s,

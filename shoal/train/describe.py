@@ -30,7 +30,9 @@ def make_optimizer(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise JobError(f"optimizer made a {type(optimizer).__name__}; it must return a torch.optim.Optimizer.")
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        raise JobError(f"{type(optimizer).__name__} is not built yet; take SGD, Adam, AdamW, Adagrad or another torch optimizer.")
+        raise JobError(
+            f"{type(optimizer).__name__} is not built yet; take SGD, Adam, AdamW, Adagrad or another torch optimizer."
+        )
     return optimizer
 
 
@@ -137,9 +139,7 @@ def _with_state(table: ParameterTable, model: nn.Module, optimizer: torch.optim.
                 elif isinstance(value, torch.Tensor):
                     scalars[key] = value.dtype
         dtype = next(iter(scalars.values()), torch.float32)
-        return dataclasses.replace(
-            table, state_keys=tuple(state_keys), scalar_keys=tuple(scalars), scalar_dtype=dtype
-        )
+        return dataclasses.replace(table, state_keys=tuple(state_keys), scalar_keys=tuple(scalars), scalar_dtype=dtype)
     twin_model, twin = copy.deepcopy((model, optimizer))
     twins = trained_parameters(twin_model, table)
     for parameter in twins:

@@ -194,7 +194,9 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
     if plan.shares is not None and sum(plan.shares) == 0:
         raise PlanError("All shares are 0; give at least one worker a part of the batch.")
     if (plan.accumulate or 1) > batch:
-        raise PlanError(f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer.")
+        raise PlanError(
+            f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer."
+        )
 
 
 def finished_run(directory: RunDirectory, job: Job, options: TrainOptions, facts: JobFacts) -> Run | None:

@@ -23,7 +23,18 @@ from dataclasses import dataclass
 from shoal.comm.arena import FAULT_NOTES, Slot
 from shoal.errors import RequestError
 
-PHASES = ("data", "forward", "backward", "published", "reduce", "update", "updated", "committed", "checkpoint", "evaluate")
+PHASES = (
+    "data",
+    "forward",
+    "backward",
+    "published",
+    "reduce",
+    "update",
+    "updated",
+    "committed",
+    "checkpoint",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,9 @@ def parse_faults(text: str) -> list[Fault]:
     for part in filter(None, (p.strip() for p in text.split(";"))):
         match = re.fullmatch(r"(kill|stall|slow)\((.*)\)", part)
         if not match:
-            raise RequestError(f'SHOAL_FAULTS has "{part}"; write kill(rank=1,step=3,phase=backward), stall(…) or slow(…).')
+            raise RequestError(
+                f'SHOAL_FAULTS has "{part}"; write kill(rank=1,step=3,phase=backward), stall(…) or slow(…).'
+            )
         fields = dict(re.findall(r"(\w+)\s*=\s*([\w.]+)", match[2]))
         try:
             fault = Fault(
@@ -68,7 +81,9 @@ class Faults:
         self._slow = [f for f in own if f.kind == "slow"]
         self._slot = slot
         if len(self._sudden) > FAULT_NOTES:
-            raise RequestError(f"SHOAL_FAULTS has {len(self._sudden)} faults for rank {rank}; give {FAULT_NOTES} at most.")
+            raise RequestError(
+                f"SHOAL_FAULTS has {len(self._sudden)} faults for rank {rank}; give {FAULT_NOTES} at most."
+            )
 
     def reach(self, phase: str, step: int) -> None:
         """Called where a phase of a step begins, or in the midst of it."""

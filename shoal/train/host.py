@@ -23,9 +23,9 @@ from shoal.process.messages import Assign
 from shoal.train import streams
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
-from shoal.train.export import describe_model
-from shoal.train.describe import bind, describe, fill, make_optimizer, trained_parameters
 from shoal.train.built import Built
+from shoal.train.describe import bind, describe, fill, make_optimizer, trained_parameters
+from shoal.train.export import describe_model
 from shoal.train.faults import Faults
 from shoal.train.feed import Cut, Feed
 from shoal.train.loop import Loop, Parts, Sender
@@ -134,7 +134,9 @@ class TrainHost:
         torch.set_num_threads(settings.plan.threads or 1)
         store.arena.slots[role.rank].write(Note.INCARNATION, role.incarnation)
         waiting = Waiting(spin_s=settings.spin_s)
-        loop = self.loop(role.rank, channel, lambda updater: ArenaData(store, role.rank, updater, waiting, settings.guard))
+        loop = self.loop(
+            role.rank, channel, lambda updater: ArenaData(store, role.rank, updater, waiting, settings.guard)
+        )
         with contextlib.suppress(KeyboardInterrupt):
             loop.run()
 

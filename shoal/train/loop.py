@@ -101,7 +101,10 @@ class Loop:
     def _must_stop(self, step: int) -> bool:
         """Whether the run ends here: rank 0 said so with its last gradients, or an observer when all had done the step."""
         arena = self.parts.axis.arena
-        return step > 0 and step in (int(arena.slots[0].note(Note.STOP_AFTER)), int(arena.supervisor.note(Note.STOP_AT)))
+        return step > 0 and step in (
+            int(arena.slots[0].note(Note.STOP_AFTER)),
+            int(arena.supervisor.note(Note.STOP_AT)),
+        )
 
     def _step(self, step: int) -> None:
         axis, slot, parts = self.parts.axis, self.slot, self.parts
@@ -242,7 +245,9 @@ class Loop:
             parts.faults.reach("forward", step)
             self.slot.enter(Phase.BACKWARD, step)
             if not outcome.loss.requires_grad:
-                raise JobError("The loss does not depend on any parameter that is trained, so there is nothing to learn.")
+                raise JobError(
+                    "The loss does not depend on any parameter that is trained, so there is nothing to learn."
+                )
             outcome.to_backward(total).backward()  # type: ignore[no-untyped-call]
         parts.faults.reach("backward", step)
         return outcome
@@ -296,7 +301,11 @@ class Loop:
         record[Columns.VALUES : Columns.VALUE_SUMS] = own
         old = before[Columns.VALUE_SUMS : Columns.COUNT] if before is not None else 0.0
         record[Columns.VALUE_SUMS : Columns.COUNT] = own + old
-        for now, total in ((Columns.LOSS, Columns.LOSS_SUM), (Columns.WEIGHT, Columns.WEIGHT_SUM), (Columns.SAMPLES, Columns.SAMPLES_SUM)):
+        for now, total in (
+            (Columns.LOSS, Columns.LOSS_SUM),
+            (Columns.WEIGHT, Columns.WEIGHT_SUM),
+            (Columns.SAMPLES, Columns.SAMPLES_SUM),
+        ):
             record[total] = record[now] + (before[total] if before is not None else 0.0)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

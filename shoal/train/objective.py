@@ -54,7 +54,9 @@ class Outcome:
 
 def _zero_of(output: Any, loss: torch.Tensor) -> torch.Tensor:
     """0, as a function of what the model made beside its loss, so that its backward pass runs and gives zeros."""
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    parts = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    )
     if not isinstance(output, (Mapping, tuple, list, torch.Tensor)):
         parts = vars(output).values() if hasattr(output, "__dict__") else []
     made = [p for p in parts if isinstance(p, torch.Tensor) and p is not loss and p.requires_grad]
@@ -91,7 +93,9 @@ def compute(job: Job, model: nn.Module, batch: Any, count: int) -> Outcome:
         result = job.step(model, batch)
         if isinstance(result, Mapping):
             if "loss" not in result:
-                raise JobError(f'step returned a mapping without "loss" ({", ".join(map(str, result))}); name the loss "loss".')
+                raise JobError(
+                    f'step returned a mapping without "loss" ({", ".join(map(str, result))}); name the loss "loss".'
+                )
             values = {str(name): value for name, value in result.items() if name != "loss"}
             result = result["loss"]
     elif job.loss is not None:
@@ -118,7 +122,9 @@ def _own_loss(output: Any) -> Any:
 def _outcome(job: Job, model: nn.Module, batch: Any, result: Any, count: int) -> Outcome:
     if isinstance(result, (tuple, list)):
         if len(result) != 2:
-            raise JobError(f"The loss returned {len(result)} values; return the mean over the samples, or (sum, weight).")
+            raise JobError(
+                f"The loss returned {len(result)} values; return the mean over the samples, or (sum, weight)."
+            )
         total, weight = result
         return Outcome(_scalar(total), _number("weight", weight), is_sum=True, measured=True)
     loss = _scalar(result)
@@ -149,7 +155,9 @@ def _scalar(loss: Any) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor):
         raise JobError(f"The loss is a {type(loss).__name__}; return a scalar tensor that can be differentiated.")
     if loss.numel() != 1:
-        raise JobError(f"The loss has the shape {tuple(loss.shape)}; return a scalar, such as its mean over the samples.")
+        raise JobError(
+            f"The loss has the shape {tuple(loss.shape)}; return a scalar, such as its mean over the samples."
+        )
     return loss.reshape(())
 
 

@@ -80,9 +80,7 @@ def open_run(path: str | Path) -> Run:
         summary = json.loads((directory / SUMMARY).read_text())
     except (OSError, ValueError):
         if (directory / "events.jsonl").exists():
-            raise TargetError(
-                f"The run in {directory} has not ended; go on with --resume, or wait for it."
-            ) from None
+            raise TargetError(f"The run in {directory} has not ended; go on with --resume, or wait for it.") from None
         raise TargetError(f"{directory} is not a run directory; give the directory that shoal train named.") from None
     return Run(directory, summary)
 

@@ -134,6 +134,9 @@ def _owner(path: Path) -> int | None:
 def _is_python(pid: int) -> bool:
     """Whether a live process may be ours: its number may have been given to something else since."""
     try:
-        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes() or b"shoal" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return (
+            b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            or b"shoal" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
     except OSError:
         return True

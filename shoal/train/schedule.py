@@ -29,7 +29,9 @@ class Schedule:
         self._scheduler: Any = job.scheduler(optimizer) if job.scheduler is not None else None
         # The optimizer that the scheduler sees never steps itself; its slices do.
         optimizer._opt_called = True  # type: ignore[attr-defined]
-        self._wants_loss = self._scheduler is not None and "metrics" in inspect.signature(self._scheduler.step).parameters
+        self._wants_loss = (
+            self._scheduler is not None and "metrics" in inspect.signature(self._scheduler.step).parameters
+        )
         self._keeps = self._scheduler is not None or isinstance(updater, WholeUpdater)
 
     def recall(self, step: int) -> None:

@@ -246,9 +246,7 @@ class Session:
         self._eval_s += eval_s
         self._history.append(entry)
         self._epochs_done = epoch
-        self._emit(
-            "epoch", **entry, step=self._recorder.step, train_s=self._recorder.epoch_train_s, eval_s=eval_s
-        )
+        self._emit("epoch", **entry, step=self._recorder.step, train_s=self._recorder.epoch_train_s, eval_s=eval_s)
         supervisor = self._arena.supervisor
         supervisor.write(Note.EVAL_LOSS, float(entry.get("eval_loss", entry["loss"])))
         reason = self._goal.reached(self._history)
@@ -355,7 +353,9 @@ class Session:
 
         def work() -> None:
             try:
-                self._completed.append((checkpoints.complete(self._directory.checkpoints, step, meta), time.monotonic() - began))
+                self._completed.append(
+                    (checkpoints.complete(self._directory.checkpoints, step, meta), time.monotonic() - began)
+                )
             except OSError as error:
                 self._completed.append((step, error.strerror or str(error)))
 
@@ -459,7 +459,9 @@ class Session:
             description.update(self._supervisor.call("describe_bundle", step, program, timeout_s=300.0))
         except (JobFailed, RequestError) as error:
             self._emit("warning", text=f"The bundle does not say what goes in and out: {error}")
-        description["metrics"] = {k: v for k, v in (history[-1] if history else {}).items() if k not in ("epoch", "partial")}
+        description["metrics"] = {
+            k: v for k, v in (history[-1] if history else {}).items() if k not in ("epoch", "partial")
+        }
         try:
             bundle.write(directory.model, state, description, self._options.source)
         except OSError as error:
@@ -515,5 +517,3 @@ def batch_line(plan: Plan, job: Job, facts: JobFacts) -> str:
     if len(set(sizes)) == 1:
         return f"global {batch} = {len(sizes)} × {sizes[0]}"
     return f"global {batch} = " + " + ".join(map(str, sizes))
-
-

@@ -189,15 +189,14 @@ class _ElementwiseChunk:
         ]
         self.ranges = [as_bytes(weights)]
         self.ranges += [
-            as_bytes(store.state_range(k, chunk.start, chunk.stop, self._dtype, replica)) for k in range(len(self._keys))
+            as_bytes(store.state_range(k, chunk.start, chunk.stop, self._dtype, replica))
+            for k in range(len(self._keys))
         ]
         self.ranges.append(rows)
         # A slice of all rows makes no copy.
         self._rows_of = slice(lane.sources[0], lane.sources[-1] + 1)
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
-        self._stripes = [
-            store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in lane.sources
-        ]
+        self._stripes = [store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in lane.sources]
         self._group_of = [spec.group for spec in self._specs]
         self._optimizer = self._make_optimizer(optimizer)
         self._gradients: list[torch.Tensor | None] = []
@@ -209,7 +208,11 @@ class _ElementwiseChunk:
         return optimizer_like(
             like,
             [
-                sliced_group(type(like), like.param_groups[g], [p for p, of in zip(self._pieces, self._group_of, strict=True) if of == g])
+                sliced_group(
+                    type(like),
+                    like.param_groups[g],
+                    [p for p, of in zip(self._pieces, self._group_of, strict=True) if of == g],
+                )
                 for g in self._groups
             ],
         )
@@ -229,7 +232,8 @@ class _ElementwiseChunk:
         if len(self._stripes) == 1 and factor == 1.0:
             # One worker alone: its stripe is the sum already.
             self._gradients = [
-                self._stripes[0][a // width : b // width] if touched[0, k] else None for k, (a, b) in enumerate(self._spans)
+                self._stripes[0][a // width : b // width] if touched[0, k] else None
+                for k, (a, b) in enumerate(self._spans)
             ]
             return
         if touched.all():
@@ -247,7 +251,9 @@ class _ElementwiseChunk:
             self._gradients.append(out)
 
     def norm_squared(self) -> float:
-        return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients if g is not None)
+        return sum(
+            float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients if g is not None
+        )
 
     def apply(self, scale: float) -> None:
         # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
@@ -384,7 +390,9 @@ class WholeUpdater(Updater):
             for index in self.own
         }
         # What belongs to no one parameter is kept under a key of the optimizer's own, as torch's state_dict has it.
-        common = {key: copy.deepcopy(v) for key, v in self._optimizer.state.items() if not isinstance(key, torch.Tensor)}
+        common = {
+            key: copy.deepcopy(v) for key, v in self._optimizer.state.items() if not isinstance(key, torch.Tensor)
+        }
         groups = [hyperparameters(g) for g in self._optimizer.param_groups]
         return {"state": rest, "common": common if self.own else {}, "groups": groups}
 

@@ -43,8 +43,6 @@ KILLS: list[tuple[int, int, str, str]] = [
 ]
 
 
-
-
 LONG = make_job(epochs=30)
 
 

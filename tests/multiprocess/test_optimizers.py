@@ -183,5 +183,3 @@ def test_optimizer(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     before = Routed(sparse).state_dict()
     assert moved(before, expected) == {key for key in before if not key.startswith("frozen")}
-
-
