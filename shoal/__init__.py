@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shoal.train.api import plan as plan
     from shoal.train.api import train as train
     from shoal.train.run import Run as Run
-    from shoal.train.run import open_run as open
+    from shoal.train.run import open_run as open  # noqa: F401
 
 __version__ = "0.1.0"
 

@@ -57,6 +57,7 @@ class Source(ABC):
 
     def prefer_layout(self, channels_last: bool) -> None:
         """Hand out images in this memory layout, where the data set can make either; others stay as they are."""
+        return
 
     @property
     def classes(self) -> Sequence[str] | None:

@@ -1,12 +1,12 @@
 """The template: a fresh, single-threaded process that prepares everything once and then forks the others.
 
-It is started as ``python -m shoal.process.template FD MODULE…``, imports torch and these modules, and obeys the supervisor on the other end of FD:
-it makes a *host* (an object that knows what the processes are for), calls its methods, and forks children from it. A child
-is a standby until the supervisor gives it a role; then ``host.run(role, channel)`` is its whole life.
+It is started as ``python -m shoal.process.template FD MODULE…``, imports torch and these modules, and obeys the
+supervisor on the other end of FD: it makes a *host* (an object that knows what the processes are for), calls its
+methods, and forks children from it. A child is a standby until the supervisor gives it a role; then ``host.run(role,
+channel)`` is its whole life.
 
-Forking costs milliseconds and shares every page that was there before. It is safe because nothing here ever ran on more
-than one thread: a fork after threaded work would hang in the first operation that wants the threads.
-"""
+Forking costs milliseconds and shares every page that was there before. It is safe because nothing here ever ran on
+more than one thread: a fork after threaded work would hang in the first operation that wants the threads."""
 
 from __future__ import annotations
 

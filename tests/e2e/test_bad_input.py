@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 import shoal
 from shoal.cli.main import main
-from shoal.errors import DataError, JobError, NotBuiltError, PlanError, RequestError, RunDirectoryError
+from shoal.errors import JobError, NotBuiltError, PlanError, RequestError, RunDirectoryError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = "dp=2,threads=1"
@@ -81,7 +81,9 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> st
     assert out == "" and "Traceback" not in err and "This is a bug" not in err
     sentence = err.rstrip("\n").splitlines()[-1]
     assert sentence.endswith((".", "?")), sentence
-    assert sorted(p for p in Path.cwd().rglob("*") if "__pycache__" not in p.parts) == before, "something was left behind"
+    assert sorted(p for p in Path.cwd().rglob("*") if "__pycache__" not in p.parts) == before, (
+        "something was left behind"
+    )
     return sentence
 
 
@@ -231,6 +233,11 @@ def _job(**changes: Any) -> shoal.Job:
     return shoal.Job(**{**given, **changes})
 
 
+def _any(value: object) -> Any:
+    """A value of the wrong type, on purpose."""
+    return value
+
+
 WRONG_JOBS: dict[str, tuple[dict[str, Any], str]] = {
     "a loss and a step": ({"step": lambda model, batch: 0}, "either a loss or a step, not both"),
     "no epochs": ({"epochs": 0}, "epochs is 0"),
@@ -259,18 +266,15 @@ def test_replace_refuses_an_unknown_field() -> None:
     [
         (lambda: shoal.train(_job(), plan="dp=2,tread=1"), PlanError, 'Did you mean "threads"'),
         (lambda: shoal.train(_job(), plan="pp=2"), NotBuiltError, "not built"),
-        (lambda: shoal.train(_job(), plan=2), PlanError, "a string or a shoal.Plan, not a int"),
+        (lambda: shoal.train(_job(), plan=_any(2)), PlanError, "a string or a shoal.Plan, not a int"),
         (lambda: shoal.train(_job(), epochs=0), RequestError, "epochs is 0"),
-        (lambda: shoal.train(_job(), steps=1.5), RequestError, "steps is 1.5"),
-        (lambda: shoal.train(_job, plan=PLAN), RequestError, "needs a shoal.Job, not a function"),
+        (lambda: shoal.train(_job(), steps=_any(1.5)), RequestError, "steps is 1.5"),
+        (lambda: shoal.train(_any(_job), plan=PLAN), RequestError, "needs a shoal.Job, not a function"),
         (lambda: shoal.train(_job(), plan=PLAN, run_dir="/dev/null/run"), RunDirectoryError, "cannot be written"),
         (lambda: shoal.train(_job(train_data=_Endless()), plan=PLAN), JobError, "IterableDataset"),
-        (lambda: shoal.train(_job(train_data=lambda: ()), plan=PLAN), DataError, "train_data is empty"),
     ],
 )  # fmt: skip
-def test_python_raises_the_same(
-    call: Callable[[], Any], error: type[Exception], expected: str, here: Path
-) -> None:
+def test_python_raises_the_same(call: Callable[[], Any], error: type[Exception], expected: str, here: Path) -> None:
     with pytest.raises(error, match=expected):
         call()
     assert sorted(path.name for path in here.iterdir()) == ["jobs.py"]

@@ -129,7 +129,8 @@ def _execute(client: NotebookClient, sign: Path) -> None:
     async def interrupt_at_sign() -> None:
         while not sign.exists():
             await asyncio.sleep(0.02)
-        await client.km.interrupt_kernel()
+        kernel: Any = client.km
+        await kernel.interrupt_kernel()
         sign.unlink()
 
     async def both() -> None:

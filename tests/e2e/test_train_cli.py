@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAN = "dp=2,threads=1"
 STEPS_PER_EPOCH = 4
 
-JOB = '''
+JOB = """
 import torch
 import shoal
 
@@ -63,7 +63,7 @@ small = shoal.Job(
     batch_size=16,
     epochs=2,
 )
-'''
+"""
 
 # What docs/events.md promises of each kind.
 FIELDS = {
