@@ -33,7 +33,7 @@ SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="The
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="PATH", help="A .csv or .npz file or a folder of class folders, instead of the job's data."
+        "--data", metavar="PATH", help="A .csv or .npz file or a folder of class folders, instead of the job's data; not evaluated."
     ),
 ]
 ClusterOption = Annotated[
@@ -97,10 +97,11 @@ def settings(pairs: Sequence[str], seed: int | None = None) -> dict[str, Any]:
 
 
 def find_target(name: str, pairs: Sequence[str] | None, seed: int | None, data: Path | None = None) -> Target:
-    """Return the job that was asked for, with its fields and its training data changed as the options say."""
+    """Return the job that was asked for, changed as the options say; with ``data`` it has no evaluation data."""
     changes = settings(pairs or (), seed)
     if data is not None:
-        changes["train_data"] = load_data(data)
+        # The job's own evaluation data may be of other classes, or not even on this machine.
+        changes.update(train_data=load_data(data), eval_data=None)
     from shoal.jobs.registry import find
 
     target = find(name)

@@ -206,6 +206,7 @@ def test_malformed_targets(target: str) -> None:
 
 
 def test_error_in_the_file_is_theirs() -> None:
+    before = sys.modules.get("mine")
     write("mine.py", "def divide():\n    return 1 / 0\n\ndivide()\n")
     with pytest.raises(UserCodeError) as caught:
         find("mine.py:job")
@@ -214,7 +215,7 @@ def test_error_in_the_file_is_theirs() -> None:
     assert text.startswith("Traceback (most recent call last):")
     assert "return 1 / 0" in text and "in divide" in text
     assert "shoal" not in text and "importlib" not in text
-    assert "mine" not in sys.modules
+    assert sys.modules.get("mine") is before
 
 
 def test_error_in_a_module_and_in_a_factory_is_theirs() -> None:
