@@ -33,7 +33,9 @@ SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="The
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="PATH", help="A .csv or .npz file or a folder of class folders, instead of the job's data; not evaluated."
+        "--data",
+        metavar="PATH",
+        help="A .csv or .npz file or a folder of class folders, instead of the job's data; not evaluated.",
     ),
 ]
 ClusterOption = Annotated[
