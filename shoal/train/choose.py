@@ -26,8 +26,8 @@ from shoal.train.crew import Crew
 from shoal.train.memory import memory_of
 from shoal.train.settings import JobFacts, RunSettings
 
-SEARCH_S = 4.0
-_ENOUGH_S = 7.0
+SEARCH_S = 5.0
+_ENOUGH_S = 7.5
 _LONG_WARM_UP_S = 0.5
 _SINGLE_TRIAL_S = 1.5
 _WARM_UP_STEPS = 3
@@ -61,6 +61,7 @@ def _best(
             candidates,
             lambda plan, seconds: run_trial(plan, job, facts, supervisor, seconds).step_times_s,
             SEARCH_S,
+            rounds=3,
             enough=lambda: time.monotonic() - began > _ENOUGH_S,
         )
         for entry in tried:
