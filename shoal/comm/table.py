@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +11,23 @@ ALIGNMENT = 64
 FROZEN = -1
 
 
+class _Sized:
+    """The sizes that follow from a shape and a dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(_Sized):
     """One tensor that the run keeps.
 
     Attributes:
@@ -35,17 +48,9 @@ class TensorSpec:
     def name(self) -> str:
         return self.names[0]
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
-class StateSpec:
+class StateSpec(_Sized):
     """A tensor that an optimizer keeps for one parameter, of any shape. ``offset`` is within the state region."""
 
     parameter: int
@@ -53,14 +58,6 @@ class StateSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,6 @@ class ParameterTable:
     state_bytes: int = 0
     splittable: bool = True
     model_keys: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[TensorSpec, ...]:
@@ -203,8 +199,3 @@ def deal_tensors(table: ParameterTable, parts: int) -> list[list[int]]:
         hands[least].append(index)
         held[least] += trained[index].nbytes
     return [sorted(hand) for hand in hands]
-
-
-def shapes_summary(specs: Sequence[TensorSpec]) -> str:
-    """'12 tensors, 73,386 elements' for messages."""
-    return f"{len(specs)} tensors, {sum(s.numel for s in specs):,} elements"

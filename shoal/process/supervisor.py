@@ -7,7 +7,6 @@ has none.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -282,13 +281,6 @@ class Supervisor:
         for child in list(self.children.values()):
             _wait_gone(child.pid)
             self._forget(child)
-
-
-def write_processes(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rewrite processes.json in one move, so that a reader never sees half of it."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(rows, indent=1) + "\n")
-    scratch.replace(path)
 
 
 def _kernel_state(pid: int) -> str:

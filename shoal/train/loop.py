@@ -71,7 +71,6 @@ class Loop:
         self._names: tuple[str, ...] | None = None
         self._part = parts.store.part_of(self.rank)
         self._touched = parts.store.touched[self._part]
-        self._accumulated = False
         self._bf16 = parts.settings.plan.precision == "bf16"
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
         self._part_writer: PartWriter | None = None
@@ -200,7 +199,6 @@ class Loop:
         with user_code("train_data", self.rank):
             batches = parts.feed.batches(step)
         computing = time.monotonic()
-        self._accumulated = False
         self._buffers.load(step)
         counts = [share.counts for share, _ in batches]
         # A worker that trains alone takes the mean over its own samples.
@@ -213,7 +211,6 @@ class Loop:
             if not count:
                 continue
             outcome = self._differentiate(step, micro, share, batch, total)
-            self._accumulated = True
             with user_code("metrics", self.rank):
                 outcome.values.update(self._metrics.update(outcome))
             loss += outcome.loss_sum()

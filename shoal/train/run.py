@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from shoal import bundle
 from shoal.errors import TargetError
 from shoal.job import Job
-from shoal.observe.events import read_events
 from shoal.plan import Plan
 
 if TYPE_CHECKING:
@@ -83,11 +82,6 @@ def open_run(path: str | Path) -> Run:
             raise TargetError(f"The run in {directory} has not ended; go on with --resume, or wait for it.") from None
         raise TargetError(f"{directory} is not a run directory; give the directory that shoal train named.") from None
     return Run(directory, summary)
-
-
-def last_steps(path: Path) -> int:
-    """The last step that a run's events know of."""
-    return max((int(event["step"]) for event in read_events(path / "events.jsonl", ["step"])), default=0)
 
 
 def _find_job(path: Path) -> Job:
