@@ -137,7 +137,7 @@ class Arena:
     @classmethod
     def attach(cls, fd: int, layout: ArenaLayout) -> Arena:
         """Map the arena behind a descriptor."""
-        return cls(SharedMemory.attach(fd), layout)
+        return cls(SharedMemory.attach(fd, layout.size), layout)
 
     @property
     def world_size(self) -> int:

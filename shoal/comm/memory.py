@@ -37,6 +37,8 @@ class Memory:
         self._map = mapped
         self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)
         self.address: int = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        # What a block that has no descriptor keeps of notes that grow: see ``shoal.comm.journal``.
+        self.growing: dict[int, dict[int, bytearray]] = {}
 
     def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a 1-D view of ``numel`` elements that begins ``offset`` bytes in."""
@@ -82,9 +84,9 @@ class SharedMemory(Memory):
         return cls(fd, size)
 
     @classmethod
-    def attach(cls, fd: int) -> SharedMemory:
-        """Map the block behind a file descriptor that another process handed over."""
-        return cls(fd, os.fstat(fd).st_size)
+    def attach(cls, fd: int, size: int) -> SharedMemory:
+        """Map the first ``size`` bytes behind a file descriptor that another process handed over."""
+        return cls(fd, max(size, mmap.PAGESIZE))
 
 
 def _too_much(size: int) -> RequestError:
