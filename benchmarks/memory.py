@@ -149,6 +149,7 @@ def shoal(job: str, steps: int, workers: int, checkpoint_s: float) -> Mapping[st
 
 def lasting_mb(job: str, workers: int) -> dict[str, float]:
     """What an arena of so many workers holds, by meaning, from its layout: no run is needed for that."""
+    from shoal.comm.grid import Grid
     from shoal.comm.store import arena_layout
     from shoal.jobs import find
     from shoal.train.describe import describe, make_optimizer
@@ -156,7 +157,7 @@ def lasting_mb(job: str, workers: int) -> dict[str, float]:
     definition = find(f"{common.ROOT / JOBS}:{job}").job
     model = definition.model()
     table = describe(model, make_optimizer(definition.optimizer, model))
-    regions = {name: size / 2**20 for name, (_, size) in arena_layout(table, workers).regions.items()}
+    regions = {name: size / 2**20 for name, (_, size) in arena_layout(table, Grid(dp=workers)).regions.items()}
     kept = {name: regions.pop(name) for name in ("weights", "state", "gradients")}
     return {**kept, "rest": sum(regions.values())}
 

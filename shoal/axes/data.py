@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from shoal.comm.arena import Note, Order, Phase, Signal
@@ -35,7 +36,8 @@ from shoal.comm.store import Columns, Store
 from shoal.comm.table import chunks_of, slice_bounds
 from shoal.errors import DeadlineError, ShoalError
 
-COLLECTIVES_A_STEP = 4096
+# Two for each BatchNorm layer and microbatch.
+COLLECTIVES_A_STEP = 1 << 16
 
 
 class Aborted(ShoalError):
@@ -93,6 +95,9 @@ class ArenaData:
         self.updater = updater
         self._waiting = waiting
         self._guard = guard
+        self._stripe = store.stripe_of(rank)
+        owner = store.grid.owner(store.part_of(rank))
+        self._own = np.array([spec.owner == owner for spec in store.table.trained], dtype=bool)
         self._collective = 0
         self._collective_at = 0
         self._step = 0
@@ -113,7 +118,11 @@ class ArenaData:
     def begin(self, step: int) -> None:
         """Start computing a step."""
         self._step, self._collective, self._collective_at = step, 0, 0
-        self.store.touched[self.store.part_of(self.rank)] = 0
+        self.store.touched[self._stripe, self._own] = 0
+        # Words wrap around, and one that nobody moved for long (layers that were frozen) would seem to be ahead.
+        first = step * COLLECTIVES_A_STEP & 0xFFFFFFFF
+        if 1 << 30 < (first - self.slot.signal(Signal.COLLECTIVE)) & 0xFFFFFFFF < 1 << 31:
+            self.slot.post(Signal.COLLECTIVE, first)
 
     def publish(self, step: int) -> None:
         """Say that this worker's stripe and record are complete."""

@@ -34,9 +34,9 @@ from shoal.comm.group import Group
 from shoal.comm.store import Columns, Store
 from shoal.errors import ShoalError
 
-# What a worker says beside its record: where rank 0 ends the run, a wish to end it, whether there is mail, and how long
-# the step before took to update and to wait.
-_STOP_AFTER, _STOP_WISHED, _MAIL, _REDUCE, _WAIT, _EXTRA = range(6)
+# What a worker says beside its record: where rank 0 ends the run, a wish to end it, whether there is mail, how long
+# the step before took to update and to wait, and where rank 0 writes a checkpoint.
+_STOP_AFTER, _STOP_WISHED, _MAIL, _REDUCE, _WAIT, _CHECKPOINT_AT, _EXTRA = range(7)
 _ORDERS = (Order.EPOCH_DONE, Order.STEP_SEEN)
 _SUPERVISOR_NOTES = (Note.STOP_EPOCH, Note.STOP_AT, Note.EVAL_LOSS)
 
@@ -123,6 +123,7 @@ class GroupData(ArenaData):
         extra[_STOP_AFTER] = self.slot.note(Note.STOP_AFTER)
         extra[_STOP_WISHED] = self._stop_wanted()
         extra[_MAIL] = len(self._outbox)
+        extra[_CHECKPOINT_AT] = self.slot.note(Note.CHECKPOINT_AT)
         extra[_REDUCE], extra[_WAIT] = before[Columns.REDUCE], before[Columns.WAIT]
         written = np.zeros(len(self.store.table.buffers))
         written[list(self._buffers[1])] = 1
@@ -147,6 +148,7 @@ class GroupData(ArenaData):
             self._hear_times(step - 1, rows[:, Columns.COUNT + _REDUCE : Columns.COUNT + _WAIT + 1])
         if self.rank:
             self.arena.slots[0].write(Note.STOP_AFTER, rows[0, Columns.COUNT + _STOP_AFTER])
+            self.arena.slots[0].write(Note.CHECKPOINT_AT, rows[0, Columns.COUNT + _CHECKPOINT_AT])
         elif self._manager is not None and rows[:, Columns.COUNT + _STOP_WISHED].any():
             self._manager.wish_to_stop()
 

@@ -22,6 +22,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from shoal.comm.grid import Grid
 from shoal.comm.memory import Memory, PrivateMemory, SharedMemory
 from shoal.comm.native import Native, load
 
@@ -94,24 +95,24 @@ class Phase(IntEnum):
 class ArenaLayout:
     """Where each region lies: name -> (offset, bytes). A value that can be sent to another process.
 
-    ``parts`` is into how many parts gradients and updates are cut: one for each worker of an arena that all of them
-    share, a single one where a process has memory of its own and its peers are reached through a process group.
+    ``grid`` is how those are arranged that divide gradients and updates among themselves: the workers of an arena that all
+    of them share; a single one where a process has memory of its own and its peers are reached through a process group.
     """
 
     regions: Mapping[str, tuple[int, int]]
     size: int
     world_size: int
-    parts: int
+    grid: Grid
 
     @classmethod
-    def plan(cls, world_size: int, sizes: Mapping[str, int], parts: int | None = None) -> ArenaLayout:
+    def plan(cls, world_size: int, sizes: Mapping[str, int], grid: Grid | None = None) -> ArenaLayout:
         """Lay the regions out one after the other, each on a page of its own."""
         regions: dict[str, tuple[int, int]] = {}
         at = 0
         for name, size in {"control": _SLOT * (world_size + 1), **sizes}.items():
             regions[name] = (at, size)
             at += -(-size // _PAGE) * _PAGE
-        return cls(regions, max(at, _PAGE), world_size, parts or world_size)
+        return cls(regions, max(at, _PAGE), world_size, grid or Grid(dp=world_size))
 
 
 class Arena:

@@ -24,7 +24,7 @@ class Journal:
 
     def __init__(self, arena: Arena, rank: int) -> None:
         self._fd = arena.memory.fd
-        self._at = -(-arena.layout.size // _SPAN + rank) * _SPAN if self._fd >= 0 else 0
+        self._at = (-(-arena.layout.size // _SPAN) + rank) * _SPAN
         self._own = arena.memory.growing.setdefault(rank, {}) if self._fd < 0 else {}
 
     def write_log(self, at: int, data: bytes) -> int:

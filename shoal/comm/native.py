@@ -22,7 +22,7 @@ from typing import Protocol
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "rounds.c")]
 # No fused multiply-add: the C path must round exactly as torch does.
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
@@ -47,7 +47,7 @@ class _Compiled:
     name = "c"
 
     def __init__(self, library: Path) -> None:
-        lib = ctypes.CDLL(str(library))
+        self.library = lib = ctypes.CDLL(str(library))
         self._post = lib.shoal_post
         self._post.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
         self._post.restype = None
@@ -135,22 +135,24 @@ def load() -> Native:
 
 
 def _build() -> Path:
-    """Compile native.c into the cache, once for each source, compiler and processor."""
+    """Compile the C files into the cache, once for each source, compiler and processor."""
     from shoal.cluster.cache import cache_dir
 
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     cpu = _processor()
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, cpu, *_FLAGS]).encode()).hexdigest()[:16]
+    text = b"".join(source.read_bytes() for source in _SOURCES)
+    key = hashlib.sha256(text + " ".join([compiler, cpu, *_FLAGS]).encode()).hexdigest()[:16]
     library = cache_dir() / "native" / f"arena-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             made = Path(scratch) / library.name
             subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=60
-            )
+                [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)],
+                check=True, capture_output=True, timeout=60,
+            )  # fmt: skip
             made.replace(library)
     return library
 

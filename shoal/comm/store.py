@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from shoal.comm.arena import Arena, ArenaLayout
+from shoal.comm.grid import Grid
+from shoal.comm.parts import put
 from shoal.comm.table import CHUNK_BYTES, Lane, ParameterTable, align, chunks_of, deal_tensors, lane_of
 from shoal.errors import JobError
 
@@ -58,18 +60,18 @@ def scalar_row_bytes(table: ParameterTable) -> int:
     return 8 * (1 + len(table.scalar_keys))
 
 
-def slice_layout(table: ParameterTable, parts: int, local: bool = False) -> SliceLayout:
-    """The most that any of the parts needs."""
+def slice_layout(table: ParameterTable, grid: Grid, local: bool = False) -> SliceLayout:
+    """The most that any worker's part needs."""
     row = scalar_row_bytes(table)
     if table.elementwise:
-        lanes = [lane_of(table, part, parts, local) for part in range(parts)]
+        lanes = [lane_of(table, part, grid, local) for part in range(grid.world_size)]
         chunks = [chunks_of(table, lane.start, lane.stop) for lane in lanes]
         pieces = max((sum(len(c.pieces) for c in own) for own in chunks), default=0)
         longest = max((len(c.pieces) for own in chunks for c in own), default=0)
         undo = align(CHUNK_BYTES) * (1 + len(table.state_keys)) + longest * row
         return SliceLayout(align(pieces * row), align(undo))
     held = []
-    for hand in deal_tensors(table, 1 if local else parts):
+    for hand in deal_tensors(table, 1 if local else grid.world_size):
         own = set(hand)
         state = sum(align(s.nbytes) for s in table.states if s.parameter in own)
         held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(table.trained))
@@ -77,15 +79,24 @@ def slice_layout(table: ParameterTable, parts: int, local: bool = False) -> Slic
 
 
 def arena_layout(
-    table: ParameterTable, world_size: int, collective_bytes: int = 0, local: bool = False, private: bool = False
-) -> ArenaLayout:
-    """Lay out an arena for a model and a number of workers.
+    table: ParameterTable, ranks: Grid, collective_bytes: int = 0, local: bool = False, private: bool = False,
+    exchange_bytes: int = 0,
+) -> ArenaLayout:  # fmt: skip
+    """Lay out an arena for a model and its workers.
 
-    ``local``: each trains a replica of its own. ``private``: the memory is one worker's own, with room for one stripe of
-    gradients; its peers have the same weights in memory of theirs.
+    Args:
+        table: the tensors; where the model is split, the parts of all owners.
+        ranks: the workers.
+        collective_bytes: room for what each gives to the small sums within a step.
+        local: each trains a replica of its own.
+        private: the memory is one worker's own, with room for one stripe of gradients; its peers have the same weights
+            in memory of theirs.
+        exchange_bytes: room for the messages of workers that compute a share together.
     """
-    parts = 1 if private else world_size
-    own = slice_layout(table, parts, local)
+    world_size = ranks.world_size
+    grid = Grid() if private else ranks
+    parts = grid.world_size
+    own = slice_layout(table, grid, local)
     replicas = world_size if local else 0
     state = len(table.state_keys) * table.trained_bytes if table.elementwise else table.state_bytes
     return ArenaLayout.plan(
@@ -93,7 +104,8 @@ def arena_layout(
         {
             "records": world_size * RING_STEPS * Columns.COUNT * 8,
             "notebooks": world_size * 2 * NOTEBOOK_BYTES,
-            "touched": parts * max(1, len(table.trained)),
+            "touched": grid.stripes * max(1, len(table.trained)),
+            "echoed": grid.stripes * max(1, len(table.echoes)),
             "scalars": parts * own.scalar_bytes,
             "undo": parts * own.undo_bytes,
             "buffers": 2 * table.buffer_bytes,
@@ -102,9 +114,11 @@ def arena_layout(
             "weights": table.weight_bytes,
             "state": (replicas or 1) * align(state),
             "replicas": replicas * table.weight_bytes,
-            "gradients": parts * table.trained_bytes,
+            "gradients": grid.stripes * table.trained_bytes,
+            "echoes": grid.stripes * table.echo_bytes,
+            "exchange": exchange_bytes,
         },
-        parts,
+        grid,
     )
 
 
@@ -115,28 +129,46 @@ class Store:
         self.arena = arena
         self.table = table
         self.local = arena.layout.regions["replicas"][1] > 0
-        self.parts = arena.layout.parts
-        self._own = slice_layout(table, self.parts, self.local)
+        self.grid = arena.layout.grid
+        self._own = slice_layout(table, self.grid, self.local)
         n = arena.world_size
         self.weights = [arena.view("weights", p.offset, p.numel, p.dtype).view(p.shape) for p in table.parameters]
         records = arena.region("records").numpy().view(np.float64)
         self.records = records.reshape(n, RING_STEPS, Columns.COUNT)
-        self.touched = arena.region("touched")[: self.parts * len(table.trained)].view(self.parts, -1).numpy()
+        stripes = self.grid.stripes
+        self.touched = arena.region("touched")[: stripes * len(table.trained)].view(stripes, -1).numpy()
+        self.echoed = arena.region("echoed")[: stripes * len(table.echoes)].view(stripes, -1).numpy()
         self.buffer_steps = arena.region("buffer_steps").numpy().view(np.float64)
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts updates are cut."""
+        return self.grid.world_size
+
     def part_of(self, rank: int) -> int:
-        """The part of gradients and updates that is a worker's: its own, or the only one that this memory has."""
+        """The part of the updates that is a worker's: its own, or the only one that this memory has."""
         return rank if self.parts == self.arena.world_size else 0
 
-    def gradient(self, rank: int, parameter: int) -> torch.Tensor:
-        """A worker's gradient of one trained parameter, in the parameter's shape."""
+    def stripe_of(self, rank: int) -> int:
+        """The stripe that a worker's gradients go to."""
+        return self.grid.stripe(self.part_of(rank))
+
+    def gradient(self, stripe: int, parameter: int) -> torch.Tensor:
+        """One gradient of one trained parameter, in the parameter's shape."""
         spec = self.table.parameters[parameter]
-        offset = rank * self.table.trained_bytes + spec.offset
+        offset = stripe * self.table.trained_bytes + spec.offset
         return self.arena.view("gradients", offset, spec.numel, spec.dtype).view(spec.shape)
 
-    def gradient_range(self, rank: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Bytes ``start`` to ``stop`` of a worker's stripe."""
-        offset = rank * self.table.trained_bytes + start
+    def echo(self, stripe: int, index: int) -> torch.Tensor:
+        """The gradient that another stage has for a tied weight."""
+        echo = self.table.echoes[index]
+        spec = self.table.parameters[echo.parameter]
+        offset = stripe * self.table.echo_bytes + echo.offset
+        return self.arena.view("echoes", offset, spec.numel, spec.dtype).view(spec.shape)
+
+    def gradient_range(self, stripe: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Bytes ``start`` to ``stop`` of a stripe."""
+        offset = stripe * self.table.trained_bytes + start
         return self.arena.view("gradients", offset, (stop - start) // dtype.itemsize, dtype)
 
     def buffer(self, parity: int, index: int) -> torch.Tensor:
@@ -147,7 +179,7 @@ class Store:
 
     def lane(self, rank: int) -> Lane:
         """What a worker updates."""
-        return lane_of(self.table, rank, self.parts, self.local)
+        return lane_of(self.table, rank, self.grid, self.local)
 
     @property
     def lanes(self) -> int:
@@ -238,10 +270,15 @@ class Store:
         return row
 
     def state_dict(self, parity: int) -> dict[str, torch.Tensor]:
-        """The model's state_dict, as views, under every name, in the model's own order."""
+        """The model's state_dict under every name, in the model's own order: views, but for what is kept in parts."""
         found: dict[str, torch.Tensor] = {}
         for index, spec in enumerate(self.table.parameters):
-            found.update(dict.fromkeys(spec.names, self.weights[index]))
+            if not spec.regions:
+                found.update(dict.fromkeys(spec.names, self.weights[index]))
+                continue
+            if spec.name not in found:
+                found.update(dict.fromkeys(spec.names, torch.empty(spec.whole_shape, dtype=spec.dtype)))
+            put(found[spec.name], spec.regions, self.weights[index])
         for index, spec in enumerate(self.table.buffers):
             if spec.persistent:
                 found.update(dict.fromkeys(spec.names, self.buffer(parity, index)))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.comm.grid import Grid
+from shoal.comm.parts import Region
+
 ALIGNMENT = 64
 FROZEN = -1
 
@@ -28,13 +31,18 @@ class _Sized:
 
 @dataclass(frozen=True)
 class TensorSpec(_Sized):
-    """One tensor that the run keeps.
+    """One tensor that the run keeps: one of the model's, or, where the model is split, a part of one.
 
     Attributes:
         names: every name it has in the state_dict; the first is the one it is filed under.
+        shape: of the tensor that is kept.
         offset: bytes from the start of its region.
         group: index of its optimizer group, or FROZEN where no optimizer updates it.
         persistent: whether it is in the state_dict at all (buffers may not be).
+        whole: the shape in the model, where this is a part.
+        regions: which part it is.
+        owner: whose part it is (see ``Grid``): who computes its gradient, and updates it.
+        leads: whether it is the first part, which also speaks for what all parts have in common.
     """
 
     names: tuple[str, ...]
@@ -43,10 +51,22 @@ class TensorSpec(_Sized):
     offset: int
     group: int = FROZEN
     persistent: bool = True
+    whole: tuple[int, ...] | None = None
+    regions: tuple[Region, ...] = ()
+    owner: int = 0
+    leads: bool = True
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return self.shape if self.whole is None else self.whole
+
+    @property
+    def whole_nbytes(self) -> int:
+        return math.prod(self.whole_shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -61,10 +81,25 @@ class StateSpec(_Sized):
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A second gradient of a parameter, from another stage of the pipeline that uses the same weight.
+
+    Attributes:
+        parameter: index into the table.
+        owner: who computes this gradient; it is not the parameter's own owner.
+        offset: bytes from the start of a replica's echoes.
+    """
+
+    parameter: int
+    owner: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class ParameterTable:
     """Everything about a model and its optimizer that decides how memory is laid out.
 
-    Parameters that are trained come first, ordered by dtype and group, so that neighbours can be updated together;
+    Parameters that are trained come first, ordered by owner, dtype and group, so that neighbours can be updated together;
     ``trained_bytes`` is where they end. Gradients and per-element optimizer state use the same offsets as the weights.
 
     Attributes:
@@ -74,6 +109,7 @@ class ParameterTable:
         scalar_dtype: of these.
         states: for any other optimizer each tensor that it keeps.
         splittable: such an optimizer looks at one tensor at a time, so that tensors can be dealt out to workers.
+        echoes: gradients that another stage has for a parameter of this table (a tied weight), to be added to its own.
     """
 
     parameters: tuple[TensorSpec, ...]
@@ -89,6 +125,13 @@ class ParameterTable:
     state_bytes: int = 0
     splittable: bool = True
     model_keys: tuple[str, ...] = ()
+    echoes: tuple[Echo, ...] = ()
+    echo_bytes: int = 0
+
+    def span(self, owner: int) -> tuple[int, int]:
+        """Bytes ``start`` to ``stop`` of the trained weights that are an owner's."""
+        own = [spec for spec in self.trained if spec.owner == owner]
+        return (own[0].offset, align(own[-1].offset + own[-1].nbytes)) if own else (0, 0)
 
     @property
     def trained(self) -> tuple[TensorSpec, ...]:
@@ -130,7 +173,7 @@ class Lane:
 
     Attributes:
         start, stop: bytes of the trained weights.
-        sources: the ranks whose gradients are summed.
+        sources: the stripes that are summed.
         replica: index of the weights' and the state's copy that is updated; None for the shared one.
     """
 
@@ -141,11 +184,15 @@ class Lane:
     replica: int | None = None
 
 
-def lane_of(table: ParameterTable, rank: int, world_size: int, local: bool) -> Lane:
-    """The lane of a worker."""
+def lane_of(table: ParameterTable, part: int, grid: Grid, local: bool) -> Lane:
+    """The lane of a worker: a slice of what its owner has."""
     if local:
-        return Lane(rank, 0, table.trained_bytes, (rank,), rank)
-    return Lane(rank, *slice_bounds(table.trained_bytes, world_size)[rank], tuple(range(world_size)))
+        return Lane(part, 0, table.trained_bytes, (part,), part)
+    owner = grid.owner(part)
+    members = grid.ranks_of(owner)
+    begin, end = table.span(owner) if grid.owners > 1 else (0, table.trained_bytes)
+    start, stop = slice_bounds(end - begin, len(members))[members.index(part)]
+    return Lane(part, begin + start, begin + stop, tuple(range(grid.stripes)))
 
 
 def slice_bounds(total: int, parts: int) -> list[tuple[int, int]]:

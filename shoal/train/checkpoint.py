@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +30,14 @@ import numpy as np
 import torch
 
 from shoal import tensorfile
+from shoal.comm.journal import Journal
+from shoal.comm.parts import runs, take
 from shoal.comm.store import Columns, Store, scalar_row_bytes
 from shoal.comm.table import FROZEN, ParameterTable, chunks_of, deal_tensors
 from shoal.errors import RequestError
 from shoal.tensorfile import Entry, dtype_name
+from shoal.train import notes
+from shoal.train.metric_state import Piece, read_pieces
 from shoal.train.update import Saved, as_bytes, lane_kind
 
 KEPT = 2
@@ -59,19 +63,23 @@ class FileLayout:
         self._at = 0
         row = scalar_row_bytes(table)
         for spec in table.parameters:
-            self._add("weights", spec.name, spec.dtype, spec.shape, spec.nbytes)
+            self._add("weights", spec.name, spec.dtype, spec.whole_shape)
             for lane in range(lanes) if spec.group != FROZEN else ():
                 for key in table.state_keys:
-                    self._add(lane_kind(f"state.{key}", lane), spec.name, spec.dtype, spec.shape, spec.nbytes)
-                self._add(lane_kind("scalars", lane), spec.name, torch.uint8, (row,), row)
+                    self._add(lane_kind(f"state.{key}", lane), spec.name, spec.dtype, spec.whole_shape)
+                self._add(lane_kind("scalars", lane), spec.name, torch.uint8, (row,))
         for state in table.states:
-            name = table.parameters[state.parameter].name
+            spec = table.parameters[state.parameter]
+            shape = spec.whole_shape if state.shape == spec.shape else state.shape
             for lane in range(lanes):
-                self._add(lane_kind(f"state.{state.key}", lane), name, state.dtype, state.shape, state.nbytes)
+                self._add(lane_kind(f"state.{state.key}", lane), spec.name, state.dtype, shape)
         for spec in table.buffers:
-            self._add("buffers", spec.name, spec.dtype, spec.shape, spec.nbytes)
+            self._add("buffers", spec.name, spec.dtype, spec.shape)
 
-    def _add(self, kind: str, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
+    def _add(self, kind: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        if f"{kind}/{name}" in self.entries:
+            return
+        nbytes = math.prod(shape) * dtype.itemsize
         self.entries[f"{kind}/{name}"] = Entry(dtype_name(dtype), shape, self._at, self._at + nbytes)
         self._at += nbytes
 
@@ -84,9 +92,17 @@ class FileLayout:
     def size(self) -> int:
         return len(self.header) + self._at
 
-    def offset(self, saved: Saved) -> int:
-        """Where a saved piece goes, in bytes from the beginning of the file."""
-        return len(self.header) + self.entries[f"{saved.kind}/{saved.name}"].start + saved.start_byte
+    def places(self, saved: Saved) -> Iterator[tuple[slice, int]]:
+        """Where a saved piece goes: slices of its bytes, each with its offset in bytes from the beginning of the file."""
+        first = len(self.header) + self.entries[f"{saved.kind}/{saved.name}"].start
+        size = saved.data.numel()
+        if saved.part is None or not saved.part.regions:
+            yield slice(0, size), first + saved.start_byte
+            return
+        spec, width, start = saved.part, saved.part.dtype.itemsize, saved.start_byte
+        begin = start // width
+        for low, at, count in runs(spec.whole_shape, spec.regions, begin, begin + size // width):
+            yield slice((low - begin) * width, (low - begin + count) * width), first + at * width
 
 
 def part_path(directory: str | Path, step: int) -> Path:
@@ -110,7 +126,9 @@ class PartWriter:
             self._path.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._path / "state.safetensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         for saved in parts:
-            self._write_at(saved.data.numpy(), self._layout.offset(saved))
+            data = saved.data.numpy()
+            for part, offset in self._layout.places(saved):
+                self._write_at(data[part], offset)
 
     def write_rest(self, *ranks: int) -> None:
         """Write what is no chunk: these ranks' notes, and for rank 0 the header, frozen weights and buffers."""
@@ -119,7 +137,7 @@ class PartWriter:
         if 0 in ranks:
             self._write_at(np.frombuffer(self._layout.header, dtype=np.uint8), 0)
             self.write(
-                Saved("weights", spec.name, 0, as_bytes(store.weights[index]))
+                Saved("weights", spec.name, 0, as_bytes(store.weights[index]), spec)
                 for index, spec in enumerate(store.table.parameters)
                 if spec.group == FROZEN
             )
@@ -134,9 +152,9 @@ class PartWriter:
         record = self._store.record(rank, self.step - 1)
         sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
         # Into memory first: torch tells a full disk by a RuntimeError.
-        notes = io.BytesIO()
-        torch.save({"notebook": self._store.read_notebook(rank, self.step), "sums": sums}, notes)
-        (self._path / f"rank-{rank}.pt").write_bytes(notes.getbuffer())
+        metrics = read_pieces(Journal(self._store.arena, rank), self.step)
+        kept = {"notebook": self._store.read_notebook(rank, self.step), "sums": sums, "metrics": metrics}
+        (self._path / f"rank-{rank}.pt").write_bytes(notes.to_bytes(kept))
 
     def write_all(self) -> None:
         """Write everything, while no worker is at work."""
@@ -145,17 +163,19 @@ class PartWriter:
             self.write_rest(rank)
         rows = ScalarRows(store)
         for index, spec in enumerate(table.trained):
-            self.write([Saved("weights", spec.name, 0, as_bytes(store.weights[index]))])
+            self.write([Saved("weights", spec.name, 0, as_bytes(store.weights[index]), spec)])
             for lane in range(store.lanes):
-                self.write([Saved(lane_kind("scalars", lane), spec.name, 0, rows.of(index, lane)[0])])
+                if spec.leads:
+                    self.write([Saved(lane_kind("scalars", lane), spec.name, 0, rows.of(index, lane)[0])])
                 for k, key in enumerate(table.state_keys):
                     data = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype, lane)
-                    self.write([Saved(lane_kind(f"state.{key}", lane), spec.name, 0, as_bytes(data))])
+                    self.write([Saved(lane_kind(f"state.{key}", lane), spec.name, 0, as_bytes(data), spec)])
         for place, state in enumerate(table.states):
-            name = table.parameters[state.parameter].name
-            for lane in range(store.lanes):
+            spec = table.parameters[state.parameter]
+            part = spec if state.shape == spec.shape else None
+            for lane in range(store.lanes) if part is not None or spec.leads else ():
                 data = as_bytes(store.state_tensor(place, lane))
-                self.write([Saved(lane_kind(f"state.{state.key}", lane), name, 0, data)])
+                self.write([Saved(lane_kind(f"state.{state.key}", lane), spec.name, 0, data, part)])
         self.close()
 
     def close(self) -> None:
@@ -192,7 +212,7 @@ class ScalarRows:
 
     def of(self, parameter: int, lane: int = 0) -> list[torch.Tensor]:
         """The rows of a trained parameter in one copy of the optimizer's state, the first piece's first."""
-        return self._rows[parameter, lane]
+        return self._rows.get((parameter, lane), [])
 
 
 # -- completing and reading ------------------------------------------------------------------------------------------
@@ -264,10 +284,14 @@ def newest(directory: Path, damaged: list[tuple[Path, str]] | None = None) -> Ch
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint holds beside tensors: the schedule's page, optimizer values by parameter, the epoch's sums."""
+    """What a checkpoint holds beside tensors: the schedule's page, optimizer values by parameter, the epoch's sums.
+
+    ``metrics`` is what each worker that wrote it had gathered in metrics with a state.
+    """
 
     notebook: dict[str, Any] | None
     sums: np.ndarray
+    metrics: list[list[Piece]]
 
 
 def restore(checkpoint: Checkpoint, store: Store) -> Restored:
@@ -304,7 +328,7 @@ def _restore_tensors(store: Store, file: Any, lanes: int) -> None:
     table = store.table
     rows = ScalarRows(store)
     for index, spec in enumerate(table.parameters):
-        store.weights[index].copy_(file.get_tensor(f"weights/{spec.name}"))
+        store.weights[index].copy_(take(file.get_tensor(f"weights/{spec.name}"), spec.regions))
     for index, spec in enumerate(table.buffers):
         for parity in (0, 1):
             store.buffer(parity, index).copy_(file.get_tensor(f"buffers/{spec.name}"))
@@ -316,25 +340,29 @@ def _restore_tensors(store: Store, file: Any, lanes: int) -> None:
             for k, state_key in enumerate(table.state_keys):
                 value = file.get_tensor(f"{lane_kind(f'state.{state_key}', kept)}/{spec.name}")
                 place = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype, lane)
-                place.copy_(value.reshape(-1))
+                place.copy_(take(value, spec.regions).reshape(-1))
         for at, state in enumerate(table.states):
-            name = table.parameters[state.parameter].name
-            store.state_tensor(at, lane).copy_(file.get_tensor(f"{lane_kind(f'state.{state.key}', kept)}/{name}"))
+            spec = table.parameters[state.parameter]
+            value = file.get_tensor(f"{lane_kind(f'state.{state.key}', kept)}/{spec.name}")
+            part = take(value, spec.regions) if state.shape == spec.shape else value
+            store.state_tensor(at, lane).copy_(part)
 
 
 def _restore_notes(checkpoint: Checkpoint) -> Restored:
     notebook: dict[str, Any] | None = None
     sums: Any = 0.0
+    metrics: list[list[Piece]] = []
     for path in sorted(checkpoint.path.glob("rank-*.pt"), key=lambda p: int(p.stem.split("-")[1])):
-        notes = torch.load(path, weights_only=True)
-        sums = sums + np.array(notes["sums"])
-        page = notes["notebook"]
+        kept = notes.read(path)
+        sums = sums + np.array(kept["sums"])
+        metrics.append(kept.get("metrics", []))
+        page = kept["notebook"]
         if notebook is None:
             notebook = page
         elif page is not None and page.get("optimizer"):
             notebook["optimizer"]["state"].update(page["optimizer"]["state"])
             notebook["optimizer"]["common"].update(page["optimizer"]["common"])
-    return Restored(notebook, sums)
+    return Restored(notebook, sums, metrics)
 
 
 def _meta_check(meta: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from shoal.cluster import Cluster
 from shoal.cluster.cache import cache_dir, read_json, write_json
 from shoal.cluster.measure import fingerprint
 from shoal.comm.arena import Arena, Note, Signal
+from shoal.comm.grid import Grid
 from shoal.comm.store import Columns, Store, arena_layout
 from shoal.errors import PlanError, RequestError
 from shoal.job import Job
@@ -22,7 +23,7 @@ from shoal.plan import Plan
 from shoal.planner.candidates import local_candidates
 from shoal.planner.search import Tried, search
 from shoal.process.supervisor import Supervisor
-from shoal.train.crew import Crew
+from shoal.train.crew import Crew, bind
 from shoal.train.memory import memory_of
 from shoal.train.settings import JobFacts, RunSettings
 
@@ -98,7 +99,7 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
 
     settings = RunSettings(
         plan=plan,
-        layout=arena_layout(facts.table, plan.world_size, facts.collective_bytes, bool(plan.local_steps)),
+        layout=arena_layout(facts.table, Grid.of(plan), facts.collective_bytes(plan), bool(plan.local_steps)),
         total_steps=_MOST_TRIAL_STEPS,
         steps_per_epoch=_MOST_TRIAL_STEPS + 1 if facts.samples > job.batch_size else 1,
         spin_s=spin_seconds(plan),
@@ -117,7 +118,7 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
 def _run_trial(
     arena: Arena, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
 ) -> TrialResult:
-    supervisor.call("bind", settings, True, fds=(arena.memory.fd,))
+    bind(supervisor, settings, arena.memory.fd, last=False)
     Store(arena, facts.table).spread()
     crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
     crew.start(spare=False)
@@ -173,7 +174,7 @@ def report(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor) -> dic
 
 def _check_memory(facts: JobFacts, plan: Plan, machine: Cluster) -> None:
     """Refuse what certainly does not fit: weights, state and gradients alone."""
-    need = arena_layout(facts.table, plan.world_size, 0).size
+    need = arena_layout(facts.table, Grid.of(plan), 0).size
     limit = machine.memory_limit_bytes
     if limit is not None and need / plan.world_size > limit:
         raise PlanError(

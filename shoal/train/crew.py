@@ -62,6 +62,24 @@ class _Recovery:
     action: str
 
 
+def bind(supervisor: Supervisor, settings: RunSettings, fd: int, last: bool) -> None:
+    """Let the template take up the arena of a run and write the first weights there; a killed template is made again.
+
+    ``last``: no other run begins with the first weights after this one.
+    """
+    for attempt in range(MOST_TEMPLATES):
+        try:
+            if attempt:
+                supervisor.restart(timeout_s=600.0)
+            supervisor.call("bind", settings, True, fds=(fd,))
+            if last:
+                supervisor.call("forget_first_weights")
+            return
+        except TemplateLost:
+            if attempt == MOST_TEMPLATES - 1:
+                raise
+
+
 class Crew:
     """The workers of one arena."""
 
@@ -85,7 +103,7 @@ class Crew:
         self.first_steps = [arena.slots[r].signal(Signal.UPDATED) for r in range(arena.world_size)]
 
     def start(self, spare: bool = True) -> None:
-        """Fork and assign all workers, and a standby to replace the first that dies."""
+        """Fork and assign all workers, and a standby to replace the first that dies; none for a run that is only tried."""
         self._spare = spare
         # A template that is gone already comes to light, and is replaced, at the first ``poll``.
         with contextlib.suppress(ChannelClosed):
@@ -179,7 +197,9 @@ class Crew:
             try:
                 self.supervisor.restart(timeout_s=600.0)
                 self.supervisor.call("bind", self._settings, False, fds=(self._fd,))
-                self.supervisor.call("forget_first_weights")
+                if self._spare:
+                    # A run that is only tried (see ``start``) is followed by others, which begin with them.
+                    self.supervisor.call("forget_first_weights")
                 self._fill()
                 break
             except (ChannelClosed, TemplateLost) as error:

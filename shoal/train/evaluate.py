@@ -40,10 +40,6 @@ class Metrics:
         self.functions = {name: m for name, m in metrics.items() if not is_stateful(m)}
         self.stateful = {name: copy.deepcopy(m) for name, m in metrics.items() if is_stateful(m)}
 
-    def reset(self) -> None:
-        for metric in self.stateful.values():
-            metric.reset()
-
     @torch.no_grad()
     def update(self, outcome: objective.Outcome) -> dict[str, float]:
         """Take in a batch; return what the functions say of it (means over the batch)."""

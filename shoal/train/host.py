@@ -81,7 +81,7 @@ class TrainHost:
             samples=len(built.train),
             eval_samples=len(built.evaluation) if built.evaluation is not None else 0,
             batchnorm=statistics > 0,
-            collective_bytes=max(1 << 20, 4 * statistics) if statistics else 0,
+            statistics_bytes=statistics,
             images=_has_images(built),
             build_s=time.monotonic() - began,
         )
@@ -95,6 +95,9 @@ class TrainHost:
 
     def bind(self, settings: RunSettings, write: bool, fds: list[int]) -> None:
         """Map the arena of a run and take it up."""
+        if self._store is not None:
+            # Of a run that was only tried: the memory lives as long as its descriptor.
+            self._store.arena.memory.close()
         self.take_up(Arena.attach(fds[0], settings.layout), settings, write)
         gc.collect()
         gc.freeze()

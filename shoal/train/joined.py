@@ -25,6 +25,7 @@ from shoal.axes.data_group import Course, GroupData, Outbox
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.group import DEADLINE_S, Group, PeerFailed
+from shoal.comm.journal import Journal
 from shoal.comm.member import Member
 from shoal.comm.store import Store
 from shoal.errors import JobError, NotBuiltError, PlanError, ShoalError, UserCodeError
@@ -48,6 +49,7 @@ from shoal.train.driver import (
 )
 from shoal.train.host import TrainHost
 from shoal.train.loop import Loop
+from shoal.train.metric_state import Piece, read_pieces, write_pieces
 from shoal.train.neighbours import Neighbours
 from shoal.train.recorder import Recorder
 from shoal.train.run import Run
@@ -160,6 +162,7 @@ class _Start:
     orders: dict[Order, int]
     eval_loss: float
     notebook: Any
+    metrics: list[list[Piece]]
 
 
 class _Process:
@@ -264,6 +267,7 @@ class _Process:
             keep_freed_memory()
             torch.set_num_threads(plan.threads or 1)
             self._make_loop(host, store, settings, lead).run()
+            self._gather_metrics(arena)
             ended = lead.end(began) if lead is not None else None
             path, summary = group.broadcast_object(
                 (ended.path, ended.summary()) if ended is not None else None, 0, "the end of the run"
@@ -296,6 +300,7 @@ class _Process:
             _Start(
                 step, {Order.EPOCH_DONE: supervisor.signal(Order.EPOCH_DONE)}, supervisor.note(Note.EVAL_LOSS),
                 store.read_notebook(0, step),
+                [read_pieces(Journal(arena, rank), step) for rank in range(group.world_size)],
             ),
             0, "where the run begins",
         )  # fmt: skip
@@ -310,6 +315,14 @@ class _Process:
             slot.post(Signal.EVALUATED, start.orders[Order.EPOCH_DONE])
         if start.notebook is not None:
             store.write_notebook(group.rank, start.step, start.notebook)
+        write_pieces(Journal(arena, group.rank), start.step, start.metrics[group.rank])
+
+    def _gather_metrics(self, arena: Arena) -> None:
+        """Let rank 0 have everybody's training metrics, for the checkpoint of the run's end."""
+        step = arena.slots[0].signal(Signal.UPDATED)
+        found = self._group.gather_objects(read_pieces(Journal(arena, self._group.rank), step), "the last metrics")
+        for rank, pieces in enumerate(found if self._group.rank == 0 else ()):
+            write_pieces(Journal(arena, rank), step, pieces)
 
     def _make_loop(self, host: TrainHost, store: Store, settings: RunSettings, lead: _Lead | None) -> Loop:
         group, outbox = self._group, Outbox()

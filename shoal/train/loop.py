@@ -19,6 +19,7 @@ from torch import nn
 
 from shoal.axes.data import ArenaData, Hooks
 from shoal.comm.arena import Note, Order, Phase, Signal
+from shoal.comm.journal import Journal
 from shoal.comm.store import VALUE_COLUMNS, Columns, Store
 from shoal.data.source import Source
 from shoal.errors import JobError
@@ -31,8 +32,10 @@ from shoal.train.checkpoint import PartWriter
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, Share
+from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.schedule import Schedule
-from shoal.train.settings import CheckpointTrouble, EpochPart, NotFinite, RunSettings, ValueNames
+from shoal.train.settings import CheckpointTrouble, EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
+from shoal.train.update import WholeUpdater
 
 
 class Sender(Protocol):
@@ -68,9 +71,14 @@ class Loop:
         self.slot = parts.axis.slot
         self._buffers = Buffers(parts.model, parts.store)
         self._metrics = Metrics(parts.job.metrics)
+        self._journal = Journal(parts.store.arena, self.rank)
+        self._metric_notes = MetricNotes(self._metrics.stateful, parts.job.metrics, self._journal)
         self._names: tuple[str, ...] | None = None
         self._part = parts.store.part_of(self.rank)
-        self._touched = parts.store.touched[self._part]
+        self._stripe = parts.store.stripe_of(self.rank)
+        # An optimizer of the user's own may add noise; torch's elementwise ones do not.
+        self._may_draw = isinstance(parts.axis.updater, WholeUpdater)
+        self._touched = parts.store.touched[self._stripe]
         self._bf16 = parts.settings.plan.precision == "bf16"
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
         self._part_writer: PartWriter | None = None
@@ -84,6 +92,7 @@ class Loop:
         self.parts.model.train()
         step = axis.steps_done()
         self.parts.schedule.recall(step)
+        self._metric_notes.recall(step + 1 if axis.has_published(step) else step)
         if step:
             # A predecessor may have died between its own commit and the others'. Until theirs, the weights are not those
             # of the next step, and this worker's stripe is still being read.
@@ -121,6 +130,7 @@ class Loop:
                 with user_code("train_data", self.rank):
                     parts.feed.prepare(step + 1)
         slot.enter(Phase.WAITING, step)
+        self._hand_over_metrics(step)
         totals = axis.gather(step)
         slot.enter(Phase.REDUCE, step)
         parts.faults.reach("reduce", step)
@@ -224,6 +234,7 @@ class Loop:
         publisher = next((rank for rank, count in enumerate(shares) if count), 0)
         written = self._buffers.publish(step) if publisher == self.rank else []
         parts.axis.carry_buffers(publisher, written)
+        self._metric_notes.keep(step + 1)
         self._write_record(step, record, (loss, weight, samples, measured), values)
         record[Columns.BEGAN] = began
         record[Columns.DATA] = computing - began
@@ -257,7 +268,7 @@ class Loop:
         store, touched = self.parts.store, self._touched
         ours = {id(p) for p in self.parts.parameters}
         for index, parameter in enumerate(self.parts.parameters):
-            stripe = store.gradient(self._part, index)
+            stripe = store.gradient(self._stripe, index)
 
             def keep(p: torch.Tensor, index: int = index, stripe: torch.Tensor = stripe) -> None:
                 gradient = p.grad
@@ -311,15 +322,23 @@ class Loop:
         slots = self.parts.axis.arena.slots
         self._part_writer = None
         settled = (self.slot.note(Note.CHECKPOINT_DONE), self.slot.note(Note.CHECKPOINT_FAILED))
-        if int(slots[0].note(Note.CHECKPOINT_AT)) == step and step and step not in settled:
+        if self.parts.axis.keeps and int(slots[0].note(Note.CHECKPOINT_AT)) == step and step and step not in settled:
             self.slot.enter(Phase.CHECKPOINT, step)
             self.parts.faults.reach("checkpoint", step)
             writer = PartWriter(self.parts.store, self.parts.settings.checkpoint_dir, step)
             self._attempt(writer, lambda: writer.write_rest(*self.parts.axis.keeps))
 
+    def _hand_over_metrics(self, step: int) -> None:
+        """Where another rank writes this one's notes into the checkpoint, it has to be told the metrics' state."""
+        axis = self.parts.axis
+        if self._metrics.stateful and not axis.keeps and int(axis.arena.slots[0].note(Note.CHECKPOINT_AT)) == step:
+            self.parts.channel.send(MetricPieces(self.rank, step, read_pieces(self._journal, step)))
+
     def _before_chunk(self, chunk: int, step: int) -> None:
         """Copy a chunk into the checkpoint before its update: it is still that of the step's beginning."""
         writer = self._part_writer
+        if self._may_draw:
+            streams.reseed(streams.UPDATE, self.parts.job.seed, step, self._part)
         if writer is not None:
             # A slow disk is no stall.
             self.slot.write(Note.PHASE_SINCE, time.monotonic())
@@ -369,7 +388,8 @@ class Loop:
             training = Tally(metrics=self._metrics.stateful)
             parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
             self.slot.post(Signal.EVALUATED, epoch)
-        self._metrics.reset()
+        if not axis.has_published(step):
+            self._metric_notes.begin_again(step)
         self.slot.enter(Phase.WAITING, step)
         axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch")
         with user_code("scheduler", self.rank):

@@ -1,17 +1,18 @@
 """The state of torchmetrics objects over the training data: kept at every step, so that it outlives its worker.
 
-A metric's state is a few tensors of a fixed size, lists that grow, or both. After each step a worker writes the tensors to a page
-of its journal and whatever was appended to the lists to its log (``shoal.comm.journal``): a step costs what it added, not
-what has gathered. Whoever takes the worker's place begins with what held at the beginning of its step.
+A metric's state is a few tensors of a fixed size, lists that grow, or both. After each step a worker writes the tensors to
+a page of its journal and whatever was appended to the lists to its log (``shoal.comm.journal``): a step costs what it
+added, not what has gathered. Whoever takes the worker's place begins with what held at the beginning of its step.
 
-In a checkpoint a worker's metrics are a list of *pieces*: one for each worker whose place this one has taken, to be merged. A piece
-maps the path of a metric ("auc", or "auc/inner" within another) to its plain values, its tensors and its lists.
+In a checkpoint a worker's metrics are a list of *pieces*: one for each worker whose place this one has taken, to be
+merged. A piece maps the path of a metric ("auc", or "auc/inner" within another) to its plain values, tensors and lists.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from shoal.comm.journal import Journal
+from shoal.train.evaluate import merge
 
 Piece = dict[str, dict[str, dict[str, Any]]]
 _PLAIN = (int, float, str, bool, type(None))
@@ -28,7 +30,7 @@ _TENSOR = "\0tensor"
 class MetricNotes:
     """What one worker keeps of its metrics; ``metrics`` are the ones that it updates, ``fresh`` the job's own."""
 
-    def __init__(self, metrics: Mapping[str, Any], fresh: Mapping[str, Any], journal: Journal) -> None:
+    def __init__(self, metrics: dict[str, Any], fresh: Mapping[str, Any], journal: Journal) -> None:
         self._metrics = metrics
         self._fresh = fresh
         self._journal = journal
@@ -42,21 +44,21 @@ class MetricNotes:
         """Write down what holds at the beginning of ``step``."""
         if not self._states:
             return
-        page, added = [], []
+        page: list[Any] = []
+        added: list[Any] = []
         for path, metric in self._states:
             held, first = vars(metric), self._first[path]
             plain = {k: v for k, v in held.items() if type(v) in _PLAIN and (k not in first or first[k] != v)}
-            tensors, joined = {}, []
+            tensors = {}
             for name in metric._defaults:
-                value = held[name]
+                value = getattr(metric, name)
                 if isinstance(value, list):
-                    joined.append((name, getattr(metric._reductions[name], "__name__", "") == "dim_zero_cat"))
                     start = self._start(path, name, value)
                     if start < len(value) or not start:
                         added.append((path, name, start, [_pack(v) for v in value[start:]]))
                 else:
                     tensors[name] = _pack(value)
-            page.append((path, plain, tensors, joined))
+            page.append((path, plain, tensors))
         if added:
             self._log = self._journal.write_log(self._log, pickle.dumps(added, protocol=5))
         self._journal.write_page(step, pickle.dumps((self._log, page, ()), protocol=5))
@@ -74,54 +76,50 @@ class MetricNotes:
             metric.reset()
         self._log = 0
         self._written.clear()
-        self.keep(step)
+        if self._states:
+            # Before anything is written over the epoch's log.
+            write_pieces(self._journal, step, ())
 
     def recall(self, step: int) -> None:
         """Take up what held at the beginning of ``step``, where something was kept."""
-        for number, piece in enumerate(read_pieces(self._journal, step) if self._states else []):
-            for name, metric in self._metrics.items():
-                own = metric if not number else copy.deepcopy(self._fresh[name])
+        if not self._states:
+            return
+        # What is written from now on goes behind what this step may need once more.
+        self._log, pieces = _read(self._journal, step)
+        for number, piece in enumerate(pieces):
+            for name in self._metrics:
+                own = copy.deepcopy(self._fresh[name])
                 for path, part in _states_of({name: own}):
                     _take_up(part, piece.get(path, {}))
-                if number and own.update_called:
-                    merge_into(metric, own)
-
-
-def merge_into(left: Any, right: Any) -> None:
-    """Add the state of a torchmetrics object to another that may have none yet."""
-    if left.update_called:
-        count = left._update_count + right._update_count
-        left.merge_state(right)
-        left._update_count = count
-        return
-    for (_, mine), (_, other) in zip(_states_of({"": left}), _states_of({"": right}), strict=True):
-        vars(mine).update({name: vars(other)[name] for name in mine._defaults})
-        vars(mine).update(_plain(vars(other)))
+                if own.update_called:
+                    self._metrics[name] = merge(self._metrics[name], own) if number else own
+        self._states = list(_states_of(self._metrics))
 
 
 def read_pieces(journal: Journal, step: int) -> list[Piece]:
     """The pieces that a worker's metrics are made of at the beginning of ``step``; none where nothing was kept."""
+    return _read(journal, step)[1]
+
+
+def _read(journal: Journal, step: int) -> tuple[int, list[Piece]]:
     data = journal.read_page(step)
     if data is None:
-        return []
+        return 0, []
     length, page, more = pickle.loads(data)
+    lists: dict[tuple[str, str], list[Any]] = {}
+    log = io.BytesIO(journal.read_log(length))
+    while log.tell() < length:
+        for path, name, start, values in pickle.load(log):
+            lists.setdefault((path, name), [])[start:] = [_unpack(v) for v in values]
     piece: Piece = {
         path: {
             "plain": plain,
             "tensors": {name: _unpack(value) for name, value in tensors.items()},
-            "lists": {name: [] for name, _ in lists},
+            "lists": {name: _join(values) for (of, name), values in lists.items() if of == path},
         }
-        for path, plain, tensors, lists in page
+        for path, plain, tensors in page
     }
-    log = io.BytesIO(journal.read_log(length))
-    while log.tell() < length:
-        for path, name, start, values in pickle.load(log):
-            piece[path]["lists"][name][start:] = [_unpack(v) for v in values]
-    for path, _, _, lists in page:
-        for name, joined in lists:
-            if joined:
-                piece[path]["lists"][name] = _join(piece[path]["lists"][name])
-    return ([piece] if piece else []) + list(more)
+    return length, ([piece] if piece else []) + list(more)
 
 
 def write_pieces(journal: Journal, step: int, pieces: Sequence[Piece]) -> None:
@@ -138,7 +136,7 @@ def _states_of(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every torchmetrics object with a state of its own, those within others included, by path."""
     for name, metric in metrics.items():
         for inner, part in metric.named_modules() if isinstance(metric, torch.nn.Module) else ():
-            if hasattr(part, "_defaults") and hasattr(part, "_reductions"):
+            if hasattr(part, "_defaults"):
                 yield (f"{name}/{inner}" if inner else name), part
 
 
@@ -148,15 +146,25 @@ def _plain(held: Mapping[str, Any]) -> dict[str, Any]:
 
 def _take_up(metric: Any, kept: Mapping[str, Mapping[str, Any]]) -> None:
     # A Metric's own __setattr__ refuses some names.
-    vars(metric).update(kept.get("plain", {}))
-    for name, value in {**kept.get("tensors", {}), **kept.get("lists", {})}.items():
-        vars(metric)[name] = list(value) if isinstance(value, list) else value.clone()
+    held = vars(metric)
+    held.update(kept.get("plain", {}))
+    held.update({name: value.clone() for name, value in kept.get("tensors", {}).items()})
+    held.update({name: _split(joined) for name, joined in kept.get("lists", {}).items()})
 
 
-def _join(values: list[Any]) -> list[Any]:
-    """Many small tensors as one, as the metric itself would join them."""
-    alike = all(isinstance(v, torch.Tensor) for v in values) and len({v.dtype for v in values}) == 1
-    return [torch.cat([v.reshape(1) if not v.dim() else v for v in values])] if alike and len(values) > 1 else values
+def _join(values: list[Any]) -> dict[str, Any]:
+    """Many small tensors as one with their shapes, which a file takes more easily; other values as they are."""
+    if not values or not all(isinstance(v, torch.Tensor) for v in values) or len({v.dtype for v in values}) > 1:
+        return {"values": values}
+    return {"joined": torch.cat([v.reshape(-1) for v in values]), "shapes": [tuple(v.shape) for v in values]}
+
+
+def _split(joined: Mapping[str, Any]) -> list[Any]:
+    if "values" in joined:
+        return list(joined["values"])
+    shapes = joined["shapes"]
+    parts = joined["joined"].split([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _pack(value: Any) -> Any:
@@ -170,7 +178,7 @@ def _pack(value: Any) -> Any:
 
 
 def _unpack(value: Any) -> Any:
-    if not (isinstance(value, tuple) and len(value) == 3 and value[0] is not None and value[0] == _TENSOR):
+    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], str) and value[0] == _TENSOR):
         return value
     tensor = torch.from_numpy(value[2].copy())
     return tensor.view(torch.bfloat16) if value[1] else tensor

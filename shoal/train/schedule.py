@@ -13,6 +13,7 @@ import torch
 
 from shoal.comm.store import Store
 from shoal.job import Job
+from shoal.train import notes
 from shoal.train.describe import hyperparameters
 from shoal.train.update import Updater, WholeUpdater
 
@@ -32,6 +33,7 @@ class Schedule:
         self._wants_loss = (
             self._scheduler is not None and "metrics" in inspect.signature(self._scheduler.step).parameters
         )
+        self._first = 0
         self._keeps = self._scheduler is not None or isinstance(updater, WholeUpdater)
 
     def recall(self, step: int) -> None:
@@ -45,7 +47,8 @@ class Schedule:
             if isinstance(self._updater, WholeUpdater):
                 self._updater.remember(page["optimizer"])
         elif self._keeps:
-            self._keep(step)
+            self._keep(step, check=True)
+        self._first = step
         if self._scheduler is not None:
             self._updater.take_groups(self._optimizer.param_groups)
 
@@ -54,7 +57,8 @@ class Schedule:
         if self._scheduler is not None and self._every == "step":
             self._advance(None)
         if self._keeps:
-            self._keep(step + 1)
+            # An optimizer may keep something from its first step on.
+            self._keep(step + 1, check=step == self._first)
 
     def after_epoch(self, eval_loss: float) -> None:
         """An epoch is over; a scheduler such as ReduceLROnPlateau gets the evaluation loss."""
@@ -68,10 +72,13 @@ class Schedule:
             self._scheduler.step()
         self._updater.take_groups(self._optimizer.param_groups)
 
-    def _keep(self, step: int) -> None:
+    def _keep(self, step: int, check: bool) -> None:
         page = {
             "scheduler": self._scheduler.state_dict() if self._scheduler is not None else None,
             "groups": [hyperparameters(g) for g in self._optimizer.param_groups],
             "optimizer": self._updater.memory() if isinstance(self._updater, WholeUpdater) else None,
         }
+        if check:
+            # Better now than when somebody wants to go on with the run.
+            notes.to_bytes(page)
         self._store.write_notebook(self._rank, step, page)

@@ -15,6 +15,8 @@ from shoal import bundle
 from shoal.axes.data import COLLECTIVES_A_STEP
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
+from shoal.comm.grid import Grid
+from shoal.comm.journal import Journal
 from shoal.comm.store import Columns, Store, arena_layout
 from shoal.errors import JobFailed, LossNotFiniteError, RequestError
 from shoal.job import Job
@@ -24,14 +26,23 @@ from shoal.process.supervisor import Supervisor
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
 from shoal.train.choose import choose_plan, predicted_step, remember
-from shoal.train.crew import Crew
+from shoal.train.crew import Crew, bind
 from shoal.train.driver import Emitter, Interrupts, check_plan, versions
 from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
+from shoal.train.metric_state import deal_pieces, write_pieces
 from shoal.train.recorder import Goal, Recorder
 from shoal.train.run import SUMMARY, Run
 from shoal.train.rundir import RunDirectory
-from shoal.train.settings import CheckpointTrouble, EpochPart, JobFacts, NotFinite, RunSettings, ValueNames
+from shoal.train.settings import (
+    CheckpointTrouble,
+    EpochPart,
+    JobFacts,
+    MetricPieces,
+    NotFinite,
+    RunSettings,
+    ValueNames,
+)
 
 # Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
@@ -97,8 +108,7 @@ class Session:
         store = Store(arena, self._facts.table)
         self._store, self._arena = store, arena
         fd = arena.memory.fd
-        self._supervisor.call("bind", self._settings, True, fds=(fd,))
-        self._supervisor.call("forget_first_weights")
+        bind(self._supervisor, self._settings, fd, last=True)
         first = self._restore(store)
         store.spread()
         self._write_beginning(first)
@@ -132,6 +142,8 @@ class Session:
             slot.post(Signal.COLLECTIVE, step * COLLECTIVES_A_STEP)
             if restored.notebook is not None:
                 store.write_notebook(rank, step, restored.notebook)
+        for rank, pieces in enumerate(deal_pieces(restored.metrics, self._arena.world_size)):
+            write_pieces(Journal(self._arena, rank), step, pieces)
         row = store.record(0, step - 1)
         count = Columns.SAMPLES_SUM + 1 - Columns.LOSS_SUM
         row[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1] = restored.sums[:count]
@@ -211,6 +223,8 @@ class Session:
             self._parts.setdefault(message.epoch, {})[message.rank] = message
         elif isinstance(message, ValueNames):
             self._recorder.names = self._recorder.names or message.names
+        elif isinstance(message, MetricPieces):
+            write_pieces(Journal(self._arena, message.rank), message.step, message.pieces)
         elif isinstance(message, NotFinite):
             self._not_finite.append(message)
         elif isinstance(message, CheckpointTrouble):
@@ -477,10 +491,10 @@ def run_settings(
     per_epoch = -(-facts.samples // job.batch_size)
     total = (options.epochs or job.epochs) * per_epoch
     total = min(total, options.steps) if options.steps else total
-    room = 0 if private else facts.collective_bytes
+    room = 0 if private else facts.collective_bytes(plan)
     return RunSettings(
         plan=plan,
-        layout=arena_layout(facts.table, plan.world_size, room, bool(plan.local_steps), private),
+        layout=arena_layout(facts.table, Grid.of(plan), room, bool(plan.local_steps), private),
         total_steps=total,
         steps_per_epoch=per_epoch,
         checkpoint_dir=str(directory.resolve()),

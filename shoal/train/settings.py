@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.comm.arena import ArenaLayout
 from shoal.comm.table import ParameterTable
@@ -17,7 +18,7 @@ class JobFacts:
         table: the model's tensors and the optimizer's state.
         samples, eval_samples: sizes of the data sets (0 without evaluation data).
         batchnorm: the model has layers that normalise over the batch.
-        collective_bytes: room that a worker needs for its part in a step's small collectives.
+        statistics_bytes: what a worker gives to the small collectives of one pass through the model (BatchNorm's).
         images: the first batch holds 4-D floating tensors, so that memory layout matters.
         build_s: how long building took.
     """
@@ -26,9 +27,13 @@ class JobFacts:
     samples: int
     eval_samples: int
     batchnorm: bool
-    collective_bytes: int
+    statistics_bytes: int
     images: bool
     build_s: float
+
+    def collective_bytes(self, plan: Plan) -> int:
+        """Room for a worker's part in a step's small collectives: all microbatches, each layer used twice, and some."""
+        return (1 << 20) + 2 * (plan.accumulate or 1) * self.statistics_bytes if self.statistics_bytes else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,15 @@ class EpochPart:
     evaluation: object | None
     training: object
     seconds: float
+
+
+@dataclass(frozen=True)
+class MetricPieces:
+    """The state of a worker's training metrics at the beginning of a step, for whoever writes its notes to disk."""
+
+    rank: int
+    step: int
+    pieces: Any
 
 
 @dataclass(frozen=True)

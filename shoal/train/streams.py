@@ -1,7 +1,8 @@
 """Random streams that depend on where a run is, not on how it got there.
 
 Python's, NumPy's and torch's global generators are seeded again at the beginning of every share of a step, of every
-evaluation batch and of every data item, so that a resumed or replaced worker draws the same numbers.
+evaluation batch, of every data item, and of every update by an optimizer that may draw, so that a resumed or replaced
+worker draws the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from shoal.data.order import mix
 
-MODEL, STEP, EVALUATION, ITEM = range(4)
+MODEL, STEP, EVALUATION, ITEM, UPDATE = range(5)
 
 
 def reseed(*where: int) -> None:

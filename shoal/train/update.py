@@ -18,18 +18,22 @@ import torch
 from torch import nn
 
 from shoal.comm.store import Store, scalar_row_bytes
-from shoal.comm.table import Chunk, Lane, align, chunks_of, deal_tensors
+from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes of a tensor that a checkpoint takes: where they go in the tensor, and a view of them."""
+    """Bytes of a tensor that a checkpoint takes: where they go in the tensor, and a view of them.
+
+    ``part``: the part of a whole tensor that ``start_byte`` counts from the beginning of, where it is kept in parts.
+    """
 
     kind: str
     name: str
     start_byte: int
     data: torch.Tensor
+    part: TensorSpec | None = None
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -308,10 +312,10 @@ class _ElementwiseChunk:
         for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self._specs, strict=True)):
             start = piece.start * width
             if not self._lane.replica:
-                yield Saved("weights", spec.name, start, as_bytes(self._pieces[k].data))
+                yield Saved("weights", spec.name, start, as_bytes(self._pieces[k].data), spec)
             for key, place in zip(self._keys, self._states[k], strict=True):
-                yield Saved(lane_kind(f"state.{key}", self._lane.replica), spec.name, start, as_bytes(place))
-            if piece.start == 0:
+                yield Saved(lane_kind(f"state.{key}", self._lane.replica), spec.name, start, as_bytes(place), spec)
+            if piece.start == 0 and spec.leads:
                 yield Saved(lane_kind("scalars", self._lane.replica), spec.name, 0, self._rows[k])
 
 
@@ -382,7 +386,7 @@ class WholeUpdater(Updater):
         """The part of the optimizer's state that is no tensor, for the notebook."""
         tensors = {(spec.parameter, spec.key) for _, spec in self._states}
         rest = {
-            index: {
+            self.store.table.parameters[index].name: {
                 key: copy.copy(value)
                 for key, value in self._optimizer.state.get(self._parameters[index], {}).items()
                 if (index, key) not in tensors
@@ -412,7 +416,7 @@ class WholeUpdater(Updater):
             parameter = self._parameters[index]
             self._optimizer.state.pop(parameter, None)
             if self._made[index]:
-                state = dict(self._remembered.get("state", {}).get(index, {}))
+                state = dict(self._remembered.get("state", {}).get(self.store.table.parameters[index].name, {}))
                 for place, spec in self._states:
                     if spec.parameter == index:
                         state[spec.key] = self.store.state_tensor(place, self.lane.replica)
@@ -428,13 +432,18 @@ class WholeUpdater(Updater):
         for index in self.own:
             spec = self.store.table.parameters[index]
             if not self.lane.replica:
-                yield Saved("weights", spec.name, 0, as_bytes(self.store.weight(index, self.lane.replica)))
+                yield Saved("weights", spec.name, 0, as_bytes(self.store.weight(index, self.lane.replica)), spec)
+            if not spec.leads:
+                continue
             row = self._row_bytes.view(len(self._parameters), -1)[index]
             yield Saved(lane_kind("scalars", self.lane.replica), spec.name, 0, row)
         for place, state in self._states:
-            name = self.store.table.parameters[state.parameter].name
+            spec = self.store.table.parameters[state.parameter]
             data = as_bytes(self.store.state_tensor(place, self.lane.replica))
-            yield Saved(lane_kind(f"state.{state.key}", self.lane.replica), name, 0, data)
+            if state.shape == spec.shape:
+                yield Saved(lane_kind(f"state.{state.key}", self.lane.replica), spec.name, 0, data, spec)
+            elif spec.leads:
+                yield Saved(lane_kind(f"state.{state.key}", self.lane.replica), spec.name, 0, data)
 
 
 def make_updater(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -15,6 +16,14 @@ import torch
 from noisy_job import digest, events, history, kill, make_job, processes, wait_until
 
 import shoal
+from shoal.comm.arena import Arena
+from shoal.comm.store import Store
+from shoal.plan import Plan
+from shoal.process.supervisor import Supervisor
+from shoal.train.api import TrainOptions
+from shoal.train.choose import run_trial
+from shoal.train.crew import bind
+from shoal.train.session import run_settings
 
 PLAN = "dp=2,threads=1"
 EDGE = noisy_job.STEPS_PER_EPOCH
@@ -88,7 +97,7 @@ def test_killed_in_every_phase(
     run = with_faults(monkeypatch, job, tmp_path / "killed", text)
 
     assert digest(run) == digest(calm)
-    assert history(run) == history(calm)
+    assert history(run) == history(calm) and "confusion_3" in run.history[0]
     deaths, recovered = events(run.path, "death"), events(run.path, "recovered")
     # An optimizer of the user's own works in rank 0 alone, so that rank 1 has no update to die in.
     expected = [k for k in KILLS if k[0] == 0 or k[2] != "update" or optimizer is not noisy_job.Counting]
@@ -172,6 +181,36 @@ class _Trouble(threading.Thread):
 
     def _last_step(self) -> int:
         return max((event["step"] for event in events(self._run, "step", "epoch")), default=-8)
+
+
+def test_template_killed_while_plans_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a trial, in its midst, and before the run itself: each time there is a new one, and the first weights."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    plan = Plan.parse(PLAN).filled()
+    with contextlib.closing(Supervisor()) as supervisor:
+        supervisor.start()
+        supervisor.load("shoal.train.host:TrainHost", LONG, 60.0)
+        facts = supervisor.call("facts")
+        kill(supervisor.template_pid)
+        assert run_trial(plan, LONG, facts, supervisor, 0.05).step_times_s and supervisor.template_deaths == 1
+
+        def kill_once() -> None:
+            wait_until(lambda: any(c.role == "worker" for c in list(supervisor.children.values())))
+            kill(supervisor.template_pid)
+
+        trouble = threading.Thread(target=kill_once)
+        trouble.start()
+        assert run_trial(plan, LONG, facts, supervisor, 0.5).step_times_s and supervisor.template_deaths == 2
+        trouble.join()
+        kill(supervisor.template_pid)
+        settings = run_settings(plan, LONG, facts, TrainOptions(), tmp_path)
+        arena = Arena.create(settings.layout)
+        bind(supervisor, settings, arena.memory.fd, last=True)
+        first = Store(arena, facts.table).weights[0].clone()
+        torch.manual_seed(0)
+        wanted = {tuple(p.shape): p for p in noisy_job.model().parameters() if p.dim() == 2}
+        assert torch.equal(first, wanted[tuple(first.shape)].data)
+        arena.memory.close()
 
 
 def test_three_deaths_in_the_same_step_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

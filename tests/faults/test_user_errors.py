@@ -17,6 +17,7 @@ from torch import nn
 
 import shoal
 from shoal.comm.arena import Arena
+from shoal.comm.grid import Grid
 from shoal.comm.store import arena_layout
 from shoal.data.order import epoch_order
 from shoal.errors import LossNotFiniteError, UserCodeError
@@ -91,7 +92,7 @@ def work(supervisor: Supervisor, job: shoal.Job, folder: Path) -> list[dict[str,
     facts: JobFacts = supervisor.call("facts")
     plan = Plan.parse("dp=2,threads=1,accumulate=1")
     settings = RunSettings(
-        plan=plan, layout=arena_layout(facts.table, 2, facts.collective_bytes), total_steps=12, steps_per_epoch=13,
+        plan=plan, layout=arena_layout(facts.table, Grid(dp=2), facts.collective_bytes(plan)), total_steps=12, steps_per_epoch=13,
         checkpoint_dir=str(folder),
     )  # fmt: skip
     arena = Arena.create(settings.layout)

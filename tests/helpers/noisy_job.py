@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import psutil
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAUROC
 
 import shoal
 
@@ -55,6 +58,32 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.argmax(1) == target).float().mean()
 
 
+class Auc(BinaryAUROC):
+    """Keeps everything that it has seen in lists."""
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        super().update(output.softmax(1)[:, 1], target)
+
+
+class Confusion(Metric):
+    """Keeps a table of a fixed size, and a number that is no tensor."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("table", torch.zeros(2, 2, dtype=torch.long), dist_reduce_fx="sum")
+        self.classes: int | None = None
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        self.classes = output.shape[1]
+        self.table += torch.bincount(2 * target + output.argmax(1), minlength=4).view(2, 2)
+
+    def compute(self) -> torch.Tensor:
+        assert self.classes == 2
+        return self.table.double()
+
+
 def adam(params: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=1e-3)
 
@@ -72,7 +101,7 @@ def make_job(optimizer: Callable[[Any], torch.optim.Optimizer] = adam, **changes
         loss=nn.functional.cross_entropy,
         optimizer=optimizer,
         scheduler=steps_down,
-        metrics={"accuracy": accuracy},
+        metrics={"accuracy": accuracy, "auc": Auc(), "confusion": Confusion()},
         batch_size=12,
         epochs=4,
         grad_clip=0.5,
@@ -81,7 +110,7 @@ def make_job(optimizer: Callable[[Any], torch.optim.Optimizer] = adam, **changes
 
 
 class Counting(torch.optim.Optimizer):
-    """An optimizer of the user's own, whose memory is partly in Python numbers: in its state, and in its groups."""
+    """An optimizer of the user's own that adds noise; its memory is partly in Python numbers: in its state and groups."""
 
     def __init__(self, params: Any, lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr, "calls": 0})
@@ -98,6 +127,7 @@ class Counting(torch.optim.Optimizer):
                     state["step"], state["mean"] = 0, torch.zeros_like(p)
                 state["step"] += 1
                 state["mean"].mul_(0.9).add_(p.grad)
+                p.add_(torch.randn_like(p), alpha=1e-4 * random.random())
                 p.add_(state["mean"], alpha=-group["lr"] / (1 + 0.01 * state["step"] + 0.003 * group["calls"]))
 
 

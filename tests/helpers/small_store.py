@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from shoal.comm.arena import Arena
+from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.train.describe import bind, describe, fill, trained_parameters
 from shoal.train.update import Updater, make_updater
@@ -36,7 +37,7 @@ class Ranks:
         self.make = make
         self.model: nn.Module = Net()
         table = describe(self.model, make(self.model))
-        self.store = Store(Arena.create(arena_layout(table, world_size)), table)
+        self.store = Store(Arena.create(arena_layout(table, Grid(dp=world_size))), table)
         fill(self.model, self.store)
         bind(self.model, self.store)
         self.world_size = world_size

@@ -58,11 +58,13 @@ class WideDeep(nn.Module):
 class ClickAUC(BinaryAUROC):
     """The area under the ROC curve from logits and 0.0/1.0 targets.
 
-    torchmetrics guesses for each batch whether it holds logits, and wants whole numbers as targets.
+    torchmetrics guesses for each batch whether it holds logits, and wants whole numbers as targets. Both are known
+    here, so the batch is put where it would have come to after a fourth of the time.
     """
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        super().update(output.detach().sigmoid(), target.int())
+        self.preds.append(output.detach().sigmoid())
+        self.target.append(target.int())
 
 
 def model() -> nn.Module:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.comm.grid import Grid
 from shoal.comm.table import (
     ALIGNMENT,
     FROZEN,
@@ -48,7 +49,7 @@ def test_chunks_of_all_slices_cover_every_trained_element_exactly_once(
 ) -> None:
     seen = [np.zeros(spec.numel, dtype=int) for spec in table.trained]
     for rank in range(parts):
-        lane = lane_of(table, rank, parts, local=False)
+        lane = lane_of(table, rank, Grid(dp=parts), local=False)
         end = lane.start
         for chunk in chunks_of(table, lane.start, lane.stop, chunk_bytes):
             assert end <= chunk.start < chunk.stop <= lane.stop
@@ -80,5 +81,5 @@ def test_an_optimizer_that_looks_across_tensors_gets_them_all_in_one_place() -> 
 
 def test_a_worker_that_trains_alone_updates_all_of_its_replica_from_its_own_gradients() -> None:
     table = table_of([(3, 0), (90, 0)])
-    lane = lane_of(table, 1, 3, local=True)
+    lane = lane_of(table, 1, Grid(dp=3), local=True)
     assert (lane.start, lane.stop, lane.sources, lane.replica) == (0, table.trained_bytes, (1,), 1)

@@ -14,6 +14,7 @@ from torch import nn
 
 import shoal
 from shoal.comm.arena import Arena, Note, Signal
+from shoal.comm.grid import Grid
 from shoal.comm.store import arena_layout
 from shoal.errors import RequestError
 from shoal.plan import Plan
@@ -72,7 +73,7 @@ def test_what_is_stopped_or_killed_is_replaced(supervisor: Supervisor, monkeypat
     supervisor.load("shoal.train.host:TrainHost", JOB, 60.0)
     table = supervisor.call("facts").table
     plan = Plan.parse("dp=2,threads=1,accumulate=1")
-    settings = RunSettings(plan=plan, layout=arena_layout(table, 2), total_steps=STEPS, steps_per_epoch=1000)
+    settings = RunSettings(plan=plan, layout=arena_layout(table, Grid(dp=2)), total_steps=STEPS, steps_per_epoch=1000)
     arena = Arena.create(settings.layout)
     seen: list[dict[str, Any]] = []
     supervisor.call("bind", settings, True, fds=(arena.memory.fd,))

@@ -1,0 +1,385 @@
+"""How much memory a worker needs under a plan, and the refusal of a plan that needs too much. Pure: numbers in, numbers out.
+
+What is predicted is what the operating system shows as a worker's peak: its own memory, and the pages of the arena
+that it touches. With W bytes of weights and G of gradients of the worker's own coordinate (its stage, its part of what the
+tensor axis splits), s optimizer tensors, and N workers on the data axis::
+
+    weights      W, once on the machine; zero=3: W/N, and what is gathered for a while
+    gradients    G in its own stripe, G/N from each other one when it sums its slice; zero=3: G/N
+    state        s · G/N
+    activations  what is saved for the backward pass of each microbatch in flight, and the peak of the last one
+    process      Python, torch and the arena's small regions
+
+Sources: ZeRO (Rajbhandari et al. 2020, section 3) for the shares, Korthikanti et al. 2022 (equations 1 to 4) for what of the
+activations the tensor axis splits, Narayanan et al. 2021 for microbatches in flight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from shoal.axes.zero import held
+from shoal.errors import PlanError
+from shoal.plan import Plan
+
+PROCESS_BYTES = 330_000_000
+"""Resident memory of a worker that has imported torch and run a step of a tiny model."""
+
+SPLIT_SHARE = 24 / 34
+"""What tensor parallelism splits of a transformer layer's activations: all but 10 of 34 parts (Korthikanti, equation 2)."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter.
+
+    Attributes:
+        nbytes: of the whole tensor.
+        unit: which unit of the model uses it first; see ``ModelMemory.units``.
+        also: further units that use it (a tied head).
+        split: whether the tensor axis splits it.
+        trained: whether it has a gradient and optimizer state.
+    """
+
+    name: str
+    nbytes: int
+    unit: int = 0
+    also: tuple[int, ...] = ()
+    split: bool = False
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that a pipeline does not cut: what comes before the blocks, each block, what comes after.
+
+    Attributes:
+        saved: bytes a sample that stay from the forward to the backward pass.
+        fixed: bytes that stay, however many samples there are.
+        peak: bytes a sample that are live at the unit's worst moment, beyond what was saved before it.
+        entry: bytes a sample that come in: what travels where a pipeline is cut before it.
+        block: whether it is one of the repeated blocks.
+        recomputed: bytes a sample of ``saved`` for each mode of ``recompute``, where they are known.
+    """
+
+    saved: float
+    fixed: float = 0.0
+    peak: float = 0.0
+    entry: float = 0.0
+    block: bool = False
+    recomputed: Mapping[str, float] = field(default_factory=dict)
+
+    def kept(self, mode: str) -> float:
+        """Bytes a sample that stay under a mode of ``recompute``."""
+        if mode in self.recomputed:
+            return self.recomputed[mode]
+        if mode == "full" and self.block:
+            return min(self.entry, self.saved)
+        return self.saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMemory:
+    """What of a model and its job decides memory.
+
+    Attributes:
+        units: in the order of the forward pass.
+        batch: samples in a step, over all workers.
+        buffer_bytes: of all buffers; the arena keeps them twice.
+        state_tensors: optimizer tensors for each trained parameter (Adam 2, momentum 1).
+        process_bytes: what a worker needs before all that.
+        guessed: the activations were not measured exactly.
+    """
+
+    weights: tuple[Weight, ...]
+    units: tuple[Unit, ...]
+    batch: int
+    buffer_bytes: int = 0
+    state_tensors: int = 2
+    process_bytes: int = PROCESS_BYTES
+    guessed: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the largest worker, by what they are for."""
+
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    gathered: int
+    buffers: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def sentence(self) -> str:
+        """The parts, the largest first, those under a hundredth left out."""
+        names = {"state": "optimizer state", "gathered": "gathered weights"}
+        parts = sorted(((getattr(self, f.name), names.get(f.name, f.name)) for f in fields(self)), reverse=True)
+        return ", ".join(f"{name} {size_text(size)}" for size, name in parts if size * 100 >= self.total)
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes as people write it: ``1.4 GB``, ``310 MB``."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 999.5e6 else f"{nbytes / 1e6:,.0f} MB"
+
+
+# -- what a plan needs ------------------------------------------------------------------------------------------------
+
+
+def worker_need(model: ModelMemory, plan: Plan, stages: Sequence[Sequence[int]] | None = None) -> Need:
+    """Return what the largest worker needs under a plan.
+
+    Args:
+        plan: axes that it leaves open count as 1.
+        stages: for each stage of the pipeline the units that it holds; cut evenly where it is None.
+    """
+    pp = plan.pp or 1
+    cut = cut_stages(model, pp * _pieces(plan)) if stages is None else stages
+    holders = [[cut[c] for c in _chunks_of_stage(stage, pp, len(cut), plan.schedule)] for stage in range(pp)]
+    needs = [_stage_need(model, plan, [u for c in chunks for u in c], stage) for stage, chunks in enumerate(holders)]
+    return max(needs, key=lambda need: need.total)
+
+
+def machine_need(model: ModelMemory, plan: Plan) -> int:
+    """Bytes of all workers of a plan together on one machine, what they share counted once."""
+    world = plan.world_size if plan.names_axes else 1
+    weights = sum(w.nbytes for w in model.weights)
+    trained = sum(w.nbytes for w in model.weights if w.trained)
+    stripes = 1 if plan.zero == 3 else (plan.data_ways if plan.names_axes else 1)
+    need = worker_need(model, plan)
+    private = need.activations + need.gathered + need.process
+    return weights + trained * (stripes + model.state_tensors) + 2 * model.buffer_bytes + world * private
+
+
+def cut_stages(model: ModelMemory, count: int) -> list[list[int]]:
+    """Cut the units into ``count`` runs, so that the heaviest (weights with state, and activations) is as light as can be.
+
+    A pipeline cuts by measured time; for equal blocks that comes to the same.
+    """
+    each = (2 + model.state_tensors) if model.weights else 1
+    heavy = [unit.saved * model.batch + unit.fixed for unit in model.units]
+    for weight in model.weights:
+        heavy[weight.unit] += weight.nbytes * (each if weight.trained else 1)
+    total = len(heavy)
+    best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
+    for parts in range(1, count + 1):
+        for end in range(parts, total - (count - parts) + 1):
+            options = [
+                (max(best[start, parts - 1][0], sum(heavy[start:end])), start)
+                for start in range(parts - 1, end)
+                if (start, parts - 1) in best
+            ]
+            if options:
+                best[end, parts] = min(options)
+    if (total, count) not in best:
+        # More stages than units: the last ones stay empty.
+        return [[u] for u in range(total)] + [[] for _ in range(count - total)]
+    runs: list[list[int]] = []
+    end = total
+    for parts in range(count, 0, -1):
+        start = best[end, parts][1]
+        runs.append(list(range(start, end)))
+        end = start
+    return runs[::-1]
+
+
+def in_flight(plan: Plan, stage: int) -> float:
+    """How many microbatches' activations a stage holds at once, of all its pieces of the model.
+
+    GPipe holds all; 1F1B as many as there are stages from here to the end; ZBV at most as many as there are stages on every
+    one (Qi et al. 2023); interleaved 1F1B its warm-up (Narayanan et al. 2021, section 2.2) of pieces.
+    """
+    pp, count = plan.pp or 1, plan.microbatches or 1
+    if pp == 1:
+        return 1.0
+    if plan.schedule == "1f1b":
+        return float(min(count, pp - stage))
+    if plan.schedule == "zbv":
+        return float(min(count, pp))
+    if plan.schedule == "interleaved":
+        pieces = _pieces(plan)
+        return min(float(count), ((pp - stage - 1) * 2 + (pieces - 1) * pp + 1) / pieces)
+    return float(count)
+
+
+def _pieces(plan: Plan) -> int:
+    """How many pieces of the model each stage of the pipeline has."""
+    if plan.schedule == "zbv":
+        return 2
+    return (plan.interleave or 2) if plan.schedule == "interleaved" else 1
+
+
+def _chunks_of_stage(stage: int, pp: int, chunks: int, schedule: str | None) -> list[int]:
+    if schedule == "zbv" and chunks == 2 * pp:
+        return [stage, chunks - 1 - stage]
+    return list(range(stage, chunks, pp))
+
+
+def _stage_need(model: ModelMemory, plan: Plan, units: Sequence[int], stage: int) -> Need:
+    dp, tp = plan.dp or 1, plan.tp or 1
+    own = set(units)
+    mine = [(w, w.nbytes / (tp if w.split else 1)) for w in model.weights if {w.unit, *w.also} & own]
+    weights = sum(size for _, size in mine)
+    trained = sum(size for w, size in mine if w.trained)
+    gathered = 0
+    if plan.zero == 3 and dp > 1:
+        blocks = [sum(s for w, s in mine if w.unit == u and not w.also) for u in units if model.units[u].block]
+        rest = weights - sum(blocks)
+        gathered = held([int(size) for size in blocks], int(rest), dp, 0).gathered
+        weights, gradients = weights / dp, trained / dp
+    else:
+        # Its own stripe, a slice of each other one, and the gradient that was just made and goes to the stripe.
+        gradients = trained * (1 + (dp - 1) / dp) + max((size for w, size in mine if w.trained), default=0)
+    buffers = 2 * model.buffer_bytes
+    return Need(
+        weights=math.ceil(weights),
+        gradients=math.ceil(gradients),
+        state=math.ceil(model.state_tensors * trained / dp),
+        activations=math.ceil(_activations(model, plan, units, stage)),
+        gathered=gathered,
+        buffers=buffers,
+        process=model.process_bytes,
+    )
+
+
+def _activations(model: ModelMemory, plan: Plan, units: Sequence[int], stage: int) -> float:
+    mode = plan.recompute or "none"
+    tp = plan.tp or 1
+    divided = 1.0 / tp if plan.sequence_parallel else 1 - SPLIT_SHARE + SPLIT_SHARE / tp
+    share = -(-model.batch // (plan.dp or 1))
+    if plan.shares:
+        share = math.ceil(model.batch * max(plan.shares) / sum(plan.shares))
+    samples = -(-share // ((plan.accumulate or 1) * (plan.microbatches or 1)))
+    own = [model.units[u] for u in units]
+    factors = [divided if unit.block else 1.0 for unit in own]
+    kept = sum(factor * unit.kept(mode) for unit, factor in zip(own, factors, strict=True))
+    # One block at a time is whole again while it is recomputed, beside whatever else is live at the worst moment.
+    beyond = max(
+        (f * (unit.peak + max(0.0, unit.saved - unit.kept(mode))) for unit, f in zip(own, factors, strict=True)),
+        default=0.0,
+    )
+    return sum(unit.fixed for unit in own) + samples * (kept * in_flight(plan, stage) + beyond)
+
+
+# -- refusing ---------------------------------------------------------------------------------------------------------
+
+
+def fits(
+    model: ModelMemory,
+    plan: Plan,
+    limit_bytes: int | None,
+    *,
+    most_workers: int,
+    allowed: Callable[[Plan], bool] = lambda plan: True,
+    machine_bytes: int | None = None,
+) -> Need:
+    """Return what the plan needs where that is within the limits.
+
+    Args:
+        limit_bytes: what a worker may use (``--memory-limit``), or None.
+        most_workers: how many workers a plan that is proposed instead may have.
+        allowed: whether the model can be split as a plan says (heads, blocks); proposals are made from such plans.
+        machine_bytes: what all workers may use together, or None.
+
+    Raises:
+        PlanError: it is not; says what the plan needs, the limit, and the smallest plan that would fit.
+    """
+    need = worker_need(model, plan)
+    if _within(model, plan, limit_bytes, machine_bytes):
+        return need
+    name = _axes_text(plan)
+    if limit_bytes is not None and need.total > limit_bytes:
+        said = (
+            f"{name} needs about {size_text(need.total)} a worker ({need.sentence()}) and the limit is {size_text(limit_bytes)}"
+        )
+    else:
+        everything = machine_need(model, plan)
+        said = f"{name} needs about {size_text(everything)} in all and the machine has {size_text(machine_bytes or 0)}"
+    better = propose(model, plan, limit_bytes, most_workers=most_workers, allowed=allowed, machine_bytes=machine_bytes)
+    if better is None:
+        remedy = f"no plan with up to {most_workers} workers fits; raise the limit, or use a smaller model or batch"
+    else:
+        remedy = f"--plan {_axes_text(better)} would fit with {size_text(worker_need(model, better).total)}"
+    guess = " (the activations are a guess)" if model.guessed else ""
+    raise PlanError(f"{said}{guess}; {remedy}.")
+
+
+def propose(
+    model: ModelMemory,
+    wanted: Plan,
+    limit_bytes: int | None,
+    *,
+    most_workers: int,
+    allowed: Callable[[Plan], bool] = lambda plan: True,
+    machine_bytes: int | None = None,
+) -> Plan | None:
+    """Return the smallest plan that fits: the fewest workers, then the fewest axes, then the least memory; or None.
+
+    What ``wanted`` says beside its axes is kept. Recomputing is proposed only where nothing fits without.
+    """
+    modes = [wanted.recompute or "none"]
+    if modes != ["full"]:
+        modes.append("full")
+    for mode in modes:
+        for workers in range(1, most_workers + 1):
+            fitting = [
+                plan
+                for plan in _plans_of(wanted, workers, mode, model)
+                if allowed(plan) and _within(model, plan, limit_bytes, machine_bytes)
+            ]
+            if fitting:
+                return min(fitting, key=lambda plan: (_axes_used(plan), worker_need(model, plan).total))
+    return None
+
+
+def _within(model: ModelMemory, plan: Plan, limit_bytes: int | None, machine_bytes: int | None) -> bool:
+    if limit_bytes is not None and worker_need(model, plan).total > limit_bytes:
+        return False
+    return machine_bytes is None or machine_need(model, plan) <= machine_bytes
+
+
+def _plans_of(wanted: Plan, workers: int, mode: str, model: ModelMemory) -> Iterable[Plan]:
+    """Every way to use exactly so many workers."""
+    kept = wanted.replace(shares=None, explanation=())
+    for tp in _divisors(workers):
+        for pp in _divisors(workers // tp):
+            dp = workers // tp // pp
+            if dp > model.batch or pp > len(model.units):
+                continue
+            for zero in (0, 3) if dp > 1 else (0,):
+                changes: dict[str, object] = {"dp": dp, "tp": tp, "pp": pp, "zero": zero, "recompute": mode}
+                share = -(-model.batch // dp)
+                changes["microbatches"] = min(share, kept.microbatches or 4 * pp) if pp > 1 else None
+                changes["schedule"] = (kept.schedule or "1f1b") if pp > 1 else None
+                changes["interleave"] = kept.interleave if pp > 1 else None
+                changes["sequence_parallel"] = kept.sequence_parallel if tp > 1 else None
+                if pp > 1 and kept.batchnorm == "global":
+                    changes["batchnorm"] = "micro"
+                try:
+                    yield kept.replace(**changes)
+                except PlanError:
+                    # What the user fixed does not go with these axes.
+                    continue
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _axes_used(plan: Plan) -> int:
+    return sum((getattr(plan, key) or 1) > 1 for key in ("dp", "tp", "pp")) + bool(plan.zero)
+
+
+def _axes_text(plan: Plan) -> str:
+    """The part of a plan that memory depends on, as a plan string."""
+    said = {k: v for k, v in plan.values().items() if k in ("dp", "tp", "pp") and v != 1}
+    said.update({k: v for k, v in plan.values().items() if k == "zero" and v})
+    said.update({k: v for k, v in plan.values().items() if k == "recompute" and v != "none"})
+    return ",".join(f"{key}={value}" for key, value in said.items()) or "dp=1"
