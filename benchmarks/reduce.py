@@ -4,6 +4,8 @@ On both sides every process has its values, and afterwards every process can rea
 each process in its own tensor; in the arena each process sums its slice of everybody's stripes into the one result that
 all of them read (see benchmarks/peers/reduce_arena.py). Bandwidth is the bytes that one process gives, by the time.
 Processes are started anew for each measurement, in which all sizes are gone through, one after the other.
+
+At the end come the collectives of the process group over shared memory (benchmarks/collectives.py).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common  # noqa: E402
+from benchmarks import collectives, common  # noqa: E402
 from benchmarks.common import Bar, Group, Peer, Result  # noqa: E402
 
 SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 400_000_000)
@@ -136,6 +138,7 @@ def main() -> int:
     parser.add_argument("--processes", nargs="+", type=int, default=list(PROCESSES), help="how many share the sum")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="bytes that a process gives")
     parser.add_argument("--fresh", action="store_true", help="write all values anew before each sum, outside the clock")
+    parser.add_argument("--sums-only", action="store_true", help="leave out the collectives of the process group")
     options = parser.parse_args()
     machine = common.hardware()
     sizes = [size for size in options.sizes if size <= 4 << 20] if options.quick else options.sizes
@@ -148,7 +151,8 @@ def main() -> int:
     def picture(path: Path, caption: str) -> None:
         draw(path, caption, found)
 
-    return 0 if common.report(name, groups, "µs", vars(options), machine, bars, tables, picture) else 1
+    whole = common.report(name, groups, "µs", vars(options), machine, bars, tables, picture)
+    return 0 if (options.sums_only or collectives.run(options, machine)) and whole else 1
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ else:
 __all__ = ["GLOSSARY", "Plan"]
 
 _RUNS: Mapping[str, tuple[Any, ...]] = {
-    "tp": (1,), "pp": (1,), "zero": (0,), "cp": (1,), "ep": (1,), "ps": (), "workers": (),
-    "microbatches": (1,), "schedule": (), "interleave": (1,), "sequence_parallel": (False,), "recompute": ("none",),
+    "cp": (1,), "ep": (1,), "ps": (), "workers": (),
     "device": ("cpu",), "compile": (False,), "rewrites": ("none",), "sub_batch": (0,), "codec": ("none",),
     "adapt": (False,),
 }  # fmt: skip

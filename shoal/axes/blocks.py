@@ -10,25 +10,22 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_SMALLEST_SHARE = 0.1
-"""A block that holds less than this part of what the largest one holds is not worth a collective of its own."""
 
-
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def find_blocks(model: nn.Module, smallest_share: float = 0.0, shared: bool = True) -> dict[str, nn.Module]:
     """Return the blocks of a model by name, in the order of ``named_modules``; none where it has no repeated part.
 
     An element that holds more than half of all parameters and has blocks inside it is opened up instead of being taken
-    whole. Elements without parameters, without a ``forward`` of their own, or which share a parameter with anything
-    outside of themselves are no blocks: the weights of a block must be needed by nobody else.
+    whole. Elements without parameters or without a ``forward`` of their own are no blocks.
+
+    Args:
+        smallest_share: leave out those that hold less than this part of what the largest one holds.
+        shared: also those that share a parameter with something outside of themselves.
     """
-    total = _held(model)
-    found = dict(_walk(model, "", total))
-    largest = max((_held(block) for block in found.values()), default=0)
+    found = dict(_walk(model, "", _held(model)))
+    least = smallest_share * max((_held(block) for block in found.values()), default=0)
     owners = _owners(model)
     return {
-        name: block
-        for name, block in found.items()
-        if _held(block) >= _SMALLEST_SHARE * largest and not _shares(block, owners)
+        name: block for name, block in found.items() if _held(block) >= least and (shared or not _shares(block, owners))
     }
 
 

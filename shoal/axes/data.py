@@ -34,6 +34,7 @@ import torch
 from shoal.comm.arena import Note, Order, Phase, Signal
 from shoal.comm.store import Columns, Store
 from shoal.comm.table import chunks_of, slice_bounds
+from shoal.comm.team import Team
 from shoal.errors import DeadlineError, ShoalError
 
 # Two for each BatchNorm layer and microbatch.
@@ -96,6 +97,7 @@ class ArenaData:
         self._waiting = waiting
         self._guard = guard
         self._stripe = store.stripe_of(rank)
+        self._along_data = store.grid.along_data(rank) if store.grid.world_size > 1 else range(self.world_size)
         owner = store.grid.owner(store.part_of(rank))
         self._own = np.array([spec.owner == owner for spec in store.table.trained], dtype=bool)
         self._collective = 0
@@ -123,6 +125,27 @@ class ArenaData:
         first = step * COLLECTIVES_A_STEP & 0xFFFFFFFF
         if 1 << 30 < (first - self.slot.signal(Signal.COLLECTIVE)) & 0xFFFFFFFF < 1 << 31:
             self.slot.post(Signal.COLLECTIVE, first)
+
+    def has_computed(self, step: int) -> bool:
+        """Whether this rank's part of what its team computes of the step is complete."""
+        return self.slot.signal(Signal.COMPUTED) > step
+
+    def post_computed(self, step: int) -> None:
+        self.slot.post(Signal.COMPUTED, step + 1)
+
+    def take_back_computed(self, step: int) -> None:
+        """It is void; nobody has gone on because of it, since a member of the team had not posted."""
+        self.slot.post(Signal.COMPUTED, step)
+
+    def await_computed(self, step: int, team: Team) -> None:
+        """Wait until the whole team has computed; StepAborted where one was lost before it had."""
+        for rank in team.ranks:
+            slot = self.arena.slots[rank]
+
+            def attempt(times: tuple[float, float], slot: Any = slot, rank: int = rank) -> int:
+                return -1 if slot.wait(Signal.COMPUTED, step + 1, times[1], times[0]) else rank
+
+            self.wait_for(attempt, f"the computation of step {step + 1}", team.check)
 
     def publish(self, step: int) -> None:
         """Say that this worker's stripe and record are complete."""
@@ -220,10 +243,10 @@ class ArenaData:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def await_supervisor(self, order: Order, target: int, what: str) -> None:
+    def await_supervisor(self, order: Order, target: int, what: str, check: Callable[[], None] | None = None) -> None:
         """Wait for the supervisor's word."""
         supervisor = self.arena.supervisor
-        self.wait_for(lambda times: -1 if supervisor.wait(order, target, times[1]) else self.world_size, what)
+        self.wait_for(lambda times: -1 if supervisor.wait(order, target, times[1]) else self.world_size, what, check)
 
     def await_end(self) -> None:
         """Wait until the supervisor ends the run: Aborted."""
@@ -238,8 +261,13 @@ class ArenaData:
         """Wait until all ranks have posted; Aborted when the run ends, DeadlineError with the missing rank's name."""
         self.wait_for(lambda s: self.arena.wait_all(signal, target, *s), f"{signal.name.lower()} of step {target}")
 
-    def wait_for(self, attempt: Callable[[tuple[float, float]], int], what: str) -> None:
-        """Repeat a short wait (its argument: spin and timeout in s; its result: -1 or the missing rank) until it succeeds."""
+    def wait_for(
+        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None
+    ) -> None:
+        """Repeat a short wait (its argument: spin and timeout in s; its result: -1 or the missing rank) until it succeeds.
+
+        ``check`` is asked between the attempts, and may raise.
+        """
         waiting = self._waiting
         began = time.monotonic()
         missing = attempt((waiting.spin_s, waiting.slice_s))
@@ -249,6 +277,8 @@ class ArenaData:
             self.slot.write(Note.PHASE_SINCE, time.monotonic())
             if self.arena.supervisor.signal(Order.ABORT):
                 raise Aborted("The run was ended.")
+            if check is not None:
+                check()
             if time.monotonic() - began > waiting.deadline_s:
                 other = self.arena.slots[missing] if missing < self.world_size else self.arena.supervisor
                 doing = Phase(int(other.note(Note.PHASE))).name.lower()
@@ -261,8 +291,8 @@ class ArenaData:
 
     # -- small collectives inside a step -------------------------------------------------------------------------
 
-    def sum_small(self, values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
-        """Sum a small tensor over the ranks that take part, in rank order; every one of them gets the same bits.
+    def sum_small(self, values: torch.Tensor, replicas: Sequence[int]) -> torch.Tensor:
+        """Sum a small tensor over the replicas that take part, in order; every one of them gets the same bits.
 
         What a rank gave stays readable until the step is committed, so that a replacement can go through the same
         collectives again.
@@ -277,7 +307,7 @@ class ArenaData:
             self.slot.post(Signal.COLLECTIVE, target)
         self._collective, self._collective_at = index + 1, at + -(-size // 64) * 64
         total: Any = None
-        for rank in ranks:
+        for rank in (self._along_data[replica] for replica in replicas):
             slot = self.arena.slots[rank]
 
             def attempt(times: tuple[float, float], slot: Any = slot, rank: int = rank) -> int:

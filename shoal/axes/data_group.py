@@ -216,7 +216,7 @@ class GroupData(ArenaData):
 
     # -- the supervisor's part -----------------------------------------------------------------------------------
 
-    def await_supervisor(self, order: Order, target: int, what: str) -> None:
+    def await_supervisor(self, order: Order, target: int, what: str, check: Callable[[], None] | None = None) -> None:
         if self.arena.supervisor.signal(order) < target:
             self._council(what)
         if self.arena.supervisor.signal(order) < target:

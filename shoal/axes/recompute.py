@@ -6,7 +6,8 @@ inputs and one block's activations instead of B blocks' activations. ``recompute
 compute, the outputs of matrix multiplications, convolutions and attention, and computes the cheap rest again (Korthikanti
 et al. 2022, section 5).
 
-The gradients are the same bit for bit: the random state is put back for the second pass, and so is autocast. Nothing is
+The gradients are the same bit for bit: the random state is put back for the second pass, and so is autocast. (Under
+``precision=bf16`` a weight that is used twice has its two gradients added in float32 then, not in bfloat16.) Nothing is
 moved between workers by this, except that a tensor-parallel block repeats its forward collectives.
 """
 
@@ -38,12 +39,12 @@ def apply(model: nn.Module, mode: str | None, blocks: Iterable[nn.Module] | None
 
     if mode not in (None, *MODES):
         raise PlanError(f"recompute={mode} makes no sense; give full, selective or none.")
+    count = 0
     if blocks is None:
         from shoal.axes.blocks import find_blocks
 
         # A single layer keeps its input and nothing else already.
         blocks = [block for block in find_blocks(model).values() if next(block.children(), None) is not None]
-    count = 0
     for block in blocks:
         kind: Any = type(block)
         kind = getattr(kind, "_recomputed_class", kind)
@@ -65,17 +66,29 @@ def _subclass(kind: Any, mode: str) -> Any:
     import torch
     from torch.utils import checkpoint as torch_checkpoint
 
+    from shoal.axes.opened import closed, opened
+
     extra: dict[str, Any] = {}
     if mode == "selective":
         extra["context_fn"] = partial(torch_checkpoint.create_selective_checkpoint_contexts, _policy)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inner = partial(kind.forward, self)
         if not torch.is_grad_enabled():
-            return inner(*args, **kwargs)
-        return torch_checkpoint.checkpoint(
-            inner, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs
-        )
+            return kind.forward(self, *args, **kwargs)
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return kind.forward(self, *closed(args), **closed(kwargs))
+
+        # Autocast remembers rounded weights. That keeps all of them alive, and a weight that another block has used already
+        # would not be rounded here the first time, but would the second time, which ``selective`` takes for an error.
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return torch_checkpoint.checkpoint(
+                inner, *opened(args), use_reentrant=False, preserve_rng_state=True, **extra, **opened(kwargs)
+            )
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**names, "forward": forward, "_recomputed_class": kind})

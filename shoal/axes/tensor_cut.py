@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -75,19 +75,21 @@ class Team:
         self.rehearsal = group is None
         self.members: tuple[int, ...] = tuple(range(ways)) if group is None else (rank,)
         self.report: Callable[[str, str, frozenset[str], tuple[int, ...]], None] | None = None
+        self.count: Callable[[str, bool, int], None] | None = None
         self._entered: tuple[Any, int, torch.Tensor] | None = None
 
     # -- between replicated and split ----------------------------------------------------------------------------
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """A replicated value on its way into a split computation: the same value; its gradient is summed over the team."""
-        if self.rehearsal or not x.requires_grad or not torch.is_grad_enabled():
+        if not x.requires_grad or not torch.is_grad_enabled():
             return x
         # Query, key and value enter with the same tensor one after the other: one sum for the three.
         last = self._entered
         if last is not None and last[0]() is x and last[1] == x._version:
             return last[2]
-        entered: torch.Tensor = _Enter.apply(x, self)
+        self._counts("all_reduce", True, x)
+        entered: torch.Tensor = x if self.rehearsal else _Enter.apply(x, self)
         self._entered = (weakref.ref(x), x._version, entered)
         return entered
 
@@ -96,30 +98,43 @@ class Team:
         entered = self.enter(x)
         return tuple(take(entered, dim, ranges_of(widths, t)) for t in self.members)
 
-    def reduce(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum of everybody's part, replicated."""
+    def reduce(self, parts: Sequence[torch.Tensor], fresh: bool = False) -> torch.Tensor:
+        """The sum of everybody's part, replicated; in place where the part is ``fresh``: nobody else reads it."""
         if self.rehearsal:
+            self._counts("all_reduce", False, parts[0])
             total = parts[0]
             for part in parts[1:]:
                 total = total + part
             return total
-        result: torch.Tensor = _Reduce.apply(parts[0], self)
+        result: torch.Tensor = _Reduce.apply(parts[0], self, fresh)
         return result
 
     def reduce_scatter(self, parts: Sequence[torch.Tensor], dim: int) -> Cut:
         """The sum of everybody's part, cut along ``dim``."""
         widths = (even_widths(parts[0].shape[dim], self.ways),)
         if self.rehearsal:
-            total = self.reduce(parts)
-            return Cut(tuple(take(total, dim, ranges_of(widths, t)) for t in self.members), dim, widths, self)
+            self._counts("reduce_scatter", False, parts[0])
+            self._counts("all_gather", True, parts[0])
+            total = sum(parts[1:], parts[0])
+            cut = Cut(tuple(take(total, dim, ranges_of(widths, t)) for t in self.members), dim, widths, self)
+            cut.along_sequence = True
+            return cut
         return Cut((_ReduceScatter.apply(parts[0], self, dim, widths),), dim, widths, self)
 
     def gather(self, cut: Cut, entering: bool = False) -> torch.Tensor:
         """The whole tensor on every worker; ``entering`` a split computation, so that its gradient must be summed."""
         if self.rehearsal:
-            return assemble(cut.parts, cut.split_dim, cut.widths)
-        whole: torch.Tensor = _Gather.apply(cut.parts[0], self, cut.split_dim, cut.widths, entering)
-        return whole
+            whole = assemble(cut.parts, cut.split_dim, cut.widths)
+            self._counts("all_gather", False, whole)
+            if entering:
+                self._counts("reduce_scatter", True, whole)
+            return whole
+        gathered: torch.Tensor = _Gather.apply(cut.parts[0], self, cut.split_dim, cut.widths, entering)
+        return gathered
+
+    def _counts(self, collective: str, backward: bool, x: torch.Tensor) -> None:
+        if self.count is not None and (x.requires_grad or not backward):
+            self.count(collective, backward, x.numel() * x.element_size())
 
     # -- the exchanges themselves --------------------------------------------------------------------------------
 
@@ -155,7 +170,8 @@ class Cut(torch.Tensor):
         parts: the members' local tensors (in a run: one).
         split_dim: which dim is split, counted from the front.
         widths: by block and worker. A dim may consist of blocks (query, key and value side by side) that are each split by themselves.
-        origins: in a rehearsal, the parameters that this was made from.
+        origins: in a rehearsal, the layers whose split this comes from; none for what is cut along the sequence, which may be put
+            together anywhere.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -163,6 +179,8 @@ class Cut(torch.Tensor):
     widths: Widths
     team: Team
     origins: frozenset[str]
+    along_sequence = False
+    handler: ClassVar[Callable[..., Any]]  # set by tensor_rules, which needs this class
 
     @staticmethod
     def __new__(
@@ -195,9 +213,7 @@ class Cut(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from shoal.axes.tensor_rules import apply_rule
-
-        return apply_rule(func, args, kwargs or {})
+        return cls.handler(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -233,12 +249,15 @@ class _Enter(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, team: Team) -> torch.Tensor:
+    def forward(ctx: Any, part: torch.Tensor, team: Team, fresh: bool) -> torch.Tensor:
+        if fresh and part.is_contiguous():
+            ctx.mark_dirty(part)
+            return team.all_reduce(part)
         return team.all_reduce(_own_copy(part))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        return gradients[0], None
+        return gradients[0], None, None
 
 
 class _ReduceScatter(torch.autograd.Function):

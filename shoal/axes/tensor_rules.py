@@ -17,23 +17,12 @@ from shoal.axes.tensor_shapes import SHAPE_RULES
 
 Rule = Callable[[Team, Any, tuple[Any, ...], dict[str, Any]], Any]
 
-_ELEMENTWISE = """
-    abs add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power neg negative exp exp2 expm1
-    log log2 log10 log1p sqrt rsqrt reciprocal square sign sin cos tan tanh atan sigmoid erf relu relu6 gelu silu elu selu celu
-    leaky_relu prelu_ softplus softsign mish hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink threshold logsigmoid clamp clamp_min clamp_max
-    clip where masked_fill maximum minimum lerp addcmul addcdiv nan_to_num floor ceil round trunc to type float double half bfloat16
-    contiguous clone detach eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not zeros_like ones_like empty_like
-    full_like logit xlogy copysign hypot requires_grad_ alias bitwise_and bitwise_or bitwise_not sinc erfc dropout_
-    __radd__ __rsub__ __rmul__ __rtruediv__ __rpow__ __rdiv__ __and__ __or__ __invert__ __pow__ __truediv__
-""".split()
-_INPLACE = """
-    add_ sub_ mul_ div_ relu_ tanh_ sigmoid_ exp_ neg_ pow_ clamp_ clamp_min_ clamp_max_ masked_fill_ hardtanh_ leaky_relu_ elu_ silu_ sqrt_
-    __iadd__ __isub__ __imul__ __itruediv__
-""".split()
+_ELEMENTWISE = ["abs", "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "fmod", "pow", "float_power", "neg", "negative", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sign", "sin", "cos", "tan", "tanh", "atan", "sigmoid", "erf", "relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "prelu_", "softplus", "softsign", "mish", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "threshold", "logsigmoid", "clamp", "clamp_min", "clamp_max", "clip", "where", "masked_fill", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "nan_to_num", "floor", "ceil", "round", "trunc", "to", "type", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logical_and", "logical_or", "logical_not", "zeros_like", "ones_like", "empty_like", "full_like", "logit", "xlogy", "copysign", "hypot", "requires_grad_", "alias", "bitwise_and", "bitwise_or", "bitwise_not", "sinc", "erfc", "dropout_", "__radd__", "__rsub__", "__rmul__", "__rtruediv__", "__rpow__", "__rdiv__", "__and__", "__or__", "__invert__", "__pow__", "__truediv__"]
+_INPLACE = ["add_", "sub_", "mul_", "div_", "relu_", "tanh_", "sigmoid_", "exp_", "neg_", "pow_", "clamp_", "clamp_min_", "clamp_max_", "masked_fill_", "hardtanh_", "leaky_relu_", "elu_", "silu_", "sqrt_", "__iadd__", "__isub__", "__imul__", "__itruediv__"]
 # Of the wrapper itself: these tell the size of the whole.
-_OF_WHOLE = frozenset("size dim numel nelement ndimension __len__ is_floating_point is_complex element_size".split())
-_GET_OF_WHOLE = frozenset("shape ndim dtype device layout is_sparse is_cuda is_meta is_quantized is_nested itemsize".split())  # fmt: skip
-_OF_PART = frozenset("stride is_contiguous get_device new_zeros new_ones new_empty new_full new_tensor".split())
+_OF_WHOLE = frozenset(["size", "dim", "numel", "nelement", "ndimension", "__len__", "is_floating_point", "is_complex", "element_size"])
+_GET_OF_WHOLE = frozenset(["shape", "ndim", "dtype", "device", "layout", "is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize"])  # fmt: skip
+_OF_PART = frozenset(["stride", "is_contiguous", "get_device", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"])
 
 
 def apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,7 +76,7 @@ def _with_origins(result: Any, args: Any, kwargs: Any) -> Any:
         *(v.origins for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Cut))
     )
     for value in pytree.tree_leaves(result):
-        if isinstance(value, Cut):
+        if isinstance(value, Cut) and not value.along_sequence:
             value.origins = value.origins | origins
     return result
 
@@ -216,14 +205,12 @@ def _rules() -> dict[str, Rule]:
     rules["requires_grad_"] = elementwise
     rules |= {name: inplace for name in _INPLACE}
     rules |= {"to": convert, "type_as": convert, "dropout": dropout, "layer_norm": normalize, "rms_norm": normalize}
-    for name in """softmax log_softmax sum mean var std amax amin argmax argmin logsumexp cumsum cumprod norm normalize glu topk
-                   sort argsort flip roll tril_ all any prod""".split():
+    for name in ["softmax", "log_softmax", "sum", "mean", "var", "std", "amax", "amin", "argmax", "argmin", "logsumexp", "cumsum", "cumprod", "norm", "normalize", "glu", "topk", "sort", "argsort", "flip", "roll", "tril_", "all", "any", "prod"]:
         rules[name] = along
-    for name in """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-                   adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d interpolate boolean_dispatch _max_pool1d
-                   _max_pool2d _max_pool3d""".split():
+    for name in ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "interpolate", "boolean_dispatch", "_max_pool1d", "_max_pool2d", "_max_pool3d"]:
         rules[name] = by_channel
     return rules | SHAPE_RULES | PRODUCT_RULES | ATTENTION_RULES
 
 
 RULES: dict[str, Rule] = _rules()
+Cut.handler = staticmethod(apply_rule)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shoal.axes.tensor_cut import Cut, Team, Widths, ranges_of
+from shoal.axes.tensor_cut import Cut, Team, Widths
 
 MOST_BLOCKS = 8
 
@@ -224,10 +224,8 @@ def divide(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _one_block(team: Team, x: Cut, low: int, high: int) -> Any:
     """The part of the split dim from ``low`` to ``high``, where that is a block."""
     begin = 0
-    for block in x.widths:
+    for index, block in enumerate(x.widths):
         if (begin, begin + sum(block)) == (low, high):
-            offset = [sum(b[t] for b in x.widths[: x.widths.index(block)]) for t in range(team.ways)]
-            index = [sum(map(sum, x.widths[:k])) for k in range(len(x.widths))].index(low)
             offset = [sum(b[t] for b in x.widths[:index]) for t in range(team.ways)]
             parts = tuple(
                 p.narrow(x.split_dim, offset[t], block[t]) for t, p in zip(team.members, x.parts, strict=True)
@@ -304,6 +302,8 @@ def join(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     dim %= ndim + stacking
     if not stacking and dim == first.split_dim:
         return NotImplemented
+    # torch takes an empty vector for nothing at all; caches begin with one.
+    tensors = [v for v in tensors if isinstance(v, Cut) or stacking or v.ndim != 1 or v.numel()]
     rows = []
     for value in tensors:
         if isinstance(value, Cut):
@@ -343,4 +343,3 @@ SHAPE_RULES: dict[str, Callable[..., Any]] = {name: _only_first(rule) for name, 
     "view_as": view_as, "reshape_as": view_as, "expand": expand, "__getitem__": get_item, "cat": join, "concat": join,
     "concatenate": join, "stack": join,
 }  # fmt: skip
-_ = ranges_of

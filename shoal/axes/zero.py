@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from shoal.comm.table import Region
 
 
+SMALLEST_SHARE = 0.1
+"""A block that holds less than this part of what the largest one holds is gathered with what lies outside of blocks."""
+
+
 # -- pure: numbers in, numbers out ------------------------------------------------------------------------------------
 
 
@@ -173,7 +177,8 @@ class Sharded:
                     continue
                 new = nn.Parameter(_as_kind(parameter, view), requires_grad=parameter.requires_grad)
                 for module, key in homes[id(parameter)]:
-                    module._parameters[key] = new
+                    # Not into the dict: recurrent layers keep a second list of their weights.
+                    setattr(module, key, new)
 
     def touched(self) -> dict[str, bool]:
         """Which sharded, trained parameters this worker's backward passes have reached since ``begin``, by name.
@@ -193,7 +198,7 @@ class Sharded:
         """Give up a step in the middle, after an error in a collective; the model can be called again afterwards.
 
         Raises:
-            PlanError: this torch cannot (before 2.13, as far as it was tried); start the worker anew.
+            PlanError: this torch cannot (2.13 can); start the worker anew.
         """
         reset: Any = getattr(self.model, "reset_iter_state", None)
         if reset is None:
@@ -218,7 +223,7 @@ def apply(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module] | None
 
     Names in the state_dict stay as they are; its values become DTensors.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule
 
     from shoal.axes.blocks import find_blocks
 
@@ -227,12 +232,15 @@ def apply(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module] | None
     names = {id(p): name for name, p in model.named_parameters()}
     whole = _whole(model)
     ignored = {p for p in model.parameters() if names[id(p)] in whole}
-    for block in list(find_blocks(model).values()) if blocks is None else list(blocks):
+    if blocks is None:
+        # Small ones are not worth collectives of their own, and a shared weight must be there when others need it.
+        blocks = find_blocks(model, SMALLEST_SHARE, shared=False).values()
+    for block in list(blocks):
         if any(names[id(p)] not in whole for p in block.parameters()):
             # Not kept between forward and backward: that is what sharding the weights is for.
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+            _shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
     # The rest is needed again as soon as the backward pass begins, so dropping it after the forward pass saves nothing.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
+    _shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
     model.register_forward_hook(_drop_after_evaluation)
     touched: dict[str, bool] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -241,6 +249,10 @@ def apply(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module] | None
             # Sums: what a worker differentiates is its part of the global loss already.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            for group in _groups(module):
+                # FSDP2 would look for parameters that were replaced, by their attribute. Here only ``materialise`` does that,
+                # and where the tensor axis has cut a weight, its attribute is not the parameter.
+                group._reset_sharded_params = True
             _watch(module, names, touched)
     # A parameter that only some workers reach would otherwise make their collectives differ in size.
     fill_up: Any = getattr(model, "set_reduce_scatter_unused_params", None)
@@ -283,6 +295,24 @@ def _whole(model: nn.Module) -> set[str]:
     return kept_whole({n: p.dtype for n, p in named.items()}, {n: tuple(p.shape) for n, p in named.items()}, trained)
 
 
+def _shard(module: nn.Module, **options: Any) -> None:
+    """``fully_shard``, with what the tensor axis has split opened to FSDP2's hooks and closed again behind them."""
+    from torch.distributed.fsdp import fully_shard
+
+    from shoal.axes.opened import closed, opened
+
+    # FSDP2's hook on inputs goes to the front and its hook on outputs to the end.
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: (closed(args), closed(kwargs)), prepend=True, with_kwargs=True
+    )
+    module.register_forward_hook(lambda _module, _inputs, output: opened(output))
+    fully_shard(module, **options)
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: (opened(args), opened(kwargs)), prepend=True, with_kwargs=True
+    )
+    module.register_forward_hook(lambda _module, _inputs, output: closed(output))
+
+
 def _drop_after_evaluation(model: Any, _inputs: Any, _output: Any) -> None:
     import torch
 
@@ -317,14 +347,18 @@ def _watch(module: Any, names: Mapping[int, str], touched: dict[str, bool]) -> N
 # -- where FSDP2's own objects are touched ----------------------------------------------------------------------------
 
 
-def _own_parameters(module: Any) -> list[Any]:
-    """FSDP2's parameters of the groups that this very module stands for."""
+def _groups(module: Any) -> list[Any]:
+    """FSDP2's parameter groups that this very module stands for."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
-        one = state._fsdp_param_group
-        groups = [] if one is None else [one]
-    return [parameter for group in groups for parameter in group.fsdp_params]
+        # Older versions of torch have at most one.
+        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return list(groups)
+
+
+def _own_parameters(module: Any) -> list[Any]:
+    return [parameter for group in _groups(module) for parameter in group.fsdp_params]
 
 
 def _fsdp_parameters(model: nn.Module) -> list[Any]:
@@ -379,8 +413,9 @@ def _place(sharded: Any, view: torch.Tensor) -> None:
     for hook in (getattr(sharded.sharded_param, "_post_accumulate_grad_hooks", None) or {}).values():
         new.register_post_accumulate_grad_hook(hook)
     sharded._setattr_on_modules(new)
+    sharded.sharded_param = new
     sharded._sharded_param_data = view.reshape(-1)
-    sharded.reset_sharded_param()
+    sharded._sharding_spec = new._spec  # type: ignore[attr-defined]
     sharded._init_extensions()
 
 

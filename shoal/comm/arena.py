@@ -42,6 +42,7 @@ class Signal(IntEnum):
     EVALUATED = 3
     COLLECTIVE = 4
     AVERAGED = 5
+    COMPUTED = 6
 
 
 class Order(IntEnum):

@@ -55,13 +55,15 @@ class Grid:
     def rank(self, data: int, stage: int = 0, tensor: int = 0) -> int:
         return (data * self.pp + stage) * self.tp + tensor
 
-    def replica(self, rank: int) -> tuple[int, ...]:
-        """The ranks that compute with this one; all, where weights are sharded over the data axis."""
-        if self.sharded:
-            return tuple(range(self.world_size))
-        size = self.pp * self.tp
-        first = rank // size * size
-        return tuple(range(first, first + size))
+    @property
+    def team_size(self) -> int:
+        """How many ranks need each other within a step's computation: a replica; all, where weights are sharded."""
+        return self.world_size if self.sharded else self.pp * self.tp
+
+    def team(self, rank: int) -> tuple[int, ...]:
+        """The ranks that a rank needs within a step's computation, itself among them."""
+        first = rank // self.team_size * self.team_size
+        return tuple(range(first, first + self.team_size))
 
     def reporter(self, data: int) -> int:
         """The rank that knows the loss of a replica's share: its last stage, the first tensor part."""

@@ -73,14 +73,14 @@ class Send:
 class Receive:
     """A message that is expected; done when it lies in its tensor. ``sender`` is None for any of ``senders``."""
 
-    def __init__(
-        self, port: Port, senders: list[int], key: int, tag: int, tensor: torch.Tensor
-    ) -> None:
+    def __init__(self, port: Port, senders: list[int], key: int, tag: int, tensor: torch.Tensor) -> None:
         self._mail = port.mail
         self.senders, self.key, self.tag = senders, key, tag
         self.tensor = tensor
         # Contiguous, so that pieces can be copied straight to where they belong.
-        self.place = tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        self.place = (
+            tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        )
         self.total = tensor.numel() * tensor.element_size()
         self.message: Message | None = None
         self.sender = senders[0] if len(senders) == 1 else -1
@@ -128,6 +128,7 @@ class Mailbox:
     def clear(self) -> None:
         """Forget all messages and empty this rank's words."""
         world_size, layout = self._port.world_size, self._layout
+        self._unsent = False
         self._ways = [_Way() for _ in range(world_size)]
         self._free = [world_size + index for index in range(layout.mail_pieces)]
         for other in range(world_size):
@@ -140,14 +141,14 @@ class Mailbox:
         """Begin to send a contiguous tensor."""
         send = Send(self._port, receiver, key, tag, tensor)
         self._ways[receiver].queue.append(send)
-        self.push(receiver)
+        self._unsent = self.push(receiver) or self._unsent
         return send
 
-    def push(self, receiver: int) -> None:
-        """Write as many letters as there is room for."""
+    def push(self, receiver: int) -> bool:
+        """Write as many letters as there is room for; whether something is left."""
         way = self._ways[receiver]
         if not way.queue:
-            return
+            return False
         layout = self._layout
         self._take_back(way, receiver)
         while way.queue and way.written - way.freed < layout.letters:
@@ -160,7 +161,7 @@ class Mailbox:
             else:
                 piece = self._take_piece(way, receiver)
                 if piece < 0:
-                    return
+                    return True
                 size = min(left, layout.mail_piece_bytes)
                 place = self._base + layout.mail_piece(self._rank, piece)
             ctypes.memmove(place, send.address + send.sent, size)
@@ -173,6 +174,7 @@ class Mailbox:
             if send.sent == send.total:
                 send.done = True
                 way.queue.popleft()
+        return bool(way.queue)
 
     def _take_back(self, way: _Way, receiver: int) -> None:
         for _ in range(self._news(self._layout.tail(receiver, self._rank), way.freed)):
@@ -267,12 +269,16 @@ class Mailbox:
     def progress(self) -> bool:
         """Send and read what can be, without waiting; whether something still waits to be sent."""
         left = False
-        for other, way in enumerate(self._ways):
+        for other in range(self._port.world_size):
             if other != self._rank:
-                self.push(other)
+                left = self.push(other) or left
                 self.pull(other)
-                left = left or bool(way.queue)
         return left
+
+    def push_all(self) -> None:
+        """Go on with what found no room before."""
+        if self._unsent:
+            self._unsent = any([self.push(other) for other in range(self._port.world_size)])
 
     def _news(self, offset: int, known: int) -> int:
         """How far a word of another rank is beyond what is known of it."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shoal.comm.port import Port, StepAborted
+from shoal.comm.port import Port
 from shoal.comm.rounds import (
     BACK,
     FINISHED,
@@ -29,7 +29,7 @@ from shoal.comm.rounds import (
     SUMMED_HERE,
     Circle,
     Exchange,
-    prepare,
+    plan,
     reduce_by,
     summed,
 )
@@ -53,6 +53,9 @@ _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
 )  # fmt: skip
+_KIND_NUMBERS = {kind: number for number, kind in enumerate(_KINDS, 1)}
+_OP_NUMBERS = {**{op: number for number, op in enumerate(OPS)}, "": 15}
+_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(_DTYPES)}
 _ARRAYS_AT = Exchange.send.offset
 _ARRAYS_BYTES = ctypes.sizeof(Exchange) - _ARRAYS_AT
 
@@ -110,41 +113,66 @@ class Meeting:
             return [rank for rank in self.ranks if not self.port.find_seat(rank, self.key)]
         wait = self.port.native.wait_all
         seats = self.circle.seats[: len(self.ranks)]
-        return [rank for rank, seat in zip(self.ranks, seats, strict=True) if wait(seat, LINE, 1, target, 0.0, 0.0) >= 0]
+        return [
+            rank for rank, seat in zip(self.ranks, seats, strict=True) if wait(seat, LINE, 1, target, 0.0, 0.0) >= 0
+        ]
 
     # -- what it does --------------------------------------------------------------------------------------------
 
     def all_reduce(self, tensor: torch.Tensor, op: str) -> Collective:
         """Replace a tensor by its sum (or what ``op`` says) over all ranks."""
-        flat = (tensor if tensor.is_contiguous() else tensor.contiguous()).view(-1)
-        size = flat.numel() * flat.element_size()
-        if size <= DIRECT_BYTES:
-            begun = self._begin("all_reduce", SHARED | REDUCE, op, flat, size)
-            self._small(begun, flat, size)
+        flat = tensor if tensor.is_contiguous() else tensor.contiguous()
+        size, address, n, me = flat.nbytes, flat.data_ptr(), len(self.ranks), self.rank
+        small = size <= min(DIRECT_BYTES, self.circle.piece)
+        begun = self._begin("all_reduce", SHARED | REDUCE if small else REDUCE | BACK, op, flat, size)
+        x = begun.x
+        if small:
+            x.send[me] = x.recv[me] = address
+            x.send_bytes[me] = x.recv_bytes[me] = size
+            plan(x, size)
         else:
-            begun = self._begin("all_reduce", REDUCE | BACK, op, flat, size)
-            per_line = max(1, LINE // flat.element_size())
-            lines = -(-flat.numel() // per_line)
-            share = -(-lines // len(self.ranks)) * per_line
-            parts = [(k, flat[k * share : (k + 1) * share]) for k in range(len(self.ranks))]
-            self._fill(begun, parts, parts)
-        if flat.data_ptr() != tensor.data_ptr():
-            begun.after.append(functools.partial(_copy_flat, tensor, flat))
-        return self._start(begun)
-
-    def _small(self, begun: Collective, flat: torch.Tensor, size: int) -> None:
-        """What _fill and prepare do, for the call that matters most."""
-        x, me = begun.x, self.rank
-        x.send[me] = x.recv[me] = flat.data_ptr()
-        x.send_bytes[me] = x.recv_bytes[me] = size
-        x.part, x.phase, x.round, x.rounds = self.circle.piece, 0, 0, 1
+            share = -(-size // (n * LINE)) * LINE
+            starts = [min(k * share, size) for k in range(n + 1)]
+            x.send[:n] = x.recv[:n] = [address + start for start in starts[:n]]
+            x.send_bytes[:n] = x.recv_bytes[:n] = [starts[k + 1] - starts[k] for k in range(n)]
+            plan(x, share)
         begun.keep.append(flat)
+        if flat is not tensor:
+            begun.after.append(functools.partial(tensor.copy_, flat))
+        return self._start(begun)
 
     def all_gather(self, outputs: Sequence[torch.Tensor], given: torch.Tensor) -> Collective:
         """Put every rank's tensor into the outputs, by rank."""
         even = all(output.numel() == given.numel() for output in outputs)
         begun = self._begin("all_gather", SHARED, "", given, given.nbytes if even else 0)
         self._fill(begun, [(self.rank, given)], list(enumerate(outputs)))
+        return self._start(begun)
+
+    def all_gather_flat(self, output: torch.Tensor, given: torch.Tensor) -> Collective:
+        """all_gather into one contiguous tensor."""
+        flat = given if given.is_contiguous() else given.contiguous()
+        size, address, n, me = flat.nbytes, output.data_ptr(), len(self.ranks), self.rank
+        begun = self._begin("all_gather", SHARED, "", flat, size)
+        x = begun.x
+        x.send[me], x.send_bytes[me] = flat.data_ptr(), size
+        x.recv[:n] = [address + k * size for k in range(n)]
+        x.recv_bytes[:n] = [size] * n
+        plan(x, size)
+        if size and flat.data_ptr() != address + me * size:
+            ctypes.memmove(address + me * size, flat.data_ptr(), size)
+        begun.keep += (flat, output)
+        return self._start(begun)
+
+    def reduce_scatter_flat(self, output: torch.Tensor, given: torch.Tensor, op: str) -> Collective:
+        """reduce_scatter from one contiguous tensor into another."""
+        size, address, n, me = output.nbytes, given.data_ptr(), len(self.ranks), self.rank
+        begun = self._begin("reduce_scatter", REDUCE, op, output, size)
+        x = begun.x
+        x.send[:n] = [address + k * size for k in range(n)]
+        x.send_bytes[:n] = [size] * n
+        x.recv[me], x.recv_bytes[me] = output.data_ptr(), size
+        plan(x, size)
+        begun.keep += (output, given)
         return self._start(begun)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Collective:
@@ -201,7 +229,9 @@ class Meeting:
         x.dtype = SUMMED_HERE.get(dtype, 0) if op in ("sum", "avg") else 0
         x.divisor = len(self.ranks) if op == "avg" else 0
         number = _DTYPES.index(dtype) if dtype in _DTYPES else 31
-        x.signature = (_KINDS.index(kind) + 1) | flags << 4 | (OPS.index(op) if op else 15) << 8 | number << 12 | size << 20
+        x.signature = (
+            (_KINDS.index(kind) + 1) | flags << 4 | (OPS.index(op) if op else 15) << 8 | number << 12 | size << 20
+        )
         return Collective(self, x, kind, dtype, op)
 
     def _fill(self, begun: Collective, given: Sequence[Part], taken: Sequence[Part]) -> None:
@@ -226,7 +256,8 @@ class Meeting:
                 begun.after.append(functools.partial(tensor.copy_, place))
             begun.keep.append(place)
             x.recv[k], x.recv_bytes[k] = place.data_ptr(), place.numel() * place.element_size()
-        prepare(x)
+        n = len(self.ranks)
+        plan(x, max(*x.send_bytes[:n], *x.recv_bytes[:n]))
 
     def _start(self, begun: Collective) -> Collective:
         """Put a collective into the row, and do of it what can be done without waiting."""
@@ -256,9 +287,7 @@ class Collective:
             first = queue[0]
             if not first.step(spin_ns, yields, nap_ns):
                 return False
-        if not self.done:
-            raise StepAborted(f"What rank {self._meeting.port.rank} waits for was begun before its group began anew.")
-        return True
+        return self.done
 
     def step(self, spin_ns: int, yields: int, nap_ns: int) -> bool:
         """Go on with this one, which is the first of its group's."""
@@ -273,6 +302,7 @@ class Collective:
             if state == REDUCE_PLEASE:
                 reduce_by(self.x, self._dtype, self._reduced)
             elif state == MISMATCH:
+                meeting.port.check()
                 raise MismatchError(self._mismatch())
             else:
                 return False
@@ -299,16 +329,14 @@ class Collective:
 
     def _mismatch(self) -> str:
         meeting, other = self._meeting, self.x.other
-        half = (meeting.circle.seats[other] or 0) + SEAT_HEAD + (meeting.circle.turn & 1) * (LINE + meeting.circle.piece)
+        half = (
+            (meeting.circle.seats[other] or 0) + SEAT_HEAD + (meeting.circle.turn & 1) * (LINE + meeting.circle.piece)
+        )
         theirs = ctypes.c_uint64.from_address(half).value
         return (
             f"Rank {meeting.port.rank} calls {_words(self.x.signature)} in group {meeting.name} "
             f"and rank {meeting.ranks[other]} calls {_words(theirs)}; all ranks of a group make the same calls in one order."
         )
-
-
-def _copy_flat(tensor: torch.Tensor, flat: torch.Tensor) -> None:
-    tensor.copy_(flat.view(tensor.shape))
 
 
 def _words(signature: int) -> str:

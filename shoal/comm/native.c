@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -33,6 +34,9 @@ static inline int reached(uint32_t *word, uint32_t target) {
     return (int32_t)(__atomic_load_n(word, __ATOMIC_ACQUIRE) - target) >= 0;
 }
 
+/* So long a spin keeps the core for itself. */
+enum { SPIN_ALONE_NS = 10000 };
+
 /* Publish value and wake whoever sleeps on the word. */
 void shoal_post(uint32_t *word, uint32_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
@@ -52,6 +56,8 @@ int shoal_wait_all(char *base, int64_t stride, int n, uint32_t target, int64_t s
             if (waited >= timeout_ns) return i;
             if (spin_ns > 0 && waited < spin_ns) {
                 relax();
+                /* Whom this waits for may have to share the core with it. */
+                if (waited >= SPIN_ALONE_NS) sched_yield();
                 continue;
             }
             uint32_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);

@@ -29,6 +29,7 @@ DEADLINE_S = 600.0
 _SPIN_S = 200e-6
 _YIELDS = 20
 _FIRST_NAP_S, _LONGEST_NAP_S = 200e-6, 5e-3
+_FIRST_NAP_NS = int(_FIRST_NAP_S * 1e9)
 _KEY_AT = 2 * rounds.LINE
 
 
@@ -55,6 +56,7 @@ class Port:
     """One rank's place.
 
     Attributes:
+        beginnings: how often this port was reset; what was begun before the last time is void.
         while_waiting: called now and then while this rank waits, with what it waits for and for how many seconds.
     """
 
@@ -87,7 +89,11 @@ class Port:
             spin_s = _SPIN_S if world_size <= _cores() else 0.0
         self.spin_s = spin_s
         self.spin_ns, self.yields = int(spin_s * 1e9), _YIELDS
-        self._generation = ctypes.c_uint32.from_address(generation_address) if generation_address else ctypes.c_uint32(0)
+        self.beginnings = 0
+        self.generation_address = generation_address
+        self._generation = (
+            ctypes.c_uint32.from_address(generation_address) if generation_address else ctypes.c_uint32(0)
+        )
         self.generation = self._generation.value
         self._seats: list[Meeting | None] = [None] * self.layout.seats
         self._next_seat = 0
@@ -96,10 +102,10 @@ class Port:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def finish(self, pending: Pending) -> None:
-        """Wait until something is done. DeadlineError, StepAborted."""
-        if not pending.done and not pending.advance(self.spin_ns, self.yields, int(_FIRST_NAP_S * 1e9)):
-            self._wait(pending)
+    def finish(self, pending: Pending, limit_s: float | None = None) -> None:
+        """Wait until something is done, for ``limit_s`` or the port's deadline. DeadlineError, StepAborted."""
+        if not pending.done and not pending.advance(self.spin_ns, self.yields, _FIRST_NAP_NS):
+            self._wait(pending, self.deadline_s if limit_s is None else limit_s)
         self.check()
 
     def poll(self, pending: Pending) -> bool:
@@ -112,7 +118,9 @@ class Port:
     def check(self) -> None:
         """Raise StepAborted where the generation is no longer the one that this port was reset to."""
         if not self.generation_holds():
-            raise StepAborted(f"Rank {self.rank} gives up what it was at, because another rank of its replica was lost.")
+            raise StepAborted(
+                f"Rank {self.rank} gives up what it was at, because another rank of its replica was lost."
+            )
 
     def generation_holds(self) -> bool:
         """Whether the generation is still the one that this port was reset to."""
@@ -131,7 +139,7 @@ class Port:
                 left = not meeting.queue[0].advance(0, 0, 0) or bool(meeting.queue) or left
         return left
 
-    def _wait(self, pending: Pending, alone: bool = False) -> None:
+    def _wait(self, pending: Pending, limit_s: float, alone: bool = False) -> None:
         began = time.monotonic()
         nap_s = _FIRST_NAP_S
         while True:
@@ -140,14 +148,14 @@ class Port:
             if pending.done:
                 return
             waited_s = time.monotonic() - began
-            if waited_s >= self.deadline_s:
+            if waited_s >= limit_s:
                 raise DeadlineError(
                     f"Rank {self.rank} waited {waited_s:.3g} s for {pending.describe()} from {_names(pending.missing())}; "
                     "see what keeps it."
                 )
             self.while_waiting(pending.describe(), waited_s)
             nap_s = _FIRST_NAP_S if busy else min(2 * nap_s, _LONGEST_NAP_S)
-            if pending.advance(0, 0, int(min(nap_s, self.deadline_s) * 1e9)):
+            if pending.advance(0, 0, int(min(nap_s, limit_s) * 1e9)):
                 return
 
     # -- seats ---------------------------------------------------------------------------------------------------
@@ -202,6 +210,7 @@ class Port:
         StepAborted where the generation is no longer this one already: reset to the new one then.
         """
         self.generation = generation & 0xFFFFFFFF
+        self.beginnings += 1
         self.mail.clear()
         self._uses = {}
         for index, meeting in enumerate(self._seats):
@@ -211,7 +220,7 @@ class Port:
             self._mark(index)
         self.native.post(self.base + self.layout.met(self.rank), self.generation)
         # Until all have met, the others' words are still those of before: nothing else goes on meanwhile.
-        self._wait(_Met(self), alone=True)
+        self._wait(_Met(self), self.deadline_s, alone=True)
         self.check()
 
 

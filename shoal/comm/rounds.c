@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 enum { MEMBERS = 64, LINE = 64, SEAT_HEAD = 256 };
+enum { SPIN_ALONE_NS = 10000 };
 enum { SHARED = 1, REDUCE = 2, BACK = 4 };
 enum { FINISHED = -1, REDUCE_PLEASE = -2, MISMATCH = -3 };
 enum { WRITE, READ, READ_REDUCED, RETURNED, DONE };
@@ -88,8 +89,11 @@ static int await_all(struct circle *c, int64_t spin_ns, int yields, int64_t nap_
         for (int spins = 1; spin_ns > 0 && !has(seat, c->posted); spins++) {
             rest();
             if (spins & 63) continue;
-            if (start == 0) start = clock_ns();
-            if (clock_ns() - start >= spin_ns) break;
+            int64_t now = clock_ns();
+            if (start == 0) start = now;
+            if (now - start >= spin_ns) break;
+            /* Whom I wait for may have to share this core with me. */
+            if (now - start >= SPIN_ALONE_NS) sched_yield();
         }
         for (; yields > 0 && !has(seat, c->posted); yields--) sched_yield();
         if (has(seat, c->posted)) continue;

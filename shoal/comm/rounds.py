@@ -55,14 +55,11 @@ def seat_bytes(piece: int) -> int:
     return SEAT_HEAD + 2 * (LINE + piece)
 
 
-def prepare(x: Exchange) -> None:
-    """Set what follows from the flags and the numbers of bytes: how much a round moves, and how many there are."""
+def plan(x: Exchange, most: int) -> None:
+    """Say how much a round moves, and how many there are where the longest stretch has ``most`` bytes."""
     circle = x.circle.contents
-    n = circle.n
-    x.part = circle.piece if x.flags & SHARED else circle.piece // n // LINE * LINE
-    x.phase, x.round = WRITE, 0
-    most = max(max(x.send_bytes[:n]), max(x.recv_bytes[:n]))
-    x.rounds = max(1, -(-most // x.part))
+    part = circle.piece if x.flags & SHARED else circle.piece // circle.n // LINE * LINE
+    x.part, x.phase, x.round, x.rounds = part, WRITE, 0, max(1, -(-most // part))
 
 
 def at(address: int, dtype: torch.dtype, count: int) -> torch.Tensor:

@@ -27,6 +27,9 @@ from shoal.plan import Plan
 PROCESS_BYTES = 330_000_000
 """Resident memory of a worker that has imported torch and run a step of a tiny model."""
 
+MARGIN = 0.05
+"""What a proposed plan leaves of the limit, for what no prediction knows: heaps with holes, kernels' work space."""
+
 SPLIT_SHARE = 24 / 34
 """What tensor parallelism splits of a transformer layer's activations: all but 10 of 34 parts (Korthikanti, equation 2)."""
 
@@ -258,7 +261,9 @@ def _activations(model: ModelMemory, plan: Plan, units: Sequence[int], stage: in
         share = math.ceil(model.batch * max(plan.shares) / sum(plan.shares))
     samples = -(-share // ((plan.accumulate or 1) * (plan.microbatches or 1)))
     own = [model.units[u] for u in units]
-    factors = [divided if unit.block else 1.0 for unit in own]
+    # What no split weight takes part in is computed by every worker of the tensor axis alike.
+    split = {unit for weight in model.weights if weight.split for unit in (weight.unit, *weight.also)}
+    factors = [divided if u in split else 1.0 for u in units]
     kept = sum(factor * unit.kept(mode) for unit, factor in zip(own, factors, strict=True))
     # One block at a time is whole again while it is recomputed, beside whatever else is live at the worst moment.
     beyond = max(
@@ -296,9 +301,8 @@ def fits(
         return need
     name = _axes_text(plan)
     if limit_bytes is not None and need.total > limit_bytes:
-        said = (
-            f"{name} needs about {size_text(need.total)} a worker ({need.sentence()}) and the limit is {size_text(limit_bytes)}"
-        )
+        said = f"{name} needs about {size_text(need.total)} a worker ({need.sentence()})"
+        said += f" and the limit is {size_text(limit_bytes)}"
     else:
         everything = machine_need(model, plan)
         said = f"{name} needs about {size_text(everything)} in all and the machine has {size_text(machine_bytes or 0)}"
@@ -322,8 +326,12 @@ def propose(
 ) -> Plan | None:
     """Return the smallest plan that fits: the fewest workers, then the fewest axes, then the least memory; or None.
 
-    What ``wanted`` says beside its axes is kept. Recomputing is proposed only where nothing fits without.
+    What ``wanted`` says beside its axes is kept. Recomputing is proposed only where nothing fits without. It leaves a
+    twentieth of the limits free.
     """
+    limit_bytes, machine_bytes = (
+        None if limit is None else int(limit * (1 - MARGIN)) for limit in (limit_bytes, machine_bytes)
+    )
     modes = [wanted.recompute or "none"]
     if modes != ["full"]:
         modes.append("full")

@@ -7,10 +7,14 @@ Descriptors (shared memory, sockets) travel beside it.
 from __future__ import annotations
 
 import array
+import importlib
+import io
 import select
 import socket
 import struct
+import sys
 import time
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -23,6 +27,22 @@ _MOST_DESCRIPTORS = 8
 
 class ChannelClosed(Exception):
     """The other side is gone."""
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Knows modules of a type of their own: whoever says ``torch`` and ``x.classes`` would else send torch.classes along."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
+        return super().reducer_override(obj)
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle a value with its functions and classes, as ``cloudpickle.dumps`` does."""
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
 
 
 class Channel:
@@ -47,7 +67,7 @@ class Channel:
 
     def send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
         """Send a message, with descriptors; ChannelClosed where nobody is there to read it."""
-        data = cloudpickle.dumps(message)
+        data = dumps(message)
         try:
             header = _HEADER.pack(len(data))
             if fds:

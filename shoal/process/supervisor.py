@@ -19,10 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-
 from shoal.errors import DeadlineError, JobFailed
-from shoal.process.channel import Channel, ChannelClosed
+from shoal.process.channel import Channel, ChannelClosed, dumps
 from shoal.process.failure import Failure
 from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Returned
 from shoal.process.template import STACK_SIGNAL
@@ -116,7 +114,7 @@ class Supervisor:
 
     def load(self, entry: str, payload: Any, timeout_s: float) -> None:
         """Make the host inside the template. Raises what its constructor raised."""
-        self._load = Load(entry, cloudpickle.dumps(payload), tuple(sys.path), os.getcwd())
+        self._load = Load(entry, dumps(payload), tuple(sys.path), os.getcwd())
         self._request(self._load, (), timeout_s, "the job to be built")
 
     def call(self, method: str, *arguments: Any, fds: tuple[int, ...] = (), timeout_s: float = 600.0) -> Any:

@@ -1,9 +1,11 @@
-"""What a model's activations need, found out without computing them: a forward and a backward pass on the meta device.
+"""What a model's activations need, found out without computing them: a forward and a backward pass of shapes only.
 
+The tensors are torch's fake ones: they have a shape, a dtype and a device, but no values. (The meta device would not do:
+it chooses other kernels than the processor, and autocast passes it by.)
 Every operation is watched (a ``TorchDispatchMode``), and the bytes of each memory block that it makes are counted until
 nobody refers to it any more. That is exact: what autograd saves, what code keeps in between, what is shared and counted
 once. Two passes with different numbers of samples tell what grows with the batch from what does not. A model
-that cannot run on the meta device (it looks at values) runs a few real samples instead; where that fails too, its weights
+that cannot run without values (it looks at them) runs a few real samples instead; where that fails too, its weights
 are taken as a guess.
 """
 
@@ -18,18 +20,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.axes import recompute
 from shoal.axes.blocks import find_blocks
-from shoal.planner.memory import Unit
+from shoal.comm.table import FROZEN, ParameterTable
+from shoal.planner.memory import ModelMemory, Unit, Weight
 
-_FEW, _MORE = 2, 4
+_FEW = 2
 _GUESSED_FACTOR = 2.0
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
-"""(model, batch) -> the scalar to differentiate. It must not look at values, or the meta device cannot be used."""
+"""(model, batch) -> the scalar to differentiate. It must not look at values, or real ones are needed."""
 
 
 @dataclass(frozen=True)
@@ -50,40 +54,98 @@ class Activations:
     why: str = ""
 
 
-def measure_activations(model: nn.Module, batch: Any, count: int, loss: Loss, precision: str = "fp32") -> Activations:
+def measure_activations(
+    model: nn.Module,
+    batch: Any,
+    count: int,
+    loss: Loss,
+    precision: str = "fp32",
+    modes: Sequence[str] = recompute.MODES,
+) -> Activations:
     """Return what the activations of a model need a sample.
 
     Args:
-        model: is not changed; its gradients are None afterwards where a real pass was needed.
+        model: is not changed, but that its gradients are dropped where a real pass was needed.
         batch: an example batch: tensors, in any structure, whose first dim is ``count`` where they have one a sample.
         count: samples in it.
         loss: what is computed of it.
         precision: ``"fp32"`` or ``"bf16"``.
+        modes: of ``recompute``, those to measure besides ``"none"``: each costs two passes.
     """
+    wanted = [mode for mode in modes if mode != "none"]
     try:
-        twin = meta_copy(model)
-        return _measure(twin, lambda n: _on_meta(batch, count, n), loss, precision, (_FEW, _MORE))
+        # Near the real size: at the worst moment of a tiny batch other things are large than at that of a real one.
+        few = max(_FEW, count)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        twin = fake_copy(model, mode)
+        with mode:
+            return _measure(twin, lambda n: _of_size(batch, count, n), loss, precision, (few, 2 * few), wanted)
     except Exception as problem:
-        reason = f"{type(problem).__name__} on the meta device"
+        reason = f"{type(problem).__name__} without values"
     try:
-        few = tuple(n for n in (1, 2) if n <= count)[-1:]
-        found = _measure(model, lambda n: _first(batch, count, n), loss, precision, few)
+        with _untouched(model):
+            found = _measure(model, lambda n: _first(batch, count, n), loss, precision, (min(_FEW, count),), wanted)
         return Activations(found.units, found.block_names, found.homes, True, f"One real pass was measured ({reason}).")
     except Exception:
         weights = float(sum(p.numel() * p.element_size() for p in model.parameters()))
         unit = Unit(saved=_GUESSED_FACTOR * weights / max(1, count), peak=0.0)
-        homes = {name: (0,) for name, _ in model.named_parameters()}
-        return Activations((unit,), (), homes, True, f"Nothing could be measured ({reason}); twice the weights are assumed.")
-    finally:
-        for parameter in model.parameters():
-            parameter.grad = None
+        homes: dict[str, tuple[int, ...]] = {name: (0,) for name, _ in model.named_parameters()}
+        return Activations(
+            (unit,), (), homes, True, f"Nothing could be measured ({reason}); twice the weights are assumed."
+        )
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers are on the meta device; nothing of their size is allocated."""
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Leave the model and the random state as they were: buffers, gradients and classes."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            recompute.apply(model, "none")
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for parameter in model.parameters():
+                parameter.grad = None
+
+
+def model_memory(
+    table: ParameterTable, found: Activations, batch: int, process_bytes: int, split: Callable[[str], bool]
+) -> ModelMemory:
+    """Put together what decides memory: the tensors of the unsplit model, its optimizer, and its activations.
+
+    Args:
+        split: whether the tensor axis splits the parameter of that name.
+        batch: samples in a step.
+    """
+    weights = []
+    for spec in table.parameters:
+        homes = sorted({unit for name in spec.names for unit in found.homes.get(name, ())}) or [0]
+        divided = any(split(name) for name in spec.names)
+        weights.append(Weight(spec.name, spec.nbytes, homes[0], tuple(homes[1:]), divided, spec.group != FROZEN))
+    trained = max(1, sum(spec.nbytes for spec in table.trained))
+    state_tensors = len(table.state_keys) if table.elementwise else -(-table.state_bytes // trained)
+    return ModelMemory(
+        weights=tuple(weights),
+        units=found.units,
+        batch=batch,
+        buffer_bytes=table.buffer_bytes,
+        state_tensors=state_tensors,
+        process_bytes=process_bytes,
+        guessed=found.guessed,
+    )
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Return a copy whose parameters and buffers are fake tensors; nothing of their size is allocated."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        twin: Any = tensor.detach().to("meta")
+        with mode:
+            # A model whose weights have gone to the arena already is on the meta device; it will not run there.
+            device = "cpu" if tensor.is_meta else tensor.device
+            twin: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = twin
@@ -131,21 +193,24 @@ class _Pass:
 
 
 def _measure(
-    model: nn.Module, make: Callable[[int], Any], loss: Loss, precision: str, counts: Sequence[int]
+    model: nn.Module,
+    make: Callable[[int], Any],
+    loss: Loss,
+    precision: str,
+    counts: Sequence[int],
+    modes: Sequence[str],
 ) -> Activations:
     names, homes = _order(model, make(counts[0]), loss)
-    passes = {mode: [_run(model, names, make(n), loss, precision, mode) for n in counts] for mode in recompute.MODES}
+    runs = {mode: [_run(model, names, make(n), loss, precision, mode) for n in counts] for mode in ["none", *modes]}
+    plain = runs["none"]
     units = []
     for index in range(len(names) + 2):
-        saved, fixed = _line(counts, [p.saved[index] for p in passes["none"]])
-        recomputed = {
-            mode: _line(counts, [p.saved[index] for p in passes[mode]])[0] for mode in ("selective", "full") if names
-        }
-        peak = _line(counts, [p.peak[index] for p in passes["none"]])[0]
-        entry = _line(counts, [p.entry[index] for p in passes["none"]])[0]
+        saved, fixed = _line(counts, [p.saved[index] for p in plain])
+        recomputed = {mode: _line(counts, [p.saved[index] for p in runs[mode]])[0] for mode in modes}
+        peak = _line(counts, [p.peak[index] for p in plain])[0]
+        entry = _line(counts, [p.entry[index] for p in plain])[0]
         block = 0 < index <= len(names)
         units.append(Unit(saved, fixed, peak, entry, block, recomputed if block else {}))
-    recompute.apply(model, "none")
     return Activations(tuple(units), tuple(names), homes)
 
 
@@ -177,7 +242,8 @@ def _order(model: nn.Module, batch: Any, loss: Loss) -> tuple[list[str], dict[st
     first = {id(p): name for name, p in model.named_parameters()}
     homes: dict[str, list[int]] = {}
     for module, seen in uses:
-        unit = inside.get(id(module), 0 if seen == 0 else len(called) + 1)
+        # What stands between two blocks goes with the one before it.
+        unit = inside.get(id(module), seen if seen < len(called) else len(called) + bool(seen))
         for parameter in module._parameters.values():
             if parameter is not None:
                 home = homes.setdefault(first[id(parameter)], [])
@@ -208,26 +274,33 @@ def _run(model: nn.Module, names: Sequence[str], batch: Any, loss: Loss, precisi
         found.peak[unit] = max(found.peak[unit], live.peak - live.now)
         mark, unit, live.peak = live.now, to, live.now
 
+    def turn_back(to: int) -> None:
+        """The same in the backward pass, where what is beyond the unit's beginning counts."""
+        nonlocal mark, unit
+        found.peak[unit] = max(found.peak[unit], live.peak - mark)
+        mark, unit, live.peak = live.now, to, live.now
+
     def before(module: nn.Module, given: Any) -> None:
         place = places.get(id(module), 0)
         if place and place not in done and torch.is_grad_enabled():
             turn(place)
             found.entry[place] = _bytes_of(given)
 
-    def after(module: nn.Module, _given: Any, _made: Any) -> None:
+    def after(module: nn.Module, _given: Any, made: Any) -> None:
         place = places.get(id(module), 0)
         if place and place not in done:
             done.add(place)
-            turn(last if len(done) == len(places) else 0)
+            if len(done) == len(places):
+                turn(last)
+            if isinstance(made, torch.Tensor) and made.requires_grad:
+                made.register_hook(lambda _, place=place: turn_back(place))
 
     with _own_gradients(model), _hooked(model, before, after), live:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             value = loss(model, batch)
         turn(unit)
-        saved_in_all = live.now
-        # The backward pass frees unit after unit; what it needs beyond that is counted for the last one, where most is live.
         value.backward()
-        found.peak[unit] = max(found.peak[unit], live.peak - saved_in_all)
+        turn_back(unit)
     return found
 
 
@@ -267,16 +340,16 @@ def _hooked(model: nn.Module, before: Any, after: Any = None) -> Iterator[None]:
             handle.remove()
 
 
-def _on_meta(batch: Any, count: int, wanted: int) -> Any:
-    """The batch's shapes for another number of samples."""
+def _of_size(batch: Any, count: int, wanted: int) -> Any:
+    """The batch's shapes for another number of samples; nothing is allocated under a ``FakeTensorMode``."""
 
-    def move(value: Any) -> Any:
+    def make(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         shape = (wanted, *value.shape[1:]) if value.dim() and value.shape[0] == count else tuple(value.shape)
-        return torch.empty(shape, dtype=value.dtype, device="meta")
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
 
-    return pytree.tree_map(move, batch)
+    return pytree.tree_map(make, batch)
 
 
 def _first(batch: Any, count: int, wanted: int) -> Any:

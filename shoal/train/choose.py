@@ -25,7 +25,8 @@ from shoal.planner.search import Tried, search
 from shoal.process.supervisor import Supervisor
 from shoal.train.crew import Crew, bind
 from shoal.train.memory import memory_of
-from shoal.train.settings import JobFacts, RunSettings
+from shoal.train.settings import JobFacts, RunSettings, layout_of
+from shoal.train.split import Split
 
 SEARCH_S = 5.0
 _ENOUGH_S = 7.5
@@ -33,6 +34,7 @@ _LONG_WARM_UP_S = 0.5
 _SINGLE_TRIAL_S = 1.5
 _WARM_UP_STEPS = 3
 _MOST_TRIAL_STEPS = 400
+_SPLIT_TIMEOUT_S = 600.0
 
 
 def choose_plan(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None) -> Plan:
@@ -77,6 +79,14 @@ def _best(
     return best.plan, why
 
 
+def split_of(plan: Plan, supervisor: Supervisor) -> Split | None:
+    """How a plan divides the model; None where every worker has all of it. PlanError where it does not fit the model."""
+    if not Grid.of(plan).splits_model:
+        return None
+    split: Split | None = supervisor.call("split", plan, timeout_s=_SPLIT_TIMEOUT_S)
+    return split
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """What a trial measured.
@@ -97,9 +107,11 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
     """Run a plan for about so many seconds in an arena of its own, whose results are thrown away; remember the times."""
     from shoal.train.session import spin_seconds
 
+    split = split_of(plan, supervisor)
     settings = RunSettings(
         plan=plan,
-        layout=arena_layout(facts.table, Grid.of(plan), facts.collective_bytes(plan), bool(plan.local_steps)),
+        split=split,
+        layout=layout_of(plan, facts, split),
         total_steps=_MOST_TRIAL_STEPS,
         steps_per_epoch=_MOST_TRIAL_STEPS + 1 if facts.samples > job.batch_size else 1,
         spin_s=spin_seconds(plan),
@@ -119,7 +131,8 @@ def _run_trial(
     arena: Arena, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
 ) -> TrialResult:
     bind(supervisor, settings, arena.memory.fd, last=False)
-    Store(arena, facts.table).spread()
+    table = settings.split.table if settings.split is not None else facts.table
+    Store(arena, table).spread()
     crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
     crew.start(spare=False)
     began = time.monotonic()
@@ -137,7 +150,7 @@ def _run_trial(
             arena.supervisor.write(Note.STOP_WANTED, 1)
     # The quickest jobs are done with all trial steps before anybody could look: the template is what they were forked from.
     memory = memory or memory_of([supervisor.template_pid])
-    store = Store(arena, facts.table)
+    store = Store(arena, table)
     count = min(slot.signal(Signal.UPDATED) for slot in arena.slots)
     first = min(started[1] if started is not None else _WARM_UP_STEPS, max(0, count - 2))
     rows = [store.record(0, step) for step in range(first, count)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.comm.arena import Arena, Note, Phase, Signal
+from shoal.comm.team import Recovery
 from shoal.errors import RequestError, WorkerLostError
 from shoal.process.channel import ChannelClosed
 from shoal.process.failure import Failure
@@ -54,7 +55,7 @@ class Patience:
 
 
 @dataclass
-class _Recovery:
+class _Replaced:
     rank: int
     pid: int
     step: int
@@ -96,10 +97,14 @@ class Crew:
         self._put_at = [0.0] * arena.world_size
         self._spare = True
         self._deaths: dict[tuple[int, int], int] = {}
-        self._recoveries: list[_Recovery] = []
+        self._recoveries: list[_Replaced] = []
         self._reported: dict[int, float] = {}
         self._stalled: set[int] = set()
         self._done: set[int] = set()
+        grid = settings.grid
+        self._team_size = grid.team_size
+        firsts = range(0, grid.world_size, grid.team_size) if grid.splits_model else ()
+        self._teams = [Recovery(arena, grid.team(first)) for first in firsts]
         self.first_steps = [arena.slots[r].signal(Signal.UPDATED) for r in range(arena.world_size)]
 
     def start(self, spare: bool = True) -> None:
@@ -145,6 +150,8 @@ class Crew:
                 self._fill()
         except ChannelClosed:
             messages += self._begin_again(last_checkpoint)
+        for team in self._teams:
+            team.attend()
         self._look_for_recovered()
         self._look_for_stalled(longest_step_s)
         return messages
@@ -178,9 +185,11 @@ class Crew:
                 f"Worker {rank} died {MOST_DEATHS_A_STEP} times in step {step + 1} (last by {cause}), so something in that "
                 f"step kills it; {last_checkpoint()}"
             )
+        if self._teams:
+            self._teams[rank // self._team_size].lose(rank % self._team_size)
         published = slot.signal(Signal.GRADIENTS) > step
         action = "rolled_forward" if published else "recomputed"
-        self._recoveries.append(_Recovery(rank, 0, step, time.monotonic(), action))
+        self._recoveries.append(_Replaced(rank, 0, step, time.monotonic(), action))
         self._reported.pop(rank, None)
 
     def _begin_again(self, last_checkpoint: Callable[[], str]) -> list[Any]:

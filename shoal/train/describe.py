@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from shoal.comm.parts import take
 from shoal.comm.store import Store
 from shoal.comm.table import FROZEN, ParameterTable, StateSpec, TensorSpec, align
 from shoal.errors import JobError
@@ -154,16 +155,20 @@ def _with_state(table: ParameterTable, model: nn.Module, optimizer: torch.optim.
     return dataclasses.replace(table, states=tuple(states), state_bytes=at)
 
 
-def fill(model: nn.Module, store: Store) -> None:
-    """Write the model's present weights and buffers into the arena."""
-    by_name = dict(model.named_parameters(remove_duplicate=False))
+def fill(store: Store, weights: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
+    """Write weights and buffers, by the model's own names, into the arena."""
     with torch.no_grad():
         for index, spec in enumerate(store.table.parameters):
-            store.weights[index].copy_(by_name[spec.name].data)
-        buffers = dict(model.named_buffers(remove_duplicate=False))
+            store.weights[index].copy_(take(weights[spec.name], spec.regions))
         for index, spec in enumerate(store.table.buffers):
             for parity in (0, 1):
                 store.buffer(parity, index).copy_(buffers[spec.name])
+
+
+def give_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], table: ParameterTable) -> None:
+    """Let the user's optimizer hold the parts of a table instead of the model's own parameters."""
+    for index, group in enumerate(optimizer.param_groups):
+        group["params"] = [p for p, spec in zip(parameters, table.trained, strict=True) if spec.group == index]
 
 
 def bind(model: nn.Module, store: Store) -> None:

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-import cloudpickle
-
 from shoal.comm.member import Member, shares_memory
 from shoal.errors import JobError, JobFailed, PlanError, RequestError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog, read_events
 from shoal.plan import Plan
+from shoal.process.channel import dumps
 from shoal.process.supervisor import Supervisor
 from shoal.train.api import Observer, TrainOptions, read_plan, start_supervisor
 from shoal.train.run import SUMMARY, Run, open_run
@@ -154,12 +153,12 @@ def check_request(job: Job, options: TrainOptions) -> None:
 def portable(job: Job) -> Any:
     """The job as it will be sent to other processes, by value. JobError names the field that cannot be."""
     try:
-        cloudpickle.dumps(job)
+        dumps(job)
         return job
     except Exception as error:
         for name in type(job).__dataclass_fields__:
             try:
-                cloudpickle.dumps(getattr(job, name))
+                dumps(getattr(job, name))
             except Exception:
                 raise JobError(
                     f"{name} cannot be sent to the worker processes ({type(error).__name__}: {error}); "
@@ -187,9 +186,9 @@ def versions() -> dict[str, str]:
 def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
     """Refuse a plan that does not fit the job."""
     batch = min(job.batch_size, facts.samples)
-    if plan.world_size > batch:
+    if plan.data_ways > batch:
         raise PlanError(
-            f"{plan.world_size} workers cannot share a batch of {batch} samples; use dp={batch} or fewer, or a larger batch."
+            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use dp={batch} or fewer, or a larger batch."
         )
     if plan.shares is not None and sum(plan.shares) == 0:
         raise PlanError("All shares are 0; give at least one worker a part of the batch.")

@@ -69,29 +69,49 @@ def detach(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Slice:
-    """Which batches of an evaluation are this worker's, and how they are computed."""
+    """Which batches of an evaluation are a worker's.
 
-    rank: int = 0
-    world_size: int = 1
+    Attributes:
+        first, every: batch ``first``, and every so many after it.
+        in_step: all workers have to call the model equally often; those without a batch left compute one for nobody.
+    """
+
+    first: int = 0
+    every: int = 1
     channels_last: bool = False
     epoch: int = 0
-    autocast: Callable[[], Any] | None = None
+    in_step: bool = False
+
+
+Forward = Callable[[Any, int], "objective.Outcome | None"]
 
 
 @torch.no_grad()
 def evaluate(
-    job: Job, model: nn.Module, source: Source, part: Slice, reach: Callable[[], None] = lambda: None
-) -> Tally:
-    """Evaluate every world_size-th batch of a data set, beginning with batch ``rank``."""
-    import contextlib
+    job: Job, model: nn.Module, source: Source, part: Slice, reach: Callable[[], None] = lambda: None,
+    forward: Forward | None = None,
+) -> Tally:  # fmt: skip
+    """Evaluate a part of a data set.
 
+    Args:
+        model: is set to evaluation, and back afterwards.
+        reach: called before each batch.
+        forward: a batch and its number of samples -> its outcome, or None where another worker has that; by default the
+            whole model's.
+    """
+    forward = forward or (lambda batch, count: objective.compute(job, model, batch, count))
     metrics = Metrics(job.metrics)
     tally = Tally(metrics=metrics.stateful)
     was_training = model.training
     model.eval()
+    batches = -(-len(source) // job.batch_size)
     try:
-        for index in range(part.rank, -(-len(source) // job.batch_size), part.world_size):
+        for start in range(0, batches, part.every):
+            mine = start + part.first
+            if mine >= batches and not part.in_step:
+                break
             reach()
+            index = min(mine, batches - 1)
             low = index * job.batch_size
             indices = np.arange(low, min(low + job.batch_size, len(source)), dtype=np.int64)
 
@@ -100,8 +120,9 @@ def evaluate(
 
             batch = to_layout(source.fetch(indices, job.collate, before_item), part.channels_last)
             streams.reseed(streams.EVALUATION, job.seed, part.epoch, index)
-            with part.autocast() if part.autocast else contextlib.nullcontext():
-                outcome = objective.compute(job, model, batch, len(indices))
+            outcome = forward(batch, len(indices))
+            if outcome is None or mine >= batches:
+                continue
             tally.add("loss", outcome.loss_sum(), outcome.weight)
             for name, value in {**outcome.values, **metrics.update(outcome)}.items():
                 tally.add(name, value * len(indices), len(indices))

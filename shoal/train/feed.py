@@ -11,52 +11,83 @@ import torch
 
 from shoal.data.order import batch_count, batch_indices, epoch_order, share_bounds
 from shoal.data.source import Source
+from shoal.job import Job
+from shoal.plan import Plan
 from shoal.train import streams
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker computes of one microbatch of a step.
+    """What a worker computes of a step at once.
 
     Attributes:
         indices: the samples, in order; maybe none.
-        counts: how many samples each rank has in this microbatch.
+        pieces: for each microbatch in it, how many samples each replica has of it: more than one microbatch where they
+            travel through a pipeline together.
     """
 
     indices: np.ndarray
-    counts: tuple[int, ...]
+    pieces: tuple[tuple[int, ...], ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many samples each replica has in this share's part of the batch."""
+        return tuple(map(sum, zip(*self.pieces, strict=True)))
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How batches are cut: all of it follows from the job and the plan."""
+class Division:
+    """How batches are divided: all of it follows from the job and the plan.
+
+    A batch is cut into ``accumulate`` pieces, each of these into ``microbatches``, and each of these among the replicas by
+    ``shares``. With ``together`` a replica's parts of the microbatches of one piece are one share.
+    """
 
     batch_size: int
     shares: tuple[int, ...]
     accumulate: int
     seed: int
+    microbatches: int = 1
+    together: bool = False
 
-    def shares_of(self, order: np.ndarray, index: int, rank: int) -> list[Share]:
-        """A rank's shares of batch ``index`` of an epoch: one for each microbatch that is not empty."""
+    def shares_of(self, order: np.ndarray, index: int, replica: int) -> list[Share]:
+        """A replica's shares of batch ``index`` of an epoch, those that are empty for all left out."""
         batch = batch_indices(order, index, self.batch_size)
         found = []
         for low, high in share_bounds(len(batch), (1,) * self.accumulate):
-            if high > low:
-                bounds = share_bounds(high - low, self.shares)
-                a, b = bounds[rank]
-                found.append(Share(batch[low + a : low + b], tuple(stop - start for start, stop in bounds)))
+            cuts = [(low + a, low + b) for a, b in share_bounds(high - low, (1,) * self.microbatches)]
+            pieces = [self._piece(batch, a, b, replica) for a, b in cuts if b > a]
+            if self.together and pieces:
+                indices = np.concatenate([own for own, _ in pieces])
+                found.append(Share(indices, tuple(counts for _, counts in pieces)))
+            else:
+                found += [Share(own, (counts,)) for own, counts in pieces]
         return found
+
+    def _piece(self, batch: np.ndarray, low: int, high: int, replica: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        bounds = share_bounds(high - low, self.shares)
+        a, b = bounds[replica]
+        return batch[low + a : low + b], tuple(stop - start for start, stop in bounds)
+
+
+def division_of(job: Job, plan: Plan) -> Division:
+    """How a plan divides a job's batches."""
+    shares = plan.shares or (1,) * plan.data_ways
+    return Division(
+        job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1, (plan.pp or 1) > 1
+    )
 
 
 class Feed:
-    """The batches of one worker, in the one global order. Fetching the next step's early is up to the caller."""
+    """The batches of one replica, in the one global order. Fetching the next step's early is up to the caller."""
 
     def __init__(
-        self, source: Source, cut: Cut, rank: int, collate: Callable[[list[Any]], Any] | None, channels_last: bool
-    ) -> None:
+        self, source: Source, division: Division, replica: int, collate: Callable[[list[Any]], Any] | None,
+        channels_last: bool,
+    ) -> None:  # fmt: skip
         self.source = source
-        self.cut = cut
-        self.rank = rank
+        self.division = division
+        self.replica = replica
         self._collate = collate
         self._channels_last = channels_last
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -64,14 +95,14 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> int:
-        return batch_count(len(self.source), self.cut.batch_size)
+        return batch_count(len(self.source), self.division.batch_size)
 
     def shares(self, step: int) -> list[Share]:
-        """This worker's shares of a step (from 0, counted over all epochs)."""
+        """This replica's shares of a step (from 0, counted over all epochs)."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.source), self.cut.seed, epoch))
-        return self.cut.shares_of(self._order[1], index, self.rank)
+            self._order = (epoch, epoch_order(len(self.source), self.division.seed, epoch))
+        return self.division.shares_of(self._order[1], index, self.replica)
 
     def prepare(self, step: int) -> None:
         """Fetch a step's batches now, to be handed out by ``batches``."""
@@ -79,22 +110,26 @@ class Feed:
             self._ready = (step, [(share, self._fetch(step, share)) for share in self.shares(step)])
 
     def batches(self, step: int) -> list[tuple[Share, Any]]:
-        """The step's shares with their batches; None for a batch where this worker has no samples."""
+        """The step's shares with their batches; None for a batch where it has no samples."""
         self.prepare(step)
         found = self._ready[1]
         self._ready = (-1, [])
         return found
 
+    def spare(self) -> Any:
+        """A batch of one sample, for a worker without a share that has to call the model all the same."""
+        return self._fetch_samples(0, np.zeros(1, dtype=np.int64))
+
     def _fetch(self, step: int, share: Share) -> Any:
-        if not len(share.indices):
-            return None
-        epoch = step // self.steps_per_epoch
-        seed = self.cut.seed
+        return self._fetch_samples(step // self.steps_per_epoch, share.indices) if len(share.indices) else None
+
+    def _fetch_samples(self, epoch: int, indices: np.ndarray) -> Any:
+        seed = self.division.seed
 
         def before_item(sample: int) -> None:
             streams.reseed(streams.ITEM, seed, epoch, sample)
 
-        return to_layout(self.source.fetch(share.indices, self._collate, before_item), self._channels_last)
+        return to_layout(self.source.fetch(indices, self._collate, before_item), self._channels_last)
 
 
 def to_layout(batch: Any, channels_last: bool) -> Any:

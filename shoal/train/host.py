@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.axes import recompute
 from shoal.axes.data import ArenaData, Waiting
 from shoal.comm.arena import Arena, Note, Phase, Signal
 from shoal.comm.store import Store
+from shoal.comm.team import Team
 from shoal.data.source import Source, open_source
 from shoal.errors import JobError
 from shoal.job import Job
+from shoal.plan import Plan
+from shoal.process.aside import aside
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import Assign
@@ -24,13 +28,17 @@ from shoal.train import streams
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
-from shoal.train.describe import bind, describe, fill, make_optimizer, trained_parameters
+from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
-from shoal.train.feed import Cut, Feed
+from shoal.train.feed import Feed, division_of
+from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
+from shoal.train.part import cut_model, take_part, to_meta, to_whole, whole_part
+from shoal.train.passes import Surroundings, make_passes
 from shoal.train.schedule import Schedule
 from shoal.train.settings import JobFacts, RunSettings
+from shoal.train.split import Split
 from shoal.train.update import Updater, make_updater
 
 
@@ -85,8 +93,10 @@ class TrainHost:
             images=_has_images(built),
             build_s=time.monotonic() - began,
         )
-        # The first values, to begin again from when several runs are tried.
-        self._first = {name: t.detach().clone() for name, t in _tensors(built.model)}
+        # The first values, to begin again from when several runs are tried. Parameters are never changed where they lie:
+        # a run moves them elsewhere.
+        self._first = {name: p.detach() for name, p in built.model.named_parameters(remove_duplicate=False)}
+        self._first_buffers = {n: b.detach().clone() for n, b in built.model.named_buffers(remove_duplicate=False)}
         self._store: Store | None = None
         self._settings: RunSettings | None = None
 
@@ -102,27 +112,33 @@ class TrainHost:
         gc.collect()
         gc.freeze()
 
+    def split(self, plan: Plan) -> Split | None:
+        """How the model is divided under a plan, found out aside; None where every worker has all of it."""
+        return aside(lambda: cut_model(self._built, self._facts.table, plan), "find out how the model can be split")
+
     def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
-        """Write the first weights into an arena where ``write`` says so, and bind the model to it."""
-        model = self._built.model
-        store = Store(arena, self._facts.table)
+        """Write the first weights into an arena where ``write`` says so, and bind the model to it where it is not split."""
+        table = settings.split.table if settings.split is not None else self._facts.table
+        store = Store(arena, table)
         if write:
-            with torch.no_grad():
-                for name, tensor in _tensors(model):
-                    tensor.data = self._first[name]
-            fill(model, store)
-        bind(model, store)
+            fill(store, self._first, self._first_buffers)
+        if settings.split is None:
+            bind(self._built.model, store)
         self._store, self._settings = store, settings
         return store
 
     def forget_first_weights(self) -> None:
         """No further run will begin anew: give back the memory of the first weights."""
         self._first = {}
+        if self._settings is not None and self._settings.split is not None:
+            to_meta(self._built.model)
 
     def describe_bundle(self, step: int, program: str | None) -> dict[str, Any]:
         """What the trained model takes and gives, for bundle.json; export it to ``program`` where torch can."""
-        assert self._store is not None
+        assert self._store is not None and self._settings is not None
         model = self._built.model
+        if self._settings.split is not None:
+            to_whole(model, self._store.state_dict(step % 2))
         with torch.no_grad():
             buffers = dict(model.named_buffers(remove_duplicate=False))
             for index, spec in enumerate(self._store.table.buffers):
@@ -147,44 +163,51 @@ class TrainHost:
         """The loop of one worker in the run that was taken up."""
         store, settings, built = self._store, self._settings, self._built
         assert store is not None and settings is not None
-        plan, job = settings.plan, built.job
+        plan, job, grid = settings.plan, built.job, settings.grid
         slot = store.arena.slots[rank]
         slot.enter(Phase.STARTING, slot.signal(Signal.UPDATED))
-        parameters = trained_parameters(built.model, self._facts.table)
-        if store.local:
-            for index, parameter in enumerate(parameters):
-                parameter.data = store.weight(index, rank)
-        updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: parameters)
+        team: Team | None = None
+        if settings.split is None:
+            part = whole_part(built, self._facts.table, store, rank)
+        else:
+            to_meta(built.model)
+            team = Team(store.arena, grid, rank, settings.spin_s, Waiting.deadline_s)
+            team.port.while_waiting = lambda what, waited_s: slot.write(Note.PHASE_SINCE, time.monotonic())
+            part = take_part(built, settings.split, plan, store, rank, team)
+            give_parameters(built.optimizer, part.parameters, store.table)
+        recompute.apply(part.model, plan.recompute)
+        updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
         axis = make_axis(updater)
         for source in (built.train, built.evaluation):
             if source is not None:
                 source.prefer_layout(plan.layout == "channels_last")
-        shares = plan.shares or (1,) * axis.world_size
-        cut = Cut(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed)
         batchnorm = None
-        if self._facts.batchnorm and plan.batchnorm != "local" and axis.world_size > 1:
-            batchnorm = GlobalBatchNorm(built.model, axis.sum_small)
+        if self._facts.batchnorm and plan.batchnorm != "local" and grid.dp > 1:
+            batchnorm = GlobalBatchNorm(part.model, axis.sum_small)
         with user_code("scheduler", rank):
             schedule = Schedule(job, built.optimizer, store, rank, updater)
+        feed = Feed(built.train, division_of(job, plan), grid.place(rank).data, job.collate, plan.layout == "channels_last")
+        faults = Faults(rank, slot)
+        around = Surroundings(
+            job=job, rank=rank, replica=feed.replica, slot=slot, faults=faults, precision=plan.precision,
+            batchnorm=batchnorm,
+        )  # fmt: skip
         parts = Parts(
             job=job,
-            model=built.model,
-            parameters=parameters,
+            model=part.model,
+            passes=make_passes(part, around, feed),
+            gradients=Gradients(store, store.stripe_of(rank), part.targets, part.shards),
             store=store,
             axis=axis,
-            feed=Feed(built.train, cut, rank, job.collate, plan.layout == "channels_last"),
+            team=team,
+            feed=feed,
             eval_source=built.evaluation,
             schedule=schedule,
-            batchnorm=batchnorm,
-            faults=Faults(rank, slot),
+            faults=faults,
             settings=settings,
             channel=channel,
         )
         return Loop(parts)
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _has_images(built: Built) -> bool:

@@ -24,6 +24,7 @@ from torch import nn
 from shoal.axes.data_group import Course, GroupData, Outbox
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
+from shoal.comm.grid import Grid
 from shoal.comm.group import DEADLINE_S, Group, PeerFailed
 from shoal.comm.journal import Journal
 from shoal.comm.member import Member
@@ -109,6 +110,10 @@ def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
         raise PlanError(
             f"The plan says dp={plan.data_ways} and the job was started with {world_size} processes; "
             f"write dp={world_size}, or start {plan.data_ways} processes."
+        )
+    if Grid.of(plan).splits_model if plan.names_axes else False:
+        raise NotBuiltError(
+            "A model is split only among workers that share memory, on one machine; write dp alone for processes that do not."
         )
     whole = plan.replace(dp=world_size, threads=plan.threads or threads).filled()
     return whole.replace(explanation=(f"The job was started with {world_size} processes, which speak through gloo.",))
@@ -335,7 +340,7 @@ class _Process:
             outbox,
             lambda updater: GroupData(store, updater, group, outbox, course, lambda: self._interrupts.wanted, lead),
         )
-        if loop.parts.batchnorm is not None:
+        if host.facts().batchnorm:
             # A ragged batch leaves some without samples: these do not take part in its statistics.
             steps = (0, settings.steps_per_epoch - 1)
             shares = [share for step in steps for share in loop.parts.feed.shares(step)]
@@ -378,6 +383,10 @@ class _Lead(Session):
 
     def attend(self) -> None:
         self._attend()
+
+    def _all_evaluated(self, epoch: int) -> bool:
+        # The parts have come through the group, after everybody had evaluated.
+        return True
 
     def wish_to_stop(self) -> None:
         self._interrupts.wanted = True

@@ -6,33 +6,34 @@ predecessor's signals say it had come to.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
 from shoal.axes.data import ArenaData, Hooks
 from shoal.comm.arena import Note, Order, Phase, Signal
 from shoal.comm.journal import Journal
 from shoal.comm.store import VALUE_COLUMNS, Columns, Store
+from shoal.comm.team import StepAborted, Team
 from shoal.data.source import Source
 from shoal.errors import JobError
 from shoal.job import Job
 from shoal.process.failure import user_code
-from shoal.train import objective, streams
-from shoal.train.batchnorm import GlobalBatchNorm
+from shoal.train import streams
 from shoal.train.buffers import Buffers
 from shoal.train.checkpoint import PartWriter
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
-from shoal.train.feed import Feed, Share
+from shoal.train.feed import Feed
+from shoal.train.gradients import Gradients
 from shoal.train.metric_state import MetricNotes, read_pieces
+from shoal.train.objective import Outcome
+from shoal.train.passes import Passes
 from shoal.train.schedule import Schedule
 from shoal.train.settings import CheckpointTrouble, EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
 from shoal.train.update import WholeUpdater
@@ -46,20 +47,45 @@ class Sender(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a worker works with, put together by its host."""
+    """What a worker works with, put together by its host.
+
+    Attributes:
+        model: what this worker has of the model.
+        team: the ranks that it computes a share with; None where it computes alone.
+    """
 
     job: Job
     model: nn.Module
-    parameters: Sequence[nn.Parameter]
+    passes: Passes
+    gradients: Gradients
     store: Store
     axis: ArenaData
+    team: Team | None
     feed: Feed
     eval_source: Source | None
     schedule: Schedule
-    batchnorm: GlobalBatchNorm | None
     faults: Faults
     settings: RunSettings
     channel: Sender
+
+
+@dataclass
+class _Sums:
+    """What a worker found in a step: sums over its samples."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    samples: int = 0
+    measured: bool = False
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome, count: int) -> None:
+        self.loss += outcome.loss_sum()
+        self.weight += outcome.weight
+        self.samples += count
+        self.measured = self.measured or outcome.measured
+        for name, value in outcome.values.items():
+            self.values[name] = self.values.get(name, 0.0) + value * count
 
 
 class Loop:
@@ -75,14 +101,16 @@ class Loop:
         self._metric_notes = MetricNotes(self._metrics.stateful, parts.job.metrics, self._journal)
         self._names: tuple[str, ...] | None = None
         self._part = parts.store.part_of(self.rank)
-        self._stripe = parts.store.stripe_of(self.rank)
+        grid = parts.settings.grid
+        place = grid.place(self.rank)
+        self._replica = place.data
+        # One rank of a replica speaks for its loss and its metrics, the first along the tensor axis for what all there have.
+        self._reports = grid.reporter(place.data) == self.rank
+        self._leads = place.tensor == 0
         # An optimizer of the user's own may add noise; torch's elementwise ones do not.
         self._may_draw = isinstance(parts.axis.updater, WholeUpdater)
-        self._touched = parts.store.touched[self._stripe]
-        self._bf16 = parts.settings.plan.precision == "bf16"
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
         self._part_writer: PartWriter | None = None
-        self._install_gradient_hooks()
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -120,7 +148,7 @@ class Loop:
         began = time.monotonic()
         axis.waited_s = 0.0
         if not axis.has_published(step):
-            self._compute(step, record, began)
+            self._compute_together(step, record, began)
             self._decide(step)
             axis.publish(step)
             parts.faults.reach("published", step)
@@ -201,9 +229,39 @@ class Loop:
 
     # -- computing -----------------------------------------------------------------------------------------------
 
+    def _compute_together(self, step: int, record: np.ndarray, began: float) -> None:
+        """Compute a step; with a team, until all of it have done so, and again whenever one of them is lost before that."""
+        axis, team = self.parts.axis, self.parts.team
+        if team is None:
+            self._compute(step, record, began)
+            return
+        while True:
+            if not axis.has_computed(step):
+                team.gather()
+                try:
+                    self._compute(step, record, began)
+                    team.flush()
+                except StepAborted:
+                    self._forget(step)
+                    continue
+                axis.post_computed(step)
+            self.slot.enter(Phase.WAITING, step)
+            try:
+                axis.await_computed(step, team)
+                return
+            except StepAborted:
+                axis.take_back_computed(step)
+                self._forget(step)
+
+    def _forget(self, step: int) -> None:
+        """What was computed of a step is void."""
+        self.parts.passes.clear()
+        self._metric_notes.go_back(step)
+
     def _compute(self, step: int, record: np.ndarray, began: float) -> None:
         parts, faults = self.parts, self.parts.faults
         parts.axis.begin(step)
+        parts.gradients.begin()
         self.slot.enter(Phase.DATA, step)
         faults.reach("data", step)
         with user_code("train_data", self.rank):
@@ -212,88 +270,30 @@ class Loop:
         self._buffers.load(step)
         counts = [share.counts for share, _ in batches]
         # A worker that trains alone takes the mean over its own samples.
-        total = sum(c[self.rank] for c in counts) if parts.store.local else sum(map(sum, counts))
-        loss = weight = samples = 0.0
-        measured = False
-        values: dict[str, float] = {}
-        for micro, (share, batch) in enumerate(batches):
-            count = len(share.indices)
-            if not count:
-                continue
-            outcome = self._differentiate(step, micro, share, batch, total)
-            with user_code("metrics", self.rank):
-                outcome.values.update(self._metrics.update(outcome))
-            loss += outcome.loss_sum()
-            weight += outcome.weight
-            samples += count
-            measured = measured or outcome.measured
-            for name, value in outcome.values.items():
-                values[name] = values.get(name, 0.0) + value * count
+        total = sum(c[self._replica] for c in counts) if parts.store.local else sum(map(sum, counts))
+        sums = _Sums()
+        micro = 0
+        for share, batch in batches:
+            for outcome, count in parts.passes.train(step, micro, share, batch, total):
+                if self._reports:
+                    with user_code("metrics", self.rank):
+                        outcome.values.update(self._metrics.update(outcome))
+                    sums.add(outcome, count)
+            micro += len(share.pieces)
+        parts.gradients.collect()
         faults.drag(step, time.monotonic() - computing)
-        shares = batches[-1][0].counts if batches else ()
-        publisher = next((rank for rank, count in enumerate(shares) if count), 0)
-        written = self._buffers.publish(step) if publisher == self.rank else []
+        shares = counts[-1] if counts else ()
+        publisher = next((replica for replica, count in enumerate(shares) if count), 0)
+        written = self._buffers.publish(step) if publisher == self._replica and self._leads else []
         parts.axis.carry_buffers(publisher, written)
         self._metric_notes.keep(step + 1)
-        self._write_record(step, record, (loss, weight, samples, measured), values)
+        self._write_record(step, record, sums)
         record[Columns.BEGAN] = began
         record[Columns.DATA] = computing - began
         record[Columns.COMPUTE] = time.monotonic() - computing - parts.axis.waited_s
 
-    def _differentiate(self, step: int, micro: int, share: Share, batch: Any, total: int) -> objective.Outcome:
-        parts = self.parts
-        count = len(share.indices)
-        self.slot.enter(Phase.FORWARD, step)
-        if parts.batchnorm is not None:
-            parts.batchnorm.taking_part([rank for rank, n in enumerate(share.counts) if n])
-        streams.reseed(streams.STEP, parts.job.seed, step, self.rank, micro)
-        with user_code("the model or its loss", self.rank):
-            with self._autocast():
-                outcome = objective.compute(parts.job, parts.model, batch, count)
-            parts.faults.reach("forward", step)
-            self.slot.enter(Phase.BACKWARD, step)
-            if not outcome.loss.requires_grad:
-                raise JobError(
-                    "The loss does not depend on any parameter that is trained, so there is nothing to learn."
-                )
-            outcome.to_backward(total).backward()  # type: ignore[no-untyped-call]
-        parts.faults.reach("backward", step)
-        return outcome
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self._bf16 else contextlib.nullcontext()
-
-    def _install_gradient_hooks(self) -> None:
-        """Let every gradient go into this worker's stripe as soon as it is there, so that no second copy of them builds up."""
-        store, touched = self.parts.store, self._touched
-        ours = {id(p) for p in self.parts.parameters}
-        for index, parameter in enumerate(self.parts.parameters):
-            stripe = store.gradient(self._stripe, index)
-
-            def keep(p: torch.Tensor, index: int = index, stripe: torch.Tensor = stripe) -> None:
-                gradient = p.grad
-                assert gradient is not None
-                if gradient.is_sparse:
-                    gradient = gradient.to_dense()
-                if touched[index]:
-                    stripe.add_(gradient)
-                else:
-                    stripe.copy_(gradient)
-                    touched[index] = 1
-                p.grad = None
-
-            parameter.register_post_accumulate_grad_hook(keep)
-        for parameter in self.parts.model.parameters():
-            if id(parameter) not in ours and parameter.requires_grad:
-
-                def drop(p: torch.Tensor) -> None:
-                    p.grad = None
-
-                parameter.register_post_accumulate_grad_hook(drop)
-
-    def _write_record(
-        self, step: int, record: np.ndarray, sums: tuple[float, float, float, bool], values: dict[str, float]
-    ) -> None:
+    def _write_record(self, step: int, record: np.ndarray, sums: _Sums) -> None:
+        values = sums.values
         if values and self._names is None:
             self._names = tuple(values)
             if len(values) > VALUE_COLUMNS:
@@ -301,8 +301,8 @@ class Loop:
             self.parts.channel.send(ValueNames(self._names))
         begins = step % self.parts.settings.steps_per_epoch == 0
         before = self.parts.store.record(self.rank, step - 1) if step and not begins else None
-        record[Columns.LOSS], record[Columns.WEIGHT], record[Columns.SAMPLES] = sums[:3]
-        record[Columns.MEASURED] = float(sums[3])
+        record[Columns.LOSS], record[Columns.WEIGHT], record[Columns.SAMPLES] = sums.loss, sums.weight, sums.samples
+        record[Columns.MEASURED] = float(sums.measured)
         own = np.zeros(VALUE_COLUMNS)
         for column, name in enumerate(self._names or ()):
             own[column] = values.get(name, 0.0)
@@ -369,29 +369,58 @@ class Loop:
         parts, axis = self.parts, self.parts.axis
         epoch = step // parts.settings.steps_per_epoch
         supervisor = axis.arena.supervisor
-        if self.slot.signal(Signal.EVALUATED) < epoch:
-            self.slot.enter(Phase.EVALUATE, step)
-            began = time.monotonic()
-            found: Tally | None = None
-            if parts.eval_source is not None and parts.settings.evaluate:
-                self._buffers.load(step)
-
-                def next_batch() -> None:
-                    self.slot.enter(Phase.EVALUATE, step)
-                    parts.faults.reach("evaluate", step)
-
-                part = Slice(
-                    self.rank, axis.world_size, parts.settings.plan.layout == "channels_last", epoch, self._autocast
-                )
-                with user_code("evaluation", self.rank):
-                    found = evaluate(parts.job, parts.model, parts.eval_source, part, next_batch)
-            training = Tally(metrics=self._metrics.stateful)
-            parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
-            self.slot.post(Signal.EVALUATED, epoch)
-        if not axis.has_published(step):
-            self._metric_notes.begin_again(step)
-        self.slot.enter(Phase.WAITING, step)
-        axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch")
+        again = self.slot.signal(Signal.EVALUATED) < epoch
+        while True:
+            try:
+                if again:
+                    self._evaluate(step, epoch)
+                if not axis.has_published(step):
+                    self._metric_notes.begin_again(step)
+                self.slot.enter(Phase.WAITING, step)
+                axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch", self._void(epoch))
+                break
+            except StepAborted:
+                parts.passes.clear()
+                again = True
         with user_code("scheduler", self.rank):
             parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
         return int(supervisor.note(Note.STOP_EPOCH)) == epoch
+
+    def _evaluate(self, step: int, epoch: int) -> None:
+        """Evaluate this worker's batches and tell the supervisor."""
+        parts, settings = self.parts, self.parts.settings
+        if parts.team is not None:
+            parts.team.gather()
+        self.slot.enter(Phase.EVALUATE, step)
+        began = time.monotonic()
+        found: Tally | None = None
+        if parts.eval_source is not None and settings.evaluate:
+            self._buffers.load(step)
+
+            def next_batch() -> None:
+                self.slot.enter(Phase.EVALUATE, step)
+                parts.faults.reach("evaluate", step)
+
+            part = Slice(
+                self._replica, settings.grid.dp, settings.plan.layout == "channels_last", epoch, settings.grid.sharded
+            )
+            with user_code("evaluation", self.rank):
+                found = evaluate(
+                    parts.job, parts.model, parts.eval_source, part, next_batch, parts.passes.evaluate
+                )
+        training = Tally(metrics=self._metrics.stateful)
+        found = found if self._reports else None
+        parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
+        self.slot.post(Signal.EVALUATED, epoch)
+
+    def _void(self, epoch: int) -> Callable[[], None] | None:
+        """What to ask while waiting after an evaluation: whether a member of the team was lost before it had done its part."""
+        team, slots = self.parts.team, self.parts.axis.arena.slots
+        if team is None:
+            return None
+
+        def check() -> None:
+            if any(slots[rank].signal(Signal.EVALUATED) < epoch for rank in team.ranks):
+                team.check()
+
+        return check

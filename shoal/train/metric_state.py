@@ -17,6 +17,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from shoal.comm.journal import Journal
@@ -79,6 +80,13 @@ class MetricNotes:
         if self._states:
             # Before anything is written over the epoch's log.
             write_pieces(self._journal, step, ())
+
+    def go_back(self, step: int) -> None:
+        """Forget what was taken in since the beginning of ``step``."""
+        for metric in self._metrics.values():
+            metric.reset()
+        self._written.clear()
+        self.recall(step)
 
     def recall(self, step: int) -> None:
         """Take up what held at the beginning of ``step``, where something was kept."""
@@ -168,17 +176,19 @@ def _split(joined: Mapping[str, Any]) -> list[Any]:
 
 
 def _pack(value: Any) -> Any:
-    """A tensor as numpy has it, which is quick to pickle and takes no more than what is seen of its storage."""
+    """A tensor as its bytes, which are quick to pickle and no more than what is seen of its storage."""
     if not isinstance(value, torch.Tensor):
         return value
-    value = value.detach().cpu()
-    if value.dtype == torch.bfloat16:
-        return _TENSOR, True, value.view(torch.int16).numpy()
-    return _TENSOR, False, value.numpy()
+    # NumPy has no bfloat16.
+    kind = "bfloat16" if value.dtype == torch.bfloat16 else ""
+    array = (value.view(torch.int16) if kind else value).numpy(force=True)
+    return _TENSOR, kind or array.dtype.str, array.shape, array.tobytes()
 
 
 def _unpack(value: Any) -> Any:
-    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], str) and value[0] == _TENSOR):
+    if not (isinstance(value, tuple) and value and isinstance(value[0], str) and value[0] == _TENSOR):
         return value
-    tensor = torch.from_numpy(value[2].copy())
-    return tensor.view(torch.bfloat16) if value[1] else tensor
+    _, kind, shape, data = value
+    array = np.frombuffer(data, "<i2" if kind == "bfloat16" else kind).reshape(shape)
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor

@@ -17,6 +17,7 @@ import cloudpickle
 
 from shoal.errors import WorkerLostError
 from shoal.job import Job
+from shoal.process.channel import dumps
 from shoal.process.failure import Failure
 from shoal.process.template import die_with_parent
 from shoal.train.api import TrainOptions
@@ -43,7 +44,7 @@ class Neighbours:
         found = cls(meeting, [])
         try:
             for rank in range(1, world_size):
-                found._processes.append(_start(cloudpickle.dumps((job, quiet, str(meeting), rank, world_size))))
+                found._processes.append(_start(dumps((job, quiet, str(meeting), rank, world_size))))
             yield found
         finally:
             found._end()
@@ -80,7 +81,7 @@ def _start(payload: bytes) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "shoal.train.neighbours"], stdin=subprocess.PIPE, env=environment, start_new_session=True
     )
     assert process.stdin is not None
-    paths = cloudpickle.dumps(list(sys.path))
+    paths = dumps(list(sys.path))
     for part in (paths, payload):
         process.stdin.write(len(part).to_bytes(8, "big") + part)
     process.stdin.flush()

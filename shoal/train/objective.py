@@ -76,7 +76,7 @@ def split(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
-def call(model: nn.Module, value: Any) -> Any:
+def call(model: Any, value: Any) -> Any:
     """Call the model: a mapping by keywords, a tuple by position."""
     if isinstance(value, Mapping):
         return model(**value)
@@ -85,7 +85,47 @@ def call(model: nn.Module, value: Any) -> Any:
     return model(value)
 
 
-def compute(job: Job, model: nn.Module, batch: Any, count: int) -> Outcome:
+class Given:
+    """Stands for a model whose output is known already; in everything else it is the model."""
+
+    def __init__(self, model: nn.Module, output: Any) -> None:
+        self._model = model
+        self._output = output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Called(Exception):
+    """What a model is called with."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_given, self.kwargs_given = args, kwargs
+
+
+class _Recorder(Given):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(args, kwargs)
+
+
+def arguments(job: Job, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the job calls its model with on a batch: (positional, by keyword). JobError where its ``step`` does not call it."""
+    recorder: Any = _Recorder(model, None)
+    try:
+        if job.step is not None:
+            job.step(recorder, batch)
+        else:
+            call(recorder, split(batch)[0] if job.loss is not None else batch)
+    except _Called as called:
+        return called.args_given, called.kwargs_given
+    raise JobError("step did not call the model that it was given, so the model cannot be split; use dp only.")
+
+
+def compute(job: Job, model: Any, batch: Any, count: int) -> Outcome:
     """Run the job's loss, its step, or the model's own loss on a batch of ``count`` samples."""
     values: Mapping[str, Any] = {}
     output = target = None
@@ -119,7 +159,7 @@ def _own_loss(output: Any) -> Any:
     return loss
 
 
-def _outcome(job: Job, model: nn.Module, batch: Any, result: Any, count: int) -> Outcome:
+def _outcome(job: Job, model: Any, batch: Any, result: Any, count: int) -> Outcome:
     if isinstance(result, (tuple, list)):
         if len(result) != 2:
             raise JobError(
@@ -137,7 +177,7 @@ def _outcome(job: Job, model: nn.Module, batch: Any, result: Any, count: int) ->
     return Outcome(loss, float(count), is_sum=False, measured=False)
 
 
-def count_labels(model: nn.Module, batch: Any) -> int | None:
+def count_labels(model: Any, batch: Any) -> int | None:
     """How many labels a model's own loss is the mean over: those that are not -100; None without integer labels.
 
     A causal language model shifts its labels by one, so that the first of each row counts for nothing.
@@ -145,7 +185,7 @@ def count_labels(model: nn.Module, batch: Any) -> int | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return None
-    kind = getattr(model, "loss_type", None) or type(model).__name__
+    kind = getattr(model, "loss_type", None) or type(getattr(model, "_model", model)).__name__
     if labels.dim() > 1 and any(word in str(kind) for word in ("ForCausalLM", "LMHeadModel")):
         labels = labels[..., 1:]
     return int((labels != IGNORED_LABEL).sum())

@@ -15,9 +15,8 @@ from shoal import bundle
 from shoal.axes.data import COLLECTIVES_A_STEP
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
-from shoal.comm.grid import Grid
 from shoal.comm.journal import Journal
-from shoal.comm.store import Columns, Store, arena_layout
+from shoal.comm.store import Columns, Store
 from shoal.errors import JobFailed, LossNotFiniteError, RequestError
 from shoal.job import Job
 from shoal.observe.compare import weights_sha256
@@ -25,7 +24,7 @@ from shoal.plan import Plan
 from shoal.process.supervisor import Supervisor
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
-from shoal.train.choose import choose_plan, predicted_step, remember
+from shoal.train.choose import choose_plan, predicted_step, remember, split_of
 from shoal.train.crew import Crew, bind
 from shoal.train.driver import Emitter, Interrupts, check_plan, versions
 from shoal.train.evaluate import combine
@@ -42,7 +41,9 @@ from shoal.train.settings import (
     NotFinite,
     RunSettings,
     ValueNames,
+    layout_of,
 )
+from shoal.train.split import Split
 
 # Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
@@ -93,7 +94,10 @@ class Session:
         check_plan(plan, job, facts)
         self._plan = plan
         self._predicted_s = predicted_step(plan, job, facts)
-        self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints)
+        split = split_of(plan, self._supervisor)
+        if split is not None:
+            self._plan = plan = plan.replace(explanation=(*plan.explanation, *split.explanation))
+        self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints, split)
         arena = Arena.create(self._settings.layout)
         try:
             return self._run_in(arena, began)
@@ -105,7 +109,7 @@ class Session:
                 self._directory.release([])
 
     def _run_in(self, arena: Arena, began: float) -> Run:
-        store = Store(arena, self._facts.table)
+        store = Store(arena, self._facts.table if self._settings.split is None else self._settings.split.table)
         self._store, self._arena = store, arena
         fd = arena.memory.fd
         bind(self._supervisor, self._settings, fd, last=True)
@@ -136,7 +140,7 @@ class Session:
         restored = checkpoints.restore(found, store)
         step = found.step
         for rank, slot in enumerate(self._arena.slots):
-            for signal in (Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
+            for signal in (Signal.COMPUTED, Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
                 slot.post(signal, step)
             slot.post(Signal.EVALUATED, found.meta["epochs_done"])
             slot.post(Signal.COLLECTIVE, step * COLLECTIVES_A_STEP)
@@ -245,7 +249,7 @@ class Session:
         """Close an epoch once every worker has sent its part of it."""
         epoch = self._epochs_done + 1
         parts = self._parts.get(epoch, {})
-        if len(parts) < self._arena.world_size:
+        if len(parts) < self._arena.world_size or not self._all_evaluated(epoch):
             return
         del self._parts[epoch]
         self._recorder.drain(epoch * self._settings.steps_per_epoch)
@@ -272,6 +276,10 @@ class Session:
         else:
             self._want_checkpoint()
         supervisor.post(Order.EPOCH_DONE, epoch)
+
+    def _all_evaluated(self, epoch: int) -> bool:
+        """Whether everybody knows that its part was sent; whoever dies in between evaluates again, together with its team."""
+        return all(slot.signal(Signal.EVALUATED) >= epoch for slot in self._arena.slots)
 
     def _stop_for_loss(self) -> None:
         """All workers have met the loss that is no number: say where, and what is left."""
@@ -485,16 +493,17 @@ class Session:
 
 
 def run_settings(
-    plan: Plan, job: Job, facts: JobFacts, options: TrainOptions, directory: Path, private: bool = False
-) -> RunSettings:
+    plan: Plan, job: Job, facts: JobFacts, options: TrainOptions, directory: Path, split: Split | None = None,
+    private: bool = False,
+) -> RunSettings:  # fmt: skip
     """What the workers of a run have to know; ``directory``: of checkpoints; ``private``: they share no memory."""
     per_epoch = -(-facts.samples // job.batch_size)
     total = (options.epochs or job.epochs) * per_epoch
     total = min(total, options.steps) if options.steps else total
-    room = 0 if private else facts.collective_bytes(plan)
     return RunSettings(
         plan=plan,
-        layout=arena_layout(facts.table, Grid.of(plan), room, bool(plan.local_steps), private),
+        split=split,
+        layout=layout_of(plan, facts, split, private),
         total_steps=total,
         steps_per_epoch=per_epoch,
         checkpoint_dir=str(directory.resolve()),
@@ -527,7 +536,7 @@ def batch_line(plan: Plan, job: Job, facts: JobFacts) -> str:
     from shoal.data.order import share_bounds
 
     batch = min(job.batch_size, facts.samples)
-    sizes = [b - a for a, b in share_bounds(batch, plan.shares or (1,) * plan.world_size)]
+    sizes = [b - a for a, b in share_bounds(batch, plan.shares or (1,) * plan.data_ways)]
     if len(set(sizes)) == 1:
         return f"global {batch} = {len(sizes)} × {sizes[0]}"
     return f"global {batch} = " + " + ".join(map(str, sizes))

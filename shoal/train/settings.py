@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.comm.arena import ArenaLayout
+from shoal.comm.grid import Grid
+from shoal.comm.store import arena_layout
 from shoal.comm.table import ParameterTable
+from shoal.comm.team import team_bytes
 from shoal.plan import Plan
+from shoal.train.split import Split
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class JobFacts:
 
     def collective_bytes(self, plan: Plan) -> int:
         """Room for a worker's part in a step's small collectives: all microbatches, each layer used twice, and some."""
-        return (1 << 20) + 2 * (plan.accumulate or 1) * self.statistics_bytes if self.statistics_bytes else 0
+        if not self.statistics_bytes:
+            return 0
+        return (1 << 20) + 2 * (plan.accumulate or 1) * (plan.microbatches or 1) * self.statistics_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run of a job under a plan."""
+    """One run of a job under a plan; ``split``: how the model is divided, where it is."""
 
     plan: Plan
     layout: ArenaLayout
@@ -49,6 +55,24 @@ class RunSettings:
     guard: bool = True
     wait_for_observer: bool = False
     evaluate: bool = True
+    split: Split | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.plan)
+
+
+def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = False) -> ArenaLayout:
+    """The arena of a run; ``private``: its workers share no memory."""
+    grid = Grid.of(plan)
+    return arena_layout(
+        facts.table if split is None else split.table,
+        grid,
+        0 if private else facts.collective_bytes(plan),
+        bool(plan.local_steps),
+        private,
+        team_bytes(grid),
+    )
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,9 @@ class _ElementwiseChunk:
         self._rows_of = slice(lane.sources[0], lane.sources[-1] + 1)
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
         self._stripes = [store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in lane.sources]
+        self._echoes = [
+            (k, echo) for k, i in enumerate(self._indices) for echo, e in enumerate(table.echoes) if e.parameter == i
+        ]
         self._group_of = [spec.group for spec in self._specs]
         self._optimizer = self._make_optimizer(optimizer)
         self._gradients: list[torch.Tensor | None] = []
@@ -233,26 +236,37 @@ class _ElementwiseChunk:
         total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
         width = self._dtype.itemsize
         native = self.store.arena.native
-        if len(self._stripes) == 1 and factor == 1.0:
+        if len(self._stripes) == 1 and factor == 1.0 and not self._echoes:
             # One worker alone: its stripe is the sum already.
             self._gradients = [
                 self._stripes[0][a // width : b // width] if touched[0, k] else None
                 for k, (a, b) in enumerate(self._spans)
             ]
             return
-        if touched.all():
+        if touched.all() and not self._echoes:
             native.sum_into(total, self._stripes, factor)
             self._gradients = [total[a // width : b // width] for a, b in self._spans]
             return
         self._gradients = []
         for k, (a, b) in enumerate(self._spans):
-            ranks = np.flatnonzero(touched[:, k])
-            if not len(ranks):
+            sources = [self._stripes[r][a // width : b // width] for r in np.flatnonzero(touched[:, k])]
+            sources += self._echoes_of(k)
+            if not sources:
                 self._gradients.append(None)
                 continue
             out = total[a // width : b // width]
-            native.sum_into(out, [self._stripes[r][a // width : b // width] for r in ranks], factor)
+            native.sum_into(out, sources, factor)
             self._gradients.append(out)
+
+    def _echoes_of(self, k: int) -> list[torch.Tensor]:
+        """The gradients that other stages have for the k-th piece."""
+        piece = self.chunk.pieces[k]
+        return [
+            self.store.echo(stripe, echo).view(-1)[piece.start : piece.stop]
+            for stripe in self._lane.sources
+            for at, echo in self._echoes
+            if at == k and self.store.echoed[stripe, echo]
+        ]
 
     def norm_squared(self) -> float:
         return sum(
@@ -356,9 +370,14 @@ class WholeUpdater(Updater):
     def sum_gradients(self, chunk: int, factor: float) -> None:
         self._gradients = {}
         for index in self.own:
-            ranks = [r for r in self.lane.sources if self.store.touched[r, index]]
-            if ranks:
-                stripes = [self.store.gradient(r, index) for r in ranks]
+            stripes = [self.store.gradient(r, index) for r in self.lane.sources if self.store.touched[r, index]]
+            stripes += [
+                self.store.echo(r, at)
+                for r in self.lane.sources
+                for at, echo in enumerate(self.store.table.echoes)
+                if echo.parameter == index and self.store.echoed[r, at]
+            ]
+            if stripes:
                 out = torch.empty_like(stripes[0])
                 self._native.sum_into(out.view(-1), [s.view(-1) for s in stripes], factor)
                 self._gradients[index] = out

@@ -126,7 +126,8 @@ STEADY = shoal.Job(
     scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Ramp()),
     metrics={
         "accuracy": lambda output, target: (output.argmax(1) == target).double().mean(),
-        "auc": noisy_job.Auc(), "confusion": noisy_job.Confusion(),
+        "auc": noisy_job.Auc(),
+        "confusion": noisy_job.Confusion(),
     },
     batch_size=10,
     epochs=3,

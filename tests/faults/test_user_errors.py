@@ -20,7 +20,7 @@ from shoal.comm.arena import Arena
 from shoal.comm.grid import Grid
 from shoal.comm.store import arena_layout
 from shoal.data.order import epoch_order
-from shoal.errors import LossNotFiniteError, UserCodeError
+from shoal.errors import JobError, LossNotFiniteError, UserCodeError
 from shoal.plan import Plan
 from shoal.process.supervisor import Supervisor
 from shoal.train.crew import Crew
@@ -124,6 +124,27 @@ class BrokenScheduler(torch.optim.lr_scheduler.StepLR):
         if self.last_epoch >= 5:
             mistake()
         super().step()
+
+
+class Remembering(torch.optim.lr_scheduler.StepLR):
+    """Keeps an object of its own, from the beginning or from its first step on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, late: bool) -> None:
+        super().__init__(optimizer, 1)
+        self.kept = None if late else Path("somewhere")
+
+    def step(self, epoch: Any = None) -> None:
+        super().step()
+        self.kept = Path("somewhere") if self.last_epoch else None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_no_checkpoint_can_hold_is_refused_at_once(late: bool, supervisor: Supervisor, tmp_path: Path) -> None:
+    with pytest.raises(
+        JobError, match=r"keeps a pathlib\S*Path, which a checkpoint cannot hold; let it keep"
+    ) as caught:
+        work(supervisor, make_job(scheduler=lambda optimizer: Remembering(optimizer, late)), tmp_path)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
 WRONG: dict[str, tuple[dict[str, Any], bool]] = {

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torchmetrics import Metric
 
 import shoal
 from shoal.errors import LossNotFiniteError, PlanError, UserCodeError, WorkerLostError
@@ -69,8 +70,27 @@ def hits(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.argmax(-1) == target).double().mean()
 
 
+class Right(Metric):
+    """The part of all tokens that were right, from all that was ever seen, and how often it was asked."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("seen", [], dist_reduce_fx="cat")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        self.seen.append((output.argmax(-1) == target).flatten())
+        self.count += len(target)
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        return {"part": torch.cat(list(self.seen)).double().mean(), "count": self.count}
+
+
 text = shoal.Job(
-    name="text", model=Text, train_data=text_data, eval_data=text_data, loss=token_loss, metrics={"hits": hits},
+    name="text", model=Text, train_data=text_data, eval_data=text_data, loss=token_loss,
+    metrics={"hits": hits, "right": Right()},
     optimizer=lambda params: torch.optim.Adam(params, lr=1e-2),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.7),
     grad_clip=0.5, batch_size=BATCH, epochs=2,
@@ -259,15 +279,30 @@ def test_without_shared_memory_shoal_starts_the_processes_itself(
     done = shoal.train(text, plan="dp=1,threads=1", run_dir=tmp_path / "run", resume=True)
     assert done.summary()["steps"] == 12
     assert difference(alone / "text-1", tmp_path / "run") < 1e-9
+    assert same_metrics(alone / "text-1", tmp_path / "run")
 
 
-def test_a_killed_process_ends_the_run_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def same_metrics(one: Path, other: Path) -> bool:
+    """Whether the metrics that have a state came to the same in every epoch, over all samples."""
+    found = [[(e["right_part"], e["right_count"]) for e in shoal.open(run).history] for run in (one, other)]
+    return len(found[0]) == 2 and found[0] == found[1]
+
+
+def test_a_killed_process_ends_the_run_with_a_sentence(
+    tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHOAL_TRANSPORT", "group")
-    monkeypatch.setenv("SHOAL_FAULTS", "kill(rank=1,step=2,phase=backward)")
+    monkeypatch.setenv("SHOAL_FAULTS", "kill(rank=1,step=10,phase=backward)")
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
     with pytest.raises(WorkerLostError, match="Worker 1 died .SIGKILL."):
         shoal.train(text, plan="dp=2,threads=1", run_dir=tmp_path / "run")
     (event,) = read_events(tmp_path / "run" / "events.jsonl", ["error"])
     assert "--resume" in event["sentence"]
+    monkeypatch.delenv("SHOAL_FAULTS")
+    monkeypatch.delenv("SHOAL_TRANSPORT")
+    shoal.train(text, plan="dp=2,threads=1", run_dir=tmp_path / "run", resume=True)
+    assert list(read_events(tmp_path / "run" / "events.jsonl", ["run_start"]))[-1]["resumed_from"]
+    assert same_metrics(alone / "text-1", tmp_path / "run")
 
 
 if __name__ == "__main__":

@@ -318,3 +318,12 @@ def test_accumulation_uses_the_statistics_of_each_microbatch(train: Callable[...
     expected = plain_batchnorm(26, 4)
     assert_equal(train(job, "dp=1,accumulate=4,batchnorm=micro").weights(), expected, within=1e-9)
     assert_equal(train(job, "dp=2,accumulate=4,batchnorm=micro").weights(), expected, within=1e-9)
+
+
+def test_many_microbatches_of_a_wide_batchnorm_have_room(train: Callable[..., Any]) -> None:
+    def wide() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(72, 1500), nn.BatchNorm1d(1500), nn.Linear(1500, 3)).double()
+
+    job = batchnorm_job().replace(model=wide, batch_size=104)
+    one = train(job, "dp=1,accumulate=26,batchnorm=micro", steps=2)
+    assert_equal(train(job, "dp=2,accumulate=26,batchnorm=micro", steps=2).weights(), one.weights(), within=1e-7)

@@ -1,15 +1,19 @@
 """zero=3 in plain torch processes over gloo: the same weights as an unsplit model, held in parts.
 
-This file is also the script of each process: see ``main``.
+This file is also the script of the processes: see ``main``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
 
-from shoal.axes import zero
+from shoal.axes import recompute, tensor, zero
 
 HERE = Path(__file__).resolve()
 STEPS, BATCH, RATE, MOMENTUM = 4, 12, 0.05, 0.9
@@ -135,6 +141,8 @@ def prepared(kind: str) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
             module.eval()
+    if kind == "conv":
+        model.features[0][0].weight.requires_grad_(False)  # type: ignore[index, union-attr]
     return model
 
 
@@ -159,7 +167,18 @@ class Part:
         self.sharded = zero.apply(model, mesh)
         self.sharded.materialise(self.view)
         self.model = model
-        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.arrived = {name: 0 for name in self.memory}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self.arrival(name))
+
+    def arrival(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Count the gradients that a hook on the parameter gets to see, as a worker has that takes them away."""
+
+        def count(_: torch.Tensor) -> None:
+            self.arrived[name] += 1
+
+        return count
 
     def rows(self, name: str) -> tuple[int, int]:
         return zero.chunk_rows(self.memory[name].shape[0], self.ways)[self.rank]
@@ -179,7 +198,9 @@ class Part:
             with torch.no_grad():
                 # As an evaluation between two steps does.
                 self.model(inputs[own])
-            loss_of(self.model(inputs[own]), target[own]).backward()
+            # In two pieces, whose gradients add up.
+            for inputs_piece, target_piece in zip(inputs[own].split(2), target[own].split(2), strict=True):
+                loss_of(self.model(inputs_piece), target_piece).backward()
             self.update(momentum)
 
     def update(self, momentum: dict[str, torch.Tensor]) -> None:
@@ -197,12 +218,12 @@ class Part:
     def whole(self) -> dict[str, torch.Tensor]:
         """Everybody's rows together, under the names of the state_dict."""
         found = {}
-        for name, tensor in self.memory.items():
+        for name, whole in self.memory.items():
             if name not in self.sharded.kept_whole:
                 start, stop = self.rows(name)
-                tensor[:start], tensor[stop:] = 0, 0
-                dist.all_reduce(tensor)
-            found[name] = tensor
+                whole[:start], whole[stop:] = 0, 0
+                dist.all_reduce(whole)
+            found[name] = whole
         return found
 
 
@@ -225,54 +246,89 @@ def check_run(kind: str, mesh: Any) -> dict[str, Any]:
     expected = train_whole(kind)
     worst = max(float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in found)
     return {**sizes, "worst": worst, "in_place": in_place, "same_keys": keys == list(make_model(kind).state_dict()),
-            "whole_names": list(part.sharded.kept_whole), "touched": touched}  # fmt: skip
+            "whole_names": list(part.sharded.kept_whole), "touched": touched, "arrived": part.arrived}  # fmt: skip
 
 
-def check_with_tensor_axis(mesh: Any) -> dict[str, Any]:
-    """Two workers by two: columns and rows of the odd MLP are cut first, then what is left of each is sharded."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+def pieces_of(whole: torch.Tensor, regions: Sequence[Any]) -> torch.Tensor:
+    """The part of a tensor that its regions name."""
+    for region in regions:
+        whole = torch.cat([whole.narrow(region.dim, a, b - a) for a, b in region.ranges], region.dim)
+    return whole.contiguous()
 
-    plan = {"2": ColwiseParallel(), "4": RowwiseParallel()}
-    model = make_model("mlp")
-    first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    cut = {"2.weight": 0, "2.bias": 0, "4.weight": 1}
+
+def check_with_tensor_axis(mesh: Any, kind: str, how: str, mode: str = "none") -> float:
+    """Two workers by two: the tensor axis cuts weights first, then what each worker has left of them is sharded.
+
+    Args:
+        how: "dtensor" (torch's own), "plain" (this package's) or "sequence" (with activations split along the sequence).
+        mode: of recomputing, on top.
+    """
     t, d = mesh["tp"].get_local_rank(), mesh["dp"].get_local_rank()
-    own = {name: w.chunk(2, cut[name])[t].contiguous() if name in cut else w for name, w in first.items()}
-    to_meta(model)
-    parallelize_module(model, mesh["tp"], plan, src_data_rank=None)
+    model = prepared(kind)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if how == "dtensor":
+        cuts: dict[str, Any] = {"2.weight": 0, "2.bias": 0, "4.weight": 1}
+        own = {name: w.chunk(2, cuts[name])[t].contiguous() if name in cuts else w for name, w in first.items()}
+        to_meta(model)
+        parallelize_module(model, mesh["tp"], {"2": ColwiseParallel(), "4": RowwiseParallel()}, src_data_rank=None)
+    else:
+        layout = tensor.find_layout(model, 2, sequence_parallel=how == "sequence")
+        cuts = dict(layout.shards)
+        own = {name: pieces_of(w, (cuts[name][t],) if name in cuts else ()) for name, w in first.items()}
+        to_meta(model)
+        tensor.apply(model, layout, mesh["tp"])
+    assert len({name for name in cuts if name in own}) > 1
+    recompute.apply(model, mode)
     sharded = zero.apply(model, mesh["dp"])
-    sharded.materialise(lambda name: own[name][slice(*zero.chunk_rows(own[name].shape[0], 2)[d])])
-    share = BATCH // 2
-    for inputs, target in batches("mlp"):
+    rows = {
+        name: slice(None) if name in sharded.kept_whole else slice(*zero.chunk_rows(len(own[name]), 2)[d])
+        for name in own
+    }
+    sharded.materialise(lambda name: own[name][rows[name]] if own[name].dim() else own[name])
+    share = slice(d * BATCH // 2, (d + 1) * BATCH // 2)
+    for inputs, target in batches(kind):
         sharded.begin()
-        loss_of(model(inputs[d * share : (d + 1) * share]), target[d * share : (d + 1) * share]).backward()
+        loss_of(model(inputs[share]), target[share]).backward()
         with torch.no_grad():
-            for p in model.parameters():
-                zero.local_of(p).sub_(zero.local_gradient(p), alpha=RATE)
-    expected = make_model("mlp")
-    for inputs, target in batches("mlp"):
+            for name, p in model.named_parameters():
+                gradient = zero.local_gradient(p)
+                if gradient is not None and name in sharded.kept_whole:
+                    dist.all_reduce(gradient, group=mesh["dp"].get_group())
+                if gradient is not None:
+                    zero.local_of(p).sub_(gradient, alpha=RATE)
+    expected = prepared(kind)
+    for inputs, target in batches(kind):
         expected.zero_grad()
         loss_of(expected(inputs), target).backward()
         with torch.no_grad():
             for p in expected.parameters():
-                p.sub_(p.grad, alpha=RATE)
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=RATE)
     worst = 0.0
     for name, w in expected.named_parameters():
-        mine = w.detach().chunk(2, cut[name])[t] if name in cut else w.detach()
-        rows = slice(*zero.chunk_rows(mine.shape[0], 2)[d])
-        worst = max(worst, float((own[name][rows] - mine[rows]).abs().max()))
-    return {"worst": worst, "two_axes": dict(model.named_parameters())["2.weight"].device_mesh.ndim}
+        if name not in cuts:
+            mine = w.detach()
+        elif how == "dtensor":
+            mine = w.detach().chunk(2, cuts[name])[t]
+        else:
+            mine = pieces_of(w.detach(), (cuts[name][t],))
+        if mine.dim():
+            mine, held = mine[rows[name]], own[name][rows[name]]
+        else:
+            held = own[name]
+        if mine.numel():
+            worst = max(worst, float((held - mine).abs().max()))
+    return worst
 
 
 def check_bf16_recompute_and_giving_up(mesh: Any) -> dict[str, Any]:
     """Autocast, recomputed blocks, and a step that is given up in the middle change nothing of the next one."""
-    from shoal.axes.recompute import apply as recompute
 
     def gradients(mode: str, fail: bool) -> dict[str, torch.Tensor]:
         model = make_model("transformer").float()
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
         to_meta(model)
-        recompute(model, mode)
+        recompute.apply(model, mode)
         sharded = zero.apply(model, mesh)
         rank, ways = mesh.get_local_rank(), mesh.size()
         sharded.materialise(
@@ -299,50 +355,70 @@ def check_bf16_recompute_and_giving_up(mesh: Any) -> dict[str, Any]:
     return {"same": same, "dtypes": sorted({str(g.dtype) for g in plain.values()})}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    rank, ways = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", store=dist.FileStore(os.environ["STORE"], ways), rank=rank, world_size=ways)
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+def work(rank: int, ways: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), ways)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ways)
+    mesh = init_device_mesh("cpu", (ways,), mesh_dim_names=("dp",))
     found: dict[str, Any] = {kind: check_run(kind, mesh["dp"]) for kind in MODELS}
-    if ways == 4:
-        found["tensor"] = check_with_tensor_axis(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
+    both = init_device_mesh("cpu", (2, ways // 2), mesh_dim_names=("dp", "tp"))
+    cases = (
+        ("mlp", "dtensor", "none"), ("mlp", "plain", "none"), ("conv", "plain", "full"),
+        ("transformer", "plain", "selective"), ("transformer", "sequence", "full"),
+    )  # fmt: skip
+    found["tensor"] = {" ".join(case): check_with_tensor_axis(both, *case) for case in cases}
     found["bf16"] = check_bf16_recompute_and_giving_up(mesh["dp"])
-    print(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def start(ways: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run this file as ``ways`` processes; return what each of them printed."""
-    store = folder / f"store-{ways}"
-    program = (
-        f"import sys, importlib.util as u; s = u.spec_from_file_location('zero_part', {str(HERE)!r}); "
-        "m = u.module_from_spec(s); sys.modules['zero_part'] = m; s.loader.exec_module(m); m.main()"
-    )
-    processes = []
+def main(ways: int, folder: Path) -> int:
+    """Fork the workers from one process that has imported all there is, and wait for them; the first failure ends all."""
+    torch.set_num_threads(1)
+    importlib.import_module("torch.distributed.fsdp")
+    workers = []
     for rank in range(ways):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ways), "OMP_NUM_THREADS": "1",
-               "STORE": str(store)}  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, *arguments],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(rank, ways, folder)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        workers.append(pid)
+    while workers:
+        pid, status = os.wait()
+        workers.remove(pid)
+        if status:
+            for other in workers:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
+def start(ways: int, folder: Path) -> list[dict[str, Any]]:
+    """Run this file as ``ways`` processes; return what each of them found."""
+    program = (
+        f"import sys, importlib.util as u; s = u.spec_from_file_location('zero_part', {str(HERE)!r}); from pathlib import Path; "
+        f"m = u.module_from_spec(s); sys.modules['zero_part'] = m; s.loader.exec_module(m); "
+        f"sys.exit(m.main({ways}, Path({str(folder)!r})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        answers = [process.communicate(timeout=90) for process in processes]
+        _, errors = process.communicate(timeout=90)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, (_, errors) in zip(processes, answers, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in answers]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, errors[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ways)]
 
 
 @pytest.fixture(scope="module")
@@ -375,9 +451,17 @@ def test_a_scalar_stays_whole_and_what_nobody_reached_is_known(four: list[dict[s
     )
 
 
+def test_hooks_on_parameters_see_every_gradient_that_arrives(four: list[dict[str, Any]]) -> None:
+    pieces = STEPS * -(-(BATCH // 4) // 2)
+    assert [set(answer["mlp"]["arrived"].values()) for answer in four] == [{pieces}] * 4
+    frozen = {name for name, count in four[0]["conv"]["arrived"].items() if not count}
+    assert frozen == {"features.0.0.weight"}
+
+
 def test_sharding_goes_with_the_tensor_axis(four: list[dict[str, Any]]) -> None:
-    assert max(answer["tensor"]["worst"] for answer in four) <= 1e-9
-    assert four[0]["tensor"]["two_axes"] == 2
+    assert len(four[0]["tensor"]) == 5
+    for answer in four:
+        assert {case: worst for case, worst in answer["tensor"].items() if not worst <= 1e-9} == {}
 
 
 def test_bf16_recomputing_and_a_step_that_was_given_up(four: list[dict[str, Any]]) -> None:

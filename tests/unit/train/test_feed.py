@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shoal.data.order import epoch_order
 from shoal.data.source import open_source
-from shoal.train.feed import Cut, Feed
+from shoal.train.feed import Division, Feed
 
 
 @given(
@@ -17,10 +17,10 @@ from shoal.train.feed import Cut, Feed
 def test_the_workers_shares_of_an_epoch_are_every_batch_once_and_in_order(
     samples: int, batch_size: int, shares: list[int], accumulate: int, seed: int
 ) -> None:
-    cut = Cut(batch_size, tuple(shares), accumulate, seed)
+    division = Division(batch_size, tuple(shares), accumulate, seed)
     order = epoch_order(samples, seed, 0)
     for index in range(-(-samples // batch_size)):
-        parts = [cut.shares_of(order, index, rank) for rank in range(len(shares))]
+        parts = [division.shares_of(order, index, rank) for rank in range(len(shares))]
         # All workers see the same microbatches, and who has how many samples of each.
         assert len({len(own) for own in parts}) == 1
         batch = []
@@ -35,8 +35,8 @@ def test_the_workers_shares_of_an_epoch_are_every_batch_once_and_in_order(
 def test_batches_are_the_same_whether_they_were_prepared_or_not() -> None:
     x = torch.arange(23)
     source = open_source((x, x * 10), "data")
-    cut = Cut(5, (1, 2), 2, seed=4)
-    eager, lazy = (Feed(source, cut, 1, None, channels_last=False) for _ in range(2))
+    division = Division(5, (1, 2), 2, seed=4)
+    eager, lazy = (Feed(source, division, 1, None, channels_last=False) for _ in range(2))
     assert eager.steps_per_epoch == 5
     for step in range(12):
         eager.prepare(step)
@@ -51,7 +51,7 @@ def test_batches_are_the_same_whether_they_were_prepared_or_not() -> None:
 
 
 def test_each_epoch_has_an_order_of_its_own_and_a_step_can_be_asked_for_at_any_time() -> None:
-    feed = Feed(open_source((torch.arange(12),), "data"), Cut(4, (1,), 1, seed=0), 0, None, channels_last=False)
+    feed = Feed(open_source((torch.arange(12),), "data"), Division(4, (1,), 1, seed=0), 0, None, channels_last=False)
     epochs = [np.concatenate([feed.shares(3 * epoch + k)[0].indices for k in range(3)]) for epoch in range(2)]
     assert not np.array_equal(*epochs)
     assert [sorted(order) for order in epochs] == [list(range(12))] * 2

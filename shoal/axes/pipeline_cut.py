@@ -1,0 +1,592 @@
+"""Where a model is cut into the stages of a pipeline.
+
+The model computes an example once and is watched (``pipeline_trace.py``). It can be cut before any module that is called
+exactly once, if every tensor that is made before and needed after is either an argument of that call or something that a
+module returned: those tensors travel. Cuts are looked for between the parts of a model: the elements of a ``Sequential``, the
+blocks of a transformer and what stands before and after them, never inside a block.
+
+Forward and backward pass are timed part by part on the example, and the parts are put together so that the slowest stage is
+as fast as it can be. Then the stages compute the example one after the other, and their output and gradients are compared
+with the whole model's: a cut that does not give the same is not used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from shoal.axes.pipeline_stage import Boundary, Carried, Stage, StandIn
+from shoal.axes.pipeline_trace import Call, Trace, tensors_in, watch
+from shoal.errors import PlanError, ShoalError, did_you_mean
+
+Compute = Callable[[nn.Module, Any], torch.Tensor]
+"""Computes the loss of an example with a model: a scalar to differentiate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A model's stages; pure, and can be pickled.
+
+    Attributes:
+        stages: how many there are, over all ranks.
+        boundaries: where they begin, but for the first.
+        parameters: for each stage the names of its parameters; one that several stages use is in each of them.
+        buffers: for each stage the names of the buffers that it uses; one that none uses is in the first.
+        blocks: for each stage the parts that lie in it: what could be recomputed as one.
+        costs_s: for each stage its measured forward and backward pass on the example.
+        explanation: how it was cut, in sentences.
+    """
+
+    stages: int
+    boundaries: tuple[Boundary, ...]
+    parameters: tuple[tuple[str, ...], ...]
+    buffers: tuple[tuple[str, ...], ...]
+    blocks: tuple[tuple[str, ...], ...]
+    costs_s: tuple[float, ...]
+    explanation: tuple[str, ...]
+
+    @property
+    def shared(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that several stages use, such as tied embeddings, with those stages."""
+        found: dict[str, list[int]] = {}
+        for stage, names in enumerate(self.parameters):
+            for name in names:
+                found.setdefault(name, []).append(stage)
+        return {name: tuple(stages) for name, stages in found.items() if len(stages) > 1}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place where the model can be cut."""
+
+    path: str
+    moment: int
+    carries: tuple[Carried, ...]
+
+
+def find_cut(
+    model: nn.Module,
+    stages: int,
+    example: Any,
+    *,
+    compute: Compute | None = None,
+    split_points: Sequence[str] | None = None,
+    costs: Mapping[str, float] | None = None,
+    asked: str = "",
+) -> Cut:
+    """Cut a model into stages.
+
+    Args:
+        stages: how many: ranks times stages a rank.
+        example: a microbatch as ``compute`` takes it, of the size to be expected.
+        compute: the loss of the example; by default the model's own loss, or the mean square of its output.
+        split_points: paths of the modules before which to cut, in order; one less than stages.
+        costs: path of a part -> seconds, instead of measuring; "" for the first one.
+        asked: what the user wrote, for the error's sentence, such as ``"pp=4, interleave=2"``.
+
+    The model's weights, buffers and gradients stay as they are.
+
+    Raises:
+        PlanError: it cannot be cut into so many stages, or not before ``split_points``; says what would fit.
+    """
+    compute = compute or default_compute
+    asked = asked or f"pp={stages}"
+    if stages == 1:
+        return _whole(model)
+    training = model.training
+    saved = [(b, b.clone()) for b in model.buffers()]
+    random_state = torch.get_rng_state()
+    try:
+        model.train()
+        return _find(model, stages, example, compute, split_points, costs, asked)
+    finally:
+        model.train(training)
+        torch.set_rng_state(random_state)
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def build_stage(
+    model: nn.Module, cut: Cut, index: int, *, share_buffers: bool = True, device: str | torch.device = "cpu"
+) -> Stage:
+    """Return stage ``index`` of a model: its parameters are the model's own objects (on any device), the rest is empty."""
+    return Stage(model, index, cut.boundaries, cut.parameters[index], share_buffers, device)
+
+
+def default_compute(model: nn.Module, example: Any) -> torch.Tensor:
+    """Call the model (a mapping by keywords, a tuple by position) and return its own loss or its output's mean square."""
+    if isinstance(example, Mapping):
+        output = model(**example)
+    elif isinstance(example, (tuple, list)):
+        output = model(*example)
+    else:
+        output = model(example)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    leaves = [t for t in tensors_in(pytree.tree_leaves(output)) if t.is_floating_point() and t.requires_grad]
+    if not leaves:
+        raise PlanError("The model's output does not depend on any parameter, so it cannot be cut for a pipeline.")
+    return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
+
+
+# -- finding -------------------------------------------------------------------------------------------------------
+
+
+def _find(
+    model: nn.Module,
+    stages: int,
+    example: Any,
+    compute: Compute,
+    split_points: Sequence[str] | None,
+    costs: Mapping[str, float] | None,
+    asked: str,
+) -> Cut:
+    trace = watch(model, lambda m: compute(m, example))
+    if trace is None:
+        raise PlanError(f"{asked} needs a model that is called exactly once for a loss; use pp=1 for this job.")
+    parts = list(_parts(trace))
+    places = [place for call in parts if (place := _place(trace, call))]
+    if split_points is not None:
+        chosen = _given(trace, split_points, stages, asked)
+        merged = _with(places, chosen)
+    else:
+        places = _with_parameters(trace, places)
+        chosen = []
+        if len(places) + 1 < stages:
+            raise PlanError(_too_many(asked, stages, places))
+        merged = places
+    paths = [place.path for place in merged]
+    seconds = _given_costs(costs, paths) if costs is not None else _measure(model, example, compute, merged)
+    if not chosen:
+        chosen = [merged[index - 1] for index in balance(seconds, stages)]
+    starts = [0, *(paths.index(place.path) + 1 for place in chosen), len(seconds)]
+    by_stage = tuple(sum(seconds[a:b]) for a, b in zip(starts, starts[1:], strict=False))
+    how = "at the split_points given" if split_points is not None else "so that the slowest stage is as fast as can be"
+    cut = _build(model, trace, chosen, by_stage, how)
+    return _verified(model, example, compute, cut, asked)
+
+
+def _parts(trace: Trace) -> Iterator[Call]:
+    """The calls that a cut may come before: from the model down, into everything but blocks."""
+    blocks = _blocks_of(trace.root.module)
+
+    def walk(call: Call) -> Iterator[Call]:
+        for inner in call.inside:
+            yield inner
+            if inner.module not in blocks:
+                yield from walk(inner)
+
+    return walk(trace.root)
+
+
+def _blocks_of(model: nn.Module) -> set[nn.Module]:
+    """The elements of lists that are opened no further.
+
+    An element is opened if there is a list of modules with layers of their own inside and no other element is of its class
+    and size: the groups of layers of a convolutional network are opened, a transformer's layers are not.
+    """
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            kinds = [(type(element), sum(p.numel() for p in element.parameters())) for element in module]
+            for element, kind in zip(module, kinds, strict=True):
+                if kinds.count(kind) > 1 or not _holds_a_list(element):
+                    found.add(element)
+    return found
+
+
+def _holds_a_list(module: nn.Module) -> bool:
+    """Whether it is a list, or there is a list of at least two modules of one class with layers of their own inside."""
+    for inner in module.modules():
+        if isinstance(inner, (nn.ModuleList, nn.Sequential)):
+            kinds = [type(element) for element in inner if next(element.children(), None) is not None]
+            if inner is module or any(kinds.count(kind) > 1 for kind in kinds):
+                return True
+    return False
+
+
+def _place(trace: Trace, call: Call) -> _Place | None:
+    """The place before a call, if what crosses there can be named."""
+    if trace.times_called[call.path] != 1:
+        return None
+    names: dict[int, Carried] = {}
+    for other in trace.calls():
+        # The call around others begins first, and it is the one that is still made where it only stands in.
+        if other.path and other.stop < call.start and trace.times_called[other.path] == 1:
+            for leaf, value in enumerate(other.results):
+                if isinstance(value, torch.Tensor):
+                    names.setdefault(id(value), Carried(other.path, leaf))
+    for leaf, value in reversed(list(enumerate(call.arguments))):
+        if isinstance(value, torch.Tensor):
+            names[id(value)] = Carried("", leaf)
+    crossing = trace.crossing(call.start)
+    if not crossing or any(id(made.tensor) not in names for made in crossing):
+        return None
+    return _Place(call.path, call.start, tuple(names[id(made.tensor)] for made in crossing))
+
+
+def _with_parameters(trace: Trace, places: Sequence[_Place]) -> list[_Place]:
+    """Those places that have a parameter's use between them and the next one, and before the first one."""
+    uses = sorted(moment for moments in trace.parameter_uses.values() for moment in moments)
+    found: list[_Place] = []
+    end = trace.root.stop
+    for place in sorted(places, key=lambda p: -p.moment):
+        inside = any(place.moment < moment < end for moment in uses)
+        before = any(moment < place.moment for moment in uses)
+        if inside and before:
+            found.append(place)
+            end = place.moment
+    return found[::-1]
+
+
+def _given(trace: Trace, split_points: Sequence[str], stages: int, asked: str) -> list[_Place]:
+    if isinstance(split_points, str) or not all(isinstance(path, str) for path in split_points):
+        raise PlanError("split_points is no list of module paths; give the modules before which to cut, by name.")
+    if len(split_points) != stages - 1:
+        raise PlanError(
+            f"{asked} makes {stages} stages and needs {stages - 1} split_points, not {len(split_points)}; "
+            "give one for each stage but the first."
+        )
+    chosen: list[_Place] = []
+    calls = {call.path: call for call in trace.calls() if call.path}
+    for path in split_points:
+        if path not in calls:
+            raise PlanError(f'The model calls no module "{path}" to cut before.{did_you_mean(path, calls)}')
+        place = _place(trace, calls[path])
+        if place is None:
+            raise PlanError(
+                f'The model cannot be cut before "{path}": it is called more than once, or a tensor from before is needed '
+                "later without being handed on by a module."
+            )
+        if chosen and place.moment <= chosen[-1].moment:
+            raise PlanError(
+                f'split_points are not in the order of computing: "{path}" comes before "{chosen[-1].path}".'
+            )
+        chosen.append(place)
+    return chosen
+
+
+def _with(places: Sequence[_Place], chosen: Sequence[_Place]) -> list[_Place]:
+    every = {place.path: place for place in (*places, *chosen)}
+    return sorted(every.values(), key=lambda place: place.moment)
+
+
+def _too_many(asked: str, stages: int, places: Sequence[_Place]) -> str:
+    if not places:
+        return (
+            f"{asked} does not fit: no place was found where this model can be cut into stages; use pp=1 (a pipeline needs "
+            "parts that are called one after the other, such as the layers of an nn.Sequential)."
+        )
+    most = len(places) + 1
+    return (
+        f"{asked} needs {stages} stages and this model can be cut into at most {most} "
+        f"(before {_few([place.path for place in places])}); use at most {most} stages, such as pp={most}."
+    )
+
+
+def _few(paths: Sequence[str]) -> str:
+    return ", ".join(paths) if len(paths) <= 6 else f"{', '.join(paths[:3])}, …, {paths[-1]}"
+
+
+# -- measuring and balancing ---------------------------------------------------------------------------------------
+
+
+def balance(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Where to begin the stages after the first so that the dearest one costs as little as possible.
+
+    By dynamic programming over contiguous parts; among equals the sum of squares is smallest. Returns the indices of the
+    first part of each stage but the first; every stage has at least one part. Raises ValueError for too few parts.
+    """
+    count = len(costs)
+    if stages > count:
+        raise ValueError(f"{count} parts make no {stages} stages.")
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best: list[dict[int, tuple[float, float, tuple[int, ...]]]] = [{0: (0.0, 0.0, ())}]
+    for stage in range(1, stages + 1):
+        row: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for end in range(stage, count - (stages - stage) + 1):
+            options = []
+            for start, (most, squares, cuts) in best[-1].items():
+                if start < end:
+                    own = sums[end] - sums[start]
+                    options.append((max(most, own), squares + own * own, (*cuts, start) if start else cuts))
+            row[end] = min(options)
+        best.append(row)
+    return best[-1][count][2]
+
+
+def _given_costs(costs: Mapping[str, float], paths: Sequence[str]) -> list[float]:
+    return [float(costs.get(path, 0.0)) for path in ["", *paths]]
+
+
+def _measure(
+    model: nn.Module, example: Any, compute: Compute, places: Sequence[_Place], repeats: int = 3
+) -> list[float]:
+    """Seconds for forward and backward pass of each part between places: the shortest of a few tries."""
+    best = [float("inf")] * (len(places) + 1)
+    for _ in range(repeats):
+        for index, seconds in enumerate(_time_once(model, example, compute, places)):
+            best[index] = min(best[index], seconds)
+    return best
+
+
+def _time_once(model: nn.Module, example: Any, compute: Compute, places: Sequence[_Place]) -> list[float]:
+    forward: dict[int, float] = {}
+    backward: dict[int, float] = {}
+
+    def marks(index: int) -> Callable[..., None]:
+        def mark(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            forward[index] = time.perf_counter()
+            tensor = next((t for t in tensors_in(pytree.tree_leaves((args, kwargs))) if t.requires_grad), None)
+            if tensor is not None:
+
+                def reached(_gradient: torch.Tensor) -> None:
+                    backward[index] = time.perf_counter()
+
+                tensor.register_hook(reached)
+
+        return mark
+
+    handles = [
+        model.get_submodule(place.path).register_forward_pre_hook(marks(index), with_kwargs=True)
+        for index, place in enumerate(places)
+    ]
+    handles += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
+    try:
+        began = time.perf_counter()
+        loss = compute(model, example)
+        turned = time.perf_counter()
+        loss.backward()  # type: ignore[no-untyped-call]
+        ended = time.perf_counter()
+    finally:
+        for handle in handles:
+            handle.remove()
+    up = [began, *(forward.get(index, began) for index in range(len(places))), turned]
+    seconds = [b - a for a, b in zip(up, up[1:], strict=False)]
+    # Backwards, the last part comes first; a place that no gradient reached has what is before it in one piece.
+    later = turned
+    for index in range(len(places), 0, -1):
+        reached_at = backward.get(index - 1, later)
+        seconds[index] += max(0.0, reached_at - later)
+        later = max(later, reached_at)
+    seconds[0] += ended - later
+    return seconds
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+# -- building ------------------------------------------------------------------------------------------------------
+
+
+def _whole(model: nn.Module) -> Cut:
+    return Cut(
+        stages=1,
+        boundaries=(),
+        parameters=(tuple(name for name, _ in model.named_parameters()),),
+        buffers=(tuple(name for name, _ in model.named_buffers()),),
+        blocks=(tuple(name for name, _ in model.named_modules()),),
+        costs_s=(0.0,),
+        explanation=("The model is not cut.",),
+    )
+
+
+def _build(model: nn.Module, trace: Trace, chosen: Sequence[_Place], costs_s: tuple[float, ...], how: str) -> Cut:
+    moments = [place.moment for place in chosen]
+
+    def stages_of(uses: Sequence[int]) -> list[int]:
+        return sorted({sum(moment < use for moment in moments) for use in uses}) or [0]
+
+    count = len(chosen) + 1
+    parameters: list[list[str]] = [[] for _ in range(count)]
+    buffers: list[list[str]] = [[] for _ in range(count)]
+    for uses, lists in ((trace.parameter_uses, parameters), (trace.buffer_uses, buffers)):
+        for name, moments_used in uses.items():
+            for stage in stages_of(moments_used):
+                lists[stage].append(name)
+    blocks: list[list[str]] = [[] for _ in range(count)]
+    kinds = _blocks_of(model)
+    for call in trace.calls():
+        if call.module in kinds and stages_of([call.start]) == stages_of([call.stop]):
+            blocks[stages_of([call.start])[0]].append(call.path)
+    boundaries = tuple(
+        Boundary(place.path, place.carries, tuple(_stand_ins(trace, place.moment, kinds))) for place in chosen
+    )
+    total = sum(costs_s) or 1.0
+    shares = ", ".join(f"{100 * cost / total:.0f} %" for cost in costs_s)
+    explanation = [
+        f"Cut into {count} stages before {_few([place.path for place in chosen])}, {how}: {shares} of the computing."
+    ]
+    cut = Cut(
+        stages=count,
+        boundaries=boundaries,
+        parameters=tuple(map(tuple, parameters)),
+        buffers=tuple(map(tuple, buffers)),
+        blocks=tuple(map(tuple, blocks)),
+        costs_s=costs_s,
+        explanation=tuple(explanation),
+    )
+    shared = cut.shared
+    if shared:
+        words = ", ".join(f"{name} (stages {' and '.join(map(str, at))})" for name, at in list(shared.items())[:4])
+        cut = replace(cut, explanation=(*explanation, f"Used by several stages, with gradients summed: {words}."))
+    return cut
+
+
+def _stand_ins(trace: Trace, moment: int, blocks: set[nn.Module]) -> Iterator[StandIn]:
+    """The largest modules that are done before a moment and return something made."""
+    calls = list(trace.calls())
+
+    def all_made(path: str) -> bool:
+        return all(call.depends for call in calls if call.path == path and call.stop < moment)
+
+    def walk(call: Call) -> Iterator[Call]:
+        for inner in call.inside:
+            if inner.start >= moment:
+                return
+            if inner.stop < moment and inner.depends and all_made(inner.path):
+                yield inner
+            else:
+                yield from walk(inner)
+
+    seen: set[str] = set()
+    for call in walk(trace.root):
+        if call.path not in seen:
+            seen.add(call.path)
+            yield StandIn(call.path, call.module in blocks and _keeps_shape(call))
+
+
+def _keeps_shape(call: Call) -> bool:
+    arguments, results = tensors_in(call.arguments), call.results
+    if next(call.module.children(), None) is None or len(results) != 1 or not arguments:
+        return False
+    result = results[0]
+    return isinstance(result, torch.Tensor) and (result.shape, result.dtype) == (arguments[0].shape, arguments[0].dtype)
+
+
+# -- verifying -----------------------------------------------------------------------------------------------------
+
+
+def _verified(model: nn.Module, example: Any, compute: Compute, cut: Cut, asked: str) -> Cut:
+    """Return the cut, or a variation of it, that computes what the model computes; PlanError where none does."""
+    reason = ""
+    for copies in (False, True):
+        tried = replace(cut, boundaries=tuple(replace(b, copies=copies) for b in cut.boundaries))
+        try:
+            wrong = _differs(model, example, compute, tried)
+        except ShoalError as error:
+            wrong = str(error)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not wrong:
+            return tried
+        reason = reason or wrong
+    raise PlanError(
+        f"{asked} does not fit: cut before {_few([b.before for b in cut.boundaries])}, the stages do not compute what the "
+        f"whole model computes ({reason.rstrip('.')}); give other split_points, or use pp=1."
+    )
+
+
+def _differs(model: nn.Module, example: Any, compute: Compute, cut: Cut) -> str:
+    """What is different when the stages compute the example, one after the other; "" where nothing is.
+
+    Compared in the mode for evaluation, in which nothing is random, and in that for training if nothing is random there.
+    """
+    for training in (False, True):
+        model.train(training)
+        whole, again = _fingerprints([_Whole(model)], example, compute), None
+        if training:
+            again = _fingerprints([_Whole(model)], example, compute)
+            if not _same(whole, again):
+                continue
+        stages = [build_stage(model, cut, index, share_buffers=False) for index in range(cut.stages)]
+        parts = _fingerprints(stages, example, compute)
+        for name, value in whole.items():
+            if not _close(value, parts.get(name)):
+                return f"{name} is different"
+    return ""
+
+
+class _Whole:
+    """A model as the only stage."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model
+
+    def run(self, received: Any, action: Callable[[nn.Module], Any]) -> Any:
+        from shoal.axes.pipeline_stage import Ran
+
+        return Ran((), (), action(self.module))
+
+
+def _fingerprints(stages: Sequence[Any], example: Any, compute: Compute) -> dict[str, torch.Tensor]:
+    """The loss, and of every gradient a few sums that tell it from others: linear, so that those of stages add up."""
+    found: dict[str, torch.Tensor] = {}
+    runs: list[Any] = []
+    received: Sequence[torch.Tensor] = ()
+    for stage in stages:
+        run = stage.run(received, lambda module: compute(module, example))
+        runs.append(run)
+        received = [t.detach().clone().requires_grad_(t.requires_grad) for t in run.leaving]
+    loss = runs[-1].result
+    found["the loss"] = loss.detach().double()
+    outputs, gradients = [loss], [torch.ones_like(loss)]
+    for index in reversed(range(len(stages))):
+        run, handles = runs[index], _note_gradients(stages[index].module, found)
+        try:
+            torch.autograd.backward(outputs, gradients)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if index:
+            pairs = [
+                (sent, leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
+                for sent, leaf in zip(runs[index - 1].leaving, run.leaves, strict=True)
+                if sent.requires_grad
+            ]
+            outputs, gradients = [sent for sent, _ in pairs], [gradient for _, gradient in pairs]
+    return found
+
+
+def _note_gradients(module: nn.Module, found: dict[str, torch.Tensor]) -> list[Any]:
+    def note(name: str) -> Callable[[torch.Tensor], None]:
+        def add(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            flat = gradient.detach().double().reshape(-1)
+            wave = torch.cos(torch.arange(len(flat), dtype=torch.float64, device=flat.device))
+            own = torch.stack([flat.sum(), flat @ wave, flat[0], flat[-1]]) if len(flat) else flat.new_zeros(4)
+            key = f"the gradient of {name}"
+            found[key] = found[key] + own if key in found else own
+            parameter.grad = None
+
+        return add
+
+    return [
+        parameter.register_post_accumulate_grad_hook(note(name))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(_close(left[name], right[name]) for name in left)
+
+
+def _close(left: torch.Tensor, right: torch.Tensor | None) -> bool:
+    if right is None:
+        return bool((left == 0).all())
+    scale = float(left.abs().max())
+    return bool(((left - right).abs() <= 1e-4 * scale + 1e-9).all()) or bool((left.isnan() & right.isnan()).all())

@@ -1,0 +1,47 @@
+"""Doing something aside: in a forked child, whose memory and torch state go with it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from shoal.errors import JobFailed
+from shoal.process.failure import Failure
+
+T = TypeVar("T")
+
+
+def aside(work: Callable[[], T], what: str) -> T:
+    """Return what ``work`` returns in a forked child of this (single-threaded) process; it must be picklable.
+
+    What it raises is raised here. ``what`` names it where the child dies instead: JobFailed.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "wb") as pipe:
+                try:
+                    answer: tuple[bool, Any] = (True, work())
+                    data = pickle.dumps(answer)
+                except BaseException as error:
+                    data = pickle.dumps((False, Failure.of(error)))
+                pipe.write(data)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if not data:
+        raise JobFailed(f"The process that was to {what} died (status {status}); see whether the machine ran out of memory.")
+    done, value = pickle.loads(data)
+    if not done:
+        raise value.error()
+    result: T = value
+    return result

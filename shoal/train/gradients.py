@@ -1,0 +1,112 @@
+"""Taking gradients out of a worker's parameters into the arena, as soon as they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from shoal.comm.store import Store
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the gradient of a parameter goes.
+
+    Attributes:
+        parameter: the model's own object.
+        index: of its gradient in the worker's stripe; None where it is not the owner.
+        echo: index of the echo that it is, where another rank owns the weight; None otherwise.
+
+    With neither, the gradient is dropped: nobody trains it, or another rank has the same.
+    """
+
+    parameter: nn.Parameter
+    index: int | None = None
+    echo: int | None = None
+
+
+class Sharded(Protocol):
+    """Parameters whose gradients torch sums and shards by itself: see ``shoal.axes.zero``."""
+
+    def touched(self) -> dict[str, bool]: ...
+    def begin(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The sharded parameters of a worker.
+
+    Attributes:
+        sharded: what knows which of them a backward pass has reached.
+        own: (index in the table, parameter) of each one's part that is this worker's.
+        parts: name -> indices in the table of all its parts.
+    """
+
+    sharded: Sharded
+    own: Sequence[tuple[int, nn.Parameter]]
+    parts: dict[str, Sequence[int]]
+
+
+class Gradients:
+    """The gradients of one worker. Hooks take each one as it comes, so that no second copy of them builds up."""
+
+    def __init__(self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None) -> None:
+        self._touched = store.touched[stripe]
+        self._echoed = store.echoed[stripe]
+        self._store, self._stripe = store, stripe
+        self._shards = shards
+        self._own_echoes = [t.echo for t in targets if t.echo is not None]
+        for target in targets:
+            self._hook(target)
+
+    def begin(self) -> None:
+        """Forget what was gathered: a step begins, or begins again."""
+        self._echoed[self._own_echoes] = 0
+        if self._shards is not None:
+            self._shards.sharded.begin()
+
+    def _hook(self, target: Target) -> None:
+        if target.index is not None:
+            place, marks, at = self._store.gradient(self._stripe, target.index), self._touched, target.index
+        elif target.echo is not None:
+            place, marks, at = self._store.echo(self._stripe, target.echo), self._echoed, target.echo
+        else:
+
+            def drop(p: torch.Tensor) -> None:
+                p.grad = None
+
+            target.parameter.register_post_accumulate_grad_hook(drop)
+            return
+
+        def keep(p: torch.Tensor) -> None:
+            gradient = p.grad
+            assert gradient is not None
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            if marks[at]:
+                place.add_(gradient)
+            else:
+                place.copy_(gradient)
+                marks[at] = 1
+            p.grad = None
+
+        target.parameter.register_post_accumulate_grad_hook(keep)
+
+    def collect(self) -> None:
+        """Take what no hook could: sharded gradients are complete only when the backward pass is over."""
+        if self._shards is None:
+            return
+        from shoal.axes.zero import local_gradient
+
+        for index, parameter in self._shards.own:
+            gradient = local_gradient(parameter)
+            if gradient is not None and gradient.numel():
+                self._store.gradient(self._stripe, index).copy_(gradient)
+        for name, reached in self._shards.sharded.touched().items():
+            if reached:
+                # Whoever reached it speaks for all: the sum is complete on every rank, and the mark is the same byte.
+                self._touched[list(self._shards.parts[name])] = 1

@@ -1,0 +1,229 @@
+"""What one worker has of the model, and how the model is cut for that."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.axes.blocks import find_blocks
+from shoal.comm.grid import Grid
+from shoal.comm.store import Store
+from shoal.comm.table import ParameterTable
+from shoal.comm.team import Team
+from shoal.errors import PlanError
+from shoal.plan import Plan
+from shoal.process.failure import user_code
+from shoal.train import objective
+from shoal.train.built import Built
+from shoal.train.describe import trained_parameters
+from shoal.train.gradients import Shards, Target
+from shoal.train.split import Split, Ways, split_table
+
+_MOST_SAMPLES_TRIED = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker has of the model.
+
+    Attributes:
+        model: its modules; the whole model, or a list of its stages.
+        parameters: the trained ones by their index in the table, for an optimizer that steps whole tensors.
+        targets, shards: where gradients go.
+        sharded: the sharded axis' hold of the model, where there is one.
+        stages: the modules of each stage that this worker computes, where the model is a pipeline.
+    """
+
+    model: nn.Module
+    parameters: Sequence[nn.Parameter]
+    targets: Sequence[Target]
+    shards: Shards | None = None
+    sharded: Any = None
+    stages: Sequence[Any] = field(default=())
+
+
+# -- cutting -----------------------------------------------------------------------------------------------------------
+
+
+def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
+    """Decide how a model is split under a plan; None where every worker has all of it. PlanError where it does not fit.
+
+    The model is run on a few samples, to find out what it computes and what it costs, and may be left changed: call this
+    in a process of its own.
+    """
+    grid = Grid.of(plan)
+    if not grid.splits_model:
+        return None
+    job, model = built.job, built.model
+    samples = _samples_tried(built, plan)
+    with user_code("train_data"):
+        batch = built.train.fetch(np.arange(samples, dtype=np.int64), job.collate, None)
+    explanation: list[str] = []
+    layout: Any = None
+    users: dict[str, Sequence[int]] = {}
+    stages: Any = None
+    if grid.tp > 1:
+        from shoal.axes import tensor
+
+        def example(candidate: nn.Module) -> Any:
+            return objective.compute(job, candidate, batch, samples).loss
+
+        layout = tensor.find_layout(
+            copy.deepcopy(model), grid.tp, job.tensor_plan, bool(plan.sequence_parallel), example=example,
+            samples=samples,
+        )  # fmt: skip
+        if layout.why is not None:
+            raise PlanError(layout.why)
+        explanation += _explain(layout)
+    if grid.pp > 1:
+        stages, users, sentences = _cut_stages(built, plan, batch)
+        explanation += sentences
+    regions = layout.shards if layout is not None else {}
+    regions = {name: tuple((r,) if not isinstance(r, tuple) else r for r in own) for name, own in regions.items()}
+    parts, holds = split_table(table, grid, Ways(users, regions), type(built.optimizer).__name__)
+    return Split(grid, parts, holds, stages, layout, tuple(explanation))
+
+
+def _samples_tried(built: Built, plan: Plan) -> int:
+    share = min(built.job.batch_size, len(built.train)) // (plan.data_ways * (plan.microbatches or 1))
+    return max(1, min(_MOST_SAMPLES_TRIED, share, len(built.train)))
+
+
+def _explain(layout: Any) -> list[str]:
+    split = f"tp={layout.ways} splits {len(layout.split)} layers: {', '.join(layout.split[:6])}"
+    split += f" and {len(layout.split) - 6} more." if len(layout.split) > 6 else "."
+    if not layout.replicated:
+        return [split]
+    shown = "; ".join(f"{path} ({why})" for path, why in layout.replicated[:6])
+    more = f"; and {len(layout.replicated) - 6} more" if len(layout.replicated) > 6 else ""
+    return [split, f"Not split: {shown}{more}."]
+
+
+# -- a worker's part ---------------------------------------------------------------------------------------------------
+
+
+def whole_part(built: Built, table: ParameterTable, store: Store, rank: int) -> Part:
+    """The whole model, bound to the arena by the host."""
+    parameters = trained_parameters(built.model, table)
+    if store.local:
+        for index, parameter in enumerate(parameters):
+            parameter.data = store.weight(index, rank)
+    targets = [Target(parameter, index) for index, parameter in enumerate(parameters)]
+    ours = {id(p) for p in parameters}
+    targets += [Target(p) for p in built.model.parameters() if p.requires_grad and id(p) not in ours]
+    return Part(built.model, parameters, targets)
+
+
+def take_part(built: Built, split: Split, plan: Plan, store: Store, rank: int, team: Team) -> Part:
+    """Shape this process's copy of the model, whose parameters are on the meta device, into the part of a rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    grid = split.grid
+    owner = grid.owner(rank)
+    shape = {"dp": grid.dp if grid.sharded else 1, "pp": grid.pp, "tp": grid.tp}
+    mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+    model = built.model
+    stages: list[Any] = []
+    if split.layout is not None:
+        from shoal.axes import tensor
+
+        tensor.apply(model, split.layout, mesh["tp"])
+    sharded = None
+
+    def local(name: str) -> torch.Tensor:
+        # With a version counter of its own: autograd must not take every write into the arena for one to this weight.
+        return store.weights[split.holds[owner, name]].data
+
+    if grid.sharded:
+        from shoal.axes import zero
+
+        sharded = zero.apply(model, mesh["dp"], _gathered_as_one(model, split.layout))
+        sharded.materialise(local)
+    else:
+        from shoal.axes import tensor
+
+        tensor.materialise(model, local)
+    targets, shards = _targets(model, split, owner, sharded)
+    parameters = [nn.Parameter(store.weights[index]) for index in range(len(split.table.trained))]
+    return Part(model, parameters, targets, shards, sharded, stages)
+
+
+def _gathered_as_one(model: nn.Module, layout: Any) -> list[nn.Module] | None:
+    """The blocks that sharding gathers one by one, where the tensor axis cuts the model as well; None without it.
+
+    FSDP finds the end of a block by the plain tensors that come out of it, so what gives a cut one is no block.
+    """
+    if layout is None:
+        return None
+    cut = layout.styles
+    blocks = find_blocks(model) if not layout.sequence_parallel else {}
+    return [block for name, block in blocks.items() if name not in cut]
+
+
+def _targets(model: nn.Module, split: Split, owner: int, sharded: Any) -> tuple[list[Target], Shards | None]:
+    """Where the gradient of each parameter of a worker's part goes."""
+    table = split.table
+    echoes = {(echo.parameter, echo.owner): at for at, echo in enumerate(table.echoes)}
+    trained = len(table.trained)
+    targets: list[Target] = []
+    own: list[tuple[int, nn.Parameter]] = []
+    names: dict[str, Sequence[int]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        index = split.holds[owner, name]
+        if sharded is not None and name not in sharded.kept_whole:
+            if index < trained:
+                own.append((index, parameter))
+                names[name] = [k for k, spec in enumerate(table.trained) if spec.names == table.parameters[index].names]
+        elif index >= trained:
+            targets.append(Target(parameter))
+        elif table.parameters[index].owner == owner:
+            targets.append(Target(parameter, index))
+        else:
+            targets.append(Target(parameter, echo=echoes.get((index, owner))))
+    return targets, Shards(sharded, own, names) if sharded is not None else None
+
+
+# -- parameters that are elsewhere -------------------------------------------------------------------------------------
+
+
+def to_meta(model: nn.Module) -> None:
+    """Give back the memory of a model's parameters: what is left knows their shapes only. Tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    emptied: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                meta = torch.empty_like(parameter, device="meta")
+                made[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+                emptied.append(parameter)
+            module._parameters[name] = made[id(parameter)]
+    for parameter in emptied:
+        # The optimizer still knows the old objects.
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def to_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give a model whose parameters are on the meta device real ones, by name. Tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                value = state[f"{path}.{name}" if path else name]
+                made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _cut_stages(built: Built, plan: Plan, batch: Any) -> tuple[Any, dict[str, Sequence[int]], list[str]]:
+    raise PlanError("pp is being built.")

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import PlanError, RequestError
+from shoal.plan import Plan
+from shoal.planner.memory import (
+    ModelMemory,
+    Need,
+    Unit,
+    Weight,
+    cut_stages,
+    fits,
+    in_flight,
+    machine_need,
+    propose,
+    size_text,
+    worker_need,
+)
+
+MB = 10**6
+
+
+def make(blocks: int = 4, **changes: Any) -> ModelMemory:
+    """An embedding of 40 MB that is the head too, and blocks of 100 MB; 1 MB of activations a sample and block."""
+    weights = [Weight("embed", 40 * MB, 0, (blocks + 1,), split=True)]
+    weights += [Weight(f"block.{i}", 100 * MB, i + 1, split=True) for i in range(blocks)]
+    block = Unit(saved=MB, entry=MB / 10, peak=MB / 2, block=True)
+    units = (Unit(saved=MB / 10), *(block for _ in range(blocks)), Unit(saved=MB, peak=MB))
+    fields: dict[str, Any] = {"weights": tuple(weights), "units": units, "batch": 32, "process_bytes": 300 * MB}
+    return ModelMemory(**{**fields, **changes})
+
+
+def need(text: str, model: ModelMemory | None = None) -> Need:
+    return worker_need(model or make(), Plan.parse(text))
+
+
+def test_one_worker_holds_everything() -> None:
+    found = need("dp=1")
+    # Its gradients, and the largest one once more: it is computed before it is put with the others.
+    assert (found.weights, found.gradients, found.state) == (440 * MB, 440 * MB + 100 * MB, 880 * MB)
+    assert found.activations == 32 * (0.1 + 4 + 1 + 1) * MB
+    assert (found.gathered, found.process) == (0, 300 * MB)
+    assert found.total == 440 * MB + 540 * MB + 880 * MB + found.activations + 300 * MB
+
+
+def test_the_data_axis_shares_state_and_activations_but_not_weights() -> None:
+    found = need("dp=2")
+    # Its own stripe, half of the other one, and the largest gradient.
+    assert (found.weights, found.gradients, found.state) == (440 * MB, (440 + 220 + 100) * MB, 440 * MB)
+    assert found.activations == 16 * 6.1 * MB
+
+
+def test_sharding_shares_everything_and_gathers() -> None:
+    found = need("dp=4,zero=3")
+    assert (found.weights, found.gradients, found.state) == (110 * MB, 110 * MB, 220 * MB)
+    assert found.gathered == 4 * 100 * MB + 2 * 40 * MB
+    assert need("dp=4,zero=2") == need("dp=4")
+    assert need("dp=1,zero=3") == need("dp=1")
+
+
+def test_the_tensor_axis_shares_what_is_split() -> None:
+    found = need("tp=2")
+    assert (found.weights, found.state) == (220 * MB, 440 * MB)
+    whole = make(weights=(Weight("a", 100 * MB, 1, split=True), Weight("b", 60 * MB, 2)))
+    assert need("tp=2", whole).weights == 110 * MB
+    # Ten of 34 parts of a split unit's activations stay whole, and all of them where no weight is split.
+    assert need("tp=2", whole).activations == pytest.approx(32 * (0.1 + (10 + 12) / 34 + 3 + 1 + 1) * MB)
+    assert need("tp=2,sequence_parallel=on").activations == pytest.approx(need("dp=1").activations / 2)
+
+
+def test_the_pipeline_shares_units_and_holds_what_is_in_flight() -> None:
+    model = make()
+    assert cut_stages(model, 2) == [[0, 1, 2], [3, 4, 5]]
+    first = need("pp=2,microbatches=4,schedule=1f1b")
+    # The tied weight is on both stages; the first one holds two microbatches of 8.
+    assert first.weights == 240 * MB
+    assert first.activations == 8 * (2 * 2.1 + 0.5) * MB
+    assert need("pp=2,microbatches=4,schedule=gpipe").activations == 8 * (4 * 3 + 1) * MB
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("pp=4,microbatches=8,schedule=gpipe", [8, 8, 8, 8]),
+        ("pp=4,microbatches=8,schedule=1f1b", [4, 3, 2, 1]),
+        ("pp=4,microbatches=2,schedule=1f1b", [2, 2, 2, 1]),
+        ("pp=4,microbatches=8,schedule=zbv", [4, 4, 4, 4]),
+        ("pp=2,microbatches=8,schedule=interleaved,interleave=2", [2.5, 1.5]),
+        ("dp=2", [1]),
+    ],
+)
+def test_microbatches_in_flight(text: str, expected: list[float]) -> None:
+    plan = Plan.parse(text)
+    assert [in_flight(plan, stage) for stage in range(plan.pp or 1)] == expected
+
+
+def test_recomputing_and_accumulating_save_activations() -> None:
+    full = need("dp=1,recompute=full").activations
+    # Each block's input, and one whole block at a time with its peak.
+    assert full == pytest.approx(32 * (0.1 + 4 * 0.1 + 1 + (0.9 + 0.5)) * MB)
+    assert need("dp=1,accumulate=4").activations == need("dp=1").activations / 4
+    known = make(
+        units=(Unit(saved=10.0, entry=1.0, block=True, recomputed={"selective": 4.0, "full": 2.0}),), weights=()
+    )
+    kept = [known.units[0].kept(mode) for mode in ("none", "selective", "full")]
+    assert kept == [10.0, 4.0, 2.0]
+
+
+def test_unequal_shares_count_by_the_largest() -> None:
+    assert need("dp=2,shares=3+1").activations == pytest.approx(24 * 6.1 * MB)
+
+
+def test_the_machine_holds_shared_things_once() -> None:
+    one, two, sharded = (machine_need(make(), Plan.parse(text)) for text in ("dp=1", "dp=2", "dp=2,zero=3"))
+    private = 300 * MB + 16 * 6.1 * MB
+    assert two == 440 * MB + 440 * MB * (2 + 2) + 2 * private
+    assert one == 440 * MB + 440 * MB * 3 + 300 * MB + 32 * 6.1 * MB
+    assert sharded == two - 440 * MB + 2 * (400 + 80) * MB
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=7),
+    st.integers(1, 9),
+)
+def test_stages_hold_every_unit_once_in_order_and_the_heaviest_is_as_light_as_can_be(
+    sizes: list[int], count: int
+) -> None:
+    units = tuple(Unit(saved=float(size)) for size in sizes)
+    model = ModelMemory(weights=(), units=units, batch=1, state_tensors=0)
+    stages = cut_stages(model, count)
+    assert len(stages) == count and [u for stage in stages for u in stage] == list(range(len(sizes)))
+    if count <= len(sizes):
+        assert all(stages)
+
+        def lightest(start: int, parts: int) -> int:
+            if parts == 1:
+                return sum(sizes[start:])
+            ends = range(start + 1, len(sizes) - parts + 2)
+            return min(max(sum(sizes[start:end]), lightest(end, parts - 1)) for end in ends)
+
+        assert max(sum(sizes[u] for u in stage) for stage in stages) == lightest(0, count)
+
+
+# -- refusing ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(model: ModelMemory, text: str, **limits: Any) -> str:
+    with pytest.raises(PlanError) as caught:
+        fits(model, Plan.parse(text), **{"most_workers": 4, **limits})
+    assert isinstance(caught.value, RequestError)
+    return str(caught.value)
+
+
+def test_a_plan_that_fits_is_let_through() -> None:
+    assert fits(make(), Plan.parse("dp=1"), 3 * 10**9, most_workers=1) == need("dp=1")
+    assert fits(make(), Plan.parse("dp=1"), None, most_workers=1) == need("dp=1")
+
+
+def test_the_plan_that_is_proposed_is_the_smallest_that_fits() -> None:
+    sentence = refusal(make(), "dp=1", limit_bytes=1500 * MB)
+    assert sentence == (
+        "dp=1 needs about 2.4 GB a worker (optimizer state 880 MB, gradients 540 MB, weights 440 MB, process 300 MB, "
+        "activations 195 MB) and the limit is 1.5 GB; --plan tp=2 would fit with 1.4 GB."
+    )
+    proposed = re.search(r"--plan (\S+)", sentence)
+    assert proposed is not None
+    assert need(proposed[1]).total <= 1500 * MB
+    # A twentieth of the limit stays free: what is proposed shall fit when it runs.
+    tight = propose(make(), Plan(), int(need("tp=2").total * 1.01), most_workers=2)
+    assert tight is not None and tight.recompute == "full"
+    # Nothing else with two workers or fewer and one axis needs less.
+    others = ["dp=1", "dp=2", "dp=2,zero=3", "pp=2,microbatches=8,schedule=1f1b"]
+    assert all(need(other).total >= need("tp=2").total for other in others)
+
+
+def test_what_the_model_cannot_do_is_not_proposed() -> None:
+    found = propose(make(), Plan(), 1100 * MB, most_workers=4, allowed=lambda plan: plan.tp == 1)
+    assert found is not None and (found.tp, found.dp, found.pp, found.zero) == (1, 1, 4, 0)
+    assert worker_need(make(), found).total <= 1100 * MB
+    only_dp = propose(make(), Plan(), 1400 * MB, most_workers=4, allowed=lambda plan: plan.tp == plan.pp == 1)
+    assert only_dp is not None and (only_dp.dp, only_dp.zero) == (4, 3)
+
+
+def test_recomputing_is_proposed_where_nothing_fits_without() -> None:
+    heavy = make(units=tuple(Unit(saved=100.0 * MB, entry=MB, block=True) for _ in range(6)), batch=4)
+    limit = 3 * 10**9
+    assert need("dp=1", heavy).total > limit
+    assert "--plan recompute=full would fit" in refusal(heavy, "dp=1", limit_bytes=limit, most_workers=1)
+
+
+def test_what_was_asked_for_beside_the_axes_is_kept() -> None:
+    wanted = Plan.parse("dp=1,accumulate=2,threads=1,precision=bf16,batchnorm=micro")
+    found = propose(make(), wanted, 1100 * MB, most_workers=4)
+    assert found is not None
+    assert (found.accumulate, found.threads, found.precision) == (2, 1, "bf16")
+
+
+def test_where_nothing_fits_the_sentence_says_so() -> None:
+    sentence = refusal(make(guessed=True), "dp=2", limit_bytes=310 * MB, most_workers=2)
+    assert sentence.endswith(
+        "and the limit is 310 MB (the activations are a guess); "
+        "no plan with up to 2 workers fits; raise the limit, or use a smaller model or batch."
+    )
+
+
+def test_the_memory_of_the_machine_is_a_limit_too() -> None:
+    sentence = refusal(make(), "dp=4", limit_bytes=None, machine_bytes=3 * 10**9)
+    assert sentence == "dp=4 needs about 4.5 GB in all and the machine has 3.0 GB; --plan dp=1 would fit with 2.4 GB."
+
+
+@pytest.mark.parametrize(("size", "text"), [(310e6, "310 MB"), (1.44e9, "1.4 GB"), (999.9e6, "1.0 GB"), (0, "0 MB")])
+def test_sizes_as_people_write_them(size: float, text: str) -> None:
+    assert size_text(size) == text
