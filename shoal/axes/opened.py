@@ -16,16 +16,16 @@ from shoal.axes.tensor_cut import Cut
 
 
 class _Cover:
-    """What an opened Cut was; no tensor, so that nobody takes it for one."""
+    """What an opened Cut was besides its parts; no tensor, so that nobody takes it for one, and it keeps none alive."""
 
     def __init__(self, cut: Cut) -> None:
-        # Not the Cut itself: it would keep its part alive, which recomputing is meant to drop.
-        self.kind, self.dim, self.widths, self.team, self.origins = (
-            type(cut), cut.split_dim, cut.widths, cut.team, cut.origins,
-        )  # fmt: skip
+        self._kind = type(cut)
+        self._rest = {name: value for name, value in vars(cut).items() if name != "parts"}
 
     def closed(self, parts: tuple[torch.Tensor, ...]) -> Cut:
-        return self.kind(parts, self.dim, self.widths, self.team, self.origins)
+        made = self._kind(parts, self._rest["split_dim"], self._rest["widths"], self._rest["team"])
+        vars(made).update(self._rest)
+        return made
 
 
 def opened(tree: Any) -> Any:

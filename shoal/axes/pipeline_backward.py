@@ -17,7 +17,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 
-@dataclass
+@dataclass(eq=False)
 class _Branch:
     """Some weights, and the spine nodes at which their gradients branch off."""
 

@@ -37,7 +37,8 @@ class Cut:
         stages: how many there are, over all ranks.
         boundaries: where they begin, but for the first.
         parameters: for each stage the names of its parameters; one that several stages use is in each of them.
-        buffers: for each stage the names of the buffers that it uses; one that none uses is in the first.
+        buffers: for each stage the names of the buffers that it uses, and may change; one that none uses is in the first.
+            Besides, each stage reads those from which it computes masks and the like anew: let all be there on all ranks.
         blocks: for each stage the parts that lie in it: what could be recomputed as one.
         costs_s: for each stage its measured forward and backward pass on the example.
         explanation: how it was cut, in sentences.
@@ -114,10 +115,14 @@ def find_cut(
 
 
 def build_stage(
-    model: nn.Module, cut: Cut, index: int, *, share_buffers: bool = True, device: str | torch.device = "cpu"
-) -> Stage:
-    """Return stage ``index`` of a model: its parameters are the model's own objects (on any device), the rest is empty."""
-    return Stage(model, index, cut.boundaries, cut.parameters[index], share_buffers, device)
+    model: nn.Module, cut: Cut, index: int, *, share_buffers: bool = True, device: str | torch.device = "cpu",
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> Stage:  # fmt: skip
+    """Return stage ``index`` of a model: its parameters are the model's own objects (on any device), the rest is empty.
+
+    ``prepare`` may change the stage's module before it is made one, as the tensor axis does.
+    """
+    return Stage(model, index, cut.boundaries, cut.parameters[index], share_buffers, device, prepare)
 
 
 def default_compute(model: nn.Module, example: Any) -> torch.Tensor:

@@ -94,6 +94,7 @@ class Stage:
         keeps: Iterable[str],
         share_buffers: bool = True,
         device: str | torch.device = "cpu",
+        prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Make a stage of a model, which stays as it is.
 
@@ -101,6 +102,7 @@ class Stage:
             boundaries: between all the stages, one less than there are.
             keeps: names of the parameters that this stage has: the very Parameter objects of the model.
             share_buffers: have the model's own buffers, instead of copies.
+            prepare: changes the module before it is made a stage.
         """
         self.index, self.count = index, len(boundaries) + 1
         shared: list[torch.Tensor] = [*model.parameters(), *(model.buffers() if share_buffers else ())]
@@ -115,6 +117,8 @@ class Stage:
         named = dict(self.module.named_parameters())
         kept = {id(named[name]) for name in keeps}
         _hollow(self.module, kept, torch.device(device))
+        if prepare is not None:
+            prepare(self.module)
         self._install()
 
     @property

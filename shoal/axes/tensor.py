@@ -25,7 +25,7 @@ last one is compared with the model as it is.
 
 Why not DTensor throughout, which does the same by ``parallelize_module``: on a CPU its dispatch costs about 120 µs an operation, forward and backward, against
 5 µs here (measured with torch 2.13: autograd sees only plain local tensors here), and a transformer's block has some 40 of them. The words of
-its plans (``ColwiseParallel``, ``RowwiseParallel``) are understood in ``Job(tensor_plan=…)``; ``as_dtensor`` shows a parameter as one.
+its plans (``ColwiseParallel``, ``RowwiseParallel``) are understood in ``Job(tensor_plan=…)``.
 
 Random numbers: replicated dropout needs the same stream on every worker of a team; dropout of split activations draws from a stream of its own.
 """
@@ -33,15 +33,17 @@ Random numbers: replicated dropout needs the same stream on every worker of a te
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from shoal.axes import tensor_rules  # noqa: F401 - gives split tensors their rules
-from shoal.axes.tensor_cut import Team, plain
+from shoal.axes.tensor_cut import Team, guard_functions, plain
 from shoal.axes.tensor_layout import (
     Candidate,
+    Exchange,
     Style,
     TensorLayout,
     apply_hugging_face_plan,
@@ -81,14 +83,13 @@ def find_layout(
     shared = sharing(model)
     apply_hugging_face_plan(found, hugging_face_plan(model))
     apply_override(model, found, override)
-    for path, candidate in found.items():
-        if candidate.role == "heads":
-            count = candidate.module.num_heads
-            if count % ways:
-                all_heads = [c.module.num_heads for c in found.values() if c.role == "heads"]
-                refuse_heads(ways, path, count, all_heads)  # type: ignore[arg-type]
+    heads = {path: int(c.module.num_heads) for path, c in found.items() if c.role == "heads"}  # type: ignore[arg-type]
+    for path, count in heads.items():
+        if count % ways:
+            refuse_heads(ways, path, count, heads.values())
     decide_embeddings(found, lambda name: shared.get(name, [name]))
-    loss_parallel, exchanges, difference = own_cross_entropy, (), None
+    loss_parallel, difference = own_cross_entropy, None
+    exchanges: tuple[Exchange, ...] = ()
     if example is None:
         guess(model, found, ways, own_cross_entropy)
         _keep_ties_alike(found, shared, ways)
@@ -110,7 +111,9 @@ def _layout(
     model: nn.Module, found: dict[str, Candidate], shared: dict[str, list[str]], ways: int, loss_parallel: bool, sequence: bool,
     exchanges: Any, samples: int,
 ) -> TensorLayout:  # fmt: skip
-    styles, shards, split = {}, {}, []
+    styles: dict[str, Style] = {}
+    shards: dict[str, tuple[Region, ...]] = {}
+    split = []
     for path, candidate in found.items():
         splits = candidate.splits(ways)
         if not splits:
@@ -122,6 +125,11 @@ def _layout(
             name = f"{path}.{one.parameter}" if path else one.parameter
             for other in shared.get(name, [name]):
                 shards[other] = regions(one, ways)
+                owner, _, leaf = other.rpartition(".")
+                if owner not in found and other != name:
+                    # A module of another kind holds the same parameter.
+                    before = styles[owner].splits if owner in styles else ()
+                    styles[owner] = Style("tied", (*before, replace(one, parameter=leaf)))
     why = None
     if not styles:
         differs = next((c.why for c in found.values() if c.why.startswith("split, ")), "")
@@ -141,8 +149,8 @@ def _keep_ties_alike(found: dict[str, Candidate], shared: dict[str, list[str]], 
     for names in {id(n): n for n in shared.values() if len(n) > 1}.values():
         owners = [(found.get(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
         ways_split = {
-            next(((s.dim, s.widths) for s in c.splits(ways) if s.parameter == leaf), None) if c else None
-            for c, leaf in owners
+            next(((s.dim, s.widths) for s in c.splits(ways) if s.parameter == leaf), None)
+            for c, leaf in owners if c is not None
         }  # fmt: skip
         if len(ways_split) > 1:
             for candidate, _ in owners:
@@ -168,6 +176,7 @@ def apply(model: nn.Module, layout: TensorLayout, mesh: Any) -> nn.Module:
     group = mesh.get_group() if hasattr(mesh, "get_group") else mesh
     rank = torch.distributed.get_rank(group)
     localise(model, layout, rank)
+    guard_functions()
     swap(model, layout, Team(layout.ways, rank, group, layout.sequence_parallel))
     return model
 

@@ -20,10 +20,10 @@ _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
 def scaled_dot_product_attention(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Every head by itself. Heads may share keys and values (grouped heads), if each worker holds whole groups."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {name: args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names)}
+    given: dict[str, Any] = {name: args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names)}
     extra = {k: v for k, v in kwargs.items() if k not in names}
     query, key, value, mask = (given[n] for n in names[:4])
-    if not all(isinstance(v, Cut) for v in (query, key, value)):
+    if not (isinstance(query, Cut) and isinstance(key, Cut) and isinstance(value, Cut)):
         return NotImplemented
     at = query.split_dim - query.ndim
     if at > -3 or any(v.split_dim - v.ndim != at for v in (key, value)) or key.widths != value.widths:

@@ -19,14 +19,19 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from shoal.errors import JobFailed
+
 Widths = tuple[tuple[int, ...], ...]
 
 
-class Unsplit(Exception):
-    """An operation that a split tensor cannot take part in; ``origins`` are the parameters that it was made from."""
+class Unsplit(JobFailed):
+    """An operation that a split tensor cannot take part in; ``origins`` are the layers that it comes from."""
 
     def __init__(self, what: str, origins: frozenset[str]) -> None:
-        super().__init__(what)
+        super().__init__(
+            f"The model uses {what} on a tensor that is split over workers, where its effect would be lost; leave the layer that makes "
+            'the tensor whole with tensor_plan={"path.of.the.layer": "replicate"}.'
+        )
         self.what = what
         self.origins = origins
 
@@ -106,6 +111,8 @@ class Team:
             for part in parts[1:]:
                 total = total + part
             return total
+        # Somebody who watches operations (recompute=selective) may keep what they make: then it is not ours to overwrite.
+        fresh = fresh and not torch._C._len_torch_dispatch_stack()
         result: torch.Tensor = _Reduce.apply(parts[0], self, fresh)
         return result
 
@@ -208,7 +215,7 @@ class Cut(torch.Tensor):
     def whole(self, entering: bool = False) -> torch.Tensor:
         return self.team.gather(self, entering)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Cut(dim={self.split_dim}, widths={self.widths}, parts={[tuple(p.shape) for p in self.parts]})"
 
     @classmethod
@@ -216,7 +223,9 @@ class Cut(torch.Tensor):
         return cls.handler(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         # Only code that goes round torch's functions gets here, such as an autograd.Function of the user's own.
         cuts = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Cut)]
         raise Unsplit(f"{func}", frozenset().union(*(c.origins for c in cuts)))
@@ -229,6 +238,29 @@ def plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value
     return pytree.tree_map(lambda v: v.whole() if isinstance(v, Cut) else v, value)
+
+
+def guard_functions() -> Callable[[], None]:
+    """Let no split tensor into an autograd function of the model's own, where its gradient would be lost without a word.
+
+    Such a function goes round torch's functions, so it is met at the one door that all of them have: in a rehearsal it is reported, in a
+    run it gets the whole tensor. Returns what undoes it.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        cuts = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Cut)]
+        if cuts and cuts[0].team.rehearsal:
+            raise Unsplit(cls.__name__, frozenset().union(*(c.origins for c in cuts)))
+        if cuts:
+            args, kwargs = pytree.tree_map(plain, (args, kwargs))
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    def undo() -> None:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    return undo
 
 
 def _own_copy(x: torch.Tensor) -> torch.Tensor:

@@ -144,11 +144,6 @@ def _heads_splits(module: nn.MultiheadAttention, ways: int) -> tuple[Split, ...]
     return tuple(found)
 
 
-def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """A module of the kind that computes as torch's own, with parameters of its own."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
-
-
 def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
     """Every module that could be split ``ways`` ways, by path."""
     found: dict[str, Candidate] = {}
@@ -159,19 +154,19 @@ def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside |= {id(m) for m in module.modules()}
-            if _is_own(module, nn.MultiheadAttention) and module.bias_k is None and not module.add_zero_attn:
+            own = type(module).forward is nn.MultiheadAttention.forward
+            if own and module.bias_k is None and not module.add_zero_attn:
                 candidate = Candidate(path, module, "heads", role="heads")
         elif "weight" not in module._parameters or module._parameters["weight"] is None:
             continue
-        elif _is_own(module, nn.Linear):
+        elif isinstance(module, nn.Linear):
             candidate = Candidate(path, module, "linear")
         elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
             candidate = Candidate(path, module, "linear", out_dim=1, in_dim=0)
-        elif any(_is_own(module, k) for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if module.groups == 1 and module.padding_mode == "zeros" and module.weight.dim() > 2:  # type: ignore[union-attr]
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if module.groups == 1 and module.padding_mode == "zeros":
                 candidate = Candidate(path, module, "convolution", feature=1)
-        elif _is_own(module, nn.Embedding):
-            assert isinstance(module, nn.Embedding)
+        elif isinstance(module, nn.Embedding):
             if module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
                 candidate = Candidate(path, module, "embedding", role="embedding")
         if candidate is not None and (candidate.kind == "heads" or max(candidate.weight.shape[:2]) >= ways):

@@ -95,7 +95,7 @@ def localise(model: nn.Module, layout: TensorLayout, rank: int) -> None:
     """Replace each split parameter by this worker's part of it, on whatever device it is; tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
     for path, style in layout.styles.items():
-        module = _find(model, path)
+        module = _find(model, path, style)
         if module is None:
             continue
         for split in style.splits:
@@ -111,18 +111,23 @@ def localise(model: nn.Module, layout: TensorLayout, rank: int) -> None:
             owner._parameters[leaf] = made[id(whole)]
 
 
-def _find(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of that path, or None where this part of the model does not have it."""
+def _find(model: nn.Module, path: str, style: Style) -> nn.Module | None:
+    """The module of that path, or None where this part of the model does not have it, or another stage has its weights."""
     try:
-        return model.get_submodule(path)
+        module = model.get_submodule(path)
     except AttributeError:
         return None
+    for split in style.splits:
+        inner, _, leaf = split.parameter.rpartition(".")
+        if leaf not in module.get_submodule(inner)._parameters:
+            return None
+    return module
 
 
 def swap(model: nn.Module, layout: TensorLayout, team: Team) -> None:
     swapped = Swapped(team)
     styles: Mapping[str, Style] = layout.styles
     for path, style in styles.items():
-        if _find(model, path) is not None:
+        if _find(model, path, style) is not None:
             swapped.style(model, path, style)
     model.register_forward_hook(gather_all_but_classes if layout.loss_parallel else _gather_output)

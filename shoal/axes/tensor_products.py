@@ -91,7 +91,24 @@ def addmm(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return _sum_up(team, [p @ w for p, w in zip(inputs, weight.parts, strict=True)], bias)
     x = _entering(team, x)
     biases = _biases(team, bias, weight.widths)
-    return weight.like(tuple(torch.addmm(b, x, w) for b, w in zip(biases, weight.parts, strict=True)), 1)
+    parts = (x @ w if b is None else torch.addmm(b, x, w) for b, w in zip(biases, weight.parts, strict=True))
+    return weight.like(tuple(parts), 1)
+
+
+def baddbmm(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """beta · added + alpha · (a @ b)."""
+    added, a, b = _bind(args, kwargs, ("input", "batch1", "batch2"))
+    if "out" in kwargs or len(args) > 3 or not (isinstance(a, Cut) or isinstance(b, Cut)):
+        return NotImplemented
+    product = matmul(team, torch.bmm, (a, b), {})
+    if not isinstance(product, Cut):
+        return NotImplemented if product is NotImplemented else kwargs.get("beta", 1) * added + kwargs.get("alpha", 1) * product
+    from shoal.axes.tensor_rules import elementwise
+
+    def add(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return kwargs.get("beta", 1) * p + kwargs.get("alpha", 1) * q
+
+    return elementwise(team, add, (added, product), {})
 
 
 def matmul(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,5 +211,5 @@ def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...])
 
 PRODUCT_RULES: dict[str, Callable[..., Any]] = {
     "linear": linear, "addmm": addmm, "matmul": matmul, "bmm": matmul, "mm": matmul, "__matmul__": matmul, "__rmatmul__": lambda t, f, a, k: matmul(
-        t, f, a[::-1], k), "einsum": einsum, "embedding": embedding, "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
+        t, f, a[::-1], k), "einsum": einsum, "baddbmm": baddbmm, "embedding": embedding, "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
 }  # fmt: skip

@@ -179,7 +179,7 @@ def along(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def normalize(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """layer_norm and rms_norm over the last dims, where the split dim stands before them."""
     x, shape = args[0], args[1] if len(args) > 1 else kwargs.get("normalized_shape")
-    if not isinstance(x, Cut) or x.split_dim >= x.parts[0].ndim - len(shape):
+    if not isinstance(x, Cut) or shape is None or x.split_dim >= x.parts[0].ndim - len(shape):
         return NotImplemented
     rest = tuple(team.enter(v) if isinstance(v, torch.Tensor) else v for v in args[1:])
     named = {k: team.enter(v) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}

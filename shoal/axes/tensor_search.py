@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from shoal.axes.tensor_cut import Cut, Team, Unsplit, plain
+from shoal.axes.tensor_cut import Cut, Team, Unsplit, guard_functions, plain
 from shoal.axes.tensor_layout import LEAST_EMBEDDING, Candidate, Exchange, Style, small
 from shoal.axes.tensor_modules import Swapped
 from shoal.errors import PlanError
@@ -58,7 +58,6 @@ class Search:
         self.exchanges: tuple[Exchange, ...] = ()
         self.heads: dict[str, int] = {}
         self._events: list[tuple[str, str, frozenset[str], tuple[int, ...]]] = []
-        self._rows: set[str] = set()
         self._met: set[str] = set()
         self._used: set[str] = set()
         self._decided: dict[str, str] = {}
@@ -85,22 +84,23 @@ class Search:
 
     # -- one rehearsal -------------------------------------------------------------------------------------------
 
-    def rehearse(self) -> Any:
-        """Run the example with all parts in this process, within ``unchanged``; returns its result, put together."""
+    def rehearse(self, then: Callable[[Any], Any] = lambda result: result) -> Any:
+        """Run the example with all parts in this process, within ``unchanged``; ``then`` sees its result, put together."""
         team = Team(self.ways, sequence=self.sequence)
         counter: Counter[tuple[str, bool, int]] = Counter()
         team.count = lambda *exchange: counter.update([exchange])
-        self._events, self._rows, self._met, self._used, self._decided = [], set(), set(), set(), {}
+        self._events, self._met, self._used, self._decided = [], set(), set(), {}
         team.report = lambda *event: self._events.append(event)
         swapped = Swapped(team)
-        with _functions_ask():
-            try:
-                for candidate in self.found.values():
-                    self._prepare(candidate, swapped)
-                swapped.hook(self.model.register_forward_hook(self._see_output))
-                result = plain(self.example(self.model))
-            finally:
-                swapped.restore()
+        undo = guard_functions()
+        try:
+            for candidate in self.found.values():
+                self._prepare(candidate, swapped)
+            swapped.hook(self.model.register_forward_hook(self._see_output))
+            result = then(plain(self.example(self.model)))
+        finally:
+            swapped.restore()
+            undo()
         self.exchanges = tuple(Exchange(*key, count) for key, count in sorted(counter.items()))
         return result
 
@@ -114,17 +114,24 @@ class Search:
             feature = candidate.feature % x.dim() if isinstance(x, torch.Tensor) and x.dim() else 0
             meets = isinstance(x, Cut) and x.split_dim == feature
             if isinstance(x, Cut) and meets:
-                self._rows.add(path)
                 self._met |= x.origins
+                inputs.extend(x.origins)
             self._used.add(path)
             role = candidate.role or ("row" if meets else "column")
+            if candidate.weight.shape[candidate.in_dim if role == "row" else candidate.out_dim] < self.ways:
+                self._leave(candidate, "it is narrower than there are workers")
+            if candidate.role == "whole":
+                return
             if self._decided.setdefault(path, role) != role:
-                raise Unsplit("two uses of one layer", frozenset((path,)))
+                # Used with a whole input and with a split one: from now on with a whole one each time.
+                candidate.role = "column"
+                raise Unsplit("a layer that is used in two ways", frozenset(inputs))
             if path not in ready:
                 ready.add(path)
                 swapped.style(self.model, path, self._style(candidate, role))
 
         ready: set[str] = set()
+        inputs: list[str] = []
         if candidate.role:
             ready.add(path)
             swapped.style(self.model, path, self._style(candidate, candidate.role))
@@ -150,7 +157,8 @@ class Search:
         if failure is not None:
             if not failure.origins:
                 return self._give_up(failure)
-            self._events.append(("gather", failure.what, failure.origins, ()))
+            # What came before it may have come from it.
+            self._events = [("gather", failure.what, failure.origins, ())]
         for kind, _, origins, sizes in self._events:
             if kind == "fits":
                 self._note_heads(origins, sizes[0])
@@ -158,10 +166,11 @@ class Search:
         for _, what, candidate, sizes in self._about_candidates("view", "blocks"):
             if what != "view" or sizes[0] <= MOST_GUESSED_BLOCKS:
                 changed |= self._try_blocks(candidate, sizes if what != "view" else (1,) * sizes[0])
+        changed |= self._try_slices()
         if changed:
             return True
         self._refuse_heads()
-        for _, what, candidate, _ in self._about_candidates("gather", "view", "blocks"):
+        for _, what, candidate, _ in self._about_candidates("gather", "view", "blocks", "slice"):
             changed |= self._alone(candidate, what)
         if changed:
             return True
@@ -196,7 +205,7 @@ class Search:
             role = candidate.role or self._decided.get(path, "")
             if role == "whole":
                 continue
-            if path not in self._used and candidate.kind != "heads":
+            if path not in self._used and candidate.kind != "heads" and not self._tied(candidate):
                 changed |= self._leave(candidate, "the trial batch did not use it")
                 continue
             ends = role == "column" and not candidate.gather and path not in self._met
@@ -221,6 +230,19 @@ class Search:
         candidate.blocks = blocks
         return True
 
+    def _try_slices(self) -> bool:
+        """Slices that together are the whole dim name blocks as well."""
+        slices: dict[str, set[tuple[int, ...]]] = {}
+        for _, _, candidate, sizes in self._about_candidates("slice"):
+            slices.setdefault(candidate.path, set()).add(sizes)
+        changed = False
+        for path, found in slices.items():
+            ordered = sorted(found)
+            borders = [low for low, _, _ in ordered] + [ordered[0][2]]
+            if borders[0] == 0 and [high for _, high, _ in ordered] == borders[1:]:
+                changed |= self._try_blocks(self.found[path], tuple(high - low for low, high, _ in ordered))
+        return changed
+
     def _alone(self, candidate: Candidate, what: str) -> bool:
         """Its output is needed whole: put it together at once, where the layer is worth that."""
         if candidate.gather and candidate.role == "column":
@@ -241,7 +263,9 @@ class Search:
         return candidate.kind == "linear" and small(candidate.weight)
 
     def _tied(self, candidate: Candidate) -> bool:
-        return any(c is not candidate and c.role == "embedding" and c.weight is candidate.weight for c in self.found.values())
+        """Whether it shares its weight with an embedding that is split and used."""
+        same = [c for c in self.found.values() if c is not candidate and c.weight is candidate.weight]
+        return any(c.role == "embedding" and c.path in self._used for c in same)
 
     def _leave(self, candidate: Candidate, why: str) -> bool:
         if candidate.role == "whole":
@@ -308,24 +332,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _functions_ask() -> Iterator[None]:
-    """Let no split tensor into an autograd function of the model's own, where its gradient would be lost without a word."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        cuts = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Cut)]
-        if cuts:
-            raise Unsplit(cls.__name__, frozenset().union(*(c.origins for c in cuts)))
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
 def fingerprints(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Three numbers of each parameter's gradient, so that two passes can be compared without keeping the gradients."""
     found: dict[str, torch.Tensor] = {}
@@ -356,19 +362,20 @@ def fingerprints(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 def differs(model: nn.Module, search: Search) -> str | None:
     """Where the split model computes something else than the whole one, forward or backward: what does, else None."""
 
-    def once(run: Callable[[], Any], back: bool = True) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        with unchanged(model), fingerprints(model) as gradients:
-            leaves = pytree.tree_leaves(run())
-            values = [v for v in leaves if isinstance(v, torch.Tensor) and v.is_floating_point()]
-            total = sum((v.sum() for v in values if v.requires_grad), torch.zeros(()))
-            if back and total.requires_grad and not total.is_meta:
-                total.backward()
-            return [v.detach() for v in values], dict(gradients)
+    def seen(result: Any, back: bool = True) -> list[torch.Tensor]:
+        values = [v for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        total = sum((v.sum() for v in values if v.requires_grad), torch.zeros(()))
+        if back and total.requires_grad and not total.is_meta:
+            total.backward()
+        return [v.detach() for v in values]
 
-    def plainly() -> Any:
-        return search.example(model)
-
-    (whole, slopes), (again, _), (split, split_slopes) = once(plainly), once(plainly, False), once(search.rehearse)
+    with unchanged(model), fingerprints(model) as slopes:
+        whole = seen(search.example(model))
+    with unchanged(model):
+        again = seen(search.example(model), back=False)
+    # Layers that are computed again in the backward pass have to be split then, too.
+    with unchanged(model), fingerprints(model) as split_slopes:
+        split = search.rehearse(seen)
     if any(v.is_meta for v in whole) or not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
         return None  # There is nothing to compare, or two runs of the model differ by themselves.
     precise = all(v.dtype == torch.float64 for v in whole)

@@ -130,10 +130,10 @@ def transpose(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 def permute(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
-    order = args[1:] or (kwargs["dims"],)
-    if len(order) == 1 and not isinstance(order[0], int):
-        order = tuple(order[0])
-    order = [d % x.parts[0].ndim for d in order]
+    given = args[1:] or (kwargs["dims"],)
+    if len(given) == 1 and not isinstance(given[0], int):
+        given = tuple(given[0])
+    order = [d % x.parts[0].ndim for d in given]
     return x.like(tuple(p.permute(order) for p in x.parts), order.index(x.split_dim))
 
 
@@ -211,7 +211,7 @@ def divide(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     elif isinstance(size, int):
         lengths = [min(size, total - k) for k in range(0, total, size)]
     else:
-        lengths = list(size)
+        lengths = list(size or ())
     blocks = [sum(block) for block in x.widths]
     if name == "unbind" or lengths != blocks:
         if team.report is not None and 1 < len(lengths) <= MOST_BLOCKS:
@@ -232,10 +232,8 @@ def _one_block(team: Team, x: Cut, low: int, high: int) -> Any:
             )
             return x.like(parts, x.split_dim, (block,))
         begin += sum(block)
-    if team.report is not None and 0 <= low < high and x.whole_size % (high - low) == 0:
-        count = x.whole_size // (high - low)
-        if 1 < count <= MOST_BLOCKS:
-            team.report("blocks", "slice", x.origins, (high - low,) * count)
+    if team.report is not None and 0 <= low < high:
+        team.report("slice", "slice", x.origins, (low, high, x.whole_size))
     return NotImplemented
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shoal.comm.port import Port
 
 _INLINE = 0xFFFFFFFF
+_BUSY_NS = 20_000
 
 
 class _Letter(ctypes.Structure):
@@ -59,7 +60,9 @@ class Send:
     def advance(self, spin_ns: int, yields: int, nap_ns: int) -> bool:
         self._mail.push(self.receiver)
         if not self.done and nap_ns > 0:
-            self._mail.await_reader(self.receiver, spin_ns * 1e-9, nap_ns * 1e-9)
+            # The receiver may be waiting for room as well: what it has sent is taken in.
+            self._mail.progress()
+            self._mail.await_reader(self.receiver, spin_ns, nap_ns)
             self._mail.push(self.receiver)
         return self.done
 
@@ -90,9 +93,10 @@ class Receive:
         for sender in self.senders:
             self._mail.pull(sender)
         if not self.done and nap_ns > 0:
+            self._mail.push_all()
             # With several senders a nap is for one of them, in turn; naps are short.
             self.senders = [*self.senders[1:], self.senders[0]]
-            self._mail.await_letter(self.senders[-1], spin_ns * 1e-9, nap_ns * 1e-9)
+            self._mail.await_letter(self.senders[-1], spin_ns, nap_ns)
             self._mail.pull(self.senders[-1])
         return self.done
 
@@ -189,10 +193,15 @@ class Mailbox:
             return self._free.pop()
         return -1 if receiver in way.used else receiver
 
-    def await_reader(self, receiver: int, spin_s: float, nap_s: float) -> None:
+    def await_reader(self, receiver: int, spin_ns: int, nap_ns: int) -> None:
         """Wait for a moment until the receiver has read a letter more."""
-        address = self._base + self._layout.tail(receiver, self._rank)
-        self._port.native.wait_all(address, 0, 1, self._ways[receiver].freed + 1, spin_s, nap_s)
+        self._await(self._layout.tail(receiver, self._rank), self._ways[receiver].freed + 1, spin_ns, nap_ns)
+
+    def _await(self, offset: int, target: int, spin_ns: int, nap_ns: int) -> None:
+        if self._unsent:
+            # Others may wait for what has found no room yet: soon it is tried again.
+            spin_ns, nap_ns = min(spin_ns, _BUSY_NS), min(nap_ns, _BUSY_NS)
+        self._port.native.wait_all(self._base + offset, 0, 1, target, spin_ns * 1e-9, max(spin_ns, nap_ns) * 1e-9)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
@@ -261,10 +270,9 @@ class Mailbox:
         if message.received == message.total:
             _deliver(receive, message)
 
-    def await_letter(self, sender: int, spin_s: float, nap_s: float) -> None:
+    def await_letter(self, sender: int, spin_ns: int, nap_ns: int) -> None:
         """Wait for a moment until a letter more has come."""
-        address = self._base + self._layout.head(sender, self._rank)
-        self._port.native.wait_all(address, 0, 1, self._ways[sender].read + 1, spin_s, nap_s)
+        self._await(self._layout.head(sender, self._rank), self._ways[sender].read + 1, spin_ns, nap_ns)
 
     def progress(self) -> bool:
         """Send and read what can be, without waiting; whether something still waits to be sent."""

@@ -270,7 +270,11 @@ def _activations(model: ModelMemory, plan: Plan, units: Sequence[int], stage: in
         (f * (unit.peak + max(0.0, unit.saved - unit.kept(mode))) for unit, f in zip(own, factors, strict=True)),
         default=0.0,
     )
-    return sum(unit.fixed for unit in own) + samples * (kept * in_flight(plan, stage) + beyond)
+    # What does not grow with the batch (rounded weights under bf16, statistics) goes with a block that is recomputed.
+    stays = [f * unit.fixed for unit, f in zip(own, factors, strict=True) if not (unit.block and mode == "full")]
+    comes = [f * unit.fixed for unit, f in zip(own, factors, strict=True) if unit.block and mode == "full"]
+    flight = in_flight(plan, stage)
+    return sum(stays) * flight + max(comes, default=0.0) + samples * (kept * flight + beyond)
 
 
 # -- refusing ---------------------------------------------------------------------------------------------------------

@@ -25,23 +25,27 @@ _SIGNATURE = inspect.signature(F.batch_norm)
 class GlobalBatchNorm:
     """Makes the BatchNorm layers of a model normalise over all workers that take part in the microbatch in work."""
 
-    def __init__(self, model: nn.Module, sum_small: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]) -> None:
-        self._sum_small = sum_small
-        self._ranks: Sequence[int] = ()
+    def __init__(self, add_up: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None) -> None:
+        # (a small tensor, the replicas that take part) -> its sum over them; may be given later, before the first batch.
+        self.add_up = add_up
+        self._replicas: Sequence[int] = ()
+
+    def take_over(self, model: nn.Module) -> None:
+        """Replace what the BatchNorm layers of a model do."""
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.forward = self._forward_of(module)  # type: ignore[method-assign]
 
-    def taking_part(self, ranks: Sequence[int]) -> None:
-        """Say which ranks have samples in the microbatch that comes next."""
-        self._ranks = ranks
+    def taking_part(self, replicas: Sequence[int]) -> None:
+        """Say which replicas have samples in the microbatch that comes next."""
+        self._replicas = replicas
 
     def _forward_of(self, module: _BatchNorm) -> Callable[..., torch.Tensor]:
         plain = module.forward
         is_torchs_own = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not module.training or len(self._ranks) < 2:
+            if not module.training or len(self._replicas) < 2:
                 return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
             if not is_torchs_own:
                 # A subclass may do more than normalise: only what it does by torch's function is replaced.
@@ -56,9 +60,10 @@ class GlobalBatchNorm:
     def _normalize(
         self, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float
     ) -> torch.Tensor:
-        ranks = self._ranks
+        add_up, replicas = self.add_up, self._replicas
+        assert add_up is not None
         result: torch.Tensor = _Normalize.apply(
-            x, weight, bias, averages, momentum, eps, lambda values: self._sum_small(values, ranks)
+            x, weight, bias, averages, momentum, eps, lambda values: add_up(values, replicas)
         )
         return result
 

@@ -7,6 +7,8 @@ publishes its gradients. So a worker that has to compute a step again finds the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,15 +19,20 @@ _ALWAYS_COPIED = 1 << 16
 
 
 class Buffers:
-    """The buffers of one worker's model."""
+    """The buffers of one worker's model; ``publishes``: the names of those that it computes, None for all."""
 
-    def __init__(self, model: nn.Module, store: Store) -> None:
+    def __init__(self, model: nn.Module, store: Store, publishes: Collection[str] | None = None) -> None:
         self._store = store
         self._places: list[tuple[nn.Module, str]] = []
         owners = {name: module for name, module in model.named_modules(remove_duplicate=False)}
         for spec in store.table.buffers:
             path, _, attribute = spec.name.rpartition(".")
             self._places.append((owners[path], attribute))
+        self._published = [
+            index
+            for index, spec in enumerate(store.table.buffers)
+            if publishes is None or any(name in publishes for name in spec.names)
+        ]
         # Kernels change running statistics without telling torch's version counter: those are always copied.
         self._always = [
             isinstance(owner, _NormBase) or spec.nbytes <= _ALWAYS_COPIED
@@ -60,7 +67,7 @@ class Buffers:
         """Write what the step made of them, for the next one; return the indices of those that were written."""
         steps = self._store.buffer_steps
         written = []
-        for index in range(len(self._places)):
+        for index in self._published:
             changed = self._changed(index)
             if changed or steps[index] == step:
                 self._store.buffer((step + 1) % 2, index).copy_(self._present(index))

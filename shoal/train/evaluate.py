@@ -38,7 +38,7 @@ class Metrics:
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         self.functions = {name: m for name, m in metrics.items() if not is_stateful(m)}
-        self.stateful = {name: copy.deepcopy(m) for name, m in metrics.items() if is_stateful(m)}
+        self.stateful = {name: own_copy(m) for name, m in metrics.items() if is_stateful(m)}
 
     @torch.no_grad()
     def update(self, outcome: objective.Outcome) -> dict[str, float]:
@@ -49,6 +49,15 @@ class Metrics:
         for metric in self.stateful.values():
             metric.update(output, outcome.target)
         return {name: float(function(output, outcome.target)) for name, function in self.functions.items()}
+
+
+def own_copy(metric: Any) -> Any:
+    """A metric of one worker's own, that is merged by shoal: it must not wait for a process group's other processes."""
+    copied = copy.deepcopy(metric)
+    for part in copied.modules() if isinstance(copied, nn.Module) else ():
+        if hasattr(part, "sync_on_compute"):
+            part.sync_on_compute = part._to_sync = False  # type: ignore[assignment]
+    return copied
 
 
 def is_stateful(metric: Any) -> bool:

@@ -18,21 +18,15 @@ from shoal.train import streams
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker computes of a step at once.
+    """What a replica computes of a microbatch of a step.
 
     Attributes:
         indices: the samples, in order; maybe none.
-        pieces: for each microbatch in it, how many samples each replica has of it: more than one microbatch where they
-            travel through a pipeline together.
+        counts: how many samples each replica has in this microbatch.
     """
 
     indices: np.ndarray
-    pieces: tuple[tuple[int, ...], ...]
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """How many samples each replica has in this share's part of the batch."""
-        return tuple(map(sum, zip(*self.pieces, strict=True)))
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Division:
     """How batches are divided: all of it follows from the job and the plan.
 
     A batch is cut into ``accumulate`` pieces, each of these into ``microbatches``, and each of these among the replicas by
-    ``shares``. With ``together`` a replica's parts of the microbatches of one piece are one share.
+    ``shares``.
     """
 
     batch_size: int
@@ -48,34 +42,25 @@ class Division:
     accumulate: int
     seed: int
     microbatches: int = 1
-    together: bool = False
 
     def shares_of(self, order: np.ndarray, index: int, replica: int) -> list[Share]:
-        """A replica's shares of batch ``index`` of an epoch, those that are empty for all left out."""
+        """A replica's shares of batch ``index`` of an epoch: one for each microbatch that is not empty for all."""
         batch = batch_indices(order, index, self.batch_size)
         found = []
         for low, high in share_bounds(len(batch), (1,) * self.accumulate):
-            cuts = [(low + a, low + b) for a, b in share_bounds(high - low, (1,) * self.microbatches)]
-            pieces = [self._piece(batch, a, b, replica) for a, b in cuts if b > a]
-            if self.together and pieces:
-                indices = np.concatenate([own for own, _ in pieces])
-                found.append(Share(indices, tuple(counts for _, counts in pieces)))
-            else:
-                found += [Share(own, (counts,)) for own, counts in pieces]
+            for a, b in share_bounds(high - low, (1,) * self.microbatches):
+                if b > a:
+                    bounds = share_bounds(b - a, self.shares)
+                    start, stop = bounds[replica]
+                    own = batch[low + a + start : low + a + stop]
+                    found.append(Share(own, tuple(last - first for first, last in bounds)))
         return found
-
-    def _piece(self, batch: np.ndarray, low: int, high: int, replica: int) -> tuple[np.ndarray, tuple[int, ...]]:
-        bounds = share_bounds(high - low, self.shares)
-        a, b = bounds[replica]
-        return batch[low + a : low + b], tuple(stop - start for start, stop in bounds)
 
 
 def division_of(job: Job, plan: Plan) -> Division:
     """How a plan divides a job's batches."""
     shares = plan.shares or (1,) * plan.data_ways
-    return Division(
-        job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1, (plan.pp or 1) > 1
-    )
+    return Division(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1)
 
 
 class Feed:

@@ -167,23 +167,29 @@ class TrainHost:
         slot = store.arena.slots[rank]
         slot.enter(Phase.STARTING, slot.signal(Signal.UPDATED))
         team: Team | None = None
+        batchnorm = GlobalBatchNorm() if self._facts.batchnorm and plan.batchnorm != "local" and grid.dp > 1 else None
+
+        def prepare(module: nn.Module) -> None:
+            recompute.apply(module, plan.recompute)
+            if batchnorm is not None:
+                batchnorm.take_over(module)
+
         if settings.split is None:
             part = whole_part(built, self._facts.table, store, rank)
+            prepare(part.model)
         else:
             to_meta(built.model)
             team = Team(store.arena, grid, rank, settings.spin_s, Waiting.deadline_s)
             team.port.while_waiting = lambda what, waited_s: slot.write(Note.PHASE_SINCE, time.monotonic())
-            part = take_part(built, settings.split, plan, store, rank, team)
+            part = take_part(built, settings.split, plan, store, rank, prepare)
             give_parameters(built.optimizer, part.parameters, store.table)
-        recompute.apply(part.model, plan.recompute)
         updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
         axis = make_axis(updater)
         for source in (built.train, built.evaluation):
             if source is not None:
                 source.prefer_layout(plan.layout == "channels_last")
-        batchnorm = None
-        if self._facts.batchnorm and plan.batchnorm != "local" and grid.dp > 1:
-            batchnorm = GlobalBatchNorm(part.model, axis.sum_small)
+        if batchnorm is not None:
+            batchnorm.add_up = axis.sum_small
         with user_code("scheduler", rank):
             schedule = Schedule(job, built.optimizer, store, rank, updater)
         feed = Feed(built.train, division_of(job, plan), grid.place(rank).data, job.collate, plan.layout == "channels_last")
@@ -195,7 +201,9 @@ class TrainHost:
         parts = Parts(
             job=job,
             model=part.model,
-            passes=make_passes(part, around, feed),
+            buffered=built.model,
+            publishes=part.publishes,
+            passes=make_passes(part, around, feed, plan),
             gradients=Gradients(store, store.stripe_of(rank), part.targets, part.shards),
             store=store,
             axis=axis,

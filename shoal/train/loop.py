@@ -51,11 +51,14 @@ class Parts:
 
     Attributes:
         model: what this worker has of the model.
+        buffered: the module that has its buffers; ``publishes``: the names of those that it tells the others of, None for all.
         team: the ranks that it computes a share with; None where it computes alone.
     """
 
     job: Job
     model: nn.Module
+    buffered: nn.Module
+    publishes: frozenset[str] | None
     passes: Passes
     gradients: Gradients
     store: Store
@@ -95,7 +98,7 @@ class Loop:
         self.parts = parts
         self.rank = parts.axis.rank
         self.slot = parts.axis.slot
-        self._buffers = Buffers(parts.model, parts.store)
+        self._buffers = Buffers(parts.buffered, parts.store, parts.publishes)
         self._metrics = Metrics(parts.job.metrics)
         self._journal = Journal(parts.store.arena, self.rank)
         self._metric_notes = MetricNotes(self._metrics.stateful, parts.job.metrics, self._journal)
@@ -272,14 +275,11 @@ class Loop:
         # A worker that trains alone takes the mean over its own samples.
         total = sum(c[self._replica] for c in counts) if parts.store.local else sum(map(sum, counts))
         sums = _Sums()
-        micro = 0
-        for share, batch in batches:
-            for outcome, count in parts.passes.train(step, micro, share, batch, total):
-                if self._reports:
-                    with user_code("metrics", self.rank):
-                        outcome.values.update(self._metrics.update(outcome))
-                    sums.add(outcome, count)
-            micro += len(share.pieces)
+        for outcome, count in parts.passes.train(step, batches, total):
+            if self._reports:
+                with user_code("metrics", self.rank):
+                    outcome.values.update(self._metrics.update(outcome))
+                sums.add(outcome, count)
         parts.gradients.collect()
         faults.drag(step, time.monotonic() - computing)
         shares = counts[-1] if counts else ()

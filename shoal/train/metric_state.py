@@ -10,7 +10,6 @@ merged. A piece maps the path of a metric ("auc", or "auc/inner" within another)
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import pickle
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from shoal.comm.journal import Journal
-from shoal.train.evaluate import merge
+from shoal.train.evaluate import merge, own_copy
 
 Piece = dict[str, dict[str, dict[str, Any]]]
 _PLAIN = (int, float, str, bool, type(None))
@@ -96,7 +95,7 @@ class MetricNotes:
         self._log, pieces = _read(self._journal, step)
         for number, piece in enumerate(pieces):
             for name in self._metrics:
-                own = copy.deepcopy(self._fresh[name])
+                own = own_copy(self._fresh[name])
                 for path, part in _states_of({name: own}):
                     _take_up(part, piece.get(path, {}))
                 if own.update_called:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from shoal.axes.blocks import find_blocks
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
-from shoal.comm.team import Team
 from shoal.errors import PlanError
 from shoal.plan import Plan
 from shoal.process.failure import user_code
@@ -37,7 +36,8 @@ class Part:
         parameters: the trained ones by their index in the table, for an optimizer that steps whole tensors.
         targets, shards: where gradients go.
         sharded: the sharded axis' hold of the model, where there is one.
-        stages: the modules of each stage that this worker computes, where the model is a pipeline.
+        pipeline: what the microbatches go through, where the model is cut into stages.
+        publishes: the names of the buffers that this worker computes; None for all.
     """
 
     model: nn.Module
@@ -45,7 +45,8 @@ class Part:
     targets: Sequence[Target]
     shards: Shards | None = None
     sharded: Any = None
-    stages: Sequence[Any] = field(default=())
+    pipeline: Any = None
+    publishes: frozenset[str] | None = None
 
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
@@ -60,6 +61,10 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
     grid = Grid.of(plan)
     if not grid.splits_model:
         return None
+    if grid.pp > 1 and grid.sharded:
+        raise PlanError(
+            "pp and zero=3 do not go together: microbatches need a stage's weights all the time; use zero=2 with pp."
+        )
     job, model = built.job, built.model
     samples = _samples_tried(built, plan)
     with user_code("train_data"):
@@ -82,8 +87,8 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
             raise PlanError(layout.why)
         explanation += _explain(layout)
     if grid.pp > 1:
-        stages, users, sentences = _cut_stages(built, plan, batch)
-        explanation += sentences
+        stages, users = _cut_stages(built, plan, batch, samples)
+        explanation += stages.explanation
     regions = layout.shards if layout is not None else {}
     regions = {name: tuple((r,) if not isinstance(r, tuple) else r for r in own) for name, own in regions.items()}
     parts, holds = split_table(table, grid, Ways(users, regions), type(built.optimizer).__name__)
@@ -105,6 +110,28 @@ def _explain(layout: Any) -> list[str]:
     return [split, f"Not split: {shown}{more}."]
 
 
+def _cut_stages(built: Built, plan: Plan, batch: Any, samples: int) -> tuple[Any, dict[str, Sequence[int]]]:
+    """Cut a model into the stages of a plan; also which ranks along the pipeline use which parameter."""
+    from shoal.axes import pipeline
+
+    schedule, ranks = plan.schedule or "1f1b", plan.pp or 1
+    count = ranks * pipeline.stages_a_rank(schedule, plan.interleave)
+    asked = ",".join(f"{k}={v}" for k, v in (("pp", ranks), ("interleave", plan.interleave)) if v is not None)
+
+    def compute(model: nn.Module, example: Any) -> torch.Tensor:
+        return objective.compute(built.job, model, example, samples).loss
+
+    cut = pipeline.find_cut(
+        built.model, count, batch, compute=compute, split_points=built.job.split_points, asked=asked
+    )
+    users: dict[str, Sequence[int]] = {}
+    for stage, names in enumerate(cut.parameters):
+        rank = pipeline.rank_of_stage(schedule, ranks, stage)
+        for name in names:
+            users[name] = sorted({*users.get(name, ()), rank})
+    return cut, users
+
+
 # -- a worker's part ---------------------------------------------------------------------------------------------------
 
 
@@ -120,38 +147,68 @@ def whole_part(built: Built, table: ParameterTable, store: Store, rank: int) -> 
     return Part(built.model, parameters, targets)
 
 
-def take_part(built: Built, split: Split, plan: Plan, store: Store, rank: int, team: Team) -> Part:
-    """Shape this process's copy of the model, whose parameters are on the meta device, into the part of a rank."""
+Prepare = Callable[[nn.Module], None]
+
+
+def take_part(
+    built: Built, split: Split, plan: Plan, store: Store, rank: int, prepare: Prepare
+) -> Part:
+    """Shape this process's copy of the model, whose parameters are on the meta device, into the part of a rank.
+
+    ``prepare`` is called with each module that the user's code will run, before its parameters are put in their place.
+    """
     from torch.distributed.device_mesh import init_device_mesh
+
+    from shoal.axes import tensor
 
     grid = split.grid
     owner = grid.owner(rank)
     shape = {"dp": grid.dp if grid.sharded else 1, "pp": grid.pp, "tp": grid.tp}
     mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
-    model = built.model
-    stages: list[Any] = []
-    if split.layout is not None:
-        from shoal.axes import tensor
-
-        tensor.apply(model, split.layout, mesh["tp"])
-    sharded = None
 
     def local(name: str) -> torch.Tensor:
         # With a version counter of its own: autograd must not take every write into the arena for one to this weight.
         return store.weights[split.holds[owner, name]].data
 
+    def shape_module(module: nn.Module) -> None:
+        if split.layout is not None:
+            tensor.apply(module, split.layout, mesh["tp"])
+        prepare(module)
+
+    parameters = [nn.Parameter(store.weights[index]) for index in range(len(split.table.trained))]
+    if grid.pp > 1:
+        return _take_stages(built, split, plan, owner, mesh["pp"].get_group(), local, shape_module, parameters)
+    model, sharded = built.model, None
+    shape_module(model)
     if grid.sharded:
         from shoal.axes import zero
 
         sharded = zero.apply(model, mesh["dp"], _gathered_as_one(model, split.layout))
         sharded.materialise(local)
     else:
-        from shoal.axes import tensor
-
         tensor.materialise(model, local)
-    targets, shards = _targets(model, split, owner, sharded)
-    parameters = [nn.Parameter(store.weights[index]) for index in range(len(split.table.trained))]
-    return Part(model, parameters, targets, shards, sharded, stages)
+    targets, shards = _targets([model], split, owner, sharded)
+    return Part(model, parameters, targets, shards, sharded)
+
+
+def _take_stages(
+    built: Built, split: Split, plan: Plan, owner: int, group: Any, local: Callable[[str], torch.Tensor],
+    shape_module: Prepare, parameters: Sequence[nn.Parameter],
+) -> Part:  # fmt: skip
+    from shoal.axes import pipeline, tensor
+
+    schedule, cut = plan.schedule or "1f1b", split.stages
+    rank = torch.distributed.get_rank(group)
+    own = pipeline.stages_of_rank(schedule, split.grid.pp, plan.interleave, rank)
+    stages = [pipeline.build_stage(built.model, cut, index, prepare=shape_module) for index in own]
+    for stage in stages:
+        tensor.materialise(stage.module, local)
+    line = pipeline.Pipeline(stages, group, schedule, plan.interleave, whole_backward=(plan.recompute or "none") != "none")
+    targets, _ = _targets([stage.module for stage in stages], split, owner, None)
+    publishes = frozenset(name for index in own for name in cut.buffers[index])
+    return Part(
+        nn.ModuleList([stage.module for stage in stages]), parameters, targets, pipeline=line, publishes=publishes
+    )
 
 
 def _gathered_as_one(model: nn.Module, layout: Any) -> list[nn.Module] | None:
@@ -166,7 +223,9 @@ def _gathered_as_one(model: nn.Module, layout: Any) -> list[nn.Module] | None:
     return [block for name, block in blocks.items() if name not in cut]
 
 
-def _targets(model: nn.Module, split: Split, owner: int, sharded: Any) -> tuple[list[Target], Shards | None]:
+def _targets(
+    modules: Sequence[nn.Module], split: Split, owner: int, sharded: Any
+) -> tuple[list[Target], Shards | None]:
     """Where the gradient of each parameter of a worker's part goes."""
     table = split.table
     echoes = {(echo.parameter, echo.owner): at for at, echo in enumerate(table.echoes)}
@@ -174,8 +233,8 @@ def _targets(model: nn.Module, split: Split, owner: int, sharded: Any) -> tuple[
     targets: list[Target] = []
     own: list[tuple[int, nn.Parameter]] = []
     names: dict[str, Sequence[int]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    for name, parameter in (entry for module in modules for entry in module.named_parameters()):
+        if not parameter.requires_grad or (owner, name) not in split.holds:
             continue
         index = split.holds[owner, name]
         if sharded is not None and name not in sharded.kept_whole:
@@ -223,7 +282,3 @@ def to_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
                 value = state[f"{path}.{name}" if path else name]
                 made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
-
-
-def _cut_stages(built: Built, plan: Plan, batch: Any) -> tuple[Any, dict[str, Sequence[int]], list[str]]:
-    raise PlanError("pp is being built.")

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from shoal.axes.pipeline import Pipeline
 from shoal.axes.tensor_cut import plain
 from shoal.comm.arena import Phase, Slot
 from shoal.errors import JobError
 from shoal.job import Job
+from shoal.plan import Plan
 from shoal.process.failure import user_code
 from shoal.train import objective, streams
 from shoal.train.batchnorm import GlobalBatchNorm
@@ -56,19 +58,18 @@ class Surroundings:
         if self.batchnorm is not None:
             self.batchnorm.taking_part([replica for replica, n in enumerate(counts) if n])
 
-    def reseed(self, step: int, micro: int) -> None:
-        streams.reseed(streams.STEP, self.job.seed, step, self.replica, micro)
+    def reseed(self, step: int, micro: int, stage: int = 0) -> None:
+        streams.reseed(streams.STEP, self.job.seed, step, self.replica, micro, *((stage,) if stage else ()))
 
 
 class Passes(Protocol):
     """How a worker computes."""
 
-    def train(self, step: int, first: int, share: Share, batch: Any, total: int) -> Iterator[tuple[Outcome, int]]:
-        """Forward and backward over a share.
+    def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
+        """Forward and backward over a step's microbatches.
 
         Args:
-            first: number of the share's first microbatch within the step.
-            batch: None where the share is empty.
+            batches: the replica's shares, with their batches; None for one that is empty.
             total: samples that the loss is the mean over.
 
         Gives outcomes with their numbers of samples; none where another rank has them.
@@ -99,30 +100,31 @@ class WholeModel:
         self._around = around
         self._spare = spare
 
-    def train(self, step: int, first: int, share: Share, batch: Any, total: int) -> Iterator[tuple[Outcome, int]]:
+    def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
+        for micro, (share, batch) in enumerate(batches):
+            if len(share.indices) or self._spare is not None:
+                outcome = self._pass(step, micro, share, batch, total)
+                if len(share.indices):
+                    yield self._plain(outcome), len(share.indices)
+
+    def _pass(self, step: int, micro: int, share: Share, batch: Any, total: int) -> Outcome:
         around, count = self._around, len(share.indices)
-        if not count and self._spare is None:
-            return
         around.slot.enter(Phase.FORWARD, step)
         around.announce(share.counts)
         if not count:
             assert self._spare is not None
             batch = self._spare()
-        around.reseed(step, first)
+        around.reseed(step, micro)
         with user_code("the model or its loss", around.rank):
             with around.autocast():
                 outcome = objective.compute(around.job, self._model, batch, count or 1)
             around.faults.reach("forward", step)
             around.slot.enter(Phase.BACKWARD, step)
-            if not outcome.loss.requires_grad:
-                raise JobError(
-                    "The loss does not depend on any parameter that is trained, so there is nothing to learn."
-                )
+            check_learnable(outcome)
             scaled = outcome.to_backward(total)
             (scaled if count else scaled * 0).backward()  # type: ignore[no-untyped-call]
         around.faults.reach("backward", step)
-        if count:
-            yield self._plain(outcome), count
+        return outcome
 
     def evaluate(self, batch: Any, count: int) -> Outcome | None:
         with self._around.autocast():
@@ -137,23 +139,75 @@ class WholeModel:
         self._abandon()
 
 
-def make_passes(part: Part, around: Surroundings, feed: Feed) -> Passes:
+class Pipelined:
+    """Passes through a rank's stages of a pipeline: see ``shoal.axes.pipeline`` for how a batch travels."""
+
+    def __init__(self, pipeline: Pipeline, around: Surroundings, microbatches: int) -> None:
+        self._pipeline = pipeline
+        self._around = around
+        self._microbatches = microbatches
+
+    def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
+        for first in range(0, len(batches), self._microbatches):
+            round_ = [
+                (first + k, *entry)
+                for k, entry in enumerate(batches[first : first + self._microbatches])
+                if len(entry[0].indices)
+            ]
+            if round_:
+                yield from self._go_through(step, round_, total)
+
+    def _go_through(
+        self, step: int, round_: Sequence[tuple[int, Share, Any]], total: int
+    ) -> list[tuple[Outcome, int]]:
+        around, outcomes = self._around, {}
+
+        def compute(stage_module: nn.Module, batch: Any, at: int, stage: int) -> torch.Tensor:
+            micro, share, _ = round_[at]
+            around.slot.enter(Phase.FORWARD, step)
+            around.announce(share.counts)
+            around.reseed(step, micro, stage)
+            with around.autocast():
+                outcome = objective.compute(around.job, stage_module, batch, len(share.indices))
+            check_learnable(outcome)
+            outcomes[at] = outcome
+            around.slot.enter(Phase.BACKWARD, step)
+            return outcome.to_backward(total)
+
+        with user_code("the model or its loss", around.rank):
+            around.faults.reach("forward", step)
+            self._pipeline.train([batch for _, _, batch in round_], compute)
+        around.faults.reach("backward", step)
+        return [(self._detached(outcomes[at]), len(round_[at][1].indices)) for at in sorted(outcomes)]
+
+    def _detached(self, outcome: Outcome) -> Outcome:
+        outcome.output = plain(outcome.output) if self._around.job.metrics else None
+        return outcome
+
+    def evaluate(self, batch: Any, count: int) -> Outcome | None:
+        around = self._around
+
+        def compute(stage_module: nn.Module, given: Any, at: int, stage: int) -> Outcome:
+            with around.autocast():
+                return objective.compute(around.job, stage_module, given, count)
+
+        found = self._pipeline.evaluate([batch], compute)
+        return self._detached(found[0]) if found else None
+
+    def clear(self) -> None:
+        self._pipeline.clear()
+
+
+def check_learnable(outcome: Outcome) -> None:
+    """JobError where a loss has no gradient."""
+    if not outcome.loss.requires_grad:
+        raise JobError("The loss does not depend on any parameter that is trained, so there is nothing to learn.")
+
+
+def make_passes(part: Part, around: Surroundings, feed: Feed, plan: Plan) -> Passes:
     """The passes that fit a worker's part of the model."""
+    if part.pipeline is not None:
+        return Pipelined(part.pipeline, around, plan.microbatches or 1)
     if part.sharded is not None:
         return WholeModel(part.model, around, feed.spare, part.sharded.abandon)
     return WholeModel(part.model, around)
-
-
-def rows(value: Any, size: int, start: int, stop: int) -> Any:
-    """Samples ``start`` to ``stop`` of a collated batch of ``size``: of every tensor and list that has so many rows."""
-    if isinstance(value, torch.Tensor):
-        return value[start:stop] if value.dim() and value.shape[0] == size else value
-    if isinstance(value, dict):
-        return type(value)({k: rows(v, size, start, stop) for k, v in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, tuple):
-        parts = [rows(v, size, start, stop) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, list):
-        whole = len(value) == size and not any(isinstance(v, (torch.Tensor, dict, list, tuple)) for v in value)
-        return value[start:stop] if whole else [rows(v, size, start, stop) for v in value]
-    return value

@@ -107,7 +107,7 @@ def _parts_of(
     spec: TensorSpec, grid: Grid, ways: Ways, shards: bool
 ) -> Iterator[tuple[TensorSpec, tuple[int, ...], tuple[int, ...]]]:
     """The parts of one parameter, each with its users and those that echo (see ``_Found``)."""
-    stages = next((u for name in spec.names if (u := tuple(ways.users.get(name, ())))), (0,))
+    stages = sorted({user for name in spec.names for user in ways.users.get(name, ())}) or [0]
     cut = next((ways.regions[name] for name in spec.names if name in ways.regions), None)
     leads = True
     for tensor in range(grid.tp if cut is not None else 1):

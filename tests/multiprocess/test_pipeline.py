@@ -252,7 +252,9 @@ def batch_of(case: Case, step: int) -> Any:
 
 
 def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.05, momentum=0.9)
+    trained = [p for p in parameters if p.requires_grad]
+    # A stage may have nothing to train, and an optimizer wants something.
+    return torch.optim.SGD(trained or [torch.zeros(1, requires_grad=True)], lr=0.05, momentum=0.9)
 
 
 def alone(case: Case) -> dict[str, torch.Tensor]:
@@ -267,7 +269,8 @@ def alone(case: Case) -> dict[str, torch.Tensor]:
     model.eval()
     with torch.no_grad():
         losses = [loss(model, micro, case.samples) for micro in split_batch(batch_of(case, 0), case.microbatches)]
-    return {**{name: value.detach() for name, value in model.state_dict().items()}, "loss": torch.stack(losses).sum()}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {**weights, **dict(model.named_buffers()), "loss": torch.stack(losses).sum()}
 
 
 def stages_of(case: Case) -> int:

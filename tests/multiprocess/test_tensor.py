@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 5
@@ -49,12 +50,12 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    def __init__(self, vocabulary: int = 61, width: int = 32, heads: int = 4, depth: int = 2, functional: bool = False) -> None:
+    def __init__(self, vocabulary: int = 61, width: int = 32, heads: int = 4, depth: int = 2, functional: bool = False, recompute: bool = False) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(16, width)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
-        self.functional = functional
+        self.functional, self.recompute = functional, recompute
         if not functional:
             self.head = nn.Linear(width, vocabulary, bias=False)
             self.head.weight = self.tokens.weight
@@ -62,7 +63,7 @@ class Gpt(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         x = self.norm(x)
         logits = x @ self.tokens.weight.T if self.functional else self.head(x)
         return logits.transpose(1, 2)
@@ -118,8 +119,9 @@ class Odd(nn.Module):
         def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
             return gradients[0] * 2
 
-    def __init__(self) -> None:
+    def __init__(self, changing: bool = True) -> None:
         super().__init__()
+        self.changing = changing
         self.a, self.b, self.c, self.d = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 256), nn.Linear(255, 64)
         self.e, self.f = nn.Linear(64, 256), nn.Linear(256, 5)
 
@@ -127,7 +129,8 @@ class Odd(nn.Module):
         x = self.b(Odd.Double.apply(self.a(x)))
         x = self.d(self.c(x)[:, 1:].tanh())
         y = self.e(x)
-        y[:, 0] = 0.0
+        if self.changing:
+            y[:, 0] = 0.0
         return self.f(y.sort(dim=1).values)
 
 
@@ -241,6 +244,7 @@ CHECKS = [
     Check("gpt", 4, Gpt, tokens(), sequence=True, least=9),
     Check("gpt-functional-head", 2, lambda: Gpt(functional=True), tokens(), plan={"tokens": "embedding"}, least=9),
     Check("gpt", 2, Gpt, tokens(), static=True, least=4),
+    Check("gpt-recompute", 2, lambda: Gpt(recompute=True), tokens(), sequence=True, least=9),
     Check("encoder-decoder", 2, Decoder, decoder_batch, least=7),
     Check("encoder-decoder", 4, Decoder, decoder_batch, sequence=True, least=7),
     Check("encoder-decoder", 2, Decoder, decoder_batch, static=True, least=7),
@@ -262,6 +266,7 @@ CHECKS = [
     Check("einsum", 2, Einsum, vectors(5, 24, classes=5), least=5),
     Check("einsum", 4, Einsum, vectors(5, 24, classes=5), least=5),
     Check("no-rule", 2, Odd, vectors(64, classes=5), least=2),
+    Check("no-rule", 2, lambda: Odd(changing=False), vectors(64, classes=5), static=True, plan={"a": "colwise", "c": "colwise"}),
     Check("summands", 5, summands, regression, squares),
 ]
 

@@ -112,6 +112,15 @@ def test_recomputing_and_accumulating_save_activations() -> None:
     assert kept == [10.0, 4.0, 2.0]
 
 
+def test_what_does_not_grow_with_the_batch_goes_with_a_block_that_is_recomputed() -> None:
+    model = make(
+        units=(Unit(saved=0, fixed=5.0 * MB), *(Unit(saved=0, fixed=7.0 * MB, block=True) for _ in range(4))),
+        weights=(),
+    )
+    assert need("dp=1", model).activations == 33 * MB
+    assert need("dp=1,recompute=full", model).activations == 12 * MB
+
+
 def test_unequal_shares_count_by_the_largest() -> None:
     assert need("dp=2,shares=3+1").activations == pytest.approx(24 * 6.1 * MB)
 
