@@ -120,7 +120,9 @@ def _layout(
             continue
         styles[path] = Style(candidate.role, splits, candidate.gather)
         words = {"column": "by outputs", "row": "by inputs", "embedding": "by vocabulary", "heads": "by heads"}
-        split.append(f"{path or type(model).__name__}: {words[candidate.role]}{', then put together' if candidate.gather else ''}")
+        split.append(
+            f"{path or type(model).__name__}: {words[candidate.role]}{', then put together' if candidate.gather else ''}"
+        )
         for one in splits:
             name = f"{path}.{one.parameter}" if path else one.parameter
             for other in shared.get(name, [name]):
@@ -139,7 +141,16 @@ def _layout(
         ) + "."  # fmt: skip
     left = tuple(reasons(model, found, list(styles)))
     return TensorLayout(
-        ways, shards, styles, tuple(split), left, why, loss_parallel, sequence, tuple(exchanges) if styles else (), samples
+        ways,
+        shards,
+        styles,
+        tuple(split),
+        left,
+        why,
+        loss_parallel,
+        sequence,
+        tuple(exchanges) if styles else (),
+        samples,
     )
 
 
@@ -191,7 +202,9 @@ def materialise(model: nn.Module, local: Callable[[str], torch.Tensor]) -> None:
             if id(parameter) not in made:
                 tensor = local(f"{path}.{leaf}" if path else leaf)
                 if tensor.shape != parameter.shape:
-                    raise JobError(f"{path}.{leaf} got a part of the shape {tuple(tensor.shape)} for {tuple(parameter.shape)}.")
+                    raise JobError(
+                        f"{path}.{leaf} got a part of the shape {tuple(tensor.shape)} for {tuple(parameter.shape)}."
+                    )
                 new = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                 made[id(parameter)] = made[id(new)] = new
             module._parameters[leaf] = made[id(parameter)]
@@ -211,5 +224,7 @@ def traffic(layout: TensorLayout, samples: int) -> dict[str, int]:
     factor = samples / layout.samples if layout.samples else 0.0
     for exchange in layout.exchanges:
         share = (layout.ways - 1) / layout.ways * (2 if exchange.collective == "all_reduce" else 1)
-        sent[exchange.collective] = sent.get(exchange.collective, 0) + round(share * exchange.nbytes * exchange.count * factor)
+        sent[exchange.collective] = sent.get(exchange.collective, 0) + round(
+            share * exchange.nbytes * exchange.count * factor
+        )
     return sent

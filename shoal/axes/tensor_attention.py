@@ -99,7 +99,9 @@ def multi_head_attention(team: Team, func: Any, args: tuple[Any, ...], kwargs: d
     out_weight = a["out_proj_weight"]
     from shoal.axes.tensor_products import _sum_up
 
-    output = _sum_up(team, [F.linear(c, w) for c, w in zip(contexts, out_weight.parts, strict=True)], a["out_proj_bias"])
+    output = _sum_up(
+        team, [F.linear(c, w) for c, w in zip(contexts, out_weight.parts, strict=True)], a["out_proj_bias"]
+    )
     if not a["need_weights"]:
         return output, None
     # (batch, heads, target, source)
@@ -110,7 +112,13 @@ def multi_head_attention(team: Team, func: Any, args: tuple[Any, ...], kwargs: d
 
 
 def _project(
-    a: dict[str, Any], entered: list[torch.Tensor], place: int, member: int, separate: bool, bias: Any, needed: list[Cut]
+    a: dict[str, Any],
+    entered: list[torch.Tensor],
+    place: int,
+    member: int,
+    separate: bool,
+    bias: Any,
+    needed: list[Cut],
 ) -> list[torch.Tensor]:
     """A member's query, key and value: (length, batch, its heads' width)."""
     if separate:
@@ -196,7 +204,14 @@ def cross_entropy(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str
 class _SplitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, target: torch.Tensor, team: Team, low: int, classes: int, ignore: int, smoothing: float
+        ctx: Any,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        team: Team,
+        low: int,
+        classes: int,
+        ignore: int,
+        smoothing: float,
     ) -> torch.Tensor:
         if x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()

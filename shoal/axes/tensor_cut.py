@@ -247,6 +247,8 @@ def guard_functions() -> Callable[[], None]:
     run it gets the whole tensor. Returns what undoes it.
     """
     original = torch.autograd.Function.__dict__["apply"]
+    if getattr(original.__func__, "knows_split_tensors", False):
+        return lambda: None
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         cuts = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Cut)]
@@ -255,6 +257,8 @@ def guard_functions() -> Callable[[], None]:
         if cuts:
             args, kwargs = pytree.tree_map(plain, (args, kwargs))
         return original.__get__(None, cls)(*args, **kwargs)
+
+    apply.knows_split_tensors = True  # type: ignore[attr-defined]
 
     def undo() -> None:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]

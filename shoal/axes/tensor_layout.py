@@ -203,7 +203,11 @@ def hugging_face_plan(model: nn.Module) -> dict[str, str]:
         config_plan = getattr(getattr(module, "config", None), "base_model_tp_plan", None)
         if config_plan and getattr(module, "base_model_prefix", None) is not None:
             base = module.base_model_prefix
-            inner = f"{base}." if isinstance(base, str) and base and isinstance(getattr(module, base, None), nn.Module) else ""
+            inner = (
+                f"{base}."
+                if isinstance(base, str) and base and isinstance(getattr(module, base, None), nn.Module)
+                else ""
+            )
             plan |= {lead + inner + pattern: style for pattern, style in config_plan.items()}
         own = getattr(type(module), "_tp_plan", None)
         if isinstance(own, Mapping):
@@ -264,7 +268,11 @@ def apply_override(model: nn.Module, found: dict[str, Candidate], override: Any)
         meant = [path for path in paths if matches(pattern, path)]
         if not meant:
             raise JobError(f'tensor_plan names "{pattern}", which no module is called.{did_you_mean(pattern, paths)}')
-        able = [found[path] for path in meant if path in found and (role == "whole" or fits_role(found[path], _of(found[path], role)))]
+        able = [
+            found[path]
+            for path in meant
+            if path in found and (role == "whole" or fits_role(found[path], _of(found[path], role)))
+        ]
         if not able and role != "whole":
             raise JobError(f'tensor_plan asks for {role} of "{pattern}", where no layer can be split so.')
         for candidate in able:

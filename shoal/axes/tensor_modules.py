@@ -29,7 +29,9 @@ class Swapped:
         kind = type(module)
         names = {split.parameter: _as_cut(split, self.team, origin) for split in splits}
         # nn.Module's own lookup comes last, so a property of the class is found before the registered parameter.
-        subclass = type(kind.__name__, (kind,), {**names, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+        subclass = type(
+            kind.__name__, (kind,), {**names, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        )
         module.__class__ = subclass
         self._classes.append((module, kind))
 

@@ -102,7 +102,11 @@ def baddbmm(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return NotImplemented
     product = matmul(team, torch.bmm, (a, b), {})
     if not isinstance(product, Cut):
-        return NotImplemented if product is NotImplemented else kwargs.get("beta", 1) * added + kwargs.get("alpha", 1) * product
+        return (
+            NotImplemented
+            if product is NotImplemented
+            else kwargs.get("beta", 1) * added + kwargs.get("alpha", 1) * product
+        )
     from shoal.axes.tensor_rules import elementwise
 
     def add(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

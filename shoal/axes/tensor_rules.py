@@ -17,12 +17,37 @@ from shoal.axes.tensor_shapes import SHAPE_RULES
 
 Rule = Callable[[Team, Any, tuple[Any, ...], dict[str, Any]], Any]
 
-_ELEMENTWISE = ["abs", "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "fmod", "pow", "float_power", "neg", "negative", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "square", "sign", "sin", "cos", "tan", "tanh", "atan", "sigmoid", "erf", "relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "prelu_", "softplus", "softsign", "mish", "hardswish", "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "threshold", "logsigmoid", "clamp", "clamp_min", "clamp_max", "clip", "where", "masked_fill", "maximum", "minimum", "lerp", "addcmul", "addcdiv", "nan_to_num", "floor", "ceil", "round", "trunc", "to", "type", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logical_and", "logical_or", "logical_not", "zeros_like", "ones_like", "empty_like", "full_like", "logit", "xlogy", "copysign", "hypot", "requires_grad_", "alias", "bitwise_and", "bitwise_or", "bitwise_not", "sinc", "erfc", "dropout_", "__radd__", "__rsub__", "__rmul__", "__rtruediv__", "__rpow__", "__rdiv__", "__and__", "__or__", "__invert__", "__pow__", "__truediv__"]
-_INPLACE = ["add_", "sub_", "mul_", "div_", "relu_", "tanh_", "sigmoid_", "exp_", "neg_", "pow_", "clamp_", "clamp_min_", "clamp_max_", "masked_fill_", "hardtanh_", "leaky_relu_", "elu_", "silu_", "sqrt_", "__iadd__", "__isub__", "__imul__", "__itruediv__"]
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_ELEMENTWISE = _names(
+    """
+    abs add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power
+    neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sign sin cos tan tanh atan
+    sigmoid erf relu relu6 gelu silu elu selu celu leaky_relu prelu_ softplus softsign mish hardswish
+    hardsigmoid hardtanh hardshrink softshrink tanhshrink threshold logsigmoid clamp clamp_min clamp_max clip
+    where masked_fill maximum minimum lerp addcmul addcdiv nan_to_num floor ceil round trunc to type float
+    double half bfloat16 contiguous clone detach eq ne lt le gt ge isnan isinf isfinite logical_and logical_or
+    logical_not zeros_like ones_like empty_like full_like logit xlogy copysign hypot requires_grad_ alias
+    bitwise_and bitwise_or bitwise_not sinc erfc dropout_ __radd__ __rsub__ __rmul__ __rtruediv__ __rpow__
+    __rdiv__ __and__ __or__ __invert__ __pow__ __truediv__
+    """
+)
+_INPLACE = _names(
+    """
+    add_ sub_ mul_ div_ relu_ tanh_ sigmoid_ exp_ neg_ pow_ clamp_ clamp_min_ clamp_max_ masked_fill_ hardtanh_
+    leaky_relu_ elu_ silu_ sqrt_ __iadd__ __isub__ __imul__ __itruediv__
+    """
+)
 # Of the wrapper itself: these tell the size of the whole.
-_OF_WHOLE = frozenset(["size", "dim", "numel", "nelement", "ndimension", "__len__", "is_floating_point", "is_complex", "element_size"])
+_OF_WHOLE = frozenset(
+    ["size", "dim", "numel", "nelement", "ndimension", "__len__", "is_floating_point", "is_complex", "element_size"]
+)
 _GET_OF_WHOLE = frozenset(["shape", "ndim", "dtype", "device", "layout", "is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize"])  # fmt: skip
-_OF_PART = frozenset(["stride", "is_contiguous", "get_device", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"])
+_OF_PART = frozenset(
+    ["stride", "is_contiguous", "get_device", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"]
+)
 
 
 def apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,7 +131,9 @@ def elementwise(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         else:
             columns.append((team.enter(value),) * len(team.members))
     count = len(args)
-    parts = tuple(func(*row[:count], **dict(zip(names, row[count:], strict=True))) for row in zip(*columns, strict=True))
+    parts = tuple(
+        func(*row[:count], **dict(zip(names, row[count:], strict=True))) for row in zip(*columns, strict=True)
+    )
     return Cut(parts, parts[0].ndim + at, widths, team, first.origins)
 
 
@@ -201,13 +228,58 @@ def _rules() -> dict[str, Rule]:
     from shoal.axes.tensor_attention import ATTENTION_RULES
     from shoal.axes.tensor_products import PRODUCT_RULES
 
-    rules: dict[str, Rule] = {name: elementwise for name in _ELEMENTWISE if not name.endswith("_") or name.endswith("__")}
+    rules: dict[str, Rule] = {
+        name: elementwise for name in _ELEMENTWISE if not name.endswith("_") or name.endswith("__")
+    }
     rules["requires_grad_"] = elementwise
     rules |= {name: inplace for name in _INPLACE}
     rules |= {"to": convert, "type_as": convert, "dropout": dropout, "layer_norm": normalize, "rms_norm": normalize}
-    for name in ["softmax", "log_softmax", "sum", "mean", "var", "std", "amax", "amin", "argmax", "argmin", "logsumexp", "cumsum", "cumprod", "norm", "normalize", "glu", "topk", "sort", "argsort", "flip", "roll", "tril_", "all", "any", "prod"]:
+    for name in [
+        "softmax",
+        "log_softmax",
+        "sum",
+        "mean",
+        "var",
+        "std",
+        "amax",
+        "amin",
+        "argmax",
+        "argmin",
+        "logsumexp",
+        "cumsum",
+        "cumprod",
+        "norm",
+        "normalize",
+        "glu",
+        "topk",
+        "sort",
+        "argsort",
+        "flip",
+        "roll",
+        "tril_",
+        "all",
+        "any",
+        "prod",
+    ]:
         rules[name] = along
-    for name in ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "interpolate", "boolean_dispatch", "_max_pool1d", "_max_pool2d", "_max_pool3d"]:
+    for name in [
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "interpolate",
+        "boolean_dispatch",
+        "_max_pool1d",
+        "_max_pool2d",
+        "_max_pool3d",
+    ]:
         rules[name] = by_channel
     return rules | SHAPE_RULES | PRODUCT_RULES | ATTENTION_RULES
 

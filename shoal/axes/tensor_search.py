@@ -51,7 +51,9 @@ class Search:
         exchanges: what the last rehearsal exchanged.
     """
 
-    def __init__(self, model: nn.Module, found: dict[str, Candidate], ways: int, example: Example, sequence: bool) -> None:
+    def __init__(
+        self, model: nn.Module, found: dict[str, Candidate], ways: int, example: Example, sequence: bool
+    ) -> None:
         self.model, self.found, self.ways, self.example = model, found, ways, example
         self.sequence = sequence
         self.loss_parallel = False
@@ -295,9 +297,20 @@ def head_count(model: nn.Module, path: str, count: int) -> bool:
     parts = path.split(".")
     for k in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:k]))
-        for holder in (module, getattr(module, "config", None), getattr(module, "cfg", None), getattr(module, "args", None)):
+        for holder in (
+            module,
+            getattr(module, "config", None),
+            getattr(module, "cfg", None),
+            getattr(module, "args", None),
+        ):
             for name, value in getattr(holder, "__dict__", {}).items():
-                if "head" in name and "dim" not in name and "size" not in name and type(value) is int and value == count:
+                if (
+                    "head" in name
+                    and "dim" not in name
+                    and "size" not in name
+                    and type(value) is int
+                    and value == count
+                ):
                     return True
     return False
 
@@ -312,7 +325,9 @@ def refuse_heads(ways: int, path: str, count: int, others: Any) -> None:
     else:
         pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path.rpartition(".")[0] or path)
         remedy = f'leave tp out, or leave it whole with tensor_plan={{"{pattern}": "replicate"}}'
-    raise PlanError(f"tp={ways} does not fit this model: {path} works on {count} heads, which {ways} workers cannot share evenly; {remedy}.")
+    raise PlanError(
+        f"tp={ways} does not fit this model: {path} works on {count} heads, which {ways} workers cannot share evenly; {remedy}."
+    )
 
 
 @contextlib.contextmanager
@@ -401,7 +416,11 @@ def decide_embeddings(found: dict[str, Candidate], shared: Callable[[str], list[
     for path, candidate in found.items():
         if candidate.kind != "embedding" or candidate.role == "whole" or candidate.fixed:
             continue
-        tied = [found[n.rpartition(".")[0]] for n in shared(f"{path}.weight" if path else "weight") if n.rpartition(".")[0] in found]
+        tied = [
+            found[n.rpartition(".")[0]]
+            for n in shared(f"{path}.weight" if path else "weight")
+            if n.rpartition(".")[0] in found
+        ]
         heads = [c for c in tied if c.kind == "linear"]
         if heads and all(c.role in ("", "column") for c in heads):
             for head in heads:

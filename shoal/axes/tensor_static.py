@@ -7,9 +7,28 @@ from torch import nn
 from shoal.axes.tensor_layout import Candidate, small
 
 # Layers that are used one after the other with elementwise functions between them, by the names that libraries give them.
-_PAIRS = (("linear1", "linear2"), ("fc1", "fc2"), ("c_fc", "c_proj"), ("w1", "w2"), ("up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
+_PAIRS = (
+    ("linear1", "linear2"),
+    ("fc1", "fc2"),
+    ("c_fc", "c_proj"),
+    ("w1", "w2"),
+    ("up_proj", "down_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+)
 _GATES = {"down_proj": ("gate_proj",), "w2": ("w3",)}
-_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.Dropout, nn.Identity, nn.Softplus, nn.Mish)
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.Dropout,
+    nn.Identity,
+    nn.Softplus,
+    nn.Mish,
+)
 
 
 def guess(model: nn.Module, found: dict[str, Candidate], ways: int, own_cross_entropy: bool) -> None:

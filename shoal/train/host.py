@@ -25,7 +25,7 @@ from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import Assign
 from shoal.train import streams
-from shoal.train.allocator import keep_freed_memory
+from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
 from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer
@@ -149,7 +149,11 @@ class TrainHost:
         """A worker's whole life."""
         store, settings = self._store, self._settings
         assert store is not None and settings is not None
-        keep_freed_memory()
+        if settings.grid.sharded:
+            # What is gathered for a moment has to go at once: that is what sharding is for.
+            give_back_freed_memory()
+        else:
+            keep_freed_memory()
         torch.set_num_threads(settings.plan.threads or 1)
         store.arena.slots[role.rank].write(Note.INCARNATION, role.incarnation)
         waiting = Waiting(spin_s=settings.spin_s)

@@ -374,14 +374,15 @@ class Loop:
             try:
                 if again:
                     self._evaluate(step, epoch)
-                if not axis.has_published(step):
-                    self._metric_notes.begin_again(step)
                 self.slot.enter(Phase.WAITING, step)
                 axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch", self._void(epoch))
                 break
             except StepAborted:
                 parts.passes.clear()
                 again = True
+        # Not before: what was sent may not have left yet, or have to be sent again.
+        if not axis.has_published(step):
+            self._metric_notes.begin_again(step)
         with user_code("scheduler", self.rank):
             parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
         return int(supervisor.note(Note.STOP_EPOCH)) == epoch

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from shoal.axes.blocks import find_blocks
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
@@ -183,7 +182,7 @@ def take_part(
     if grid.sharded:
         from shoal.axes import zero
 
-        sharded = zero.apply(model, mesh["dp"], _gathered_as_one(model, split.layout))
+        sharded = zero.apply(model, mesh["dp"])
         sharded.materialise(local)
     else:
         tensor.materialise(model, local)
@@ -209,18 +208,6 @@ def _take_stages(
     return Part(
         nn.ModuleList([stage.module for stage in stages]), parameters, targets, pipeline=line, publishes=publishes
     )
-
-
-def _gathered_as_one(model: nn.Module, layout: Any) -> list[nn.Module] | None:
-    """The blocks that sharding gathers one by one, where the tensor axis cuts the model as well; None without it.
-
-    FSDP finds the end of a block by the plain tensors that come out of it, so what gives a cut one is no block.
-    """
-    if layout is None:
-        return None
-    cut = layout.styles
-    blocks = find_blocks(model) if not layout.sequence_parallel else {}
-    return [block for name, block in blocks.items() if name not in cut]
 
 
 def _targets(

@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional
 
+from shoal.axes import recompute
 from shoal.axes.pipeline import Cut, Pipeline, build_stage, find_cut, split_batch, stages_a_rank, stages_of_rank
 
 RANKS, STEPS = 4, 3
@@ -204,9 +206,12 @@ class Case:
     interleave: int | None = None
     samples: int = 13
     microbatches: int = 4
+    recompute: bool = False
+    bf16: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind}-pp{self.ranks}-{self.schedule}-{self.samples}in{self.microbatches}"
+        extra = "-recompute" * self.recompute + "-bf16" * self.bf16
+        return f"{self.kind}-pp{self.ranks}-{self.schedule}-{self.samples}in{self.microbatches}{extra}"
 
 
 CASES = [
@@ -231,6 +236,9 @@ CASES = [
     Case("llama", 4, "gpipe"),
     Case("llama", 2, "zbv"),
     Case("llama", 2, "interleaved"),
+    Case("language", 2, "1f1b", recompute=True, bf16=True),
+    Case("language", 2, "zbv", recompute=True),
+    Case("encoder", 2, "zbv", bf16=True),
 ]
 
 
@@ -243,7 +251,13 @@ class Even(dict[str, float]):
 
 def model_of(case: Case) -> nn.Module:
     torch.manual_seed(5)
-    return KINDS[case.kind].build().double()
+    model = KINDS[case.kind].build()
+    return model if case.bf16 else model.double()
+
+
+def loss_of(case: Case, model: nn.Module, batch: Any) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+        return KINDS[case.kind].loss(model, batch, case.samples)
 
 
 def batch_of(case: Case, step: int) -> Any:
@@ -259,16 +273,16 @@ def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
 
 def alone(case: Case) -> dict[str, torch.Tensor]:
     """One process that computes the same microbatches: weights and buffers after the steps, and the last one's loss."""
-    model, loss = model_of(case), KINDS[case.kind].loss
+    model = model_of(case)
     optimizer = optimizer_of(model.parameters())
     for step in range(STEPS):
         optimizer.zero_grad()
         for micro in split_batch(batch_of(case, step), case.microbatches):
-            loss(model, micro, case.samples).backward()
+            loss_of(case, model, micro).backward()
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        losses = [loss(model, micro, case.samples) for micro in split_batch(batch_of(case, 0), case.microbatches)]
+        losses = [loss_of(case, model, micro) for micro in split_batch(batch_of(case, 0), case.microbatches)]
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {**weights, **dict(model.named_buffers()), "loss": torch.stack(losses).sum()}
 
@@ -279,8 +293,7 @@ def stages_of(case: Case) -> int:
 
 def cut_of(case: Case, stages: int) -> Cut:
     example = next(split_batch(batch_of(case, 1), case.microbatches))
-    loss = KINDS[case.kind].loss
-    return find_cut(model_of(case), stages, example, compute=lambda model, batch: loss(model, batch, 13), costs=Even())
+    return find_cut(model_of(case), stages, example, compute=partial(loss_of, case), costs=Even())
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -288,7 +301,7 @@ def cut_of(case: Case, stages: int) -> Cut:
 
 def in_pipeline(case: Case, cut: Cut, group: Any) -> dict[str, torch.Tensor]:
     """One rank's part of a case; returns what it has of what ``alone`` returns."""
-    model, loss = model_of(case), KINDS[case.kind].loss
+    model = model_of(case)
     rank = dist.get_rank(group)
     indices = stages_of_rank(case.schedule, case.ranks, case.interleave, rank)
     held = {index: set(cut.parameters[index]) for index in indices}
@@ -309,11 +322,14 @@ def in_pipeline(case: Case, cut: Cut, group: Any) -> dict[str, torch.Tensor]:
             parameter.register_post_accumulate_grad_hook(
                 lambda _, name=name: seen.update({name: seen.get(name, 0) + 1})
             )
-    pipeline = Pipeline(stages, group, case.schedule, case.interleave)
+    if case.recompute:
+        for stage in stages:
+            recompute.apply(stage.module, "full", map(stage.module.get_submodule, cut.blocks[stage.index]))
+    pipeline = Pipeline(stages, group, case.schedule, case.interleave, whole_backward=case.recompute)
     optimizer = optimizer_of(own.values())
 
     def compute(module: nn.Module, batch: Any, micro: int, stage: int) -> torch.Tensor:
-        return loss(module, batch, case.samples)
+        return loss_of(case, module, batch)
 
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -322,7 +338,7 @@ def in_pipeline(case: Case, cut: Cut, group: Any) -> dict[str, torch.Tensor]:
         assert len(losses) == (len(batches) if pipeline.has_last_stage else 0)
         for name in cut.shared:
             gradient = own[name].grad if name in own else None
-            total = torch.zeros(dict(model.named_parameters())[name].shape, dtype=torch.float64)
+            total = torch.zeros_like(dict(model.named_parameters())[name])
             total += 0 if gradient is None else gradient
             dist.all_reduce(total, group=group)
             if name in own:
@@ -386,9 +402,9 @@ def answers(
     tmp_path_factory: pytest.TempPathFactory, expected: dict[str, dict[str, torch.Tensor]]
 ) -> Iterator[list[dict[str, Any]]]:
     directory = tmp_path_factory.mktemp("pipeline")
-    same = {(case.kind, stages_of(case)): case for case in CASES}
-    found = {key: cut_of(case, key[1]) for key, case in same.items()}
-    cuts = {str(case): found[case.kind, stages_of(case)] for case in CASES}
+    same = {(case.kind, case.bf16, stages_of(case)): case for case in CASES}
+    found = {key: cut_of(case, key[-1]) for key, case in same.items()}
+    cuts = {str(case): found[case.kind, case.bf16, stages_of(case)] for case in CASES}
     context = mp.get_context("fork")
     processes = [context.Process(target=work, args=(rank, directory, cuts, expected)) for rank in range(RANKS)]
     for process in processes:

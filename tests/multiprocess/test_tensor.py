@@ -50,7 +50,15 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    def __init__(self, vocabulary: int = 61, width: int = 32, heads: int = 4, depth: int = 2, functional: bool = False, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        vocabulary: int = 61,
+        width: int = 32,
+        heads: int = 4,
+        depth: int = 2,
+        functional: bool = False,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(16, width)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
@@ -94,7 +102,9 @@ class Einsum(nn.Module):
 class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 50, 0.0, batch_first=True, norm_first=True), 1)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(24, 4, 50, 0.0, batch_first=True, norm_first=True), 1
+        )
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 4, 50, 0.0), 1)
         self.end = nn.Linear(24, 7)
 
@@ -142,7 +152,9 @@ def convolutions() -> nn.Module:
 
 
 def odd_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(37, 101), nn.ReLU(), nn.Linear(101, 64), nn.Tanh(), nn.Dropout(0.0), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Linear(37, 101), nn.ReLU(), nn.Linear(101, 64), nn.Tanh(), nn.Dropout(0.0), nn.Linear(64, 10)
+    )
 
 
 def vision(heads: int) -> Callable[[], nn.Module]:
@@ -228,7 +240,11 @@ class Check:
 
     @property
     def label(self) -> str:
-        extra = ("-sequence" if self.sequence else "") + ("-static" if self.static else "") + ("" if self.double else "-float32")
+        extra = (
+            ("-sequence" if self.sequence else "")
+            + ("-static" if self.static else "")
+            + ("" if self.double else "-float32")
+        )
         return f"{self.name}-tp{self.ways}{extra}"
 
 
@@ -266,7 +282,14 @@ CHECKS = [
     Check("einsum", 2, Einsum, vectors(5, 24, classes=5), least=5),
     Check("einsum", 4, Einsum, vectors(5, 24, classes=5), least=5),
     Check("no-rule", 2, Odd, vectors(64, classes=5), least=2),
-    Check("no-rule", 2, lambda: Odd(changing=False), vectors(64, classes=5), static=True, plan={"a": "colwise", "c": "colwise"}),
+    Check(
+        "no-rule",
+        2,
+        lambda: Odd(changing=False),
+        vectors(64, classes=5),
+        static=True,
+        plan={"a": "colwise", "c": "colwise"},
+    ),
     Check("summands", 5, summands, regression, squares),
 ]
 
@@ -290,7 +313,9 @@ def train(model: nn.Module, check: Check, batch: Any) -> list[float]:
 def difference(parts: dict[str, torch.Tensor], wholes: dict[str, torch.Tensor]) -> float:
     largest = max(float(w.abs().max()) for w in wholes.values())
     return max(
-        float((p - wholes[n]).abs().max()) / max(float(wholes[n].abs().max()), 1e-3 * largest) for n, p in parts.items() if p.numel()
+        float((p - wholes[n]).abs().max()) / max(float(wholes[n].abs().max()), 1e-3 * largest)
+        for n, p in parts.items()
+        if p.numel()
     )
 
 
@@ -401,7 +426,9 @@ def test_split_as_whole(found: list[dict[str, Any]], check: Check) -> None:
         result = found[rank][check.label]
         assert "error" not in result, result["error"]
         assert result["difference"] <= (1e-9 if check.double else 1e-5)
-        assert result["losses"] <= (1e-9 if check.double else 1e-5) and result["evaluated"] <= (1e-9 if check.double else 1e-5)
+        assert result["losses"] <= (1e-9 if check.double else 1e-5) and result["evaluated"] <= (
+            1e-9 if check.double else 1e-5
+        )
         assert result["buffers"] <= (1e-9 if check.double else 1e-4)
         assert result["moved"] > 1e-4 and result["split"] >= check.least
 
