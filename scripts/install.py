@@ -228,6 +228,10 @@ def main() -> None:
     print("Installing shoal and its pinned dependencies.", flush=True)
     if not install([*pip(python), "install", "--constraint", str(constraints), "--editable", target]):
         raise SystemExit("shoal could not be installed; pip says why above; the same command tries again.")
+    if options.dev and sys.version_info >= (3, 11):
+        # Alone: of torchvision, which timm asks for and whose models do without, there is no build for every torch.
+        if not install([*pip(python), "install", "--constraint", str(constraints), "--no-deps", "timm"]):
+            raise SystemExit("timm could not be installed; pip says why above; the same command tries again.")
     for stamp in stamps:
         stamp.touch()
     print(f"Installed; the command is {os.path.relpath(options.venv)}/bin/shoal", flush=True)

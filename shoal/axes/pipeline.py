@@ -48,7 +48,7 @@ from shoal.axes.pipeline_schedule import (
     stages_of_rank,
     traffic,
 )
-from shoal.axes.pipeline_stage import Stage
+from shoal.axes.pipeline_stage import Stage, plain_attention
 from shoal.errors import JobError
 
 __all__ = [
@@ -180,7 +180,7 @@ class Pipeline:
         """Go forward through all microbatches, without gradients; return what ``compute`` returned in the last stage."""
         results: list[Any] = []
         keys = [_signature(batch) for batch in batches]
-        with torch.no_grad(), _plain_attention():
+        with torch.no_grad(), plain_attention():
             for index in self.stages:
                 for micro, batch in enumerate(batches):
                     flight = self._flights.setdefault((index, micro), _Flight())
@@ -329,17 +329,6 @@ def _forms_of(header: torch.Tensor) -> tuple[_Form, ...]:
         dtype, requires_grad, dims = next(words), next(words), next(words)
         forms.append(_Form(tuple(next(words) for _ in range(dims)), _DTYPES[dtype], bool(requires_grad)))
     return tuple(forms)
-
-
-class _plain_attention:  # noqa: N801
-    """Without torch's fast path of nn.TransformerEncoder, whose nested tensors cannot be sent."""
-
-    def __enter__(self) -> None:
-        self._was = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._was)
 
 
 def split_batch(batch: Any, microbatches: int) -> Iterator[Any]:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from shoal.axes.pipeline_stage import Boundary, Carried, Stage, StandIn
+from shoal.axes.pipeline_calls import boundary_before
+from shoal.axes.pipeline_stage import Boundary, Carried, Ran, Stage, StandIn, plain_attention
 from shoal.axes.pipeline_trace import Call, Trace, tensors_in, watch
 from shoal.errors import PlanError, ShoalError, did_you_mean
 
@@ -161,21 +162,57 @@ def _find(
     places = [place for call in parts if (place := _place(trace, call))]
     if split_points is not None:
         chosen = _given(trace, split_points, stages, asked)
-        merged = _with(places, chosen)
+        places = _with(places, chosen)
     else:
-        places = _with_parameters(trace, places)
         chosen = []
+        places = _with_parameters(trace, places)
         if len(places) + 1 < stages:
-            raise PlanError(_too_many(asked, stages, places))
-        merged = places
-    paths = [place.path for place in merged]
-    seconds = _given_costs(costs, paths) if costs is not None else _measure(model, example, compute, merged)
+            return _between_functions(model, trace, stages, example, compute, asked, places)
+    paths = [place.path for place in places]
+    seconds = _given_costs(costs, paths) if costs is not None else _measure(model, example, compute, places)
     if not chosen:
-        chosen = [merged[index - 1] for index in balance(seconds, stages)]
+        chosen = [places[index - 1] for index in balance(seconds, stages)]
     starts = [0, *(paths.index(place.path) + 1 for place in chosen), len(seconds)]
     by_stage = tuple(sum(seconds[a:b]) for a, b in zip(starts, starts[1:], strict=False))
     how = "at the split_points given" if split_points is not None else "so that the slowest stage is as fast as can be"
-    cut = _build(model, trace, chosen, by_stage, how)
+    cut = _build(model, trace, [place.moment for place in chosen], _boundaries(model, trace, chosen), by_stage, how)
+    try:
+        return _verified(model, example, compute, cut, asked)
+    except PlanError:
+        if split_points is not None:
+            raise
+        return _between_functions(model, trace, stages, example, compute, asked, places)
+
+
+def _between_functions(
+    model: nn.Module,
+    trace: Trace,
+    stages: int,
+    example: Any,
+    compute: Compute,
+    asked: str,
+    places: Sequence[_Place],
+) -> Cut:
+    """Cut between torch functions, where modules are no help; PlanError where they are, but are too few."""
+    blocks = _blocks_of(model)
+    if len(places) + 1 < stages and any(model.get_submodule(place.path) in blocks for place in places):
+        raise PlanError(_too_many(asked, stages, places))
+    found = [
+        (number, boundary)
+        for number, function in enumerate(trace.functions)
+        if function.takes_parameter and (boundary := boundary_before(trace, number))
+    ]
+    if len(found) + 1 < stages:
+        raise PlanError(_too_many(asked, stages, found or places))
+    ends = [0, *(number for number, _ in found), len(trace.functions)]
+    # The backward pass of a function takes about twice as long as its forward pass.
+    seconds = [3 * sum(f.seconds for f in trace.functions[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    chosen = [index - 1 for index in balance(seconds, stages)]
+    starts = [0, *(index + 1 for index in chosen), len(seconds)]
+    by_stage = tuple(sum(seconds[a:b]) for a, b in zip(starts, starts[1:], strict=False))
+    moments = [trace.functions[found[index][0]].moment for index in chosen]
+    how = "between torch functions, as it has too few modules to cut between"
+    cut = _build(model, trace, moments, [found[index][1] for index in chosen], by_stage, how)
     return _verified(model, example, compute, cut, asked)
 
 
@@ -284,16 +321,17 @@ def _with(places: Sequence[_Place], chosen: Sequence[_Place]) -> list[_Place]:
     return sorted(every.values(), key=lambda place: place.moment)
 
 
-def _too_many(asked: str, stages: int, places: Sequence[_Place]) -> str:
+def _too_many(asked: str, stages: int, places: Sequence[Any]) -> str:
     if not places:
         return (
             f"{asked} does not fit: no place was found where this model can be cut into stages; use pp=1 (a pipeline needs "
             "parts that are called one after the other, such as the layers of an nn.Sequential)."
         )
     most = len(places) + 1
+    where = f" (before {_few([p.path for p in places])})" if isinstance(places[0], _Place) else ""
     return (
-        f"{asked} needs {stages} stages and this model can be cut into at most {most} "
-        f"(before {_few([place.path for place in places])}); use at most {most} stages, such as pp={most}."
+        f"{asked} needs {stages} stages and this model can be cut into at most {most}{where}; "
+        f"use at most {most} stages, such as pp={most}."
     )
 
 
@@ -407,13 +445,25 @@ def _whole(model: nn.Module) -> Cut:
     )
 
 
-def _build(model: nn.Module, trace: Trace, chosen: Sequence[_Place], costs_s: tuple[float, ...], how: str) -> Cut:
-    moments = [place.moment for place in chosen]
+def _boundaries(model: nn.Module, trace: Trace, chosen: Sequence[_Place]) -> list[Boundary]:
+    blocks = _blocks_of(model)
+    return [Boundary(p.path, p.carries, tuple(_stand_ins(trace, p.moment, blocks))) for p in chosen]
+
+
+def _build(
+    model: nn.Module,
+    trace: Trace,
+    moments: Sequence[int],
+    boundaries: Sequence[Boundary],
+    costs_s: tuple[float, ...],
+    how: str,
+) -> Cut:
+    """Put together what follows from the moments at which stages begin."""
 
     def stages_of(uses: Sequence[int]) -> list[int]:
         return sorted({sum(moment < use for moment in moments) for use in uses}) or [0]
 
-    count = len(chosen) + 1
+    count = len(moments) + 1
     parameters: list[list[str]] = [[] for _ in range(count)]
     buffers: list[list[str]] = [[] for _ in range(count)]
     for uses, lists in ((trace.parameter_uses, parameters), (trace.buffer_uses, buffers)):
@@ -425,17 +475,14 @@ def _build(model: nn.Module, trace: Trace, chosen: Sequence[_Place], costs_s: tu
     for call in trace.calls():
         if call.module in kinds and stages_of([call.start]) == stages_of([call.stop]):
             blocks[stages_of([call.start])[0]].append(call.path)
-    boundaries = tuple(
-        Boundary(place.path, place.carries, tuple(_stand_ins(trace, place.moment, kinds))) for place in chosen
-    )
     total = sum(costs_s) or 1.0
     shares = ", ".join(f"{100 * cost / total:.0f} %" for cost in costs_s)
     explanation = [
-        f"Cut into {count} stages before {_few([place.path for place in chosen])}, {how}: {shares} of the computing."
+        f"Cut into {count} stages before {_few([b.before for b in boundaries])}, {how}: {shares} of the computing."
     ]
     cut = Cut(
         stages=count,
-        boundaries=boundaries,
+        boundaries=tuple(boundaries),
         parameters=tuple(map(tuple, parameters)),
         buffers=tuple(map(tuple, buffers)),
         blocks=tuple(map(tuple, blocks)),
@@ -510,13 +557,14 @@ def _differs(model: nn.Module, example: Any, compute: Compute, cut: Cut) -> str:
     """
     for training in (False, True):
         model.train(training)
-        whole, again = _fingerprints([_Whole(model)], example, compute), None
-        if training:
-            again = _fingerprints([_Whole(model)], example, compute)
-            if not _same(whole, again):
-                continue
+        before = torch.get_rng_state()
+        with plain_attention():
+            whole = _fingerprints([_Whole(model)], example, compute)
+        if not torch.equal(before, torch.get_rng_state()):
+            continue
         stages = [build_stage(model, cut, index, share_buffers=False) for index in range(cut.stages)]
-        parts = _fingerprints(stages, example, compute)
+        with plain_attention():
+            parts = _fingerprints(stages, example, compute)
         for name, value in whole.items():
             if not _close(value, parts.get(name)):
                 return f"{name} is different"
@@ -530,8 +578,6 @@ class _Whole:
         self.module = model
 
     def run(self, received: Any, action: Callable[[nn.Module], Any]) -> Any:
-        from shoal.axes.pipeline_stage import Ran
-
         return Ran((), (), action(self.module))
 
 
@@ -584,10 +630,6 @@ def _note_gradients(module: nn.Module, found: dict[str, torch.Tensor]) -> list[A
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
-
-
-def _same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(_close(left[name], right[name]) for name in left)
 
 
 def _close(left: torch.Tensor, right: torch.Tensor | None) -> bool:

@@ -52,13 +52,17 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a stage begins: ``before`` is the path of its first module."""
+    """Where a stage begins: ``before`` is the path of its first module; or, in a model whose modules are no help, the torch
+    function ``function``, counted from the beginning of the forward pass (``pipeline_calls.py``)."""
 
     before: str
     carries: tuple[Carried, ...]
     stand_ins: tuple[StandIn, ...]
     copies: bool = False
     """Give the first module copies of what it gets, because it writes into it."""
+    function: int | None = None
+    depends: frozenset[int] = frozenset()
+    """The torch functions before it whose results depend on parameters."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Ran:
     result: Any
 
 
-class _Left(BaseException):
+class Left(BaseException):
     """Thrown through the user's forward where a stage ends; no Exception, so that they do not catch it."""
 
     def __init__(self, taken: tuple[torch.Tensor, ...]) -> None:
@@ -114,6 +118,7 @@ class Stage:
         self._received: Sequence[torch.Tensor] = ()
         self._places: Sequence[torch.Tensor] = ()
         self._returned: dict[str, Any] = {}
+        self._modes: Any = contextlib.nullcontext()
         named = dict(self.module.named_parameters())
         kept = {id(named[name]) for name in keeps}
         _hollow(self.module, kept, torch.device(device))
@@ -140,9 +145,9 @@ class Stage:
         self._arrived = self._entry is None
         self._grad = torch.is_grad_enabled()
         try:
-            with torch.set_grad_enabled(self._grad and self._arrived):
+            with torch.set_grad_enabled(self._grad and self._arrived), self._modes:
                 result = action(self.module)
-        except _Left as left:
+        except Left as left:
             return Ran(self._places, left.taken, None)
         finally:
             places = self._places
@@ -163,6 +168,11 @@ class Stage:
 
     def _install(self) -> None:
         entry, leaving = self._entry, self._exit
+        if any(boundary is not None and boundary.function is not None for boundary in (entry, leaving)):
+            from shoal.axes.pipeline_calls import Replay
+
+            self._modes = Replay(self.module, entry, leaving, self._fill, Left)
+            return
         paths = {c.path for boundary in (entry, leaving) if boundary for c in boundary.carries if c.path}
         for path in paths:
             self.module.get_submodule(path).register_forward_hook(self._remembers(path))
@@ -204,8 +214,16 @@ class Stage:
     def _arrives(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._arrived or self._entry is None:
             return None
-        self._arrived = True
         places = self._find(self._entry, args, kwargs)
+        self._fill(places)
+        if not self._entry.copies:
+            return None
+        own = {id(place) for place in places}
+        return pytree.tree_map(lambda leaf: leaf.clone() if id(leaf) in own else leaf, (args, kwargs))
+
+    def _fill(self, places: Sequence[torch.Tensor]) -> None:
+        """Put what was received in its places: from here on the forward pass is this stage's own."""
+        self._arrived = True
         torch.set_grad_enabled(self._grad)
         if torch.is_autocast_enabled("cpu"):
             # What was cast so far was cast without a gradient; a tied weight must be cast anew.
@@ -216,14 +234,10 @@ class Stage:
                 # The tensor object that the user's variables refer to becomes the leaf that gradients end in.
                 place.requires_grad_()
         self._places = places
-        if not self._entry.copies:
-            return None
-        own = {id(place) for place in places}
-        return pytree.tree_map(lambda leaf: leaf.clone() if id(leaf) in own else leaf, (args, kwargs))
 
     def _leaves(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         assert self._exit is not None
-        raise _Left(tuple(self._find(self._exit, args, kwargs)))
+        raise Left(tuple(self._find(self._exit, args, kwargs)))
 
     def _standing_in(self, module: nn.Module, keeps_shape: bool) -> Callable[..., Any]:
         real = module.forward
@@ -235,13 +249,25 @@ class Stage:
             leaves = pytree.tree_leaves((args, kwargs))
             if keeps_shape:
                 return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)).detach()
-            key = (module.training, *(_signature(leaf) for leaf in leaves))
+            key = (module.training, *(signature_of(leaf) for leaf in leaves))
             if key not in known:
                 with torch.random.fork_rng(devices=[]), _other_buffers(module):
-                    known[key] = pytree.tree_map(_form, real(*args, **kwargs))
-            return pytree.tree_map(_fill, known[key])
+                    known[key] = pytree.tree_map(form_of, real(*args, **kwargs))
+            return pytree.tree_map(filled, known[key])
 
         return forward
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without torch's fast path for evaluating nn.TransformerEncoder: it is taken or not by which weights a rank has, and its
+    nested tensors cannot be sent."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 @contextlib.contextmanager
@@ -264,15 +290,15 @@ class _Form:
     device: torch.device
 
 
-def _signature(leaf: Any) -> Any:
+def signature_of(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
 
 
-def _form(leaf: Any) -> Any:
+def form_of(leaf: Any) -> Any:
     return _Form(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _fill(leaf: Any) -> Any:
+def filled(leaf: Any) -> Any:
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, _Form) else leaf
 
 

@@ -8,6 +8,7 @@ needed after a moment: those have to travel if the model is cut there.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,11 +36,25 @@ _READ_VALUES = frozenset(
 
 @dataclass
 class Made:
-    """A tensor that depends on parameters, and its life; kept, so that no other object gets its identity."""
+    """A tensor that depends on parameters, and its life; kept, so that no other object gets its identity.
+
+    ``origin``: the torch function (counted from 0) and the leaf of its result that it was first seen as.
+    """
 
     tensor: torch.Tensor
     born: int
     last: int
+    origin: tuple[int, int] = (-1, 0)
+
+
+@dataclass
+class Function:
+    """A torch function that was called: when, for how long, and whether what it returned depends on parameters."""
+
+    moment: int
+    seconds: float = 0.0
+    depends: bool = False
+    takes_parameter: bool = False
 
 
 @dataclass
@@ -58,12 +73,14 @@ class Call:
 
 @dataclass
 class Trace:
-    """What was seen: the call of the model with all calls inside, the made tensors by identity, and uses by name."""
+    """What was seen: the call of the model with all calls inside, the made tensors by identity, uses by name, and functions
+    in their order."""
 
     root: Call
     made: dict[int, Made]
     parameter_uses: dict[str, list[int]]
     buffer_uses: dict[str, list[int]]
+    functions: list[Function]
     times_called: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -113,6 +130,7 @@ class _Watcher(TorchFunctionMode):
         self._open: list[Call] = []
         self._made: dict[int, Made] = {}
         self._kept: list[torch.Tensor] = []
+        self._functions: list[Function] = []
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._buffers = {id(b): name for name, b in model.named_buffers()}
         self._parameter_uses: dict[str, list[int]] = {name: [] for name in self._parameters.values()}
@@ -132,7 +150,7 @@ class _Watcher(TorchFunctionMode):
                 name = self._parameters.get(id(own))
                 if name is not None and name not in seen:
                     self._parameter_uses[name].append(call.start)
-        return Trace(self._roots[0], self._made, self._parameter_uses, self._buffer_uses)
+        return Trace(self._roots[0], self._made, self._parameter_uses, self._buffer_uses, self._functions)
 
     # -- modules -------------------------------------------------------------------------------------------------
 
@@ -169,7 +187,11 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        called, number = Function(self._tick()), len(self._functions)
+        self._functions.append(called)
+        began = time.perf_counter()
         output = func(*args, **kwargs)
+        called.seconds = time.perf_counter() - began
         results = tensors_in(pytree.tree_leaves(output))
         name = getattr(func, "__name__", "")
         if not results and name not in _READ_VALUES and name != "__setitem__":
@@ -182,11 +204,13 @@ class _Watcher(TorchFunctionMode):
         depends = False
         for tensor in arguments:
             depends = self._use(tensor, now) or depends
+            called.takes_parameter = called.takes_parameter or id(tensor) in self._parameters
+        called.depends = depends
         if name == "__setitem__":
             results = arguments[:1]
-        for tensor in results:
+        for leaf, tensor in enumerate(results):
             if depends:
-                self._make(tensor, now)
+                self._make(tensor, now, (number, leaf))
             else:
                 self._kept.append(tensor)
         return output
@@ -205,10 +229,10 @@ class _Watcher(TorchFunctionMode):
             made.last = max(made.last, now)
         return made is not None
 
-    def _make(self, tensor: torch.Tensor, now: int) -> None:
+    def _make(self, tensor: torch.Tensor, now: int, origin: tuple[int, int] = (-1, 0)) -> None:
         key = id(tensor)
         if key not in self._made and key not in self._parameters:
-            self._made[key] = Made(tensor, now, now)
+            self._made[key] = Made(tensor, now, now, origin)
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -11,23 +11,26 @@ How a batch travels, in a transformer's block with two workers::
     half of the hidden units       the other half               column-parallel, elementwise activation
     ------------------ sum of both (row-parallel) --------------------
 
-What moves, a microbatch: for each such pair of layers one all-reduce of the activations forward and one backward. A vocabulary-parallel
-embedding adds one forward, a vocabulary-parallel head one backward and four numbers a token for its cross-entropy. A layer
-that is split alone (convolutions, by output channels) is put together at once: one all-gather forward, one all-reduce backward. With ``sequence_parallel`` an
-all-reduce becomes a reduce-scatter and an all-gather, and what lies between (norms, residuals) is computed and held by 1/t.
-What is held: 1/t of each split weight, of its gradient and of the optimizer's state, and 1/t of the activations between column and row;
-all of what is replicated, whose gradients come out whole and alike on every worker. ``traffic`` gives the bytes.
+What moves, a microbatch: for each such pair of layers one all-reduce of the activations forward and one backward. A
+vocabulary-parallel embedding adds one forward, a vocabulary-parallel head one backward and four numbers a token for its
+cross-entropy. A layer that is split alone (convolutions, by output channels) is put together at once: one all-gather
+forward, one all-reduce backward. With ``sequence_parallel`` an all-reduce becomes a reduce-scatter and an all-gather,
+and what lies between (norms, residuals) is computed and held by 1/t. What is held: 1/t of each split weight, of its
+gradient and of the optimizer's state, and 1/t of the activations between column and row; all of what is replicated,
+whose gradients come out whole and alike on every worker. ``traffic`` gives the bytes.
 
-How it is done. Parameters are replaced by their local part, under the same names; to the model's code each looks whole (``tensor_cut.Cut``), and the
-code of the model itself runs: heads, views, splits and masks of models that nobody here has seen keep their meaning, and an operation without a rule
-puts its operands together first. The layout (``tensor_search``) is found by rehearsals of the model on a small batch, and the
-last one is compared with the model as it is.
+How it is done. Parameters are replaced by their local part, under the same names; to the model's code each looks whole
+(``tensor_cut.Cut``), and the code of the model itself runs: heads, views, splits and masks of models that nobody here
+has seen keep their meaning, and an operation without a rule puts its operands together first. The layout (``tensor_search``) is found by rehearsals
+of the model on a small batch, and the last one is compared with the model as it is.
 
-Why not DTensor throughout, which does the same by ``parallelize_module``: on a CPU its dispatch costs about 120 µs an operation, forward and backward, against
-5 µs here (measured with torch 2.13: autograd sees only plain local tensors here), and a transformer's block has some 40 of them. The words of
-its plans (``ColwiseParallel``, ``RowwiseParallel``) are understood in ``Job(tensor_plan=…)``.
+Why not DTensor throughout, which does the same by ``parallelize_module``: on a CPU its dispatch costs about 120 µs an
+operation, forward and backward, against 5 µs here (measured with torch 2.13: autograd sees only plain local tensors
+here), and a transformer's block has some 40 of them. The words of its plans (``ColwiseParallel``, ``RowwiseParallel``)
+are understood in ``Job(tensor_plan=…)``.
 
-Random numbers: replicated dropout needs the same stream on every worker of a team; dropout of split activations draws from a stream of its own.
+Random numbers: replicated dropout needs the same stream on every worker of a team; dropout of split activations draws
+from a stream of its own.
 """
 
 from __future__ import annotations
@@ -70,14 +73,15 @@ def find_layout(
     """How ``model`` is split in ``ways``.
 
     Args:
-        override: ``Job.tensor_plan``: module path pattern -> "colwise", "rowwise", "embedding", "replicate" or torch's ParallelStyle.
+        override: ``Job.tensor_plan``: module path pattern -> "colwise", "rowwise", "embedding", "replicate" or torch's
+        ParallelStyle.
         own_cross_entropy: without an example: the model's output goes straight into F.cross_entropy.
-        example: runs the model forward on a small batch, up to the loss, and returns that. With it the layout is found, and
-            checked, by rehearsals; without it, by the kinds and names of modules.
+        example: runs the model forward on a small batch, up to the loss, and returns that. With it the layout is found,
+            and checked, by rehearsals; without it, by the kinds and names of modules.
         samples: in the example's batch.
     Raises:
-        PlanError: heads that cannot be shared evenly; says what would fit.
-        JobError: an override that names nothing, or a style that there is not.
+        PlanError: heads that cannot be shared evenly; says what would fit. JobError: an override that names nothing, or
+        a style that there is not.
     """
     found = candidates(model, ways)
     shared = sharing(model)
@@ -179,7 +183,8 @@ def apply(model: nn.Module, layout: TensorLayout, mesh: Any) -> nn.Module:
     """Replace the split parameters by this worker's part, and let the modules compute with their team.
 
     Args:
-        model: the whole model or a part of it (a pipeline's stage) under the same module paths; its parameters may be on the meta device.
+        model: the whole model or a part of it (a pipeline's stage) under the same module paths; its parameters may be
+        on the meta device.
         mesh: a one-dimensional DeviceMesh of the team, or a process group.
     Returns:
         The same module. Its parameters are plain local tensors under the model's own names.
@@ -216,7 +221,8 @@ def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
 
 
 def traffic(layout: TensorLayout, samples: int) -> dict[str, int]:
-    """Bytes that one worker sends in a forward and backward pass over ``samples`` samples, by collective (ring algorithms).
+    """Bytes that one worker sends in a forward and backward pass over ``samples`` samples, by collective (ring
+    algorithms).
 
     For n bytes and t workers: an all-reduce sends 2 (t-1)/t · n, an all-gather and a reduce-scatter (t-1)/t · n.
     """

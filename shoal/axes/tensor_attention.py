@@ -139,7 +139,8 @@ def _attend(
     team: Team, a: dict[str, Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dim: int,
     own: tuple[int, int], block: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Attention of one member's heads: the context (length, batch, width) and, where asked for, (batch, heads, target, source)."""
+    """Attention of one member's heads: the context (length, batch, width) and, where asked for, (batch, heads, target,
+    source)."""
     length, batch = q.shape[:2]
     q, k, v = (x.reshape(x.shape[0], batch, -1, head_dim).permute(1, 2, 0, 3) for x in (q, k, v))
     mask = a["attn_mask"]

@@ -1,12 +1,12 @@
 """A tensor of which this worker holds a part, and the group that holds all of it.
 
-``Cut`` tells the model's own code the shape of the whole tensor, while what is computed is the local part. An operation that has a rule
-(``tensor_rules``) works on the parts where they are; any other first puts the whole tensor together, on every worker alike. So a
-layout decides how fast a model is, never whether it is right.
+``Cut`` tells the model's own code the shape of the whole tensor, while what is computed is the local part. An operation
+that has a rule (``tensor_rules``) works on the parts where they are; any other first puts the whole tensor together, on
+every worker alike. So a layout decides how fast a model is, never whether it is right.
 
-Gradients follow from two facts. A replicated value that goes into a split computation gets only a part of its gradient there, so it goes in
-by ``Team.enter``, whose backward pass adds the parts up. A split value that is put together is used alike by everyone, so each
-takes its own part of the gradient back.
+Gradients follow from two facts. A replicated value that goes into a split computation gets only a part of its gradient
+there, so it goes in by ``Team.enter``, whose backward pass adds the parts up. A split value that is put together is
+used alike by everyone, so each takes its own part of the gradient back.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def assemble(parts: Sequence[torch.Tensor], dim: int, widths: Widths) -> torch.T
 class Team:
     """The workers that share a split: what they exchange. ``members`` are those whose parts this process holds.
 
-    In a run that is one, and the parts travel by ``group``. In a rehearsal (``group`` None) one process holds all parts; then every
-    exchange is plain arithmetic, and ``report`` hears what could not stay split.
+    In a run that is one, and the parts travel by ``group``. In a rehearsal (``group`` None) one process holds all
+    parts; then every exchange is plain arithmetic, and ``report`` hears what could not stay split.
     """
 
     def __init__(self, ways: int, rank: int = 0, group: Any = None, sequence: bool = False) -> None:
@@ -86,7 +86,8 @@ class Team:
     # -- between replicated and split ----------------------------------------------------------------------------
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """A replicated value on its way into a split computation: the same value; its gradient is summed over the team."""
+        """A replicated value on its way into a split computation: the same value; its gradient is summed over the
+        team."""
         if not x.requires_grad or not torch.is_grad_enabled():
             return x
         # Query, key and value enter with the same tensor one after the other: one sum for the three.
@@ -176,9 +177,10 @@ class Cut(torch.Tensor):
     Attributes:
         parts: the members' local tensors (in a run: one).
         split_dim: which dim is split, counted from the front.
-        widths: by block and worker. A dim may consist of blocks (query, key and value side by side) that are each split by themselves.
-        origins: in a rehearsal, the layers whose split this comes from; none for what is cut along the sequence, which may be put
-            together anywhere.
+        widths: by block and worker. A dim may consist of blocks (query, key and value side by side) that are each split
+        by themselves.
+        origins: in a rehearsal, the layers whose split this comes from; none for what is cut along the sequence, which
+            may be put together anywhere.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -241,10 +243,11 @@ def plain(value: Any) -> Any:
 
 
 def guard_functions() -> Callable[[], None]:
-    """Let no split tensor into an autograd function of the model's own, where its gradient would be lost without a word.
+    """Let no split tensor into an autograd function of the model's own, where its gradient would be lost without a
+    word.
 
-    Such a function goes round torch's functions, so it is met at the one door that all of them have: in a rehearsal it is reported, in a
-    run it gets the whole tensor. Returns what undoes it.
+    Such a function goes round torch's functions, so it is met at the one door that all of them have: in a rehearsal it
+    is reported, in a run it gets the whole tensor. Returns what undoes it.
     """
     original = torch.autograd.Function.__dict__["apply"]
     if getattr(original.__func__, "knows_split_tensors", False):

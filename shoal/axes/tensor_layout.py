@@ -1,4 +1,5 @@
-"""What is split and how: the layout of the tensor axis, which layers can be split at all, and what the user asks for. Pure values."""
+"""What is split and how: the layout of the tensor axis, which layers can be split at all, and what the user asks for.
+Pure values."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Style:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective of a pass over ``TensorLayout.samples`` samples; ``nbytes`` of the whole tensor, ``count`` of them."""
+    """One collective of a pass over ``TensorLayout.samples`` samples; ``nbytes`` of the whole tensor, ``count`` of
+    them."""
 
     collective: str
     backward: bool
@@ -163,9 +165,8 @@ def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
             candidate = Candidate(path, module, "linear")
         elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
             candidate = Candidate(path, module, "linear", out_dim=1, in_dim=0)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if module.groups == 1 and module.padding_mode == "zeros":
-                candidate = Candidate(path, module, "convolution", feature=1)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
+            candidate = Candidate(path, module, "convolution", feature=1)
         elif isinstance(module, nn.Embedding):
             if module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
                 candidate = Candidate(path, module, "embedding", role="embedding")

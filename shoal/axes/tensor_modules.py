@@ -1,7 +1,8 @@
 """Modules whose parameters are split, without their code being touched.
 
-A module keeps its class (a subclass of the same name), its forward, and the names of its parameters; ``module.weight`` is the worker's local tensor as a
-``Cut`` of the whole, so that ``F.linear(x, module.weight)``, here or anywhere else, computes the worker's part.
+A module keeps its class (a subclass of the same name), its forward, and the names of its parameters; ``module.weight``
+is the worker's local tensor as a ``Cut`` of the whole, so that ``F.linear(x, module.weight)``, here or anywhere else,
+computes the worker's part.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def localise(model: nn.Module, layout: TensorLayout, rank: int) -> None:
 
 
 def _find(model: nn.Module, path: str, style: Style) -> nn.Module | None:
-    """The module of that path, or None where this part of the model does not have it, or another stage has its weights."""
+    """The module of that path, or None where this part of the model does not have it, or another stage has its
+    weights."""
     try:
         module = model.get_submodule(path)
     except AttributeError:

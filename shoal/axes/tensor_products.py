@@ -1,7 +1,7 @@
 """Linear layers, products, embeddings and convolutions of split tensors; see ``tensor_cut``.
 
-Column-parallel: the weight is split along its outputs; the input enters, the output is split. Row-parallel: the weight is split along its
-inputs; the split input meets it, and the parts of the output are summed over the team.
+Column-parallel: the weight is split along its outputs; the input enters, the output is split. Row-parallel: the weight
+is split along its inputs; the split input meets it, and the parts of the output are summed over the team.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _meeting(team: Team, x: torch.Tensor, dim: int, widths: Widths) -> tuple[tor
 
 
 def _sum_up(team: Team, parts: list[torch.Tensor], bias: torch.Tensor | None, shape: tuple[int, ...] = ()) -> Any:
-    """The sum over the team, and the bias once; along the sequence each worker keeps a part, where that is asked for."""
+    """The sum over the team, and the bias once; along the sequence each worker keeps a part, where that is asked
+    for."""
     if isinstance(bias, Cut):
         bias = bias.whole()
     if team.sequence and parts[0].ndim == 3 and parts[0].shape[1] >= team.ways:
@@ -146,7 +147,8 @@ def einsum(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _contract(
     team: Team, operands: list[tuple[Any, list[str]]], out: list[str], function: Callable[..., torch.Tensor]
 ) -> Any:
-    """A product whose operands' dims have letters: split along one letter, summed over the team where that is summed over."""
+    """A product whose operands' dims have letters: split along one letter, summed over the team where that is summed
+    over."""
     cuts = [(x, names) for x, names in operands if isinstance(x, Cut)]
     letter, widths = cuts[0][1][cuts[0][0].split_dim], cuts[0][0].widths
     total = cuts[0][0].whole_size

@@ -1,6 +1,7 @@
 """What each torch function does to a split tensor: elementwise functions, shapes, reductions; see ``tensor_cut``.
 
-A rule gets (team, function, args, kwargs) and returns the result, or NotImplemented where the parts alone cannot give it.
+A rule gets (team, function, args, kwargs) and returns the result, or NotImplemented where the parts alone cannot give
+it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from shoal.axes.tensor_shapes import SHAPE_RULES
 
 Rule = Callable[[Team, Any, tuple[Any, ...], dict[str, Any]], Any]
 
+
 def _names(text: str) -> list[str]:
     return text.split()
 
@@ -25,12 +27,12 @@ _ELEMENTWISE = _names(
     """
     abs add sub rsub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power
     neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sign sin cos tan tanh atan
-    sigmoid erf relu relu6 gelu silu elu selu celu leaky_relu prelu_ softplus softsign mish hardswish
+    sigmoid erf relu relu6 gelu silu elu selu celu leaky_relu softplus softsign mish hardswish
     hardsigmoid hardtanh hardshrink softshrink tanhshrink threshold logsigmoid clamp clamp_min clamp_max clip
     where masked_fill maximum minimum lerp addcmul addcdiv nan_to_num floor ceil round trunc to type float
     double half bfloat16 contiguous clone detach eq ne lt le gt ge isnan isinf isfinite logical_and logical_or
     logical_not zeros_like ones_like empty_like full_like logit xlogy copysign hypot requires_grad_ alias
-    bitwise_and bitwise_or bitwise_not sinc erfc dropout_ __radd__ __rsub__ __rmul__ __rtruediv__ __rpow__
+    bitwise_and bitwise_or bitwise_not sinc erfc __radd__ __rsub__ __rmul__ __rtruediv__ __rpow__
     __rdiv__ __and__ __or__ __invert__ __pow__ __truediv__
     """
 )
@@ -40,11 +42,27 @@ _INPLACE = _names(
     leaky_relu_ elu_ silu_ sqrt_ __iadd__ __isub__ __imul__ __itruediv__
     """
 )
+# Their argument ``dim`` is the second, but for those in _DIM_IS_ARGUMENT.
+_ALONG = _names(
+    """
+    softmax log_softmax sum mean var std amax amin argmax argmin logsumexp cumsum cumprod norm normalize glu topk sort argsort all any
+    prod
+    """
+)
+_DIM_IS_ARGUMENT = {"norm": 2, "normalize": 2, "topk": 2}
+_BY_CHANNEL = _names(
+    """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d interpolate boolean_dispatch _max_pool1d _max_pool2d _max_pool3d
+    """
+)
 # Of the wrapper itself: these tell the size of the whole.
 _OF_WHOLE = frozenset(
     ["size", "dim", "numel", "nelement", "ndimension", "__len__", "is_floating_point", "is_complex", "element_size"]
 )
-_GET_OF_WHOLE = frozenset(["shape", "ndim", "dtype", "device", "layout", "is_sparse", "is_cuda", "is_meta", "is_quantized", "is_nested", "itemsize"])  # fmt: skip
+_GET_OF_WHOLE = frozenset(
+    _names("shape ndim dtype device layout is_sparse is_cuda is_meta is_quantized is_nested itemsize")
+)
 _OF_PART = frozenset(
     ["stride", "is_contiguous", "get_device", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"]
 )
@@ -60,7 +78,7 @@ def apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
         if name in _OF_PART and isinstance(args[0], Cut):
             return func(args[0].parts[0], *args[1:], **kwargs)
-        rule = RULES.get(name)
+        rule = RULES.get(name) if kwargs.get("out") is None else None
         if rule is not None:
             cut = next(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Cut)) if not (
                 args and isinstance(args[0], Cut)
@@ -134,6 +152,8 @@ def elementwise(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     parts = tuple(
         func(*row[:count], **dict(zip(names, row[count:], strict=True))) for row in zip(*columns, strict=True)
     )
+    if not isinstance(parts[0], torch.Tensor):
+        return NotImplemented
     return Cut(parts, parts[0].ndim + at, widths, team, first.origins)
 
 
@@ -185,13 +205,14 @@ def along(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not isinstance(x, Cut) or any(isinstance(v, Cut) for v in (*args[1:], *kwargs.values())):
         return NotImplemented
     ndim = x.parts[0].ndim
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if dims is None:
+    name = func.__name__
+    place = _DIM_IS_ARGUMENT.get(name, 1)
+    dims = kwargs.get("dim", args[place] if len(args) > place else None)
+    if dims is None or isinstance(dims, bool) or not (isinstance(dims, int) or len(dims)):
         return NotImplemented
     dims = [d % ndim for d in ([dims] if isinstance(dims, int) else dims)]
-    name = func.__name__
     if x.split_dim in dims:
-        if name != "sum" or not dims:
+        if name != "sum":
             return NotImplemented
         return team.reduce([func(p, *args[1:], **kwargs) for p in x.parts])
     results = [func(p, *args[1:], **kwargs) for p in x.parts]
@@ -234,53 +255,8 @@ def _rules() -> dict[str, Rule]:
     rules["requires_grad_"] = elementwise
     rules |= {name: inplace for name in _INPLACE}
     rules |= {"to": convert, "type_as": convert, "dropout": dropout, "layer_norm": normalize, "rms_norm": normalize}
-    for name in [
-        "softmax",
-        "log_softmax",
-        "sum",
-        "mean",
-        "var",
-        "std",
-        "amax",
-        "amin",
-        "argmax",
-        "argmin",
-        "logsumexp",
-        "cumsum",
-        "cumprod",
-        "norm",
-        "normalize",
-        "glu",
-        "topk",
-        "sort",
-        "argsort",
-        "flip",
-        "roll",
-        "tril_",
-        "all",
-        "any",
-        "prod",
-    ]:
-        rules[name] = along
-    for name in [
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "interpolate",
-        "boolean_dispatch",
-        "_max_pool1d",
-        "_max_pool2d",
-        "_max_pool3d",
-    ]:
-        rules[name] = by_channel
+    rules |= {name: along for name in _ALONG}
+    rules |= {name: by_channel for name in _BY_CHANNEL}
     return rules | SHAPE_RULES | PRODUCT_RULES | ATTENTION_RULES
 
 

@@ -1,8 +1,9 @@
 """Finding the layout of a model: rehearsals in one process, in which all workers' parts are there at once.
 
-In a rehearsal the model's own code runs on a small batch. A layer that gets a whole input splits its outputs (column); one that gets an input that is split
-along what it sums over meets it there (row). Whatever a part must be put together for is reported, and the layer that made it is split in
-another way, put together at once, or left whole, until nothing is reported. The last rehearsal is held against the model as it is.
+In a rehearsal the model's own code runs on a small batch. A layer that gets a whole input splits its outputs (column);
+one that gets an input that is split along what it sums over meets it there (row). Whatever a part must be put together
+for is reported, and the layer that made it is split in another way, put together at once, or left whole, until nothing
+is reported. The last rehearsal is held against the model as it is.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Search:
     # -- one rehearsal -------------------------------------------------------------------------------------------
 
     def rehearse(self, then: Callable[[Any], Any] = lambda result: result) -> Any:
-        """Run the example with all parts in this process, within ``unchanged``; ``then`` sees its result, put together."""
+        """Run the example with all parts in this process, within ``unchanged``; ``then`` sees its result, put
+        together."""
         team = Team(self.ways, sequence=self.sequence)
         counter: Counter[tuple[str, bool, int]] = Counter()
         team.count = lambda *exchange: counter.update([exchange])
@@ -179,7 +181,8 @@ class Search:
         return self._settle(failure)
 
     def _give_up(self, error: Exception) -> bool:
-        """The model's code failed on split tensors in a way that names no layer; whether there is anything left to take back."""
+        """The model's code failed on split tensors in a way that names no layer; whether there is anything left to take
+        back."""
         if self.sequence:
             self.sequence = False
             return True
@@ -197,7 +200,8 @@ class Search:
                     yield kind, what, candidate, sizes
 
     def _settle(self, failure: Unsplit | None) -> bool:
-        """Nothing has to change: make what was decided on the way the layout; whether that changes anything after all."""
+        """Nothing has to change: make what was decided on the way the layout; whether that changes anything after
+        all."""
         changed = False
         lost = {p for kind, _, origins, _ in self._events if kind in ("loss", "output") for p in origins}
         summed = {p for kind, _, origins, _ in self._events if kind == "loss" for p in origins}

@@ -16,7 +16,8 @@ MOST_BLOCKS = 8
 def regroup(old: Sequence[int], new: Sequence[int], dim: int, widths: Widths) -> tuple[int, Widths] | tuple[int, ...]:
     """Where the split dim of a tensor lies after a view from shape ``old`` to ``new``, and how it is split there.
 
-    Returns (dim, widths), or where a part of ``old`` is no part of ``new`` the new dims that the split one would fall into.
+    Returns (dim, widths), or where a part of ``old`` is no part of ``new`` the new dims that the split one would fall
+    into.
     """
     i = j = 0
     while i < len(old):

@@ -1,4 +1,5 @@
-"""A layout without a trial batch, from the kinds and names of modules. Whatever it guesses is computed right; a bad guess is only slow."""
+"""A layout without a trial batch, from the kinds and names of modules. Whatever it guesses is computed right; a bad
+guess is only slow."""
 
 from __future__ import annotations
 

@@ -433,4 +433,5 @@ def test_weights_equal_those_of_one_worker(
     assert set().union(*(answer["names"] for answer in found)) == everything | {"loss"}
     assert all(len(answer["names"]) < len(everything) for answer in found)
     worst = max(found, key=lambda answer: answer["error"])
-    assert worst["error"] <= 1e-9, worst
+    # In bf16 the order of sums shows, and so does that torch evaluates its own layers by other kernels.
+    assert worst["error"] <= (1e-3 if case.bf16 else 1e-9), worst
