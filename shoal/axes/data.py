@@ -104,6 +104,8 @@ class ArenaData:
         self._collective_at = 0
         self._step = 0
         self.waited_s = 0.0
+        # Asked while waiting for batch statistics: raises where this rank's team has to begin the step again.
+        self.check: Callable[[], None] | None = None
 
     # -- where to go on ------------------------------------------------------------------------------------------
 
@@ -127,8 +129,8 @@ class ArenaData:
             self.slot.post(Signal.COLLECTIVE, first)
 
     def has_computed(self, step: int) -> bool:
-        """Whether this rank's part of what its team computes of the step is complete."""
-        return self.slot.signal(Signal.COMPUTED) > step
+        """Whether this rank's part of the step's computation is complete: of what its team computes, where it has one."""
+        return self.slot.signal(Signal.COMPUTED) > step or self.has_published(step)
 
     def post_computed(self, step: int) -> None:
         self.slot.post(Signal.COMPUTED, step + 1)
@@ -313,7 +315,7 @@ class ArenaData:
             def attempt(times: tuple[float, float], slot: Any = slot, rank: int = rank) -> int:
                 return -1 if slot.wait(Signal.COLLECTIVE, target, times[1], times[0]) else rank
 
-            self.wait_for(attempt, f"batch statistics of step {self._step + 1}")
+            self.wait_for(attempt, f"batch statistics of step {self._step + 1}", self.check)
             given = self.store.collective_bytes(rank)[at : at + size].view(values.dtype)
             total = given.clone() if total is None else total + given
         return total.view(values.shape)  # type: ignore[no-any-return]

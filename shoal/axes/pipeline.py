@@ -268,6 +268,7 @@ class Pipeline:
         self._post(stage + 1, tensors)
 
     def _post(self, stage: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
         for tensor in tensors:
             own = tensor.detach().contiguous()
             work = dist.isend(own, group=self._group, group_dst=self._rank_of(stage))

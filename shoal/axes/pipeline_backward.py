@@ -25,7 +25,7 @@ class _Branch:
     nodes: list[Any]
     arrived: dict[int, Any] = field(default_factory=dict)
 
-    def go_down(self) -> None:
+    def go_down(self, retain_graph: bool) -> None:
         edges, gradients = [], []
         for place, node in enumerate(self.nodes):
             for index, gradient in enumerate(self.arrived.get(place, ())):
@@ -41,7 +41,7 @@ class _Branch:
                 if place in self.arrived:
                     handles.append(node.register_prehook(_always(self.arrived[place])))
         try:
-            torch.autograd.backward(edges, gradients, inputs=self.weights)
+            torch.autograd.backward(edges, gradients, inputs=self.weights, retain_graph=retain_graph)
         finally:
             for handle in handles:
                 handle.remove()
@@ -77,9 +77,12 @@ def input_gradients(
         for handle in handles:
             handle.remove()
 
+    # A weight that is used at several places goes down the spine between them once more, so it must still be there.
+    retain_graph = any(len(branch.nodes) > 1 for branch in branches)
+
     def rest() -> None:
         while branches:
-            branches.pop().go_down()
+            branches.pop().go_down(retain_graph)
 
     return found, rest
 

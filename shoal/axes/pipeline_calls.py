@@ -10,6 +10,7 @@ way, taken where ``pipeline_cut.py`` finds no modules to cut between.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from shoal.axes.pipeline_stage import Boundary, Carried, filled, form_of
-from shoal.axes.pipeline_trace import Trace, tensors_in
+from shoal.axes.pipeline_trace import Trace, computes, tensors_in
 from shoal.errors import JobError
 
 
@@ -61,6 +62,8 @@ class Replay(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not computes(func):
+            return func(*args, **kwargs)
         number, self._number = self._number, self._number + 1
         if self._exit is not None and number == self._exit.function:
             raise self._left(tuple(self._find(self._exit)))
@@ -94,13 +97,21 @@ class Replay(TorchFunctionMode):
             with torch.random.fork_rng(devices=[]):
                 output = func(*copied[0], **copied[1])
             own = {id(leaf): index for index, leaf in enumerate(pytree.tree_leaves(copied)) if _is_tensor(leaf)}
-            self._known[key] = pytree.tree_map(lambda leaf: own.get(id(leaf), form_of(leaf)), output)
-        # A number stands for the argument that was written into and returned.
+            self._known[key] = pytree.tree_map(
+                lambda leaf: _Argument(own[id(leaf)]) if id(leaf) in own else form_of(leaf), output
+            )
         known = self._known[key]
-        return pytree.tree_map(lambda leaf: leaves[leaf] if type(leaf) is int else filled(leaf), known)
+        return pytree.tree_map(lambda leaf: leaves[leaf.index] if type(leaf) is _Argument else filled(leaf), known)
 
     def _own(self, leaf: Any) -> Any:
         return leaf.clone() if _is_tensor(leaf) and id(leaf) in self._buffers else leaf
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """Stands for an argument that was written into and returned."""
+
+    index: int
 
 
 def _is_tensor(leaf: Any) -> bool:

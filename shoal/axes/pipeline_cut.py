@@ -12,22 +12,21 @@ with the whole model's: a cut that does not give the same is not used.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from shoal.axes.pipeline_balance import Compute, balance, measure
 from shoal.axes.pipeline_calls import boundary_before
-from shoal.axes.pipeline_stage import Boundary, Carried, Ran, Stage, StandIn, plain_attention
+from shoal.axes.pipeline_check import difference
+from shoal.axes.pipeline_stage import Boundary, Carried, Stage, StandIn
 from shoal.axes.pipeline_trace import Call, Trace, tensors_in, watch
 from shoal.errors import PlanError, ShoalError, did_you_mean
-
-Compute = Callable[[nn.Module, Any], torch.Tensor]
-"""Computes the loss of an example with a model: a scalar to differentiate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +167,9 @@ def _find(
         places = _with_parameters(trace, places)
         if len(places) + 1 < stages:
             return _between_functions(model, trace, stages, example, compute, asked, places)
+    trace.forget_tensors()
     paths = [place.path for place in places]
-    seconds = _given_costs(costs, paths) if costs is not None else _measure(model, example, compute, places)
+    seconds = _given_costs(costs, paths) if costs is not None else measure(model, example, compute, paths)
     if not chosen:
         chosen = [places[index - 1] for index in balance(seconds, stages)]
     starts = [0, *(paths.index(place.path) + 1 for place in chosen), len(seconds)]
@@ -178,10 +178,14 @@ def _find(
     cut = _build(model, trace, [place.moment for place in chosen], _boundaries(model, trace, chosen), by_stage, how)
     try:
         return _verified(model, example, compute, cut, asked)
-    except PlanError:
-        if split_points is not None:
+    except PlanError as refusal:
+        again = watch(model, lambda m: compute(m, example)) if split_points is None else None
+        if again is None:
             raise
-        return _between_functions(model, trace, stages, example, compute, asked, places)
+        try:
+            return _between_functions(model, again, stages, example, compute, asked, places)
+        except PlanError:
+            raise refusal from None
 
 
 def _between_functions(
@@ -205,14 +209,18 @@ def _between_functions(
     if len(found) + 1 < stages:
         raise PlanError(_too_many(asked, stages, found or places))
     ends = [0, *(number for number, _ in found), len(trace.functions)]
-    # The backward pass of a function takes about twice as long as its forward pass.
-    seconds = [3 * sum(f.seconds for f in trace.functions[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    moments = [function.moment for function in trace.functions]
+    trace.forget_tensors()
+    # The first time is slower. The backward pass of a function takes about twice as long as its forward pass.
+    again = watch(model, lambda m: compute(m, example))
+    times = [function.seconds for function in (again or trace).functions]
+    seconds = [3 * sum(times[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
     chosen = [index - 1 for index in balance(seconds, stages)]
     starts = [0, *(index + 1 for index in chosen), len(seconds)]
     by_stage = tuple(sum(seconds[a:b]) for a, b in zip(starts, starts[1:], strict=False))
-    moments = [trace.functions[found[index][0]].moment for index in chosen]
     how = "between torch functions, as it has too few modules to cut between"
-    cut = _build(model, trace, moments, [found[index][1] for index in chosen], by_stage, how)
+    begins = [moments[found[index][0]] for index in chosen]
+    cut = _build(model, trace, begins, [found[index][1] for index in chosen], by_stage, how)
     return _verified(model, example, compute, cut, asked)
 
 
@@ -303,6 +311,8 @@ def _given(trace: Trace, split_points: Sequence[str], stages: int, asked: str) -
         if path not in calls:
             raise PlanError(f'The model calls no module "{path}" to cut before.{did_you_mean(path, calls)}')
         place = _place(trace, calls[path])
+        if not trace.crossing(calls[path].start):
+            raise PlanError(f'There is nothing to cut off before "{path}": nothing before it depends on parameters.')
         if place is None:
             raise PlanError(
                 f'The model cannot be cut before "{path}": it is called more than once, or a tensor from before is needed '
@@ -331,7 +341,7 @@ def _too_many(asked: str, stages: int, places: Sequence[Any]) -> str:
     where = f" (before {_few([p.path for p in places])})" if isinstance(places[0], _Place) else ""
     return (
         f"{asked} needs {stages} stages and this model can be cut into at most {most}{where}; "
-        f"use at most {most} stages, such as pp={most}."
+        f"use at most {most} stages, such as pp={most}{',schedule=1f1b' if 'schedule=' in asked else ''}."
     )
 
 
@@ -339,95 +349,8 @@ def _few(paths: Sequence[str]) -> str:
     return ", ".join(paths) if len(paths) <= 6 else f"{', '.join(paths[:3])}, …, {paths[-1]}"
 
 
-# -- measuring and balancing ---------------------------------------------------------------------------------------
-
-
-def balance(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Where to begin the stages after the first so that the dearest one costs as little as possible.
-
-    By dynamic programming over contiguous parts; among equals the sum of squares is smallest. Returns the indices of the
-    first part of each stage but the first; every stage has at least one part. Raises ValueError for too few parts.
-    """
-    count = len(costs)
-    if stages > count:
-        raise ValueError(f"{count} parts make no {stages} stages.")
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    best: list[dict[int, tuple[float, float, tuple[int, ...]]]] = [{0: (0.0, 0.0, ())}]
-    for stage in range(1, stages + 1):
-        row: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for end in range(stage, count - (stages - stage) + 1):
-            options = []
-            for start, (most, squares, cuts) in best[-1].items():
-                if start < end:
-                    own = sums[end] - sums[start]
-                    options.append((max(most, own), squares + own * own, (*cuts, start) if start else cuts))
-            row[end] = min(options)
-        best.append(row)
-    return best[-1][count][2]
-
-
 def _given_costs(costs: Mapping[str, float], paths: Sequence[str]) -> list[float]:
     return [float(costs.get(path, 0.0)) for path in ["", *paths]]
-
-
-def _measure(
-    model: nn.Module, example: Any, compute: Compute, places: Sequence[_Place], repeats: int = 3
-) -> list[float]:
-    """Seconds for forward and backward pass of each part between places: the shortest of a few tries."""
-    best = [float("inf")] * (len(places) + 1)
-    for _ in range(repeats):
-        for index, seconds in enumerate(_time_once(model, example, compute, places)):
-            best[index] = min(best[index], seconds)
-    return best
-
-
-def _time_once(model: nn.Module, example: Any, compute: Compute, places: Sequence[_Place]) -> list[float]:
-    forward: dict[int, float] = {}
-    backward: dict[int, float] = {}
-
-    def marks(index: int) -> Callable[..., None]:
-        def mark(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            forward[index] = time.perf_counter()
-            tensor = next((t for t in tensors_in(pytree.tree_leaves((args, kwargs))) if t.requires_grad), None)
-            if tensor is not None:
-
-                def reached(_gradient: torch.Tensor) -> None:
-                    backward[index] = time.perf_counter()
-
-                tensor.register_hook(reached)
-
-        return mark
-
-    handles = [
-        model.get_submodule(place.path).register_forward_pre_hook(marks(index), with_kwargs=True)
-        for index, place in enumerate(places)
-    ]
-    handles += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
-    try:
-        began = time.perf_counter()
-        loss = compute(model, example)
-        turned = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
-        ended = time.perf_counter()
-    finally:
-        for handle in handles:
-            handle.remove()
-    up = [began, *(forward.get(index, began) for index in range(len(places))), turned]
-    seconds = [b - a for a, b in zip(up, up[1:], strict=False)]
-    # Backwards, the last part comes first; a place that no gradient reached has what is before it in one piece.
-    later = turned
-    for index in range(len(places), 0, -1):
-        reached_at = backward.get(index - 1, later)
-        seconds[index] += max(0.0, reached_at - later)
-        later = max(later, reached_at)
-    seconds[0] += ended - later
-    return seconds
-
-
-def _drop(parameter: torch.Tensor) -> None:
-    parameter.grad = None
 
 
 # -- building ------------------------------------------------------------------------------------------------------
@@ -461,7 +384,7 @@ def _build(
     """Put together what follows from the moments at which stages begin."""
 
     def stages_of(uses: Sequence[int]) -> list[int]:
-        return sorted({sum(moment < use for moment in moments) for use in uses}) or [0]
+        return sorted({sum(moment <= use for moment in moments) for use in uses}) or [0]
 
     count = len(moments) + 1
     parameters: list[list[str]] = [[] for _ in range(count)]
@@ -473,7 +396,8 @@ def _build(
     blocks: list[list[str]] = [[] for _ in range(count)]
     kinds = _blocks_of(model)
     for call in trace.calls():
-        if call.module in kinds and stages_of([call.start]) == stages_of([call.stop]):
+        inside = any(call.path.startswith(f"{path}.") for path in chain.from_iterable(blocks))
+        if call.module in kinds and not inside and stages_of([call.start]) == stages_of([call.stop]):
             blocks[stages_of([call.start])[0]].append(call.path)
     total = sum(costs_s) or 1.0
     shares = ", ".join(f"{100 * cost / total:.0f} %" for cost in costs_s)
@@ -516,15 +440,8 @@ def _stand_ins(trace: Trace, moment: int, blocks: set[nn.Module]) -> Iterator[St
     for call in walk(trace.root):
         if call.path not in seen:
             seen.add(call.path)
-            yield StandIn(call.path, call.module in blocks and _keeps_shape(call))
-
-
-def _keeps_shape(call: Call) -> bool:
-    arguments, results = tensors_in(call.arguments), call.results
-    if next(call.module.children(), None) is None or len(results) != 1 or not arguments:
-        return False
-    result = results[0]
-    return isinstance(result, torch.Tensor) and (result.shape, result.dtype) == (arguments[0].shape, arguments[0].dtype)
+            layers = next(call.module.children(), None) is not None
+            yield StandIn(call.path, call.keeps_shape and layers and call.module in blocks)
 
 
 # -- verifying -----------------------------------------------------------------------------------------------------
@@ -536,7 +453,8 @@ def _verified(model: nn.Module, example: Any, compute: Compute, cut: Cut, asked:
     for copies in (False, True):
         tried = replace(cut, boundaries=tuple(replace(b, copies=copies) for b in cut.boundaries))
         try:
-            wrong = _differs(model, example, compute, tried)
+            stages = [build_stage(model, tried, index, share_buffers=False) for index in range(tried.stages)]
+            wrong = difference(model, stages, example, compute)
         except ShoalError as error:
             wrong = str(error)
         except Exception as error:
@@ -548,92 +466,3 @@ def _verified(model: nn.Module, example: Any, compute: Compute, cut: Cut, asked:
         f"{asked} does not fit: cut before {_few([b.before for b in cut.boundaries])}, the stages do not compute what the "
         f"whole model computes ({reason.rstrip('.')}); give other split_points, or use pp=1."
     )
-
-
-def _differs(model: nn.Module, example: Any, compute: Compute, cut: Cut) -> str:
-    """What is different when the stages compute the example, one after the other; "" where nothing is.
-
-    Compared in the mode for evaluation, in which nothing is random, and in that for training if nothing is random there.
-    """
-    for training in (False, True):
-        model.train(training)
-        before = torch.get_rng_state()
-        with plain_attention():
-            whole = _fingerprints([_Whole(model)], example, compute)
-        if not torch.equal(before, torch.get_rng_state()):
-            continue
-        stages = [build_stage(model, cut, index, share_buffers=False) for index in range(cut.stages)]
-        with plain_attention():
-            parts = _fingerprints(stages, example, compute)
-        for name, value in whole.items():
-            if not _close(value, parts.get(name)):
-                return f"{name} is different"
-    return ""
-
-
-class _Whole:
-    """A model as the only stage."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.module = model
-
-    def run(self, received: Any, action: Callable[[nn.Module], Any]) -> Any:
-        return Ran((), (), action(self.module))
-
-
-def _fingerprints(stages: Sequence[Any], example: Any, compute: Compute) -> dict[str, torch.Tensor]:
-    """The loss, and of every gradient a few sums that tell it from others: linear, so that those of stages add up."""
-    found: dict[str, torch.Tensor] = {}
-    runs: list[Any] = []
-    received: Sequence[torch.Tensor] = ()
-    for stage in stages:
-        run = stage.run(received, lambda module: compute(module, example))
-        runs.append(run)
-        received = [t.detach().clone().requires_grad_(t.requires_grad) for t in run.leaving]
-    loss = runs[-1].result
-    found["the loss"] = loss.detach().double()
-    outputs, gradients = [loss], [torch.ones_like(loss)]
-    for index in reversed(range(len(stages))):
-        run, handles = runs[index], _note_gradients(stages[index].module, found)
-        try:
-            torch.autograd.backward(outputs, gradients)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if index:
-            pairs = [
-                (sent, leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
-                for sent, leaf in zip(runs[index - 1].leaving, run.leaves, strict=True)
-                if sent.requires_grad
-            ]
-            outputs, gradients = [sent for sent, _ in pairs], [gradient for _, gradient in pairs]
-    return found
-
-
-def _note_gradients(module: nn.Module, found: dict[str, torch.Tensor]) -> list[Any]:
-    def note(name: str) -> Callable[[torch.Tensor], None]:
-        def add(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            flat = gradient.detach().double().reshape(-1)
-            wave = torch.cos(torch.arange(len(flat), dtype=torch.float64, device=flat.device))
-            own = torch.stack([flat.sum(), flat @ wave, flat[0], flat[-1]]) if len(flat) else flat.new_zeros(4)
-            key = f"the gradient of {name}"
-            found[key] = found[key] + own if key in found else own
-            parameter.grad = None
-
-        return add
-
-    return [
-        parameter.register_post_accumulate_grad_hook(note(name))
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
-
-
-def _close(left: torch.Tensor, right: torch.Tensor | None) -> bool:
-    if right is None:
-        return bool((left == 0).all())
-    scale = float(left.abs().max())
-    return bool(((left - right).abs() <= 1e-4 * scale + 1e-9).all()) or bool((left.isnan() & right.isnan()).all())

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from shoal.errors import JobError
@@ -251,7 +252,7 @@ class Stage:
                 return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)).detach()
             key = (module.training, *(signature_of(leaf) for leaf in leaves))
             if key not in known:
-                with torch.random.fork_rng(devices=[]), _other_buffers(module):
+                with torch.random.fork_rng(devices=[]), _only_asked(module):
                     known[key] = pytree.tree_map(form_of, real(*args, **kwargs))
             return pytree.tree_map(filled, known[key])
 
@@ -271,16 +272,22 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _other_buffers(module: nn.Module) -> Iterator[None]:
-    """Let a module write into copies of its buffers: a BatchNorm that stands in must not count what it is asked."""
+def _only_asked(module: nn.Module) -> Iterator[None]:
+    """Let a module that stands in leave no traces: it writes into copies of its buffers, and a BatchNorm neither counts what it
+    is asked nor adds anything up with other workers, who are not asked at the same moment."""
     own = [(inner, name, b) for inner in module.modules() for name, b in inner._buffers.items() if b is not None]
+    norms = [inner for inner in module.modules() if isinstance(inner, _BatchNorm) and inner.training]
     try:
         for inner, name, buffer in own:
             inner._buffers[name] = buffer.clone()
+        for norm in norms:
+            norm.training = False
         yield
     finally:
         for inner, name, buffer in own:
             inner._buffers[name] = buffer
+        for norm in norms:
+            norm.training = True
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class Call:
     stop: int = 0
     results: list[Any] = field(default_factory=list)
     depends: bool = False
+    keeps_shape: bool = False
+    """It returned one tensor, of the shape and dtype of the first one that it got."""
 
 
 @dataclass
@@ -90,6 +92,13 @@ class Trace:
         """Every call, in the order in which they begin."""
         return _walk(self.root)
 
+    def forget_tensors(self) -> None:
+        """Let go of all activations; what was found out about them stays, but for ``crossing``."""
+        self.made.clear()
+        for call in self.calls():
+            call.arguments.clear()
+            call.results.clear()
+
     def crossing(self, moment: int) -> list[Made]:
         """The made tensors that are born before a moment and used after it, in the order of their birth."""
         return sorted((m for m in self.made.values() if m.born < moment < m.last), key=lambda m: m.born)
@@ -99,6 +108,18 @@ def _walk(call: Call) -> Iterator[Call]:
     yield call
     for inner in call.inside:
         yield from _walk(inner)
+
+
+_ASK = frozenset(
+    {"__get__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"}
+    | {"is_floating_point", "is_complex", "is_contiguous", "get_device", "data_ptr", "type", "__repr__", "__format__"}
+)
+"""Functions that ask what a tensor is like."""
+
+
+def computes(func: Any) -> bool:
+    """Whether a torch function counts. Questions do not: how many are asked may depend on the mode of the model."""
+    return getattr(func, "__name__", "") not in _ASK
 
 
 def tensors_in(leaves: list[Any]) -> list[torch.Tensor]:
@@ -176,6 +197,9 @@ class _Watcher(TorchFunctionMode):
             if next(module.parameters(), None) is not None or (opaque and _is_opaque(module)):
                 for tensor in results:
                     self._make(tensor, now)
+            call.keeps_shape = (
+                bool(arguments and results) and len(call.results) == 1 and _alike(results[0], arguments[0])
+            )
             call.depends = any(id(tensor) in self._made for tensor in results)
             if not self._open:
                 for tensor in results:
@@ -187,8 +211,10 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        called, number = Function(self._tick()), len(self._functions)
-        self._functions.append(called)
+        called, number = Function(self._tick()), -1
+        if computes(func):
+            number = len(self._functions)
+            self._functions.append(called)
         began = time.perf_counter()
         output = func(*args, **kwargs)
         called.seconds = time.perf_counter() - began
@@ -233,6 +259,10 @@ class _Watcher(TorchFunctionMode):
         key = id(tensor)
         if key not in self._made and key not in self._parameters:
             self._made[key] = Made(tensor, now, now, origin)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -23,14 +23,18 @@ from shoal.errors import JobFailed
 
 Widths = tuple[tuple[int, ...], ...]
 
+# Newer torch warns of the older names.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Unsplit(JobFailed):
     """An operation that a split tensor cannot take part in; ``origins`` are the layers that it comes from."""
 
     def __init__(self, what: str, origins: frozenset[str]) -> None:
         super().__init__(
-            f"The model uses {what} on a tensor that is split over workers, where its effect would be lost; leave the layer that makes "
-            'the tensor whole with tensor_plan={"path.of.the.layer": "replicate"}.'
+            f"The model uses {what} on a tensor that is split over workers, where its effect would be lost; leave the layer "
+            'that makes the tensor whole with tensor_plan={"path.of.the.layer": "replicate"}.'
         )
         self.what = what
         self.origins = origins
@@ -158,7 +162,7 @@ class Team:
             rows = torch.cat([rows, rows.new_zeros(most - rows.shape[0], *rows.shape[1:])])
         rows = rows.contiguous()
         everything = rows.new_empty(self.ways * most, *rows.shape[1:])
-        dist.all_gather_into_tensor(everything, rows, group=self.group)
+        _all_gather_single(everything, rows, group=self.group)
         return [everything[t * most : t * most + sizes[t]].movedim(0, dim) for t in range(self.ways)]
 
     def sum_and_scatter(self, x: torch.Tensor, dim: int, widths: Widths) -> torch.Tensor:
@@ -166,7 +170,7 @@ class Team:
         if len(widths) == 1 and len(set(widths[0])) == 1:
             rows = x.movedim(dim, 0).contiguous()
             own = rows.new_empty(widths[0][self.rank], *rows.shape[1:])
-            dist.reduce_scatter_tensor(own, rows, group=self.group)
+            _reduce_scatter_single(own, rows, group=self.group)
             return own.movedim(0, dim)
         return take(self.all_reduce(_own_copy(x)), dim, ranges_of(widths, self.rank))
 

@@ -167,9 +167,8 @@ def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
             candidate = Candidate(path, module, "linear", out_dim=1, in_dim=0)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
             candidate = Candidate(path, module, "convolution", feature=1)
-        elif isinstance(module, nn.Embedding):
-            if module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
-                candidate = Candidate(path, module, "embedding", role="embedding")
+        elif isinstance(module, nn.Embedding) and not (module.max_norm or module.sparse or module.scale_grad_by_freq):
+            candidate = Candidate(path, module, "embedding", role="embedding")
         if candidate is not None and (candidate.kind == "heads" or max(candidate.weight.shape[:2]) >= ways):
             found[path] = candidate
     return found
@@ -261,7 +260,8 @@ def apply_override(model: nn.Module, found: dict[str, Candidate], override: Any)
         return
     if not isinstance(override, Mapping):
         raise JobError(
-            f'tensor_plan is a {type(override).__name__}; give a mapping from module paths to styles, such as {{"*.fc1": "colwise"}}.'
+            f"tensor_plan is a {type(override).__name__}; give a mapping from module paths to styles, "
+            'such as {"*.fc1": "colwise"}.'
         )
     paths = [path for path, _ in model.named_modules()]
     for pattern, style in override.items():
@@ -275,7 +275,7 @@ def apply_override(model: nn.Module, found: dict[str, Candidate], override: Any)
             if path in found and (role == "whole" or fits_role(found[path], _of(found[path], role)))
         ]
         if not able and role != "whole":
-            raise JobError(f'tensor_plan asks for {role} of "{pattern}", where no layer can be split so.')
+            raise JobError(f'tensor_plan asks for {style} of "{pattern}", where no layer can be split so.')
         for candidate in able:
             candidate.role, candidate.fixed = _of(candidate, role), True
             if role == "whole":

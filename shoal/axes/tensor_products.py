@@ -215,7 +215,12 @@ def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...])
     return tuple(args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names))
 
 
+def swapped_matmul(team: Team, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return matmul(team, func, args[::-1], kwargs)
+
+
 PRODUCT_RULES: dict[str, Callable[..., Any]] = {
-    "linear": linear, "addmm": addmm, "matmul": matmul, "bmm": matmul, "mm": matmul, "__matmul__": matmul, "__rmatmul__": lambda t, f, a, k: matmul(
-        t, f, a[::-1], k), "einsum": einsum, "baddbmm": baddbmm, "embedding": embedding, "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
+    "linear": linear, "addmm": addmm, "matmul": matmul, "bmm": matmul, "mm": matmul, "__matmul__": matmul,
+    "__rmatmul__": swapped_matmul, "einsum": einsum, "baddbmm": baddbmm, "embedding": embedding, "conv1d": convolution,
+    "conv2d": convolution, "conv3d": convolution,
 }  # fmt: skip

@@ -45,15 +45,15 @@ _INPLACE = _names(
 # Their argument ``dim`` is the second, but for those in _DIM_IS_ARGUMENT.
 _ALONG = _names(
     """
-    softmax log_softmax sum mean var std amax amin argmax argmin logsumexp cumsum cumprod norm normalize glu topk sort argsort all any
-    prod
+    softmax log_softmax sum mean var std amax amin argmax argmin logsumexp cumsum cumprod norm normalize glu topk sort
+    argsort all any prod
     """
 )
 _DIM_IS_ARGUMENT = {"norm": 2, "normalize": 2, "topk": 2}
 _BY_CHANNEL = _names(
     """
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    adaptive_max_pool1d adaptive_max_pool2d interpolate boolean_dispatch _max_pool1d _max_pool2d _max_pool3d
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d interpolate boolean_dispatch _max_pool1d _max_pool2d _max_pool3d
     """
 )
 # Of the wrapper itself: these tell the size of the whole.

@@ -168,7 +168,9 @@ class Search:
                 self._note_heads(origins, sizes[0])
         # Blocks first: what is put together for want of them, and what follows from that, is no finding.
         for _, what, candidate, sizes in self._about_candidates("view", "blocks"):
-            if what != "view" or sizes[0] <= MOST_GUESSED_BLOCKS:
+            # A view by heads that do not divide names no blocks: see ``_refuse_heads``.
+            uneven = sizes[0] % self.ways and head_count(self.model, candidate.path, sizes[0])
+            if what != "view" or (sizes[0] <= MOST_GUESSED_BLOCKS and not uneven):
                 changed |= self._try_blocks(candidate, sizes if what != "view" else (1,) * sizes[0])
         changed |= self._try_slices()
         if changed:
@@ -194,9 +196,11 @@ class Search:
     def _about_candidates(self, *kinds: str) -> Iterator[tuple[str, str, Candidate, tuple[int, ...]]]:
         """The events of these kinds, by the candidates that they are about."""
         for kind, what, origins, sizes in self._events:
-            for path in sorted(origins) if kind in kinds else ():
-                candidate = self.found.get(path)
-                if candidate is not None and candidate.role != "whole":
+            about = [self.found[p] for p in sorted(origins) if kind in kinds and p in self.found]
+            # A module with heads does its own exchanges: it is at fault only where its input was whole.
+            others = [c for c in about if c.kind != "heads" and c.role != "whole"]
+            for candidate in others or about:
+                if candidate.role != "whole":
                     yield kind, what, candidate, sizes
 
     def _settle(self, failure: Unsplit | None) -> bool:

@@ -68,7 +68,7 @@ def _view(team: Team, x: Cut, shape: Sequence[int]) -> Any:
         if known == 0 or total % known:
             return NotImplemented
         new[new.index(-1)] = total // known
-    if math.prod(new) != total or total == 0:
+    if math.prod(new) != total or total == 0 or x.whole_size == 1:
         return NotImplemented
     found = regroup(old, new, x.split_dim, x.widths)
     if not (len(found) == 2 and isinstance(found[1], tuple)):

@@ -28,8 +28,9 @@ the forward to the end of the backward pass, because code may read those weights
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,20 @@ class Sharded:
         for parameter in self.model.parameters():
             parameter.grad = None
 
+    @contextlib.contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """For passes that are made only because all workers must call the model equally often: what they reach does not count."""
+        before = dict(self._touched)
+        whole = [p for name, p in self.model.named_parameters() if name in self.kept_whole and p.requires_grad]
+        for parameter in whole:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self._touched.update(before)
+            for parameter in whole:
+                parameter.requires_grad_(True)
+
     def abandon(self) -> None:
         """Give up a step in the middle, after an error in a collective; the model can be called again afterwards.
 
@@ -305,12 +320,24 @@ def _shard(module: nn.Module, **options: Any) -> None:
     module.register_forward_pre_hook(
         lambda _, args, kwargs: (closed(args), closed(kwargs)), prepend=True, with_kwargs=True
     )
-    module.register_forward_hook(lambda _module, _inputs, output: opened(output))
+    module.register_forward_hook(lambda _module, _inputs, output: opened(_no_views(output)))
     fully_shard(module, **options)
     module.register_forward_pre_hook(
         lambda _, args, kwargs: (opened(args), opened(kwargs)), prepend=True, with_kwargs=True
     )
     module.register_forward_hook(lambda _module, _inputs, output: closed(output))
+
+
+def _no_views(output: Any) -> Any:
+    """A copy of what is only another view of a tensor: FSDP2's hook would be lost where somebody writes into it."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def own(value: Any) -> Any:
+        is_view = type(value) is torch.Tensor and value.requires_grad and value._is_view()
+        return value.clone() if is_view else value
+
+    return pytree.tree_map(own, output)
 
 
 def _drop_after_evaluation(model: Any, _inputs: Any, _output: Any) -> None:

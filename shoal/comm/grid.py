@@ -36,7 +36,8 @@ class Grid:
     @classmethod
     def of(cls, plan: Plan) -> Grid:
         """The grid that a plan names."""
-        return cls(plan.data_ways, plan.pp or 1, plan.tp or 1, plan.zero == 3)
+        # A single worker on the data axis has nobody to share with.
+        return cls(plan.data_ways, plan.pp or 1, plan.tp or 1, plan.zero == 3 and plan.data_ways > 1)
 
     @property
     def world_size(self) -> int:
@@ -64,10 +65,6 @@ class Grid:
         """The ranks that a rank needs within a step's computation, itself among them."""
         first = rank // self.team_size * self.team_size
         return tuple(range(first, first + self.team_size))
-
-    def reporter(self, data: int) -> int:
-        """The rank that knows the loss of a replica's share: its last stage, the first tensor part."""
-        return self.rank(data, self.pp - 1, 0)
 
     @property
     def owners(self) -> int:

@@ -37,8 +37,8 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "stop": ("step", "reason"),
         "error": ("sentence", "rank", "traceback"),
         "run_end": (
-            "status", "steps", "epochs", "samples_per_s", "step_s", "predicted_step_s", "startup_s", "eval_s", "wall_s",
-            "model", "weights_sha256",
+            "status", "steps", "epochs", "samples_per_s", "step_s", "predicted_step_s", "memory_mb",
+            "predicted_memory_mb", "startup_s", "eval_s", "wall_s", "model", "weights_sha256",
         ),
     }
 )  # fmt: skip

@@ -149,6 +149,9 @@ def _run_end(event: Event) -> list[str]:
     lines = [line]
     if event.get("step_s") is not None:
         lines.append(predicted_beside_measured(event.get("predicted_step_s"), event["step_s"]))
+    if event.get("predicted_memory_mb") is not None and event.get("memory_mb") is not None:
+        predicted, measured = event["predicted_memory_mb"], event["memory_mb"]
+        lines.append(f"memory of the largest worker: predicted {predicted:,.0f} MB, measured {measured:,.0f} MB")
     if event.get("model"):
         lines.append(f"model: {event['model']}")
     return lines

@@ -20,15 +20,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from shoal.axes.owners import owning_stages
 from shoal.axes.zero import held
 from shoal.errors import PlanError
 from shoal.plan import Plan
+from shoal.planner.candidates import in_microbatches
 
 PROCESS_BYTES = 330_000_000
 """Resident memory of a worker that has imported torch and run a step of a tiny model."""
 
 MARGIN = 0.05
 """What a proposed plan leaves of the limit, for what no prediction knows: heaps with holes, kernels' work space."""
+
+HOLES = 1.3
+"""Activations take so much more than their bytes where freed memory stays in the process: the heap has holes. Measured on
+transformers of 30 to 200 million parameters. With ``zero=3`` freed memory goes back at once (``train/allocator.py``)."""
 
 SPLIT_SHARE = 24 / 34
 """What tensor parallelism splits of a transformer layer's activations: all but 10 of 34 parts (Korthikanti, equation 2)."""
@@ -61,7 +67,8 @@ class Unit:
     Attributes:
         saved: bytes a sample that stay from the forward to the backward pass.
         fixed: bytes that stay, however many samples there are.
-        peak: bytes a sample that are live at the unit's worst moment, beyond what was saved before it.
+        peak: bytes a sample that are live at the unit's worst moment, beyond what it and the units before it have saved.
+        burst: bytes that are live then, however many samples there are: gradients of weights that were just computed.
         entry: bytes a sample that come in: what travels where a pipeline is cut before it.
         block: whether it is one of the repeated blocks.
         recomputed: bytes a sample of ``saved`` for each mode of ``recompute``, where they are known.
@@ -70,6 +77,7 @@ class Unit:
     saved: float
     fixed: float = 0.0
     peak: float = 0.0
+    burst: float = 0.0
     entry: float = 0.0
     block: bool = False
     recomputed: Mapping[str, float] = field(default_factory=dict)
@@ -145,18 +153,18 @@ def worker_need(model: ModelMemory, plan: Plan, stages: Sequence[Sequence[int]] 
     """
     pp = plan.pp or 1
     cut = cut_stages(model, pp * _pieces(plan)) if stages is None else stages
-    holders = [[cut[c] for c in _chunks_of_stage(stage, pp, len(cut), plan.schedule)] for stage in range(pp)]
-    needs = [_stage_need(model, plan, [u for c in chunks for u in c], stage) for stage, chunks in enumerate(holders)]
+    ranks = [[u for c in _chunks_of_stage(stage, pp, len(cut), plan.schedule) for u in cut[c]] for stage in range(pp)]
+    owners = _owners(model, ranks)
+    needs = [_stage_need(model, plan, ranks, owners, stage) for stage in range(pp)]
     return max(needs, key=lambda need: need.total)
 
 
-def machine_need(model: ModelMemory, plan: Plan) -> int:
-    """Bytes of all workers of a plan together on one machine, what they share counted once."""
+def machine_need(model: ModelMemory, plan: Plan, need: Need) -> int:
+    """Bytes of all workers of a plan together on one machine, what they share counted once; ``need``: of the largest."""
     world = plan.world_size if plan.names_axes else 1
     weights = sum(w.nbytes for w in model.weights)
     trained = sum(w.nbytes for w in model.weights if w.trained)
     stripes = 1 if plan.zero == 3 else (plan.data_ways if plan.names_axes else 1)
-    need = worker_need(model, plan)
     private = need.activations + need.gathered + need.process
     return weights + trained * (stripes + model.state_tensors) + 2 * model.buffer_bytes + world * private
 
@@ -225,12 +233,20 @@ def _chunks_of_stage(stage: int, pp: int, chunks: int, schedule: str | None) -> 
     return list(range(stage, chunks, pp))
 
 
-def _stage_need(model: ModelMemory, plan: Plan, units: Sequence[int], stage: int) -> Need:
+def _stage_need(
+    model: ModelMemory, plan: Plan, cut: Sequence[Sequence[int]], owners: Mapping[str, int], stage: int
+) -> Need:
     dp, tp = plan.dp or 1, plan.tp or 1
+    units = cut[stage]
     own = set(units)
     mine = [(w, w.nbytes / (tp if w.split else 1)) for w in model.weights if {w.unit, *w.also} & own]
     weights = sum(size for _, size in mine)
-    trained = sum(size for w, size in mine if w.trained)
+    trained = sum(size for w, size in mine if w.trained and owners[w.name] == stage)
+    # A gradient of a weight that another stage owns has a place of its own, which the owner reads.
+    echoes = sum(
+        size for w, size in mine
+        if w.trained and len({owners[w.name], *(_stages_of(w, cut))}) > 1
+    )  # fmt: skip
     gathered = 0
     if plan.zero == 3 and dp > 1:
         blocks = [sum(s for w, s in mine if w.unit == u and not w.also) for u in units if model.units[u].block]
@@ -238,21 +254,35 @@ def _stage_need(model: ModelMemory, plan: Plan, units: Sequence[int], stage: int
         gathered = held([int(size) for size in blocks], int(rest), dp, 0).gathered
         weights, gradients = weights / dp, trained / dp
     else:
-        # Its own stripe, a slice of each other one, and the gradient that was just made and goes to the stripe.
-        gradients = trained * (1 + (dp - 1) / dp) + max((size for w, size in mine if w.trained), default=0)
-    buffers = 2 * model.buffer_bytes
+        # Its own stripe, and of each other one the slice that it adds up.
+        gradients = trained * (1 + (dp - 1) / dp) + echoes
     return Need(
         weights=math.ceil(weights),
         gradients=math.ceil(gradients),
         state=math.ceil(model.state_tensors * trained / dp),
         activations=math.ceil(_activations(model, plan, units, stage)),
         gathered=gathered,
-        buffers=buffers,
+        buffers=2 * model.buffer_bytes,
         process=model.process_bytes,
     )
 
 
+def _stages_of(weight: Weight, cut: Sequence[Sequence[int]]) -> list[int]:
+    used = {weight.unit, *weight.also}
+    return [stage for stage, units in enumerate(cut) if used & set(units)]
+
+
+def _owners(model: ModelMemory, cut: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Which stage owns each weight, and with it the gradient and the optimizer state: see ``owning_stages``."""
+    uses = {w.name: _stages_of(w, cut) or [0] for w in model.weights}
+    return owning_stages({w.name: w.nbytes for w in model.weights}, uses)
+
+
 def _activations(model: ModelMemory, plan: Plan, units: Sequence[int], stage: int) -> float:
+    """Bytes at the worst moment: while one unit computes, with what it and those before it have saved.
+
+    Of a pipeline's other microbatches everything is there.
+    """
     mode = plan.recompute or "none"
     tp = plan.tp or 1
     divided = 1.0 / tp if plan.sequence_parallel else 1 - SPLIT_SHARE + SPLIT_SHARE / tp
@@ -260,122 +290,125 @@ def _activations(model: ModelMemory, plan: Plan, units: Sequence[int], stage: in
     if plan.shares:
         share = math.ceil(model.batch * max(plan.shares) / sum(plan.shares))
     samples = -(-share // ((plan.accumulate or 1) * (plan.microbatches or 1)))
-    own = [model.units[u] for u in units]
     # What no split weight takes part in is computed by every worker of the tensor axis alike.
     split = {unit for weight in model.weights if weight.split for unit in (weight.unit, *weight.also)}
-    factors = [divided if u in split else 1.0 for u in units]
-    kept = sum(factor * unit.kept(mode) for unit, factor in zip(own, factors, strict=True))
-    # One block at a time is whole again while it is recomputed, beside whatever else is live at the worst moment.
-    beyond = max(
-        (f * (unit.peak + max(0.0, unit.saved - unit.kept(mode))) for unit, f in zip(own, factors, strict=True)),
-        default=0.0,
-    )
-    # What does not grow with the batch (rounded weights under bf16, statistics) goes with a block that is recomputed.
-    stays = [f * unit.fixed for unit, f in zip(own, factors, strict=True) if not (unit.block and mode == "full")]
-    comes = [f * unit.fixed for unit, f in zip(own, factors, strict=True) if unit.block and mode == "full"]
-    flight = in_flight(plan, stage)
-    return sum(stays) * flight + max(comes, default=0.0) + samples * (kept * flight + beyond)
+    # Gathered gradients are counted where weights are.
+    sharded = plan.zero == 3 and (plan.dp or 1) > 1
+    bursts = 0.0 if sharded else 1.0
+    kept = worst = 0.0
+    for index in units:
+        unit = model.units[index]
+        recomputed = unit.block and mode == "full"
+        factor = divided if index in split else 1.0
+        # What does not grow with the batch (rounded weights under bf16, statistics) goes with a block that is recomputed.
+        kept += factor * (samples * unit.kept(mode) + (0.0 if recomputed else unit.fixed))
+        # One block at a time is whole again while it is recomputed.
+        again = factor * (samples * max(0.0, unit.saved - unit.kept(mode)) + (unit.fixed if recomputed else 0.0))
+        burst = bursts * unit.burst / (tp if index in split else 1)
+        worst = max(worst, kept + again + factor * samples * unit.peak + burst)
+    return (kept * (in_flight(plan, stage) - 1) + worst) * (1.0 if sharded else HOLES)
 
 
 # -- refusing ---------------------------------------------------------------------------------------------------------
 
 
-def fits(
-    model: ModelMemory,
-    plan: Plan,
-    limit_bytes: int | None,
-    *,
-    most_workers: int,
-    allowed: Callable[[Plan], bool] = lambda plan: True,
-    machine_bytes: int | None = None,
-) -> Need:
-    """Return what the plan needs where that is within the limits.
+@dataclass(frozen=True)
+class Limits:
+    """What there is.
+
+    Attributes:
+        worker_bytes: what a worker may use (``--memory-limit``), or None.
+        machine_bytes: what all workers may use together, or None.
+        most_workers: how many workers a plan that is proposed instead may have.
+    """
+
+    worker_bytes: int | None = None
+    machine_bytes: int | None = None
+    most_workers: int = 1
+
+    def hold(self, model: ModelMemory, plan: Plan, need: Need, spared: float = 0.0) -> bool:
+        """Whether a plan fits that needs so much a worker, with a part of the limits to spare."""
+        if self.worker_bytes is not None and need.total > self.worker_bytes * (1 - spared):
+            return False
+        return self.machine_bytes is None or machine_need(model, plan, need) <= self.machine_bytes * (1 - spared)
+
+
+def refusal(model: ModelMemory, plan: Plan, need: Need, limits: Limits, better: tuple[Plan, Need] | None) -> str:
+    """Return the sentence for a plan that needs too much: what it needs, the limit, and what would fit.
 
     Args:
-        limit_bytes: what a worker may use (``--memory-limit``), or None.
-        most_workers: how many workers a plan that is proposed instead may have.
-        allowed: whether the model can be split as a plan says (heads, blocks); proposals are made from such plans.
-        machine_bytes: what all workers may use together, or None.
-
-    Raises:
-        PlanError: it is not; says what the plan needs, the limit, and the smallest plan that would fit.
+        better: a plan that fits, from ``propose``, and what it needs; None where there is none.
     """
-    need = worker_need(model, plan)
-    if _within(model, plan, limit_bytes, machine_bytes):
-        return need
-    name = _axes_text(plan)
-    if limit_bytes is not None and need.total > limit_bytes:
+    name = axes_text(plan)
+    if limits.worker_bytes is not None and need.total > limits.worker_bytes:
         said = f"{name} needs about {size_text(need.total)} a worker ({need.sentence()})"
-        said += f" and the limit is {size_text(limit_bytes)}"
+        said += f" and the limit is {size_text(limits.worker_bytes)}"
     else:
-        everything = machine_need(model, plan)
-        said = f"{name} needs about {size_text(everything)} in all and the machine has {size_text(machine_bytes or 0)}"
-    better = propose(model, plan, limit_bytes, most_workers=most_workers, allowed=allowed, machine_bytes=machine_bytes)
+        everything = machine_need(model, plan, need)
+        said = f"{name} needs about {size_text(everything)} in all"
+        said += f" and the machine has {size_text(limits.machine_bytes or 0)}"
     if better is None:
-        remedy = f"no plan with up to {most_workers} workers fits; raise the limit, or use a smaller model or batch"
+        most = limits.most_workers
+        remedy = f"no plan with up to {most} workers fits; raise the limit, or use a smaller model or batch"
     else:
-        remedy = f"--plan {_axes_text(better)} would fit with {size_text(worker_need(model, better).total)}"
+        remedy = f"--plan {axes_text(better[0])} would fit with {size_text(better[1].total)} a worker"
     guess = " (the activations are a guess)" if model.guessed else ""
-    raise PlanError(f"{said}{guess}; {remedy}.")
+    return f"{said}{guess}; {remedy}."
 
 
 def propose(
     model: ModelMemory,
     wanted: Plan,
-    limit_bytes: int | None,
-    *,
-    most_workers: int,
-    allowed: Callable[[Plan], bool] = lambda plan: True,
-    machine_bytes: int | None = None,
-) -> Plan | None:
-    """Return the smallest plan that fits: the fewest workers, then the fewest axes, then the least memory; or None.
+    limits: Limits,
+    check: Callable[[Plan], Need | None] | None = None,
+) -> tuple[Plan, Need] | None:
+    """Return the smallest plan that fits and what it needs: the fewest workers, then the fewest axes, then the least memory.
 
-    What ``wanted`` says beside its axes is kept. Recomputing is proposed only where nothing fits without. It leaves a
-    twentieth of the limits free.
+    What ``wanted`` says beside its axes is kept. Recomputing is proposed only where nothing fits without. It leaves a part
+    of the limits free (``MARGIN``).
+
+    Args:
+        check: asked of each plan that seems to fit, in this order: what it really needs, or None where the model cannot be
+            split like that. By default what is predicted here.
     """
-    limit_bytes, machine_bytes = (
-        None if limit is None else int(limit * (1 - MARGIN)) for limit in (limit_bytes, machine_bytes)
-    )
+    check = check or (lambda plan: worker_need(model, plan))
     modes = [wanted.recompute or "none"]
     if modes != ["full"]:
         modes.append("full")
     for mode in modes:
-        for workers in range(1, most_workers + 1):
-            fitting = [
-                plan
-                for plan in _plans_of(wanted, workers, mode, model)
-                if allowed(plan) and _within(model, plan, limit_bytes, machine_bytes)
-            ]
-            if fitting:
-                return min(fitting, key=lambda plan: (_axes_used(plan), worker_need(model, plan).total))
+        for workers in range(1, limits.most_workers + 1):
+            fitting: list[tuple[int, int, int, Plan]] = []
+            for plan in _plans_of(wanted, workers, mode, model):
+                need = worker_need(model, plan)
+                if limits.hold(model, plan, need, MARGIN):
+                    fitting.append((_axes_used(plan), need.total, len(fitting), plan))
+            for _, _, _, plan in sorted(fitting):
+                checked = check(plan)
+                if checked is not None and limits.hold(model, plan, checked, MARGIN):
+                    return plan, checked
     return None
-
-
-def _within(model: ModelMemory, plan: Plan, limit_bytes: int | None, machine_bytes: int | None) -> bool:
-    if limit_bytes is not None and worker_need(model, plan).total > limit_bytes:
-        return False
-    return machine_bytes is None or machine_need(model, plan) <= machine_bytes
 
 
 def _plans_of(wanted: Plan, workers: int, mode: str, model: ModelMemory) -> Iterable[Plan]:
     """Every way to use exactly so many workers."""
-    kept = wanted.replace(shares=None, explanation=())
+    dropped = ("shares", "microbatches", "schedule", "interleave", "sequence_parallel", "batchnorm")
+    kept = wanted.replace(**dict.fromkeys(dropped), explanation=())
     for tp in _divisors(workers):
         for pp in _divisors(workers // tp):
             dp = workers // tp // pp
             if dp > model.batch or pp > len(model.units):
                 continue
-            for zero in (0, 3) if dp > 1 else (0,):
+            for zero in (0, 3) if dp > 1 and pp == 1 else (0,):
                 changes: dict[str, object] = {"dp": dp, "tp": tp, "pp": pp, "zero": zero, "recompute": mode}
-                share = -(-model.batch // dp)
-                changes["microbatches"] = min(share, kept.microbatches or 4 * pp) if pp > 1 else None
-                changes["schedule"] = (kept.schedule or "1f1b") if pp > 1 else None
-                changes["interleave"] = kept.interleave if pp > 1 else None
-                changes["sequence_parallel"] = kept.sequence_parallel if tp > 1 else None
-                if pp > 1 and kept.batchnorm == "global":
-                    changes["batchnorm"] = "micro"
+                if pp > 1:
+                    names = ("microbatches", "schedule", "interleave", "batchnorm")
+                    changes.update({name: getattr(wanted, name) for name in names})
+                else:
+                    changes["batchnorm"] = wanted.batchnorm
+                if tp > 1:
+                    changes["sequence_parallel"] = wanted.sequence_parallel
                 try:
-                    yield kept.replace(**changes)
+                    yield in_microbatches(kept.replace(**changes), model.batch)
                 except PlanError:
                     # What the user fixed does not go with these axes.
                     continue
@@ -389,9 +422,11 @@ def _axes_used(plan: Plan) -> int:
     return sum((getattr(plan, key) or 1) > 1 for key in ("dp", "tp", "pp")) + bool(plan.zero)
 
 
-def _axes_text(plan: Plan) -> str:
-    """The part of a plan that memory depends on, as a plan string."""
-    said = {k: v for k, v in plan.values().items() if k in ("dp", "tp", "pp") and v != 1}
+def axes_text(plan: Plan) -> str:
+    """The part of a plan that memory depends on, as a plan string, without what follows from the rest."""
+    said = {k: v for k, v in plan.values().items() if k in ("dp", "tp", "pp", "accumulate") and v != 1}
     said.update({k: v for k, v in plan.values().items() if k == "zero" and v})
     said.update({k: v for k, v in plan.values().items() if k == "recompute" and v != "none"})
-    return ",".join(f"{key}={value}" for key, value in said.items()) or "dp=1"
+    said.update({k: v for k, v in plan.values().items() if k == "precision" and v != "fp32"})
+    said.update({k: v for k, v in plan.values().items() if k == "sequence_parallel" and v})
+    return str(Plan(**said)) if said else "dp=1"

@@ -207,10 +207,10 @@ def _measure(
     for index in range(len(names) + 2):
         saved, fixed = _line(counts, [p.saved[index] for p in plain])
         recomputed = {mode: _line(counts, [p.saved[index] for p in runs[mode]])[0] for mode in modes}
-        peak = _line(counts, [p.peak[index] for p in plain])[0]
+        peak, burst = _line(counts, [p.peak[index] for p in plain])
         entry = _line(counts, [p.entry[index] for p in plain])[0]
         block = 0 < index <= len(names)
-        units.append(Unit(saved, fixed, peak, entry, block, recomputed if block else {}))
+        units.append(Unit(saved, fixed, peak, burst, entry, block, recomputed if block else {}))
     return Activations(tuple(units), tuple(names), homes)
 
 
@@ -275,10 +275,10 @@ def _run(model: nn.Module, names: Sequence[str], batch: Any, loss: Loss, precisi
         mark, unit, live.peak = live.now, to, live.now
 
     def turn_back(to: int) -> None:
-        """The same in the backward pass, where what is beyond the unit's beginning counts."""
-        nonlocal mark, unit
-        found.peak[unit] = max(found.peak[unit], live.peak - mark)
-        mark, unit, live.peak = live.now, to, live.now
+        """The same in the backward pass, where all counts that is beyond what the units from here to the beginning have saved."""
+        nonlocal unit
+        found.peak[unit] = max(found.peak[unit], live.peak - sum(found.saved[: unit + 1]))
+        unit, live.peak = to, live.now
 
     def before(module: nn.Module, given: Any) -> None:
         place = places.get(id(module), 0)

@@ -109,8 +109,8 @@ def plan_job(
     job: Job, wanted: str | Plan | None, cluster: Cluster | None, supervisor: Supervisor | None = None
 ) -> tuple[Plan, dict[str, Any]]:
     """The chosen plan, and what ``shoal plan --json`` prints."""
-    from shoal.train.choose import choose_plan, report
-    from shoal.train.driver import ENTRY, check_plan, portable
+    from shoal.train.choose import choose, report
+    from shoal.train.driver import ENTRY, portable
 
     asked = read_plan(wanted)
     asked.require_built()
@@ -118,9 +118,8 @@ def plan_job(
     try:
         supervisor.load(ENTRY, portable(job), 3600.0)
         facts = supervisor.call("facts")
-        chosen = choose_plan(asked, job, facts, supervisor, cluster)
-        check_plan(chosen, job, facts)
-        return chosen, report(chosen, job, facts, supervisor)
+        choice = choose(asked, job, facts, supervisor, cluster)
+        return choice.plan, report(choice, job, facts, supervisor)
     finally:
         supervisor.close()
 

@@ -7,8 +7,9 @@ needs are added up likewise. With one worker the layer computes exactly as torch
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ class GlobalBatchNorm:
             x, weight, bias, averages, momentum, eps, lambda values: add_up(values, replicas)
         )
         return result
+
+
+@contextlib.contextmanager
+def without_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers compute as in evaluation, for a batch that is nobody's."""
+    training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Instead(TorchFunctionMode):

@@ -16,14 +16,16 @@ from shoal.cluster.cache import cache_dir, read_json, write_json
 from shoal.cluster.measure import fingerprint
 from shoal.comm.arena import Arena, Note, Signal
 from shoal.comm.grid import Grid
-from shoal.comm.store import Columns, Store, arena_layout
-from shoal.errors import PlanError, RequestError
+from shoal.comm.store import Columns, Store
+from shoal.errors import NotBuiltError, PlanError
 from shoal.job import Job
 from shoal.plan import Plan
 from shoal.planner.candidates import local_candidates
+from shoal.planner.memory import Need, axes_text, size_text
 from shoal.planner.search import Tried, search
 from shoal.process.supervisor import Supervisor
 from shoal.train.crew import Crew, bind
+from shoal.train.forecast import Forecast, limit_text
 from shoal.train.memory import memory_of
 from shoal.train.settings import JobFacts, RunSettings, layout_of
 from shoal.train.split import Split
@@ -37,21 +39,78 @@ _MOST_TRIAL_STEPS = 400
 _SPLIT_TIMEOUT_S = 600.0
 
 
-def choose_plan(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None) -> Plan:
-    """Return the plan with everything filled in and explained; PlanError where it does not fit the job or the machine."""
+@dataclass(frozen=True)
+class Choice:
+    """A complete, explained plan; how it divides the model; and what its largest worker will need, where that was in doubt."""
+
+    plan: Plan
+    split: Split | None
+    need: Need | None
+
+
+def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None) -> Choice:
+    """Fill in everything that a plan leaves open, and explain it; PlanError where it does not fit the job or the machine."""
     machine = cluster or Cluster.local(measure=False)
     if len(machine.machines) > 1:
         raise PlanError(
             "The cluster has more than one machine, and shoal starts workers on one; start the job with torchrun on each "
             "machine, and shoal joins them."
         )
-    _check_memory(facts, plan.filled() if plan.names_axes else Plan(dp=1), machine)
     batch = min(job.batch_size, facts.samples)
     candidates = local_candidates(plan, machine.cores, batch, facts.images)
-    chosen, why = candidates[0], [f"{candidates[0].brief()} was given as it is."]
+    check_plan(candidates[0], job, facts)
+    forecast = Forecast(job, facts, supervisor, machine)
+    first = candidates[0]
+    need: Need | None = None
+    why: list[str] = []
+    if plan.names_axes or Grid.of(first).splits_model:
+        need = forecast.refuse(plan, first, split_of(first, supervisor))
+        why = [f"{first.brief()} was given as it is."]
+    else:
+        candidates = [candidate for candidate in candidates if forecast.fits(candidate)]
+        if not candidates:
+            first, need, why = _instead(plan, first, forecast, machine.cores)
+            candidates = [first]
     if len(candidates) > 1:
-        chosen, why = _best(candidates, job, facts, supervisor, plan, machine)
-    return chosen.replace(explanation=tuple(why))
+        first, why = _best(candidates, job, facts, supervisor, plan, machine)
+    elif not why:
+        first = candidates[0]
+        why = [f"{first.brief()} is the only plan worth trying here."]
+    split = split_of(first, supervisor)
+    if need is None and forecast.doubtful(first):
+        need = forecast.need(first, split)[1]
+    if need is not None:
+        limit = limit_text(forecast.limits)
+        why.append(f"Its largest worker needs about {size_text(need.total)} ({need.sentence()}); the limit is {limit}.")
+    if split is not None:
+        why += split.explanation
+    why += remarks(first)
+    return Choice(first.replace(explanation=tuple(why)), split, need)
+
+
+def _instead(wanted: Plan, first: Plan, forecast: Forecast, cores: int) -> tuple[Plan, Need, list[str]]:
+    """The plan for a model that no worker can hold as a whole."""
+    found = forecast.better(wanted, first)
+    if found is None:
+        raise PlanError(forecast.too_little(wanted, first))
+    plan, need = found
+    plan = plan.replace(threads=plan.threads or max(1, cores // plan.world_size)).filled()
+    return plan, need, [f"{axes_text(plan)} is the smallest plan that fits: one worker cannot hold the whole model."]
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What a plan says that changes nothing, or not what one might think."""
+    found = []
+    if plan.zero in (1, 2) and plan.data_ways > 1:
+        found.append(
+            f"zero={plan.zero} is what workers on one machine do anyway: weights and optimizer state exist once, and each "
+            "worker updates its own slice."
+        )
+    if plan.zero and plan.data_ways == 1:
+        found.append(f"zero={plan.zero} changes nothing with dp=1: there is nobody to share with.")
+    if (plan.pp or 1) == 1 and (plan.microbatches or 1) > 1:
+        found.append(f"Without pp, microbatches={plan.microbatches} are pieces that are computed in turn.")
+    return found
 
 
 def _best(
@@ -77,6 +136,27 @@ def _best(
     why = [f"{best.plan.brief()} is the fastest of {len(tried)} plans on {machine.cores} cores ({how})."]
     why += [f"{t.plan.brief()}: {t.step_s * 1e3:.2f} ms a step, {samples / t.step_s:,.0f} samples/s" for t in tried]
     return best.plan, why
+
+
+def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
+    """Refuse a plan that does not fit the job."""
+    batch = min(job.batch_size, facts.samples)
+    if plan.data_ways > batch:
+        raise PlanError(
+            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use dp={batch} or fewer, or a larger batch."
+        )
+    if plan.shares is not None and sum(plan.shares) == 0:
+        raise PlanError("All shares are 0; give at least one worker a part of the batch.")
+    for key in ("tp", "pp"):
+        if plan.local_steps and (getattr(plan, key) or 1) > 1:
+            raise NotBuiltError(
+                f"local_steps={plan.local_steps} lets each worker train alone and {key}={getattr(plan, key)} lets several "
+                "compute together; that is not built, so keep one of them."
+            )
+    if (plan.accumulate or 1) > batch:
+        raise PlanError(
+            f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer."
+        )
 
 
 def split_of(plan: Plan, supervisor: Supervisor) -> Split | None:
@@ -163,8 +243,9 @@ def _run_trial(
     )
 
 
-def report(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor) -> dict[str, Any]:
+def report(choice: Choice, job: Job, facts: JobFacts, supervisor: Supervisor) -> dict[str, Any]:
     """What ``shoal plan --json`` says of a chosen plan; it is tried now if nothing is known of it."""
+    plan = choice.plan
     if "memory_mb" not in _entries(job, facts).get(str(plan), {}):
         run_trial(plan, job, facts, supervisor, _SINGLE_TRIAL_S)
     entries = _entries(job, facts)
@@ -174,6 +255,7 @@ def report(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor) -> dic
         "predicted": {
             "step_s": predicted_step(plan, job, facts),
             "memory_mb_per_worker": entry["memory_mb"],
+            "forecast_mb_per_worker": None if choice.need is None else round(choice.need.total / 1e6, 1),
             "compute_s": entry["compute_s"],
             "comm_s": entry["comm_s"],
         },
@@ -183,22 +265,6 @@ def report(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor) -> dic
         ),
         "why": list(plan.explanation),
     }
-
-
-def _check_memory(facts: JobFacts, plan: Plan, machine: Cluster) -> None:
-    """Refuse what certainly does not fit: weights, state and gradients alone."""
-    need = arena_layout(facts.table, Grid.of(plan), 0).size
-    limit = machine.memory_limit_bytes
-    if limit is not None and need / plan.world_size > limit:
-        raise PlanError(
-            f"The plan needs at least {need / plan.world_size / 1e6:,.0f} MB a worker and the limit is {limit / 1e6:,.0f} MB; "
-            "raise --memory-limit, or use a smaller model."
-        )
-    if need > machine.memory_bytes:
-        raise RequestError(
-            f"The plan needs at least {need / 1e9:.1f} GB and this machine has {machine.memory_bytes / 1e9:.1f} GB; "
-            "use fewer workers or a smaller model."
-        )
 
 
 # -- what is remembered ----------------------------------------------------------------------------------------------

@@ -185,10 +185,10 @@ class Crew:
                 f"Worker {rank} died {MOST_DEATHS_A_STEP} times in step {step + 1} (last by {cause}), so something in that "
                 f"step kills it; {last_checkpoint()}"
             )
+        computed = slot.signal(Signal.GRADIENTS)
         if self._teams:
-            self._teams[rank // self._team_size].lose(rank % self._team_size)
-        published = slot.signal(Signal.GRADIENTS) > step
-        action = "rolled_forward" if published else "recomputed"
+            computed = self._teams[rank // self._team_size].lose(rank % self._team_size)
+        action = "rolled_forward" if computed > step else "recomputed"
         self._recoveries.append(_Replaced(rank, 0, step, time.monotonic(), action))
         self._reported.pop(rank, None)
 

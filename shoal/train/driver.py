@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from shoal.comm.member import Member, shares_memory
-from shoal.errors import JobError, JobFailed, PlanError, RequestError, ShoalError, UserCodeError
+from shoal.errors import JobError, JobFailed, RequestError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog, read_events
 from shoal.plan import Plan
@@ -181,21 +181,6 @@ def versions() -> dict[str, str]:
     from shoal.bundle import shoal_version
 
     return {"python": platform.python_version(), "torch": torch.__version__, "shoal": shoal_version()}
-
-
-def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
-    """Refuse a plan that does not fit the job."""
-    batch = min(job.batch_size, facts.samples)
-    if plan.data_ways > batch:
-        raise PlanError(
-            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use dp={batch} or fewer, or a larger batch."
-        )
-    if plan.shares is not None and sum(plan.shares) == 0:
-        raise PlanError("All shares are 0; give at least one worker a part of the batch.")
-    if (plan.accumulate or 1) > batch:
-        raise PlanError(
-            f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer."
-        )
 
 
 def finished_run(directory: RunDirectory, job: Job, options: TrainOptions, facts: JobFacts) -> Run | None:

@@ -6,9 +6,9 @@
 * ``stall(rank, step, phase[, times])``: stops answering (SIGSTOP), so that it has to be replaced;
 * ``slow(rank, factor[, step])``: computes ``factor`` times as long, from ``step`` on.
 
-Phases: data, forward, backward, reduce, update, checkpoint, evaluate; and three places between phases: published (its
-gradients are), updated (its part of the weights is), committed (the others have been told so). Steps count from 0
-here: step 3 is the fourth. A fault in checkpoint strikes at the first checkpoint from that step on, since it is the
+Phases: data, forward, backward, reduce, update, checkpoint, evaluate; and places between phases: computed (its part of the
+model is, where it has one), published (its gradients are), updated (its part of the weights is), committed (the others have
+been told so), evaluated (its part is), meeting (those of its team are to begin again). Steps count from 0 here: step 3 is the fourth. A fault in checkpoint strikes at the first checkpoint from that step on, since it is the
 clock that decides when one is made. How often a fault has struck is noted in the worker's slot, so that a replacement
 knows."""
 
@@ -27,6 +27,7 @@ PHASES = (
     "data",
     "forward",
     "backward",
+    "computed",
     "published",
     "reduce",
     "update",
@@ -34,6 +35,8 @@ PHASES = (
     "committed",
     "checkpoint",
     "evaluate",
+    "evaluated",
+    "meeting",
 )
 
 

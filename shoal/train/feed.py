@@ -15,6 +15,9 @@ from shoal.job import Job
 from shoal.plan import Plan
 from shoal.train import streams
 
+SPARE = 2
+"""Samples in a batch that only stands for one: layers that normalise over the batch cannot do with one."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -102,8 +105,8 @@ class Feed:
         return found
 
     def spare(self) -> Any:
-        """A batch of one sample, for a worker without a share that has to call the model all the same."""
-        return self._fetch_samples(0, np.zeros(1, dtype=np.int64))
+        """A batch for a worker without a share that has to call the model all the same."""
+        return self._fetch_samples(0, np.zeros(SPARE, dtype=np.int64))
 
     def _fetch(self, step: int, share: Share) -> Any:
         return self._fetch_samples(step // self.steps_per_epoch, share.indices) if len(share.indices) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from shoal.train.describe import bind, describe, fill, give_parameters, make_opt
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, division_of
+from shoal.train.forecast import Measured, measure
 from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.part import cut_model, take_part, to_meta, to_whole, whole_part
@@ -97,6 +98,7 @@ class TrainHost:
         # a run moves them elsewhere.
         self._first = {name: p.detach() for name, p in built.model.named_parameters(remove_duplicate=False)}
         self._first_buffers = {n: b.detach().clone() for n, b in built.model.named_buffers(remove_duplicate=False)}
+        self._splits: dict[Plan, Split | None] = {}
         self._store: Store | None = None
         self._settings: RunSettings | None = None
 
@@ -114,7 +116,18 @@ class TrainHost:
 
     def split(self, plan: Plan) -> Split | None:
         """How the model is divided under a plan, found out aside; None where every worker has all of it."""
-        return aside(lambda: cut_model(self._built, self._facts.table, plan), "find out how the model can be split")
+        keys = ("dp", "tp", "pp", "zero", "schedule", "interleave", "microbatches", "sequence_parallel")
+        asked = plan.replace(**dict.fromkeys(set(plan.values()) - set(keys)))
+        if asked not in self._splits:
+            # Stages are cut by measured times: asked again, another cut may come out, and it takes seconds.
+            self._splits[asked] = aside(
+                lambda: cut_model(self._built, self._facts.table, plan), "find out how the model can be split"
+            )
+        return self._splits[asked]
+
+    def forecast(self, plan: Plan, cut: Sequence[str]) -> Measured:
+        """What decides the memory that a plan needs, found out aside; ``cut``: the parameters that the tensor axis cuts."""
+        return aside(lambda: measure(self._built, self._facts, plan, cut), "find out how much memory the model needs")
 
     def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
         """Write the first weights into an arena where ``write`` says so, and bind the model to it where it is not split."""
@@ -183,12 +196,16 @@ class TrainHost:
             prepare(part.model)
         else:
             to_meta(built.model)
-            team = Team(store.arena, grid, rank, settings.spin_s, Waiting.deadline_s)
-            team.port.while_waiting = lambda what, waited_s: slot.write(Note.PHASE_SINCE, time.monotonic())
+            # A worker that waits is alive, and says so.
+            team = Team(
+                store.arena, grid, rank, settings.spin_s, Waiting.deadline_s,
+                lambda: slot.write(Note.PHASE_SINCE, time.monotonic()),
+            )  # fmt: skip
             part = take_part(built, settings.split, plan, store, rank, prepare)
             give_parameters(built.optimizer, part.parameters, store.table)
         updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
         axis = make_axis(updater)
+        axis.check = team.check if team is not None else None
         for source in (built.train, built.evaluation):
             if source is not None:
                 source.prefer_layout(plan.layout == "channels_last")

@@ -24,7 +24,6 @@ from torch import nn
 from shoal.axes.data_group import Course, GroupData, Outbox
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
-from shoal.comm.grid import Grid
 from shoal.comm.group import DEADLINE_S, Group, PeerFailed
 from shoal.comm.journal import Journal
 from shoal.comm.member import Member
@@ -36,13 +35,12 @@ from shoal.plan import Plan
 from shoal.process.failure import Failure
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.api import Observer, TrainOptions, read_plan
-from shoal.train.choose import predicted_step
+from shoal.train.choose import check_plan, predicted_step
 from shoal.train.crew import Patience
 from shoal.train.driver import (
     Emitter,
     Interrupts,
     abandon_if_refused,
-    check_plan,
     check_request,
     finished_run,
     resumed_plan,
@@ -106,14 +104,19 @@ def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
         raise NotBuiltError(
             f"local_steps={plan.local_steps} is not built for workers that share no memory; leave it out of the plan."
         )
+    if plan.zero in (1, 2):
+        raise NotBuiltError(
+            f"zero={plan.zero} shards among workers that share memory; processes that do not hold all of it each, so leave "
+            "it out of the plan."
+        )
+    if plan.zero == 3 or (plan.tp or 1) > 1 or (plan.pp or 1) > 1:
+        raise NotBuiltError(
+            "A model is split only among workers that share memory, on one machine; write dp alone for processes that do not."
+        )
     if plan.names_axes and plan.data_ways != world_size:
         raise PlanError(
             f"The plan says dp={plan.data_ways} and the job was started with {world_size} processes; "
             f"write dp={world_size}, or start {plan.data_ways} processes."
-        )
-    if Grid.of(plan).splits_model if plan.names_axes else False:
-        raise NotBuiltError(
-            "A model is split only among workers that share memory, on one machine; write dp alone for processes that do not."
         )
     whole = plan.replace(dp=world_size, threads=plan.threads or threads).filled()
     return whole.replace(explanation=(f"The job was started with {world_size} processes, which speak through gloo.",))
@@ -403,6 +406,6 @@ class _Lead(Session):
         with contextlib.suppress(OSError):
             self._directory.release([])
 
-    def _pids(self) -> list[int]:
+    def _processes_here(self) -> list[dict[str, Any]]:
         host = socket.gethostname()
-        return sorted({row["pid"] for row in self._supervisor.processes() if row["host"] == host})
+        return list({row["pid"]: row for row in self._supervisor.processes() if row["host"] == host}.values())

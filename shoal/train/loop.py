@@ -108,8 +108,8 @@ class Loop:
         place = grid.place(self.rank)
         self._replica = place.data
         # One rank of a replica speaks for its loss and its metrics, the first along the tensor axis for what all there have.
-        self._reports = grid.reporter(place.data) == self.rank
         self._leads = place.tensor == 0
+        self._reports = parts.passes.knows_loss and self._leads
         # An optimizer of the user's own may add noise; torch's elementwise ones do not.
         self._may_draw = isinstance(parts.axis.updater, WholeUpdater)
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
@@ -123,7 +123,7 @@ class Loop:
         self.parts.model.train()
         step = axis.steps_done()
         self.parts.schedule.recall(step)
-        self._metric_notes.recall(step + 1 if axis.has_published(step) else step)
+        self._metric_notes.recall(step + 1 if axis.has_computed(step) else step)
         if step:
             # A predecessor may have died between its own commit and the others'. Until theirs, the weights are not those
             # of the next step, and this worker's stripe is still being read.
@@ -240,7 +240,7 @@ class Loop:
             return
         while True:
             if not axis.has_computed(step):
-                team.gather()
+                self._meet(team, step)
                 try:
                     self._compute(step, record, began)
                     team.flush()
@@ -248,6 +248,7 @@ class Loop:
                     self._forget(step)
                     continue
                 axis.post_computed(step)
+                self.parts.faults.reach("computed", step)
             self.slot.enter(Phase.WAITING, step)
             try:
                 axis.await_computed(step, team)
@@ -255,6 +256,15 @@ class Loop:
             except StepAborted:
                 axis.take_back_computed(step)
                 self._forget(step)
+
+    def _meet(self, team: Team, step: int) -> None:
+        """Where a member of the team was lost, come together with the one who has taken its place."""
+        if team.apart:
+            self.parts.faults.reach("meeting", step)
+            self.slot.enter(Phase.WAITING, step)
+            team.gather()
+            # Who is new knows nothing of what the others have agreed on.
+            self.parts.passes.clear()
 
     def _forget(self, step: int) -> None:
         """What was computed of a step is void."""
@@ -378,10 +388,12 @@ class Loop:
                 axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch", self._void(epoch))
                 break
             except StepAborted:
+                # Taken back before the others are met, so that it cannot be taken for what is found then.
+                self.slot.post(Signal.EVALUATED, epoch - 1)
                 parts.passes.clear()
                 again = True
         # Not before: what was sent may not have left yet, or have to be sent again.
-        if not axis.has_published(step):
+        if not axis.has_computed(step):
             self._metric_notes.begin_again(step)
         with user_code("scheduler", self.rank):
             parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
@@ -391,7 +403,7 @@ class Loop:
         """Evaluate this worker's batches and tell the supervisor."""
         parts, settings = self.parts, self.parts.settings
         if parts.team is not None:
-            parts.team.gather()
+            self._meet(parts.team, step)
         self.slot.enter(Phase.EVALUATE, step)
         began = time.monotonic()
         found: Tally | None = None
@@ -410,9 +422,12 @@ class Loop:
                     parts.job, parts.model, parts.eval_source, part, next_batch, parts.passes.evaluate
                 )
         training = Tally(metrics=self._metrics.stateful)
+        if parts.team is not None:
+            parts.team.flush()
         found = found if self._reports else None
         parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
         self.slot.post(Signal.EVALUATED, epoch)
+        parts.faults.reach("evaluated", step)
 
     def _void(self, epoch: int) -> Callable[[], None] | None:
         """What to ask while waiting after an evaluation: whether a member of the team was lost before it had done its part."""

@@ -125,6 +125,22 @@ def arguments(job: Job, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], 
     raise JobError("step did not call the model that it was given, so the model cannot be split; use dp only.")
 
 
+def raw_loss(job: Job, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
+    """The loss as the job gives it, and the output: no value is looked at, so that this runs on shapes alone."""
+    output = None
+    if job.step is not None:
+        result = job.step(model, batch)
+        result = result["loss"] if isinstance(result, Mapping) else result
+    elif job.loss is not None:
+        inputs, target = split(batch)
+        output = call(model, inputs)
+        result = job.loss(output, target)
+    else:
+        output = call(model, batch)
+        result = _own_loss(output)
+    return _scalar(result[0] if isinstance(result, (tuple, list)) else result), output
+
+
 def compute(job: Job, model: Any, batch: Any, count: int) -> Outcome:
     """Run the job's loss, its step, or the model's own loss on a batch of ``count`` samples."""
     values: Mapping[str, Any] = {}
@@ -204,4 +220,4 @@ def _scalar(loss: Any) -> torch.Tensor:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         raise JobError(f"{name} has the shape {tuple(value.shape)}; return one number.")
-    return float(value)
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from shoal.train.gradients import Shards, Target
 from shoal.train.split import Split, Ways, split_table
 
 _MOST_SAMPLES_TRIED = 8
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,26 @@ def _samples_tried(built: Built, plan: Plan) -> int:
 
 
 def _explain(layout: Any) -> list[str]:
-    split = f"tp={layout.ways} splits {len(layout.split)} layers: {', '.join(layout.split[:6])}"
-    split += f" and {len(layout.split) - 6} more." if len(layout.split) > 6 else "."
+    """What a tensor layout splits and what not, in two sentences; layers that differ only by a number are named together."""
+    layers = "1 layer" if len(layout.split) == 1 else f"{len(layout.split)} layers"
+    split = f"tp={layout.ways} splits {layers}: {_grouped(entry.split(': ', 1) for entry in layout.split)}."
     if not layout.replicated:
         return [split]
-    shown = "; ".join(f"{path} ({why})" for path, why in layout.replicated[:6])
-    more = f"; and {len(layout.replicated) - 6} more" if len(layout.replicated) > 6 else ""
-    return [split, f"Not split: {shown}{more}."]
+    return [split, f"Not split: {_grouped((path, f'({why})') for path, why in layout.replicated)}."]
+
+
+def _grouped(entries: Iterable[Sequence[str]]) -> str:
+    """(path, what is said of it) -> "a.*.b, c by outputs; d.*.e by inputs"."""
+    said: dict[str, dict[str, None]] = {}
+    for path, what in entries:
+        *above, last = path.split(".")
+        pattern = ".".join(["*" if word.isdigit() else word for word in above] + [last])
+        said.setdefault(what, {})[pattern or "the model's own parameters"] = None
+    return "; ".join(f"{_few(list(patterns))} {what}" for what, patterns in said.items())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if (rest := len(names) - _MOST_NAMED) > 0 else "")
 
 
 def _cut_stages(built: Built, plan: Plan, batch: Any, samples: int) -> tuple[Any, dict[str, Sequence[int]]]:
@@ -115,7 +129,9 @@ def _cut_stages(built: Built, plan: Plan, batch: Any, samples: int) -> tuple[Any
 
     schedule, ranks = plan.schedule or "1f1b", plan.pp or 1
     count = ranks * pipeline.stages_a_rank(schedule, plan.interleave)
-    asked = ",".join(f"{k}={v}" for k, v in (("pp", ranks), ("interleave", plan.interleave)) if v is not None)
+    # What makes several stages a rank has to be in the refusal of too many.
+    said = {"pp": ranks, "schedule": schedule if count > ranks else None, "interleave": plan.interleave}
+    asked = ",".join(f"{key}={value}" for key, value in said.items() if value is not None)
 
     def compute(model: nn.Module, example: Any) -> torch.Tensor:
         return objective.compute(built.job, model, example, samples).loss

@@ -23,9 +23,9 @@ from shoal.job import Job
 from shoal.plan import Plan
 from shoal.process.failure import user_code
 from shoal.train import objective, streams
-from shoal.train.batchnorm import GlobalBatchNorm
+from shoal.train.batchnorm import GlobalBatchNorm, without_statistics
 from shoal.train.faults import Faults
-from shoal.train.feed import Feed, Share
+from shoal.train.feed import SPARE, Feed, Share
 from shoal.train.objective import Outcome
 from shoal.train.part import Part
 
@@ -65,6 +65,10 @@ class Surroundings:
 class Passes(Protocol):
     """How a worker computes."""
 
+    @property
+    def knows_loss(self) -> bool:
+        """Whether outcomes come out here: this rank has the model's last stage."""
+
     def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
         """Forward and backward over a step's microbatches.
 
@@ -86,38 +90,36 @@ class WholeModel:
     """Passes through a model that is called as one; it may be cut along the tensor axis, or sharded.
 
     Args:
-        spare: makes a batch of one sample, for a worker that has none: with sharded weights all have to call the model equally
-            often. None where an empty share is simply skipped.
-        abandon: brings the model back to where it can be called again, after an error in the middle.
+        sharded: the sharded axis' hold of the model. With it all workers have to call the model equally often.
+        spare: makes a batch for a worker that has none and must call the model all the same.
     """
 
+    knows_loss = True
+
     def __init__(
-        self, model: nn.Module, around: Surroundings, spare: Callable[[], Any] | None = None,
-        abandon: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        self._abandon = abandon
+        self, model: nn.Module, around: Surroundings, sharded: Any = None, spare: Callable[[], Any] | None = None
+    ) -> None:
         self._model = model
         self._around = around
+        self._sharded = sharded
         self._spare = spare
 
     def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
         for micro, (share, batch) in enumerate(batches):
-            if len(share.indices) or self._spare is not None:
-                outcome = self._pass(step, micro, share, batch, total)
-                if len(share.indices):
-                    yield self._plain(outcome), len(share.indices)
+            if len(share.indices):
+                yield self._plain(self._pass(step, micro, share, batch, total)), len(share.indices)
+            elif self._spare is not None:
+                with self._sharded.unnoticed(), without_statistics(self._model):
+                    self._pass(step, micro, Share(share.indices, ()), self._spare(), total)
 
     def _pass(self, step: int, micro: int, share: Share, batch: Any, total: int) -> Outcome:
         around, count = self._around, len(share.indices)
         around.slot.enter(Phase.FORWARD, step)
         around.announce(share.counts)
-        if not count:
-            assert self._spare is not None
-            batch = self._spare()
         around.reseed(step, micro)
         with user_code("the model or its loss", around.rank):
             with around.autocast():
-                outcome = objective.compute(around.job, self._model, batch, count or 1)
+                outcome = objective.compute(around.job, self._model, batch, count or SPARE)
             around.faults.reach("forward", step)
             around.slot.enter(Phase.BACKWARD, step)
             check_learnable(outcome)
@@ -136,7 +138,8 @@ class WholeModel:
         return outcome
 
     def clear(self) -> None:
-        self._abandon()
+        if self._sharded is not None:
+            self._sharded.abandon()
 
 
 class Pipelined:
@@ -146,6 +149,10 @@ class Pipelined:
         self._pipeline = pipeline
         self._around = around
         self._microbatches = microbatches
+
+    @property
+    def knows_loss(self) -> bool:
+        return self._pipeline.has_last_stage
 
     def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
         for first in range(0, len(batches), self._microbatches):
@@ -209,5 +216,5 @@ def make_passes(part: Part, around: Surroundings, feed: Feed, plan: Plan) -> Pas
     if part.pipeline is not None:
         return Pipelined(part.pipeline, around, plan.microbatches or 1)
     if part.sharded is not None:
-        return WholeModel(part.model, around, feed.spare, part.sharded.abandon)
+        return WholeModel(part.model, around, part.sharded, feed.spare)
     return WholeModel(part.model, around)

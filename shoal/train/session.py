@@ -24,9 +24,9 @@ from shoal.plan import Plan
 from shoal.process.supervisor import Supervisor
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
-from shoal.train.choose import choose_plan, predicted_step, remember, split_of
+from shoal.train.choose import choose, predicted_step, remember
 from shoal.train.crew import Crew, bind
-from shoal.train.driver import Emitter, Interrupts, check_plan, versions
+from shoal.train.driver import Emitter, Interrupts, versions
 from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import deal_pieces, write_pieces
@@ -82,6 +82,8 @@ class Session:
         self._completing: threading.Thread | None = None
         self._completed: list[Any] = []
         self._peak: dict[str, Any] = {}
+        self._workers: set[int] = set()
+        self._predicted_mb: float | None = None
         self._measure_at = 0.0
         self._measure_every_s = 0.5
 
@@ -90,13 +92,10 @@ class Session:
     def run(self, plan: Plan, began: float) -> Run:
         """Choose what the plan leaves open, train, and return the Run."""
         job, facts = self._job, self._facts
-        plan = choose_plan(plan, job, facts, self._supervisor, self._options.cluster)
-        check_plan(plan, job, facts)
-        self._plan = plan
+        choice = choose(plan, job, facts, self._supervisor, self._options.cluster)
+        self._plan, plan, split = choice.plan, choice.plan, choice.split
         self._predicted_s = predicted_step(plan, job, facts)
-        split = split_of(plan, self._supervisor)
-        if split is not None:
-            self._plan = plan = plan.replace(explanation=(*plan.explanation, *split.explanation))
+        self._predicted_mb = None if choice.need is None else round(choice.need.total / 1e6, 1)
         self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints, split)
         arena = Arena.create(self._settings.layout)
         try:
@@ -299,12 +298,19 @@ class Session:
         # Counting shared pages takes the kernel a while for large processes: seldom, and ever more so.
         now = time.monotonic()
         if self._recorder.first_step_at is not None and now >= self._measure_at:
-            self._peak = memory_of(self._pids(), self._peak)
+            rows = self._processes_here()
+            self._peak = memory_of([row["pid"] for row in rows], self._peak)
+            self._workers.update(row["pid"] for row in rows if row["role"] == "worker")
             self._measure_every_s = min(30.0, 2 * self._measure_every_s)
             self._measure_at = now + self._measure_every_s
 
-    def _pids(self) -> list[int]:
-        return [row["pid"] for row in self._supervisor.processes()]
+    def _processes_here(self) -> list[dict[str, Any]]:
+        return self._supervisor.processes()
+
+    def _memory_mb(self) -> float | None:
+        """The largest worker's peak in 10⁶ bytes, as predictions and limits count; None where nobody was looked at."""
+        peaks = [peak for pid, peak in self._peak.get("peaks", {}).items() if pid in self._workers]
+        return round(max(peaks) * 1.048576, 1) if peaks else None
 
     def _tell_processes(self) -> None:
         # What only tells must not end a run when the disk is full.
@@ -452,6 +458,7 @@ class Session:
             "final": history[-1] if history else None, "samples_per_s": recorder.samples_per_s,
             "step_s": recorder.step_s, "predicted_step_s": self._predicted_s,
             "peak_rss_mb": self._peak.get("peak_rss_mb", []), "pss_mb": self._peak.get("pss_mb"),
+            "memory_mb": self._memory_mb(), "predicted_memory_mb": self._predicted_mb,
             "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
             "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,
         }  # fmt: skip
@@ -464,7 +471,8 @@ class Session:
         self._emit(
             "run_end", status="done" if complete or reason == "steps" else "stopped", steps=step,
             epochs=self._epochs_done, samples_per_s=summary["samples_per_s"], step_s=summary["step_s"],
-            predicted_step_s=self._predicted_s, startup_s=self._startup_s, eval_s=self._eval_s,
+            predicted_step_s=self._predicted_s, memory_mb=summary["memory_mb"],
+            predicted_memory_mb=self._predicted_mb, startup_s=self._startup_s, eval_s=self._eval_s,
             wall_s=summary["wall_s"], model=str(directory.model), weights_sha256=digest,
         )  # fmt: skip
         return Run(directory.path, summary, self._job)

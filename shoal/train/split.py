@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.axes import zero
+from shoal.axes.owners import owning_stages
 from shoal.comm.grid import Grid
 from shoal.comm.parts import Region, part_shape
 from shoal.comm.table import FROZEN, Echo, ParameterTable, StateSpec, TensorSpec, align
@@ -71,10 +72,14 @@ def split_table(
     Returns the new table, and ``Split.holds``. PlanError where the optimizer needs whole tensors and they are cut.
     """
     whole = _kept_whole(base) if grid.sharded else set()
+    stages = {spec.name: _stages_of(spec, ways) for spec in base.parameters}
+    homes = owning_stages({spec.name: spec.nbytes for spec in base.parameters}, stages)
     found = [
         _Found(index, part, users, echoing)
         for index, spec in enumerate(base.parameters)
-        for part, users, echoing in _parts_of(spec, grid, ways, spec.name not in whole)
+        for part, users, echoing in _parts_of(
+            spec, grid, ways, (homes[spec.name], stages[spec.name]), spec.name not in whole
+        )
     ]
     _refuse_cut_tensors(base, [entry.part for entry in found], optimizer)
     # Trained ones first; then by owner, dtype and group, so that neighbours can be updated together.
@@ -103,11 +108,19 @@ class _Found:
     echoing: tuple[int, ...]
 
 
+def _stages_of(spec: TensorSpec, ways: Ways) -> list[int]:
+    """The ranks along the pipeline that use a parameter."""
+    return sorted({user for name in spec.names for user in ways.users.get(name, ())}) or [0]
+
+
 def _parts_of(
-    spec: TensorSpec, grid: Grid, ways: Ways, shards: bool
+    spec: TensorSpec, grid: Grid, ways: Ways, at: tuple[int, Sequence[int]], shards: bool
 ) -> Iterator[tuple[TensorSpec, tuple[int, ...], tuple[int, ...]]]:
-    """The parts of one parameter, each with its users and those that echo (see ``_Found``)."""
-    stages = sorted({user for name in spec.names for user in ways.users.get(name, ())}) or [0]
+    """The parts of one parameter, each with its users and those that echo (see ``_Found``).
+
+    ``at``: the rank along the pipeline that owns it, and all that use it.
+    """
+    home, stages = at
     cut = next((ways.regions[name] for name in spec.names if name in ways.regions), None)
     leads = True
     for tensor in range(grid.tp if cut is not None else 1):
@@ -118,7 +131,7 @@ def _parts_of(
             own = regions if rows is None else (*regions, rows[data])
             part = dataclasses.replace(
                 spec, shape=part_shape(spec.shape, own), whole=spec.shape if own else None, regions=own,
-                owner=grid.owner_at(stages[0], tensor, data),
+                owner=grid.owner_at(home, tensor, data),
             )  # fmt: skip
             part = dataclasses.replace(part, leads=leads and (part.numel > 0 or spec.numel == 0))
             leads = leads and not part.leads

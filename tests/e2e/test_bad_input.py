@@ -100,7 +100,11 @@ AT_ONCE: dict[str, tuple[list[str], list[str]]] = {
     "no workers": (["jobs.py:good", "--plan", "dp=0"], ["dp"]),
     "an empty plan": (["jobs.py:good", "--plan", ""], ["--plan is empty"]),
     "an unknown plan key": (["jobs.py:good", "--plan", "dp=2,tread=1"], ['Did you mean "threads"']),
-    "an axis not built yet": (["jobs.py:good", "--plan", "tp=2"], ["tp=2", "not built"]),
+    "an axis not built yet": (["jobs.py:good", "--plan", "cp=2"], ["cp=2", "not built"]),
+    "local_steps and zero": (["jobs.py:good", "--plan", "dp=2,zero=3,local_steps=2"], ["local_steps=2", "zero=3", "keep one"]),
+    "sequence_parallel without tp": (["jobs.py:good", "--plan", "dp=2,sequence_parallel=on"], ["add tp=2"]),
+    "a schedule without pp": (["jobs.py:good", "--plan", "dp=2,schedule=1f1b"], ["add pp=2"]),
+    "a memory limit that is none": (["jobs.py:good", "--memory-limit", "much"], ["'much'", "2GB"]),
     "shares that are too few": (["jobs.py:good", "--plan", "dp=3,shares=1+1"], ["shares", "3"]),
     "--epochs 0": (["jobs.py:good", "--epochs", "0"], ["--epochs is 0; give a whole number of at least 1"]),
     "--steps -1": (["jobs.py:good", "--steps", "-1"], ["--steps is -1; give a whole number of at least 1"]),
@@ -124,6 +128,20 @@ WHILE_BUILDING: dict[str, tuple[list[str], list[str]]] = {
     "an IterableDataset": (["jobs.py:endless", "--plan", PLAN], ["train_data is an IterableDataset", "map-style"]),
     "unequal lengths": (["jobs.py:unequal", "--plan", PLAN], ["different lengths (5, 6)"]),
     "a lock in a closure": (["jobs.py:locked", "--plan", PLAN], ["loss cannot be sent", "lock"]),
+    "local_steps with tp": (
+        ["jobs.py:good", "--plan", "dp=2,tp=2,local_steps=2"], ["local_steps=2", "tp=2", "keep one"],
+    ),
+    "a layer that three ways do not divide": (["jobs.py:good", "--plan", "tp=3"], ["tp=3"]),
+    "more stages than layers": (["jobs.py:good", "--plan", "pp=2"], ["pp=2"]),
+    "interleave=1": (["jobs.py:good", "--plan", "pp=2,schedule=interleaved,interleave=1"], ["interleave=2"]),
+    "pp with zero=3": (["jobs.py:good", "--plan", "dp=2,pp=2,zero=3"], ["zero=2 with pp"]),
+    "a limit that nothing fits": (
+        ["jobs.py:good", "--plan", "dp=1", "--memory-limit", "50MB"],
+        ["dp=1 needs about", "the limit is 50 MB", "no plan with up to", "raise the limit"],
+    ),
+    "a limit that nothing fits, and auto": (
+        ["jobs.py:good", "--memory-limit", "50MB"], ["the limit is 50 MB", "no plan with up to"],
+    ),
     "LBFGS": (["jobs.py:lbfgs", "--plan", PLAN], ["LBFGS is not built yet"]),
 }  # fmt: skip
 
@@ -168,7 +186,7 @@ def test_a_run_that_is_there_already_is_not_touched(here: Path, capfd: pytest.Ca
     sentence = refused(capfd, *words)
     assert "run holds a run already; go on with --resume" in sentence
     # A resumed run that is refused loses nothing of what it had.
-    sentence = refused(capfd, *words, "--resume", "--plan", "tp=2")
+    sentence = refused(capfd, *words, "--resume", "--plan", "cp=2")
     assert "not built" in sentence
     assert (here / "run" / "events.jsonl").read_bytes() == before
 
@@ -265,7 +283,7 @@ def test_replace_refuses_an_unknown_field() -> None:
     ("call", "error", "expected"),
     [
         (lambda: shoal.train(_job(), plan="dp=2,tread=1"), PlanError, 'Did you mean "threads"'),
-        (lambda: shoal.train(_job(), plan="pp=2"), NotBuiltError, "not built"),
+        (lambda: shoal.train(_job(), plan="cp=2"), NotBuiltError, "not built"),
         (lambda: shoal.train(_job(), plan=_any(2)), PlanError, "a string or a shoal.Plan, not a int"),
         (lambda: shoal.train(_job(), epochs=0), RequestError, "epochs is 0"),
         (lambda: shoal.train(_job(), steps=_any(1.5)), RequestError, "steps is 1.5"),

@@ -79,8 +79,8 @@ FIELDS = {
     "checkpoint": {"step", "path", "bytes", "write_s"},
     "stop": {"step", "reason"},
     "run_end": {
-        "status", "steps", "epochs", "samples_per_s", "step_s", "predicted_step_s", "startup_s", "eval_s", "wall_s",
-        "model", "weights_sha256",
+        "status", "steps", "epochs", "samples_per_s", "step_s", "predicted_step_s", "memory_mb",
+        "predicted_memory_mb", "startup_s", "eval_s", "wall_s", "model", "weights_sha256",
     },
 }  # fmt: skip
 

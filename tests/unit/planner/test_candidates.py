@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.plan import Plan
-from shoal.planner.candidates import local_candidates
+from shoal.plan_grammar import read_text
+from shoal.planner.candidates import in_microbatches, local_candidates
 
 
 @given(st.integers(1, 70), st.integers(1, 200), st.booleans())
@@ -30,3 +32,38 @@ def test_what_the_user_fixed_stays() -> None:
     assert found
     assert all((p.dp, p.accumulate, p.layout) == (3, 2, "channels_last") for p in found)
     assert {p.threads for p in local_candidates(Plan.parse("threads=5"), 8, 100, images=False)} == {5}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tp=2", "dp=1,tp=2,pp=1,threads=4,layout=contiguous"),
+        ("pp=2", "pp=2,microbatches=8,schedule=1f1b,threads=4,batchnorm=micro"),
+        ("dp=2,pp=4", "microbatches=16,threads=1"),
+        ("pp=2,dp=20", "microbatches=5"),
+        ("pp=2,accumulate=30", "microbatches=3"),
+        ("pp=2,schedule=interleaved", "microbatches=8,interleave=2"),
+        ("pp=2,interleave=3", "schedule=interleaved,interleave=3"),
+        ("pp=2,schedule=zbv,microbatches=6", "schedule=zbv,microbatches=6"),
+        ("pp=2,batchnorm=global", "microbatches=1,batchnorm=global"),
+        ("dp=16,tp=2", "threads=1"),
+        ("zero=3", "dp=8,threads=1,zero=3"),
+        ("microbatches=4,dp=1,threads=1", "microbatches=4,batchnorm=micro"),
+    ],
+)
+def test_a_split_plan_is_filled_in_one_way_and_not_tried(text: str, expected: str) -> None:
+    found = local_candidates(Plan.parse(text), 8, 100, images="microbatches=4" not in text)
+    if not text.startswith("microbatches"):
+        assert len(found) == 1
+    assert all(plan.complete and Plan.parse(text).values().items() <= plan.values().items() for plan in found)
+    assert read_text(expected).items() <= found[0].values().items()
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 300))
+def test_no_pipeline_has_more_microbatches_than_samples(dp: int, pp: int, batch: int) -> None:
+    plan = in_microbatches(Plan(dp=dp, pp=pp), batch)
+    if pp == 1:
+        assert plan == Plan(dp=dp, pp=pp)
+    else:
+        assert 1 <= (plan.microbatches or 0) <= max(1, min(4 * pp, batch // dp))
+        assert in_microbatches(plan, batch) == plan
