@@ -54,8 +54,7 @@ def train(job: str, plan: str, steps: int, env: Mapping[str, str] | None = None,
         command = [*shoal_command(), "train", f"{JOBS}:{job}", "--plan", plan, "--steps", str(steps)]
         answer = run_json([*command, "--run", run, "--json"], env=environment)
         seconds = [e["step_s"] for e in read_events(Path(run) / "events.jsonl", ["step"]) if e["step"] > _WARMUP]
-        peaks = answer.get("peak_rss_mb") or [float("nan")]
-        return {"step_s": median(seconds), "peak_mb": max(peaks), "peaks_mb": peaks, "plan": plan}
+        return {"step_s": median(seconds), "peak_mb": answer.get("memory_mb"), "plan": plan}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -195,7 +194,7 @@ def _under_limit(job: str, plan: str, size_mb: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as folder:
         command = _limited(job, plan, size_mb, 3, str(Path(folder) / "run"))
         answer = run_json(command, env={"SHOAL_EXPORT": "0"})
-    return {"peak_mb": max(answer.get("peak_rss_mb") or [float("nan")]), "steps": answer.get("steps")}
+    return {"peak_mb": float(answer["memory_mb"]), "steps": answer.get("steps")}
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -218,6 +218,9 @@ class Sharded:
         reset: Any = getattr(self.model, "reset_iter_state", None)
         if reset is None:
             raise PlanError("This torch cannot give up a step with zero=3; use torch 2.13 or later.")
+        if not _ever_called(self.model):
+            self.begin()
+            return
         reset()
         for sharded in _fsdp_parameters(self.model):
             # What the broken backward pass left on the whole parameters would be added to the next one's.
@@ -372,6 +375,11 @@ def _watch(module: Any, names: Mapping[int, str], touched: dict[str, bool]) -> N
 
 
 # -- where FSDP2's own objects are touched ----------------------------------------------------------------------------
+
+
+def _ever_called(model: Any) -> bool:
+    """Whether FSDP2 has seen a forward pass: before, it knows no root, and there is nothing to give up."""
+    return model._get_fsdp_state()._is_root is not None
 
 
 def _groups(module: Any) -> list[Any]:

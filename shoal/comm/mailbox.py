@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from shoal.comm.region import LETTER
@@ -247,8 +248,8 @@ class Mailbox:
                 message = Message(key, tag, total, receive, receive.place.data_ptr())
                 self._match(receive, message, sender)
                 return message
-        aside = torch.empty(max(total, 1), dtype=torch.uint8)
-        message = Message(key, tag, total, aside, aside.data_ptr())
+        aside = np.empty(max(total, 1), np.uint8)
+        message = Message(key, tag, total, aside, aside.ctypes.data)
         way.unexpected.append(message)
         return message
 

@@ -1,8 +1,8 @@
 """The collectives of one group of ranks, over the seats that they have in shared memory.
 
 Each is one exchange of ``rounds.c``: who gives what to whom, whether it is reduced, and whether the reduced parts go
-back to all. A small all_reduce is one round in which each rank reads what all have written and sums it itself, always
-in rank order; a large one lets each rank sum its own part and give it back. Either way all ranks have the same bits,
+back to all. A small all_reduce, and any of two ranks, lets each rank read what all have written and sum it itself, always
+in rank order; a large one of more ranks lets each sum its own part and give it back. Either way all ranks have the same bits,
 and the same as if one rank had summed alone. A group's collectives run in the order in which they were begun.
 """
 
@@ -36,7 +36,8 @@ from shoal.comm.rounds import (
 from shoal.errors import JobFailed
 
 DIRECT_BYTES = 32 << 10
-"""Up to here a sum is one round: reading everything of everybody costs less than meeting a second time."""
+"""Up to here a sum needs no second meeting: reading everything of everybody costs less. Two ranks never need one: what
+each copies is the same then."""
 
 Part = tuple[int, torch.Tensor]
 """(rank within the group, what it gets or gives); contiguous or not."""
@@ -123,7 +124,7 @@ class Meeting:
         """Replace a tensor by its sum (or what ``op`` says) over all ranks."""
         flat = tensor if tensor.is_contiguous() else tensor.contiguous()
         size, address, n, me = flat.nbytes, flat.data_ptr(), len(self.ranks), self.rank
-        small = size <= min(DIRECT_BYTES, self.circle.piece)
+        small = n == 2 or size <= min(DIRECT_BYTES, self.circle.piece)
         begun = self._begin("all_reduce", SHARED | REDUCE if small else REDUCE | BACK, op, flat, size)
         x = begun.x
         if small:

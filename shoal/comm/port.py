@@ -10,13 +10,15 @@ One thread of a process speaks at a time. Every word has one writer, so a rank t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from shoal.comm import native, rounds
 from shoal.comm.region import RegionLayout
@@ -31,6 +33,7 @@ _YIELDS = 20
 _FIRST_NAP_S, _LONGEST_NAP_S = 200e-6, 5e-3
 _FIRST_NAP_NS = int(_FIRST_NAP_S * 1e9)
 _KEY_AT = 2 * rounds.LINE
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class StepAborted(ShoalError):
@@ -50,6 +53,11 @@ class Pending(Protocol):
 
     def missing(self) -> list[int]:
         """The ranks that it waits for."""
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """Hide from modes that watch a model compute (selective recomputing) what a waiting rank happens to do for others."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
 
 
 class Port:
@@ -104,14 +112,18 @@ class Port:
 
     def finish(self, pending: Pending, limit_s: float | None = None) -> None:
         """Wait until something is done, for ``limit_s`` or the port's deadline. DeadlineError, StepAborted."""
-        if not pending.done and not pending.advance(self.spin_ns, self.yields, _FIRST_NAP_NS):
-            self._wait(pending, self.deadline_s if limit_s is None else limit_s)
+        if not pending.done:
+            with _unseen():
+                if not pending.advance(self.spin_ns, self.yields, _FIRST_NAP_NS):
+                    self._wait(pending, self.deadline_s if limit_s is None else limit_s)
         self.check()
 
     def poll(self, pending: Pending) -> bool:
         """Go on with something without waiting for it, and with all else that was begun; whether it is done."""
-        if not pending.done and not pending.advance(0, 0, 0):
-            self.help()
+        if not pending.done:
+            with _unseen():
+                if not pending.advance(0, 0, 0):
+                    self.help()
         self.check()
         return pending.done
 

@@ -33,8 +33,8 @@ class RegionLayout:
     """
 
     world_size: int
-    seats: int = 12
-    piece_bytes: int = 128 << 10
+    seats: int = 8
+    piece_bytes: int = 512 << 10
     letters: int = 64
     mail_pieces: int = 24
     mail_piece_bytes: int = 128 << 10

@@ -65,7 +65,7 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
     why: list[str] = []
     if plan.names_axes or Grid.of(first).splits_model:
         need = forecast.refuse(plan, first, split_of(first, supervisor))
-        why = [f"{first.brief()} was given as it is."]
+        why = [given_text(plan, first)]
     else:
         candidates = [candidate for candidate in candidates if forecast.fits(candidate)]
         if not candidates:
@@ -96,6 +96,13 @@ def _instead(wanted: Plan, first: Plan, forecast: Forecast, cores: int) -> tuple
     plan, need = found
     plan = plan.replace(threads=plan.threads or max(1, cores // plan.world_size)).filled()
     return plan, need, [f"{axes_text(plan)} is the smallest plan that fits: one worker cannot hold the whole model."]
+
+
+def given_text(wanted: Plan, plan: Plan) -> str:
+    """What of a plan was asked for, and what follows from that."""
+    said = wanted.values()
+    follows = [part for part in plan.brief().split(",") if part.partition("=")[0] not in said and part != "dp=1"]
+    return f"{wanted} was given" + (f"; {', '.join(follows)} follow." if follows else " as it is.")
 
 
 def remarks(plan: Plan) -> list[str]:

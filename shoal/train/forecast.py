@@ -55,7 +55,7 @@ def measure(built: Built, facts: JobFacts, plan: Plan, cut: Sequence[str]) -> Me
     """
     process_bytes = _own_bytes(built)
     batch = min(built.job.batch_size, facts.samples)
-    count = max(1, min(_MOST_SAMPLES, batch // (plan.data_ways * (plan.microbatches or 1) * (plan.accumulate or 1))))
+    count = min(_MOST_SAMPLES, batch)
     with user_code("train_data"):
         example = built.train.fetch(np.arange(count, dtype=np.int64), built.job.collate, None)
     kept: list[Any] = []
@@ -91,6 +91,7 @@ class Forecast:
 
     def __init__(self, job: Job, facts: JobFacts, supervisor: Supervisor, machine: Cluster) -> None:
         self._job, self._facts, self._supervisor, self._machine = job, facts, supervisor, machine
+        self._known: dict[Any, Measured] = {}
         self.limits = Limits(machine.memory_limit_bytes, machine.memory_bytes, max(_WORKERS_PROPOSED, machine.cores))
 
     def doubtful(self, plan: Plan) -> bool:
@@ -103,7 +104,7 @@ class Forecast:
     def need(self, plan: Plan, split: Split | None) -> tuple[ModelMemory, Need]:
         """What a complete plan needs, with the stages and the layers that are really cut."""
         cut = tuple(split.layout.shards) if split is not None and split.layout is not None else ()
-        measured: Measured = self._supervisor.call("forecast", plan, cut)
+        measured = self._measured(plan, cut)
         stages = units_of_stages(measured, split.stages.parameters) if split is not None and split.stages else None
         return measured.memory, worker_need(measured.memory, plan, stages)
 
@@ -135,7 +136,7 @@ class Forecast:
             cut = tuple(self._split(pair).layout.shards)
         except PlanError:
             cut = ()
-        measured: Measured = self._supervisor.call("forecast", plan, cut)
+        measured = self._measured(plan, cut)
 
         def check(candidate: Plan) -> Need | None:
             complete = candidate.replace(threads=candidate.threads or 1).filled()
@@ -150,6 +151,13 @@ class Forecast:
         """The sentence for a machine that no plan fits into, with what the first one tried would need."""
         memory, need = self.need(plan, None)
         return refusal(memory, wanted, need, self.limits, None)
+
+    def _measured(self, plan: Plan, cut: tuple[str, ...]) -> Measured:
+        # What grows with the batch is known by the sample, so that one measurement serves plans with other shares.
+        key = (plan.precision, plan.recompute, cut)
+        if key not in self._known:
+            self._known[key] = self._supervisor.call("forecast", plan, cut)
+        return self._known[key]
 
     def _split(self, plan: Plan) -> Any:
         return self._supervisor.call("split", plan)

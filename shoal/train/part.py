@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shoal.axes.zero import SMALLEST_SHARE
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
@@ -21,7 +22,7 @@ from shoal.train import objective
 from shoal.train.built import Built
 from shoal.train.describe import trained_parameters
 from shoal.train.gradients import Shards, Target
-from shoal.train.split import Split, Ways, split_table
+from shoal.train.split import Split, Ways, kept_whole_of, split_table
 
 _MOST_SAMPLES_TRIED = 8
 _MOST_NAMED = 8
@@ -79,8 +80,9 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
         def example(candidate: nn.Module) -> Any:
             return objective.compute(job, candidate, batch, samples).loss
 
+        # Stages are cut from the model as it is; without them, nobody needs it any more.
         layout = tensor.find_layout(
-            copy.deepcopy(model), grid.tp, job.tensor_plan, bool(plan.sequence_parallel), example=example,
+            copy.deepcopy(model) if grid.pp > 1 else model, grid.tp, job.tensor_plan, bool(plan.sequence_parallel), example=example,
             samples=samples,
         )  # fmt: skip
         if layout.why is not None:
@@ -89,6 +91,8 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
     if grid.pp > 1:
         stages, users = _cut_stages(built, plan, batch, samples)
         explanation += stages.explanation
+    if grid.sharded:
+        explanation.append(_explain_shards(model, table, grid.dp))
     regions = layout.shards if layout is not None else {}
     regions = {name: tuple((r,) if not isinstance(r, tuple) else r for r in own) for name, own in regions.items()}
     parts, holds = split_table(table, grid, Ways(users, regions), type(built.optimizer).__name__)
@@ -121,6 +125,16 @@ def _grouped(entries: Iterable[Sequence[str]]) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if (rest := len(names) - _MOST_NAMED) > 0 else "")
+
+
+def _explain_shards(model: nn.Module, table: ParameterTable, ways: int) -> str:
+    from shoal.axes.blocks import find_blocks
+
+    blocks = len(find_blocks(model, SMALLEST_SHARE, shared=False))
+    said = f"zero=3 keeps 1/{ways} of the rows of every weight on each worker"
+    said += f" and gathers {blocks} blocks one at a time" if blocks > 1 else " and gathers all of them at once"
+    whole = sorted(kept_whole_of(table))
+    return said + (f"; whole stay {', '.join(whole[:6])}." if whole else ".")
 
 
 def _cut_stages(built: Built, plan: Plan, batch: Any, samples: int) -> tuple[Any, dict[str, Sequence[int]]]:

@@ -71,7 +71,7 @@ def split_table(
 
     Returns the new table, and ``Split.holds``. PlanError where the optimizer needs whole tensors and they are cut.
     """
-    whole = _kept_whole(base) if grid.sharded else set()
+    whole = kept_whole_of(base) if grid.sharded else set()
     stages = {spec.name: _stages_of(spec, ways) for spec in base.parameters}
     homes = owning_stages({spec.name: spec.nbytes for spec in base.parameters}, stages)
     found = [
@@ -183,7 +183,8 @@ def _states(
     return tuple(states), at
 
 
-def _kept_whole(base: ParameterTable) -> set[str]:
+def kept_whole_of(base: ParameterTable) -> set[str]:
+    """The names of the parameters that the sharded axis does not cut."""
     return zero.kept_whole(
         {spec.name: spec.dtype for spec in base.parameters},
         {spec.name: spec.shape for spec in base.parameters},

@@ -128,13 +128,8 @@ WHILE_BUILDING: dict[str, tuple[list[str], list[str]]] = {
     "an IterableDataset": (["jobs.py:endless", "--plan", PLAN], ["train_data is an IterableDataset", "map-style"]),
     "unequal lengths": (["jobs.py:unequal", "--plan", PLAN], ["different lengths (5, 6)"]),
     "a lock in a closure": (["jobs.py:locked", "--plan", PLAN], ["loss cannot be sent", "lock"]),
-    "local_steps with tp": (
-        ["jobs.py:good", "--plan", "dp=2,tp=2,local_steps=2"], ["local_steps=2", "tp=2", "keep one"],
-    ),
     "a layer that three ways do not divide": (["jobs.py:good", "--plan", "tp=3"], ["tp=3"]),
     "more stages than layers": (["jobs.py:good", "--plan", "pp=2"], ["pp=2"]),
-    "interleave=1": (["jobs.py:good", "--plan", "pp=2,schedule=interleaved,interleave=1"], ["interleave=2"]),
-    "pp with zero=3": (["jobs.py:good", "--plan", "dp=2,pp=2,zero=3"], ["zero=2 with pp"]),
     "a limit that nothing fits": (
         ["jobs.py:good", "--plan", "dp=1", "--memory-limit", "50MB"],
         ["dp=1 needs about", "the limit is 50 MB", "no plan with up to", "raise the limit"],

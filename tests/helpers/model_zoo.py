@@ -220,5 +220,6 @@ def job(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> shoal.
         "model": lambda: models[name]().to(dtype), "train_data": data[name], "eval_data": data[name],
         "loss": losses.get(name, F.cross_entropy), "optimizer": adam if dtype == torch.float64 else sgd,
         "metrics": {"accuracy": accuracy} if name in ("odd", "gpt", "vit", "resnet") else {},
+        "name": name, "batch_size": BATCH, "epochs": 2,
     }  # fmt: skip
-    return shoal.Job(name=name, batch_size=BATCH, epochs=2, **{**settings, **changes})
+    return shoal.Job(**{**settings, **changes})

@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.comm.meeting import DIRECT_BYTES, MismatchError
 from shoal.comm.memory import SharedMemory
@@ -268,6 +269,42 @@ def letters(port: Port, n: int) -> None:
     for work in dist.batch_isend_irecv(ops):
         work.wait()
     assert one.item() == before
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operator that it is told of, as torch's selective recomputing does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def watched(port: Port, n: int) -> None:
+    """What a rank does for others while it waits is no part of what it computes."""
+    long, rounds = 10 * PIECE, 5
+    got = [torch.empty(2 * long)[::2] for _ in range(2 * rounds)]
+    # Of half of the messages, rank 1 knows before they come.
+    works = [dist.irecv(part, 0) for part in got[:rounds]] if port.rank == 1 else []
+    with Watch() as watch:
+        for k in range(2 * rounds):
+            if port.rank == 0:
+                dist.isend(values(k, long, torch.float32), 1)
+                # So that the other one waits, and reads what has come meanwhile.
+                time.sleep(0.02)
+            one = torch.ones(3)
+            dist.all_reduce(one, async_op=True).wait()
+    if port.rank == 1:
+        assert {name.partition(".")[0] for name in watch.seen} <= {"c10d", "aten"}
+        assert [name for name in watch.seen if name.startswith("aten.")] == ["aten.ones.default"] * 2 * rounds
+        works += [dist.irecv(part, 0) for part in got[rounds:]]
+        for k, work in enumerate(works):
+            work.wait()
+            same(got[k].contiguous(), values(k, long, torch.float32))
+    dist.barrier()
 
 
 def raised(error: type[Exception], call: Callable[[], Any]) -> str:
@@ -526,7 +563,7 @@ def large(port: Port, n: int) -> None:
 SCENARIOS: dict[str, tuple[Callable[[Port, int], None], int]] = {
     **{f"{do.__name__}-{n}": (do, n) for do in (sums, moves, scattered_sums, subgroups, letters) for n in (2, 3, 5)},
     "sums-without-compiler": (sums, 2), "letters-without-compiler": (letters, 2), "large": (large, 3),
-    "missing": (missing, 3), "aborted": (aborted, 3),
+    "watched": (watched, 2), "missing": (missing, 3), "aborted": (aborted, 3),
     "splits": (splits, 2), "both-splits": (both_splits, 4), "pipelines": (pipelines, 2),
 }  # fmt: skip
 

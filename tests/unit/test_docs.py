@@ -258,6 +258,17 @@ def test_output_goes_between_its_markers() -> None:
     assert readme.plain("\x1b[1mone\x1b[0m\r\n10 %\r20 %\rdone \n\n") == "one\ndone"
 
 
+def test_the_schedule_that_is_drawn_has_the_bubble_that_is_promised() -> None:
+    from shoal.axes.pipeline_schedule import bubble
+
+    make = script(DOCS / "figures" / "make.py")
+    rows = make.timetable("1f1b", make.STAGES, make.MICROBATCHES)
+    assert all(a[2] + a[3] <= b[2] for row in rows for a, b in zip(row, row[1:], strict=False))
+    end = max(start + length for row in rows for _, _, start, length in row)
+    busy = sum(length for row in rows for *_, length in row)
+    assert 1 - busy / (end * make.STAGES) == pytest.approx(bubble("1f1b", make.STAGES, make.MICROBATCHES))
+
+
 @pytest.mark.parametrize("marker", ["demo-output", "test-output", "numbers"])
 def test_the_readmes_have_the_markers(marker: str) -> None:
     readme = script(ROOT / "scripts" / "readme_output.py")
@@ -275,5 +286,6 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
         log.write("epoch", epoch=2, loss=1.2, accuracy=0.56, eval_loss=1.2, eval_accuracy=0.57, samples_per_s=6000.0)
     assert make.main(["cifar-cnn", str(tmp_path), "--out", str(tmp_path / "curve.png")]) == 0
     assert make.main(["step", "--out", str(tmp_path / "step.png")]) == 0
-    for name in ("curve.png", "step.png"):
+    assert make.main(["split", "--out", str(tmp_path / "split.png")]) == 0
+    for name in ("curve.png", "step.png", "split.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

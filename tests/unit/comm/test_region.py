@@ -35,7 +35,7 @@ def test_the_ring_of_letters_begins_again() -> None:
 
 
 def test_a_few_mebibytes_a_rank_suffice() -> None:
-    assert exchange_bytes(2) / 2 < 8 << 20 and exchange_bytes(8) / 8 < 8 << 20
+    assert exchange_bytes(2) / 2 < 13 << 20 and exchange_bytes(8) / 8 < 13 << 20
 
 
 @pytest.mark.parametrize("world_size", [0, 65])

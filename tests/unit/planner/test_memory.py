@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.errors import PlanError, RequestError
 from shoal.plan import Plan
 from shoal.planner.memory import (
     HOLES,

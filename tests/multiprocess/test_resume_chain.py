@@ -1,0 +1,126 @@
+"""A run that is gone on with under one plan after the other, and what is left of it: all as if one worker had done it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import noisy_job
+import pytest
+import torch
+from noisy_job import command, environment, events, gone, history, processes, wait_until
+from torch import nn
+
+import shoal
+from shoal.observe.compare import max_rel_diff
+
+PLANS = [
+    ("dp=2,threads=1", 5),
+    ("tp=2,threads=1", 12),
+    ("pp=2,microbatches=2,threads=1", 17),
+    ("dp=2,zero=3,threads=1", 24),
+    ("dp=1,threads=1", None),
+]
+
+
+class Ramp:
+    """A schedule's factor that is an object."""
+
+    def __call__(self, step: int) -> float:
+        return 1 - step / 40
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, 34), nn.Tanh(), nn.Linear(34, 16), nn.Tanh(), nn.Linear(16, 2)
+    ).double()  # fmt: skip
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(101, 12, generator=generator, dtype=torch.float64)
+    return x, (x.sum(1) > 0).long()
+
+
+JOB = shoal.Job(
+    name="steady",
+    model=model,
+    train_data=data,
+    eval_data=data,
+    loss=nn.functional.cross_entropy,
+    optimizer=noisy_job.adam,
+    scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Ramp()),
+    metrics={
+        "accuracy": lambda output, target: (output.argmax(1) == target).double().mean(),
+        "auc": noisy_job.Auc(),
+        "confusion": noisy_job.Confusion(),
+    },
+    batch_size=10,
+    epochs=3,
+    grad_clip=0.3,
+)
+
+
+def test_one_plan_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    whole = shoal.train(JOB, plan="dp=1,threads=1", run_dir=tmp_path / "whole")
+    run = tmp_path / "run"
+    for number, (plan, steps) in enumerate(PLANS):
+        gone_on = shoal.train(JOB, plan=plan, run_dir=run, resume=number > 0, steps=steps)
+        # Whatever the plan, the plain state_dict.
+        assert [(n, w.shape) for n, w in gone_on.weights().items()] == [(n, w.shape) for n, w in whole.weights().items()]
+        checkpoint = run / "checkpoints" / f"step-{gone_on.summary()['steps']:08d}" / "state.safetensors"
+        assert _header(checkpoint) == _header(sorted((tmp_path / "whole" / "checkpoints").glob("step-*/state*"))[-1])
+    assert [e["resumed_from"] for e in events(run, "run_start")] == [None, 5, 12, 17, 24]
+    assert max_rel_diff(whole.weights(), gone_on.weights()) <= 1e-9
+    for one, other in zip(history(whole), history(gone_on), strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+
+
+def _header(path: Path) -> bytes:
+    """Names, shapes and places of the tensors in a checkpoint."""
+    content = path.read_bytes()
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def test_what_a_split_run_leaves_behind(tmp_path: Path) -> None:
+    run = shoal.train(JOB, plan="tp=2,threads=1", run_dir=tmp_path / "run", epochs=1)
+    last = run.history[-1]
+    found = run.evaluate()
+    assert found["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-9)
+    assert found["eval_auc"] == pytest.approx(last["eval_auc"], rel=1e-9)
+    x = data()[0]
+    built = run.model().eval()(x)
+    loaded = shoal.load(run.path / "model")
+    exported = torch.export.load(run.path / "model" / "program.pt2").module()
+    assert torch.equal(loaded.eval()(x) if isinstance(loaded, nn.Module) else loaded(x), built)
+    torch.testing.assert_close(exported(x), built)
+
+
+def test_killed_supervisor_of_a_split_run(tmp_path: Path) -> None:
+    plan = ("--plan", "tp=2,threads=1", "--epochs", "4")
+    calm = _train(tmp_path / "calm", *plan)
+    run = tmp_path / "run"
+    with subprocess.Popen(command(run, *plan), env=environment(), stdout=-3, stderr=-3) as process:
+        try:
+            wait_until(lambda: any(e["step"] >= 15 for e in events(run, "checkpoint")), process)
+            family = processes(run)
+            assert process.poll() is None
+        finally:
+            process.kill()
+            process.wait()
+    wait_until(lambda: gone(family))
+    resumed = _train(run, "--resume", *plan)
+    assert resumed["weights_sha256"] == calm["weights_sha256"]
+    for one, other in zip(resumed["epochs"], calm["epochs"], strict=True):
+        assert {**one, "samples_per_s": 0} == {**other, "samples_per_s": 0}
+    assert events(run, "run_start")[-1]["resumed_from"] >= 15
+
+
+def _train(run: Path, *more: str) -> dict[str, Any]:
+    done = subprocess.run(command(run, *more), env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from shoal.comm.arena import Arena
+from shoal.comm.grid import Grid
+from shoal.comm.store import Store, arena_layout
+from shoal.train.describe import describe
+from shoal.train.gradients import Gradients, Target
+from shoal.train.split import Ways, split_table
+
+
+class Tied(nn.Module):
+    """What two stages of a pipeline have of a model with a tied weight, in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.late = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3))
+
+
+GRID = Grid(dp=2, pp=2)
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    model = Tied()
+    base = describe(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    table, _ = split_table(base, GRID, Ways({"table": [0, 1], "late": [1]}, {}), "SGD")
+    arena = Arena.create(arena_layout(table, GRID))
+    yield Store(arena, table)
+    arena.memory.close()
+
+
+def index_of(store: Store, name: str) -> int:
+    return next(k for k, spec in enumerate(store.table.parameters) if spec.name == name)
+
+
+def test_gradients_add_up_in_the_stripe_and_leave_the_parameter(store: Store) -> None:
+    model, at = Tied(), index_of(store, "table")
+    gradients = Gradients(store, 1, [Target(model.table, at)])
+    for factor in (1.0, 2.0):
+        (model.table * factor).sum().backward()
+        assert model.table.grad is None
+    assert store.gradient(1, at).unique().tolist() == [3.0]
+    assert store.touched[1, at] == 1 and not store.touched[0].any()
+    # A new step begins: what is there is of the one before.
+    store.touched[1] = 0
+    gradients.begin()
+    model.table.sum().backward()
+    assert store.gradient(1, at).unique().tolist() == [1.0]
+
+
+def test_a_second_stage_has_a_place_of_its_own(store: Store) -> None:
+    (echo,) = store.table.echoes
+    assert store.table.parameters[echo.parameter].name == "table"
+    model = Tied()
+    gradients = Gradients(store, 0, [Target(model.table, echo=0)])
+    (model.table * 4).sum().backward()
+    (model.table * 4).sum().backward()
+    assert store.echo(0, 0).unique().tolist() == [8.0]
+    assert store.echoed[0, 0] == 1 and not store.touched.any()
+    gradients.begin()
+    assert store.echoed[0, 0] == 0
+
+
+def test_what_nobody_trains_is_dropped_and_sparse_gradients_become_dense(store: Store) -> None:
+    model, at = Tied(), index_of(store, "table")
+    Gradients(store, 0, [Target(model.table, at), Target(model.late)])
+    rows = nn.functional.embedding(torch.tensor([1, 1, 4]), model.table, sparse=True)
+    (rows.sum() + model.late.sum()).backward()
+    assert model.late.grad is None and model.table.grad is None
+    assert store.gradient(0, at)[:, 0].tolist() == [0.0, 2.0, 0.0, 0.0, 1.0]
+    assert store.touched[0].sum() == 1
