@@ -65,6 +65,7 @@ class Port:
 
     Attributes:
         beginnings: how often this port was reset; what was begun before the last time is void.
+        names: what the ranks are called where somebody is told about them; their own numbers, unless they are part of more.
         while_waiting: called now and then while this rank waits, with what it waits for and for how many seconds.
     """
 
@@ -88,6 +89,7 @@ class Port:
         from shoal.comm.mailbox import Mailbox
 
         self.rank, self.world_size, self.deadline_s = rank, world_size, deadline_s
+        self.names: Sequence[int] = range(world_size)
         self.while_waiting: Callable[[str, float], None] = lambda what, waited_s: None
         self.base = region.data_ptr()
         self._region = region
@@ -162,7 +164,8 @@ class Port:
             waited_s = time.monotonic() - began
             if waited_s >= limit_s:
                 raise DeadlineError(
-                    f"Rank {self.rank} waited {waited_s:.3g} s for {pending.describe()} from {_names(pending.missing())}; "
+                    f"Rank {self.names[self.rank]} waited {waited_s:.3g} s for {pending.describe()} from "
+                    f"{_names([self.names[rank] for rank in pending.missing()])}; "
                     "see what keeps it."
                 )
             self.while_waiting(pending.describe(), waited_s)

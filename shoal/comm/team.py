@@ -156,6 +156,7 @@ class Team:
             region, self.rank, len(self.ranks), deadline_s=deadline_s, spin_s=spin_s,
             generation_address=self._words.address,
         )  # fmt: skip
+        self.port.names = self.ranks
         self.port.while_waiting = lambda what, waited_s: beat()
         # A successor meets the others before it says anything; at the very beginning there is nothing to forget.
         self._met = self.port.generation if self._words.announced == 0 else -1
@@ -186,7 +187,7 @@ class Team:
         while self.port.help():
             self.port.check()
             if time.monotonic() > deadline:
-                raise DeadlineError(f"Rank {self.rank} of a team could not deliver all messages in {self._deadline_s:.0f} s.")
+                raise DeadlineError(f"Rank {self.ranks[self.rank]} could not deliver all messages in {self._deadline_s:.0f} s.")
             self._beat()
             time.sleep(_NAP_S)
 

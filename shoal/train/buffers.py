@@ -23,6 +23,8 @@ class Buffers:
 
     def __init__(self, model: nn.Module, store: Store, publishes: Collection[str] | None = None) -> None:
         self._store = store
+        count = len(store.table.buffers)
+        self._copies = [[store.buffer(parity, index) for index in range(count)] for parity in (0, 1)]
         self._places: list[tuple[nn.Module, str]] = []
         owners = {name: module for name, module in model.named_modules(remove_duplicate=False)}
         for spec in store.table.buffers:
@@ -58,7 +60,7 @@ class Buffers:
         for index in range(len(self._places)):
             if self._changed(index) or self._loaded[index] != steps[index]:
                 present = self._present(index)
-                present.copy_(self._store.buffer(step % 2, index))
+                present.copy_(self._copies[step % 2][index])
                 self._seen[index] = (id(present), present._version)
                 self._loaded[index] = float(steps[index])
 
@@ -70,7 +72,7 @@ class Buffers:
         for index in self._published:
             changed = self._changed(index)
             if changed or steps[index] == step:
-                self._store.buffer((step + 1) % 2, index).copy_(self._present(index))
+                self._copies[(step + 1) % 2][index].copy_(self._present(index))
                 written.append(index)
             if changed and not self._always[index]:
                 steps[index] = step + 1

@@ -39,6 +39,7 @@ class Part:
         sharded: the sharded axis' hold of the model, where there is one.
         pipeline: what the microbatches go through, where the model is cut into stages.
         publishes: the names of the buffers that this worker computes; None for all.
+        parts: paths of the modules between which a pipeline may be cut.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Part:
     sharded: Any = None
     pipeline: Any = None
     publishes: frozenset[str] | None = None
+    parts: tuple[str, ...] = ()
 
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
@@ -82,7 +84,8 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
 
         # Stages are cut from the model as it is; without them, nobody needs it any more.
         layout = tensor.find_layout(
-            copy.deepcopy(model) if grid.pp > 1 else model, grid.tp, job.tensor_plan, bool(plan.sequence_parallel), example=example,
+            copy.deepcopy(model) if grid.pp > 1 else model, grid.tp, job.tensor_plan, bool(plan.sequence_parallel),
+            example=example,
             samples=samples,
         )  # fmt: skip
         if layout.why is not None:
@@ -235,9 +238,11 @@ def _take_stages(
     line = pipeline.Pipeline(stages, group, schedule, plan.interleave, whole_backward=(plan.recompute or "none") != "none")
     targets, _ = _targets([stage.module for stage in stages], split, owner, None)
     publishes = frozenset(name for index in own for name in cut.buffers[index])
+    parts = tuple(path for blocks in cut.blocks for path in blocks if path)
     return Part(
-        nn.ModuleList([stage.module for stage in stages]), parameters, targets, pipeline=line, publishes=publishes
-    )
+        nn.ModuleList([stage.module for stage in stages]), parameters, targets, pipeline=line, publishes=publishes,
+        parts=parts,
+    )  # fmt: skip
 
 
 def _targets(

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,8 +58,9 @@ class Surroundings:
         if self.batchnorm is not None:
             self.batchnorm.taking_part([replica for replica, n in enumerate(counts) if n])
 
-    def reseed(self, step: int, micro: int, stage: int = 0) -> None:
-        streams.reseed(streams.STEP, self.job.seed, step, self.replica, micro, *((stage,) if stage else ()))
+    def place(self, step: int, micro: int) -> tuple[int, ...]:
+        """What the random streams of a microbatch are seeded from."""
+        return streams.STEP, self.job.seed, step, self.replica, micro
 
 
 class Passes(Protocol):
@@ -116,7 +117,7 @@ class WholeModel:
         around, count = self._around, len(share.indices)
         around.slot.enter(Phase.FORWARD, step)
         around.announce(share.counts)
-        around.reseed(step, micro)
+        streams.reseed(*around.place(step, micro))
         with user_code("the model or its loss", around.rank):
             with around.autocast():
                 outcome = objective.compute(around.job, self._model, batch, count or SPARE)
@@ -145,9 +146,14 @@ class WholeModel:
 class Pipelined:
     """Passes through a rank's stages of a pipeline: see ``shoal.axes.pipeline`` for how a batch travels."""
 
-    def __init__(self, pipeline: Pipeline, around: Surroundings, microbatches: int) -> None:
+    def __init__(self, pipeline: Pipeline, around: Surroundings, microbatches: int, parts: Collection[str]) -> None:
+        """Take up a pipeline; ``parts`` are the paths of the parts between which it may be cut."""
         self._pipeline = pipeline
         self._around = around
+        self._streams = streams.PartStreams()
+        for stage in pipeline.stages.values():
+            for path in parts:
+                self._streams.begin_at(stage.module.get_submodule(path), path)
         self._microbatches = microbatches
 
     @property
@@ -173,7 +179,7 @@ class Pipelined:
             micro, share, _ = round_[at]
             around.slot.enter(Phase.FORWARD, step)
             around.announce(share.counts)
-            around.reseed(step, micro, stage)
+            self._streams.at(*around.place(step, micro))
             with around.autocast():
                 outcome = objective.compute(around.job, stage_module, batch, len(share.indices))
             check_learnable(outcome)
@@ -198,6 +204,7 @@ class Pipelined:
             with around.autocast():
                 return objective.compute(around.job, stage_module, given, count)
 
+        self._streams.rest()
         found = self._pipeline.evaluate([batch], compute)
         return self._detached(found[0]) if found else None
 
@@ -214,7 +221,7 @@ def check_learnable(outcome: Outcome) -> None:
 def make_passes(part: Part, around: Surroundings, feed: Feed, plan: Plan) -> Passes:
     """The passes that fit a worker's part of the model."""
     if part.pipeline is not None:
-        return Pipelined(part.pipeline, around, plan.microbatches or 1)
+        return Pipelined(part.pipeline, around, plan.microbatches or 1, part.parts)
     if part.sharded is not None:
         return WholeModel(part.model, around, part.sharded, feed.spare)
     return WholeModel(part.model, around)

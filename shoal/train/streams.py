@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import random
 import sys
+import zlib
 
 import torch
+from torch import nn
 
 from shoal.data.order import mix
 
@@ -27,6 +29,35 @@ def reseed(*where: int) -> None:
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed(seed & 0xFFFFFFFF)
+
+
+class PartStreams:
+    """Random streams of the parts of a model that is cut into stages: the same wherever it is cut.
+
+    Where the stages begin follows from measured times. So every part of the model begins a stream of its own, by its path.
+    """
+
+    def __init__(self) -> None:
+        self._where: tuple[int, ...] | None = None
+
+    def at(self, *where: int) -> None:
+        """Say where the run is, and begin the stream of what comes before the first part."""
+        self._where = where
+        reseed(*where)
+
+    def rest(self) -> None:
+        """Leave the streams alone from now on, as while evaluating."""
+        self._where = None
+
+    def begin_at(self, module: nn.Module, path: str) -> None:
+        """Let the stream of a part begin whenever it is called."""
+        number = zlib.crc32(path.encode())
+
+        def begin(_module: nn.Module, _inputs: object) -> None:
+            if self._where is not None:
+                reseed(*self._where, number)
+
+        module.register_forward_pre_hook(begin)
 
 
 def seed_for_model(seed: int) -> None:

@@ -38,7 +38,7 @@ class Ranks:
         self.model: nn.Module = Net()
         table = describe(self.model, make(self.model))
         self.store = Store(Arena.create(arena_layout(table, Grid(dp=world_size))), table)
-        fill(self.model, self.store)
+        fill(self.store, dict(self.model.named_parameters()), dict(self.model.named_buffers()))
         bind(self.model, self.store)
         self.world_size = world_size
 

@@ -285,7 +285,7 @@ class Watch(TorchDispatchMode):
 
 def watched(port: Port, n: int) -> None:
     """What a rank does for others while it waits is no part of what it computes."""
-    long, rounds = 10 * PIECE, 5
+    long, rounds = PIECE // 8, 5
     got = [torch.empty(2 * long)[::2] for _ in range(2 * rounds)]
     # Of half of the messages, rank 1 knows before they come.
     works = [dist.irecv(part, 0) for part in got[:rounds]] if port.rank == 1 else []
