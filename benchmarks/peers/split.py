@@ -7,11 +7,9 @@ what goes with them. Those that end in ``_small`` show that everything runs.
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
-from torch import nn
 
 from benchmarks.peers.large import Model, loss
 from shoal.job import Job
@@ -35,10 +33,15 @@ def _job(
     def optimizer(params: object) -> torch.optim.Optimizer:
         return torch.optim.Adam(params, lr=1e-4) if adam else torch.optim.SGD(params, lr=1e-3)  # type: ignore[arg-type]
 
-    model: functools.partial[nn.Module] = functools.partial(Model, vocabulary, width, blocks)
     return Job(
-        name=name, model=model, train_data=data, loss=loss, optimizer=optimizer, batch_size=batch, epochs=8,
-    )  # fmt: skip
+        name=name,
+        model=lambda: Model(vocabulary, width, blocks),
+        train_data=data,
+        loss=loss,
+        optimizer=optimizer,
+        batch_size=batch,
+        epochs=8,
+    )
 
 
 def wide() -> Job:

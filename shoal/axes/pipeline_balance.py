@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ Compute = Callable[[nn.Module, Any], torch.Tensor]
 """Computes the loss of an example with a model: a scalar to differentiate."""
 
 
-def balance(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+def balance(costs: Sequence[float], stages: int, holders: Sequence[int] | None = None) -> tuple[int, ...]:
     """Where to begin the stages after the first so that the dearest one costs as little as possible.
 
     By dynamic programming over contiguous parts; among equals the sum of squares is smallest. Returns the indices of the
     first part of each stage but the first; every stage has at least one part. Raises ValueError for too few parts.
+
+    ``holders``: which rank holds each stage. Where one holds several, they are then moved for as long as the rank with most
+    to do gets less.
     """
     count = len(costs)
     if stages > count:
@@ -39,7 +43,35 @@ def balance(costs: Sequence[float], stages: int) -> tuple[int, ...]:
                     options.append((max(most, own), squares + own * own, (*cuts, start) if start else cuts))
             row[end] = min(options)
         best.append(row)
-    return best[-1][count][2]
+    cuts = best[-1][count][2]
+    return cuts if holders is None or len(set(holders)) == stages else _spread(sums, cuts, holders)
+
+
+def _spread(sums: Sequence[float], cuts: tuple[int, ...], holders: Sequence[int]) -> tuple[int, ...]:
+    """Move one or two beginnings of stages at a time to where the rank with most to do gets least."""
+
+    def dearest(tried: Sequence[int]) -> tuple[float, float]:
+        work = dict.fromkeys(holders, 0.0)
+        squares = 0.0
+        for holder, start, end in zip(holders, (0, *tried), (*tried, len(sums) - 1), strict=True):
+            work[holder] += sums[end] - sums[start]
+            squares += (sums[end] - sums[start]) ** 2
+        return max(work.values()), squares
+
+    def neighbours() -> Iterator[tuple[int, ...]]:
+        for first, second in itertools.combinations_with_replacement(range(len(cuts)), 2):
+            for moves in itertools.product((-1, 0, 1), repeat=2):
+                tried = list(cuts)
+                tried[first] += moves[0]
+                tried[second] += moves[1]
+                if all(a < b for a, b in itertools.pairwise((0, *tried, len(sums) - 1))):
+                    yield tuple(tried)
+
+    while True:
+        found = min(neighbours(), key=dearest)
+        if dearest(found) >= dearest(cuts):
+            return cuts
+        cuts = found
 
 
 def measure(model: nn.Module, example: Any, compute: Compute, paths: Sequence[str], repeats: int = 3) -> list[float]:

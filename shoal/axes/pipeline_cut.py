@@ -80,6 +80,7 @@ def find_cut(
     split_points: Sequence[str] | None = None,
     costs: Mapping[str, float] | None = None,
     asked: str = "",
+    holders: Sequence[int] | None = None,
 ) -> Cut:
     """Cut a model into stages.
 
@@ -90,6 +91,7 @@ def find_cut(
         split_points: paths of the modules before which to cut, in order; one less than stages.
         costs: path of a part -> seconds, instead of measuring; "" for the first one.
         asked: what the user wrote, for the error's sentence, such as ``"pp=4, interleave=2"``.
+        holders: which rank holds each stage: where one holds several, what counts is their sum.
 
     The model's weights, buffers and gradients stay as they are.
 
@@ -105,7 +107,7 @@ def find_cut(
     random_state = torch.get_rng_state()
     try:
         model.train()
-        return _find(model, stages, example, compute, split_points, costs, asked)
+        return _find(model, stages, example, compute, split_points, costs, asked, holders)
     finally:
         model.train(training)
         torch.set_rng_state(random_state)
@@ -153,6 +155,7 @@ def _find(
     split_points: Sequence[str] | None,
     costs: Mapping[str, float] | None,
     asked: str,
+    holders: Sequence[int] | None,
 ) -> Cut:
     trace = watch(model, lambda m: compute(m, example))
     if trace is None:
@@ -171,10 +174,11 @@ def _find(
     paths = [place.path for place in places]
     seconds = _given_costs(costs, paths) if costs is not None else measure(model, example, compute, paths)
     if not chosen:
-        chosen = [places[index - 1] for index in balance(seconds, stages)]
+        chosen = [places[index - 1] for index in balance(seconds, stages, holders)]
     starts = [0, *(paths.index(place.path) + 1 for place in chosen), len(seconds)]
     by_stage = tuple(sum(seconds[a:b]) for a, b in zip(starts, starts[1:], strict=False))
-    how = "at the split_points given" if split_points is not None else "so that the slowest stage is as fast as can be"
+    slowest = "stage" if holders is None or len(set(holders)) == stages else "rank"
+    how = "at the split_points given" if split_points is not None else f"so that the slowest {slowest} is as fast as can be"
     cut = _build(model, trace, [place.moment for place in chosen], _boundaries(model, trace, chosen), by_stage, how)
     try:
         return _verified(model, example, compute, cut, asked)

@@ -69,6 +69,7 @@ class Note(IntEnum):
     CHECKPOINT_FAILED = 10
     GRADIENT_NORM_SQUARED = 11
     CHECKPOINT_SEEN = 12
+    UNDO_LINES = 13
     # the supervisor's
     STOP_WANTED = 20
     CHECKPOINT_WANTED = 21

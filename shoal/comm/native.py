@@ -22,7 +22,7 @@ from typing import Protocol
 
 import torch
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "rounds.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "lines.c", "rounds.c")]
 # No fused multiply-add: the C path must round exactly as torch does.
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}

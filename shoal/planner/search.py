@@ -1,4 +1,4 @@
-"""Choosing among plans by trying them: successive halving over short trials. Pure: the trial is handed in."""
+"""Choosing among plans by trying them in turn, in short rounds. Pure: the trial is handed in."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 from shoal.plan import Plan
 
+HOPELESS = 1.3
+"""After each round plans are dropped that take so many times as long as the fastest."""
+TIE = 1.03
+"""Two plans are equals where one takes at most so many times as long as the other."""
+
 
 @dataclass(frozen=True)
 class Tried:
-    """What a trial found: the median step of a plan, in seconds, over so many steps."""
+    """What trials found: a plan's step in seconds, the median of its rounds' medians, over so many steps."""
 
     plan: Plan
     step_s: float
@@ -22,29 +27,46 @@ def search(
     candidates: Sequence[Plan],
     trial: Callable[[Plan, float], list[float]],
     seconds: float,
-    rounds: int = 2,
+    rounds: int = 4,
     enough: Callable[[], bool] = lambda: False,
+    favourite: Callable[[Plan], bool] = lambda plan: False,
 ) -> list[Tried]:
-    """Try every candidate briefly, then the better half again for longer; the fastest first.
+    """Try all candidates in turn, again and again, so that whatever else the machine does disturbs all of them alike.
 
     Args:
         candidates: at least one plan.
         trial: runs a plan for about so many seconds and returns the times of its steps.
         seconds: for everything together.
-        rounds: how often the field is halved.
+        rounds: how often each plan is tried that is not hopeless; two are always kept.
         enough: asked after each trial of a plan that was tried before, whether there is no time for more.
+        favourite: which plans to take among equals.
+
+    Returns the best first; plans that were dropped come last.
     """
-    times: dict[Plan, list[float]] = {plan: [] for plan in candidates}
+    medians: dict[Plan, list[float]] = {plan: [] for plan in candidates}
+    steps = dict.fromkeys(candidates, 0)
     field = list(candidates)
     for number in range(rounds):
         each = seconds / rounds / len(field)
         for plan in field:
-            if number == 0 or not enough():
-                times[plan] += trial(plan, each)
-        field.sort(key=lambda plan: _median(times[plan]))
-        field = field[: max(2, -(-len(field) // 2))] if number + 1 < rounds else field
-    ranked = sorted(candidates, key=lambda plan: (plan not in field, _median(times[plan])))
-    return [Tried(plan, _median(times[plan]), len(times[plan])) for plan in ranked]
+            if number and enough():
+                break
+            times = trial(plan, each)
+            steps[plan] += len(times)
+            if times:
+                medians[plan].append(statistics.median(times))
+        field.sort(key=lambda plan: _median(medians[plan]))
+        limit = _median(medians[field[0]]) * HOPELESS
+        field = [plan for place, plan in enumerate(field) if place < 2 or _median(medians[plan]) <= limit]
+    tried = [Tried(plan, _median(medians[plan]), steps[plan]) for plan in candidates]
+    return rank([t for t in tried if t.plan in field], favourite) + rank([t for t in tried if t.plan not in field])
+
+
+def rank(tried: Sequence[Tried], favourite: Callable[[Plan], bool] = lambda plan: False) -> list[Tried]:
+    """The fastest first, but before it a favourite that is its equal."""
+    found = sorted(tried, key=lambda entry: entry.step_s)
+    best = next((t for t in found if favourite(t.plan) and t.step_s <= found[0].step_s * TIE), None)
+    return found if best is None else [best, *(t for t in found if t is not best)]
 
 
 def _median(values: Sequence[float]) -> float:

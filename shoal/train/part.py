@@ -154,8 +154,9 @@ def _cut_stages(built: Built, plan: Plan, batch: Any, samples: int) -> tuple[Any
         return objective.compute(built.job, model, example, samples).loss
 
     cut = pipeline.find_cut(
-        built.model, count, batch, compute=compute, split_points=built.job.split_points, asked=asked
-    )
+        built.model, count, batch, compute=compute, split_points=built.job.split_points, asked=asked,
+        holders=[pipeline.rank_of_stage(schedule, ranks, stage) for stage in range(count)],
+    )  # fmt: skip
     users: dict[str, Sequence[int]] = {}
     for stage, names in enumerate(cut.parameters):
         rank = pipeline.rank_of_stage(schedule, ranks, stage)

@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from shoal.comm.arena import Note
+from shoal.comm.lines import LINE_BYTES
 from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
+from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,22 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def lane_kind(kind: str, replica: int | None) -> str:
     """How a checkpoint names what a replica has of its own: the first one's names are the plain ones."""
     return f"{kind}@{replica}" if replica else kind
+
+
+def save_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
+    """Copy bytes to the undo log, one range after the other."""
+    at = 0
+    for data in ranges:
+        undo[at : at + data.numel()].copy_(data)
+        at += align(data.numel())
+
+
+def restore_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
+    """Copy them back."""
+    at = 0
+    for data in ranges:
+        data.copy_(undo[at : at + data.numel()])
+        at += align(data.numel())
 
 
 class Updater:
@@ -92,17 +111,11 @@ class Updater:
 
     def save(self, chunk: int) -> None:
         """Copy the chunk to the undo log."""
-        at = 0
-        for data in self._ranges(chunk):
-            self._undo[at : at + data.numel()].copy_(data)
-            at += align(data.numel())
+        save_ranges(self._undo, self._ranges(chunk))
 
     def restore(self, chunk: int) -> None:
         """Put the chunk back as the undo log has it."""
-        at = 0
-        for data in self._ranges(chunk):
-            data.copy_(self._undo[at : at + data.numel()])
-            at += align(data.numel())
+        restore_ranges(self._undo, self._ranges(chunk))
         self.reload(chunk)
 
     def reload(self, chunk: int) -> None:
@@ -129,6 +142,8 @@ class ElementwiseUpdater(Updater):
             first = last
         longest = max((c.chunk.stop - c.chunk.start for c in self.chunks), default=0)
         self._scratch = torch.empty(longest, dtype=torch.uint8)
+        self._lines = LineWork(longest, 1 + len(table.state_keys))
+        self._slot = store.arena.slots[rank]
         self._current = 0
 
     @property
@@ -137,13 +152,13 @@ class ElementwiseUpdater(Updater):
 
     def sum_gradients(self, chunk: int, factor: float) -> None:
         self._current = chunk
-        self.chunks[chunk].sum_gradients(self._scratch, factor)
+        self.chunks[chunk].sum_gradients(self._scratch, self._lines, factor)
 
     def norm_squared(self) -> float:
         return self.chunks[self._current].norm_squared()
 
     def apply(self, chunk: int, scale: float) -> None:
-        self.chunks[chunk].apply(scale)
+        self.chunks[chunk].apply(self._lines, scale)
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for chunk in self.chunks:
@@ -154,6 +169,23 @@ class ElementwiseUpdater(Updater):
 
     def _ranges(self, chunk: int) -> list[torch.Tensor]:
         return self.chunks[chunk].ranges
+
+    def save(self, chunk: int) -> None:
+        if self._lines.gradients is None:
+            super().save(chunk)
+        else:
+            *held, rows = self._ranges(chunk)
+            save_ranges(self._undo[self._lines.save(self._undo, held) :], [rows])
+        self._slot.write(Note.UNDO_LINES, self._lines.count)
+
+    def restore(self, chunk: int) -> None:
+        count = int(self._slot.note(Note.UNDO_LINES))
+        if count == WHOLE:
+            super().restore(chunk)
+            return
+        *held, rows = self._ranges(chunk)
+        restore_ranges(self._undo[restore_lines(self._undo, count, held) :], [rows])
+        self.reload(chunk)
 
     def reload(self, chunk: int) -> None:
         self.chunks[chunk].reload()
@@ -180,9 +212,11 @@ class _ElementwiseChunk:
         ]
         self._spans = [(a - chunk.start, b - chunk.start) for a, b in flat]
         weights = store.weight_range(chunk.start, chunk.stop, self._dtype, replica)
-        self._pieces = [nn.Parameter(weights[a // width : b // width]) for a, b in self._spans]
+        self._weights = [weights[a // width : b // width] for a, b in self._spans]
+        self._pieces = [nn.Parameter(own) for own in self._weights]
+        # For each kind of state, a tensor for each piece.
         self._states = [
-            [store.state_range(k, a, b, self._dtype, replica) for k in range(len(self._keys))] for a, b in flat
+            [store.state_range(k, a, b, self._dtype, replica) for a, b in flat] for k in range(len(self._keys))
         ]
         self._rows = rows.view(len(flat), -1)
         self._made = self._rows[:, :8].numpy().view(np.int64).reshape(-1)
@@ -191,16 +225,16 @@ class _ElementwiseChunk:
             [row[8 * (1 + k) : 8 * (1 + k) + scalar.itemsize].view(scalar)[0] for k in range(len(self._scalar_keys))]
             for row in self._rows
         ]
-        self.ranges = [as_bytes(weights)]
-        self.ranges += [
-            as_bytes(store.state_range(k, chunk.start, chunk.stop, self._dtype, replica))
-            for k in range(len(self._keys))
-        ]
+        # Whole lines: what is between two parameters is nobody's.
+        start, stop = chunk.start, align(chunk.stop)
+        self.ranges = [store.weight_range(start, stop, torch.uint8, replica)]
+        self.ranges += [store.state_range(k, start, stop, torch.uint8, replica) for k in range(len(self._keys))]
         self.ranges.append(rows)
+        self._ends = np.array([align(b) // LINE_BYTES for _, b in self._spans])
         # A slice of all rows makes no copy.
         self._rows_of = slice(lane.sources[0], lane.sources[-1] + 1)
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
-        self._stripes = [store.gradient_range(r, chunk.start, chunk.stop, self._dtype) for r in lane.sources]
+        self._stripes = [store.gradient_range(r, start, stop, self._dtype) for r in lane.sources]
         self._echoes = [
             (k, echo) for k, i in enumerate(self._indices) for echo, e in enumerate(table.echoes) if e.parameter == i
         ]
@@ -208,6 +242,7 @@ class _ElementwiseChunk:
         self._optimizer = self._make_optimizer(optimizer)
         self._gradients: list[torch.Tensor | None] = []
         self._bound = [False] * len(self._pieces)
+        self._sparse = zeros_change_nothing(self._optimizer)
         self.reload()
 
     def _make_optimizer(self, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -230,9 +265,18 @@ class _ElementwiseChunk:
             own.update(hyperparameters(groups[index]))
             if "fused" in own:
                 own["fused"] = fused
+        self._sparse = zeros_change_nothing(self._optimizer)
 
-    def sum_gradients(self, scratch: torch.Tensor, factor: float) -> None:
+    def sum_gradients(self, scratch: torch.Tensor, lines: LineWork, factor: float) -> None:
         touched = self.store.touched[self._rows_of][:, self._indices]
+        lines.forget()
+        # From the second update on, when the optimizer's state is there.
+        worth_trying = self._sparse and factor > 0 and self._ends[-1] >= LEAST_LINES and not self._echoes
+        if worth_trying and all(self._bound) and touched.all():
+            lines.sum_gradients(self._stripes, self._ends, factor)
+            if lines.gradients is not None:
+                self._gradients = list(lines.gradients)
+                return
         total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
         width = self._dtype.itemsize
         native = self.store.arena.native
@@ -244,7 +288,7 @@ class _ElementwiseChunk:
             ]
             return
         if touched.all() and not self._echoes:
-            native.sum_into(total, self._stripes, factor)
+            native.sum_into(total, [stripe[: len(total)] for stripe in self._stripes], factor)
             self._gradients = [total[a // width : b // width] for a, b in self._spans]
             return
         self._gradients = []
@@ -273,7 +317,26 @@ class _ElementwiseChunk:
             float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients if g is not None
         )
 
-    def apply(self, scale: float) -> None:
+    def apply(self, lines: LineWork, scale: float) -> None:
+        if lines.gradients is None:
+            self._step(scale)
+            return
+        held = self.ranges[:-1]
+        weights, *states = lines.gather(held, self._dtype)
+        self._lend(weights, states)
+        self._step(scale)
+        lines.scatter(held)
+        self._lend(self._weights, self._states)
+
+    def _lend(self, weights: Sequence[torch.Tensor], states: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Let the optimizer work on these; of each kind there is one for each piece."""
+        for k, piece in enumerate(self._pieces):
+            piece.data = weights[k]
+            state = self._optimizer.state[piece]
+            for key, own in zip(self._keys, states, strict=True):
+                state[key] = own[k]
+
+    def _step(self, scale: float) -> None:
         # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
         for begun in (True, False):
             chosen = [
@@ -296,10 +359,10 @@ class _ElementwiseChunk:
     def _keep(self, k: int, piece: nn.Parameter) -> None:
         """Move the state that the optimizer has just made into the arena."""
         state = self._optimizer.state.get(piece, {})
-        for key, place in zip(self._keys, self._states[k], strict=True):
+        for key, places in zip(self._keys, self._states, strict=True):
             if state.get(key) is not None:
-                place.copy_(state[key])
-                state[key] = place
+                places[k].copy_(state[key])
+                state[key] = places[k]
         for key, place in zip(self._scalar_keys, self._scalars[k], strict=True):
             if key in state:
                 place.copy_(state[key])
@@ -310,8 +373,9 @@ class _ElementwiseChunk:
     def reload(self) -> None:
         for k, piece in enumerate(self._pieces):
             if self._made[k]:
-                places = zip((*self._keys, *self._scalar_keys), (*self._states[k], *self._scalars[k]), strict=True)
-                self._optimizer.state[piece].update(places)
+                state = self._optimizer.state[piece]
+                state.update(zip(self._keys, (places[k] for places in self._states), strict=True))
+                state.update(zip(self._scalar_keys, self._scalars[k], strict=True))
                 self._bound[k] = True
             elif self._bound[k]:
                 # The chunk went back to before its first update: the optimizer has to make its state anew.
@@ -326,9 +390,10 @@ class _ElementwiseChunk:
         for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self._specs, strict=True)):
             start = piece.start * width
             if not self._lane.replica:
-                yield Saved("weights", spec.name, start, as_bytes(self._pieces[k].data), spec)
-            for key, place in zip(self._keys, self._states[k], strict=True):
-                yield Saved(lane_kind(f"state.{key}", self._lane.replica), spec.name, start, as_bytes(place), spec)
+                yield Saved("weights", spec.name, start, as_bytes(self._weights[k]), spec)
+            for key, places in zip(self._keys, self._states, strict=True):
+                own = as_bytes(places[k])
+                yield Saved(lane_kind(f"state.{key}", self._lane.replica), spec.name, start, own, spec)
             if piece.start == 0 and spec.leads:
                 yield Saved(lane_kind("scalars", self._lane.replica), spec.name, 0, self._rows[k])
 

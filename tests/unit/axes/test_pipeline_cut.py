@@ -70,6 +70,26 @@ def test_balance_is_the_best_of_all_ways(costs: list[int], stages: int) -> None:
     assert key(found)[0] == best[0]
 
 
+@given(st.lists(st.integers(1, 20), min_size=4, max_size=12), st.sampled_from([(0, 1, 0, 1), (0, 1, 1, 0)]))
+def test_where_a_rank_holds_several_stages_their_sum_counts(costs: list[int], holders: tuple[int, ...]) -> None:
+    def most(cuts: tuple[int, ...]) -> int:
+        ends = [0, *cuts, len(costs)]
+        stages = [sum(costs[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        return max(sum(cost for cost, own in zip(stages, holders, strict=True) if own == rank) for rank in (0, 1))
+
+    found = balance(costs, 4, holders)
+    assert len(found) == 3 and list(found) == sorted(set(found)) and found[0] > 0 and found[-1] < len(costs)
+    assert most(found) <= most(balance(costs, 4))
+    assert balance(costs, 4, (0, 1, 2, 3)) == balance(costs, 4)
+
+
+def test_a_head_as_dear_as_three_layers_leaves_both_ranks_of_an_interleaved_schedule_as_much_to_do() -> None:
+    # One embedding, six layers, a head.
+    assert balance([1.0] * 6 + [4.0], 4) == (2, 4, 6)
+    cuts = balance([1.0] * 6 + [4.0], 4, (0, 1, 0, 1))
+    assert cuts[0] + cuts[2] - cuts[1] == 5
+
+
 def test_a_transformer_is_cut_between_blocks_and_tied_weights_are_in_two_stages() -> None:
     model = Language()
     cut = find_cut(model, 3, TEXT, costs={"": 1.0, "blocks.0": 5.0, "blocks.1": 1.0, "blocks.2": 1.0, "blocks.3": 6.0})

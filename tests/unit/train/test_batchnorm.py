@@ -47,7 +47,8 @@ def halves(make: Any, parts: list[torch.Tensor], slopes: list[torch.Tensor]) -> 
 
     def work(rank: int) -> None:
         module = make()
-        hook = GlobalBatchNorm(nn.Sequential(module), together.of(rank))
+        hook = GlobalBatchNorm(together.of(rank))
+        hook.take_over(nn.Sequential(module))
         hook.taking_part([0, 1])
         outputs, gradients = [], []
         for scale in (1.0, 3.0):
@@ -107,7 +108,8 @@ def _never(values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
 def test_alone_or_in_evaluation_the_layer_is_torchs_own() -> None:
     x = torch.randn(6, 3)
     plain, own = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    hook = GlobalBatchNorm(nn.Sequential(own), _never)
+    hook = GlobalBatchNorm(_never)
+    hook.take_over(nn.Sequential(own))
     hook.taking_part([1])
     assert torch.equal(own(x), plain(x))
     hook.taking_part([0, 1])
@@ -116,7 +118,8 @@ def test_alone_or_in_evaluation_the_layer_is_torchs_own() -> None:
 
 def test_one_value_per_channel_is_refused_as_torch_does() -> None:
     module = nn.BatchNorm1d(3)
-    hook = GlobalBatchNorm(nn.Sequential(module), lambda values, ranks: values)
+    hook = GlobalBatchNorm(lambda values, ranks: values)
+    hook.take_over(nn.Sequential(module))
     hook.taking_part([0, 1])
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         module(torch.randn(1, 3))

@@ -1,0 +1,73 @@
+/* Summing and moving single lines of 64 bytes, for gradients that are zero nearly everywhere. Plain C, called through ctypes. */
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+/* A line is what a cache moves, and 16 floats. */
+enum { LINE_BYTES = 64, PROBE_LINES = 256 };
+
+/* Whether a line of any of the sources has a bit that is not 0. */
+static inline int holds(char **src, int n, int64_t at) {
+#if defined(__AVX512F__)
+    __m512i any = _mm512_loadu_si512(src[0] + at);
+    for (int k = 1; k < n; k++) any = _mm512_or_si512(any, _mm512_loadu_si512(src[k] + at));
+    return _mm512_test_epi64_mask(any, any) != 0;
+#elif defined(__AVX2__)
+    __m256i any = _mm256_setzero_si256();
+    for (int k = 0; k < n; k++) {
+        const __m256i *half = (const __m256i *)(src[k] + at);
+        any = _mm256_or_si256(any, _mm256_or_si256(_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)));
+    }
+    return !_mm256_testz_si256(any, any);
+#else
+    uint64_t any = 0, words[LINE_BYTES / 8];
+    for (int k = 0; k < n; k++) {
+        memcpy(words, src[k] + at, LINE_BYTES);
+        for (int i = 0; i < LINE_BYTES / 8; i++) any |= words[i];
+    }
+    return any != 0;
+#endif
+}
+
+/* Whether more than half of every 256th line holds anything: then it is not worth looking for the others. */
+static int mostly_full(char **src, int n, int64_t lines) {
+    int64_t seen = 0, full = 0;
+    for (int64_t line = 0; line < lines; line += PROBE_LINES, seen++) full += holds(src, n, line * LINE_BYTES);
+    return full * 2 > seen;
+}
+
+/* Sum the lines in which some source has a bit that is not 0: their numbers go to found, and (src[0] + ... + src[n-1]) * scale
+ * of each, in that order, to dst. Returns how many there are, or -1 where they are more than most. */
+#define DEFINE_SUM_LINES(NAME, T)                                                                      \
+    int64_t NAME(T *dst, char **src, int n, int64_t lines, T scale, int64_t *found, int64_t most) {    \
+        enum { WIDTH = LINE_BYTES / sizeof(T) };                                                       \
+        int64_t count = 0;                                                                             \
+        if (mostly_full(src, n, lines)) return -1;                                                     \
+        for (int64_t line = 0; line < lines; line++) {                                                 \
+            if (!holds(src, n, line * LINE_BYTES)) continue;                                           \
+            if (count == most) return -1;                                                              \
+            T *sum = dst + count * WIDTH;                                                              \
+            const T *first = (const T *)(src[0] + line * LINE_BYTES);                                  \
+            for (int i = 0; i < WIDTH; i++) sum[i] = first[i];                                         \
+            for (int k = 1; k < n; k++) {                                                              \
+                const T *next = (const T *)(src[k] + line * LINE_BYTES);                               \
+                for (int i = 0; i < WIDTH; i++) sum[i] += next[i];                                     \
+            }                                                                                          \
+            for (int i = 0; i < WIDTH; i++) sum[i] *= scale;                                           \
+            found[count++] = line;                                                                     \
+        }                                                                                              \
+        return count;                                                                                  \
+    }
+DEFINE_SUM_LINES(shoal_sum_lines_f32, float)
+DEFINE_SUM_LINES(shoal_sum_lines_f64, double)
+
+/* Gather lines into a row, and put them back. */
+void shoal_take_lines(char *row, const char *from, const int64_t *lines, int64_t n) {
+    for (int64_t i = 0; i < n; i++) memcpy(row + i * LINE_BYTES, from + lines[i] * LINE_BYTES, LINE_BYTES);
+}
+
+void shoal_put_lines(char *to, const char *row, const int64_t *lines, int64_t n) {
+    for (int64_t i = 0; i < n; i++) memcpy(to + lines[i] * LINE_BYTES, row + i * LINE_BYTES, LINE_BYTES);
+}
