@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from shoal.plan import Plan
 
 
-def local_candidates(wanted: Plan, cores: int, batch: int, images: bool) -> list[Plan]:
+def local_candidates(
+    wanted: Plan, cores: int, batch: int, images: bool, divisible: int | None = None
+) -> list[Plan]:
     """Plans that keep what ``wanted`` says and fill in workers, threads, memory layout, and how a pipeline is gone through.
 
     Args:
@@ -15,13 +17,14 @@ def local_candidates(wanted: Plan, cores: int, batch: int, images: bool) -> list
         cores: cores that the run may use.
         batch: samples in the smallest full batch; no plan has more workers.
         images: the batch holds images, so that the memory layout matters.
+        divisible: into how many pieces any batch can be cut at most, the batch's samples where it is None.
 
     Returns complete plans, without doubles, the simplest first. Where the model is split there is just one: a trial of such
     a plan takes seconds, and the cores are best divided evenly among workers that wait for each other.
     """
     found: list[Plan] = []
     for dp in _ways(wanted, cores, batch):
-        asked = in_microbatches(wanted.replace(dp=dp), batch)
+        asked = in_microbatches(wanted.replace(dp=dp), batch if divisible is None else divisible)
         threads = [wanted.threads] if wanted.threads is not None else _threads(cores, asked)
         for count in threads:
             for layout in _layouts(asked, images):

@@ -57,7 +57,7 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
             "machine, and shoal joins them."
         )
     batch = min(job.batch_size, facts.samples)
-    candidates = local_candidates(plan, machine.cores, batch, facts.images)
+    candidates = local_candidates(plan, machine.cores, batch, facts.images, _divisible(job, facts))
     check_plan(candidates[0], job, facts)
     forecast = Forecast(job, facts, supervisor, machine)
     first = candidates[0]
@@ -148,6 +148,13 @@ def _best(
     why = [f"{best.plan.brief()} is {fastest} of {len(tried)} plans on {machine.cores} cores ({how})."]
     why += [f"{t.plan.brief()}: {t.step_s * 1e3:.2f} ms a step, {samples / t.step_s:,.0f} samples/s" for t in tried]
     return best.plan, why
+
+
+def _divisible(job: Job, facts: JobFacts) -> int:
+    """Into how many microbatches any batch of an epoch can be cut; BatchNorm needs two samples in each."""
+    batch = min(job.batch_size, facts.samples)
+    smallest = facts.samples % batch or batch
+    return max(1, smallest // 2) if facts.batchnorm else batch
 
 
 def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
