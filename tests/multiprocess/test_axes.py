@@ -85,9 +85,7 @@ def train(job: shoal.Job, plan: str, directory: Path, steps: int = STEPS) -> Run
         ("odd", "tp=3,accumulate=2", torch.float32, 1),
         # Of the last batch's three samples one worker of four gets none.
         ("odd", "dp=4,zero=3", torch.float64, 1),
-        ("odd", "dp=2,zero=2,shares=3+1", torch.float32, 1),
-        ("odd", "dp=2,shares=3+1,pp=2,microbatches=3,schedule=gpipe", torch.float32, 1),
-        ("vit", "dp=2,tp=2", torch.float32, 1),
+        ("odd", "dp=2,shares=3+1,pp=2,microbatches=3,schedule=gpipe,zero=2", torch.float32, 1),
         ("vit", "tp=2,pp=2,microbatches=3,schedule=interleaved,recompute=selective", torch.float64, 1),
         ("resnet", "dp=2,pp=2,microbatches=3,schedule=1f1b", torch.float64, 3),
         ("resnet", "dp=4,zero=3", torch.float64, 1),
@@ -155,9 +153,9 @@ def test_bf16_stays_near_one_workers_bf16(tmp_path: Path) -> None:
     assert 1e-5 < off.max_rel_diff < 0.1, off
 
 
-def test_dropout_is_the_same_whatever_is_recomputed(tmp_path: Path) -> None:
+def test_dropout_does_not_depend_on_where_a_pipeline_is_cut_and_what_is_recomputed(tmp_path: Path) -> None:
     job = zoo.job("gpt", model=lambda: zoo.Gpt(dropout=0.2).double(), eval_data=None, metrics={})
-    plans = ("tp=2,pp=2,microbatches=2", "tp=2,pp=2,microbatches=2,recompute=full")
+    plans = ("pp=2,microbatches=2", "tp=2,pp=2,microbatches=2,schedule=zbv,recompute=full")
     first, again = (train(job, plan, tmp_path / str(k), steps=6).weights() for k, plan in enumerate(plans))
     assert_equal(again, first, within=1e-9)
     assert difference(one_worker(job.replace(model=lambda: zoo.Gpt().double()), steps=6), first).max_rel_diff > 1e-3
@@ -235,7 +233,7 @@ plans = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(6, 70), min_size=3, max_size=5), st.integers(3, 33), plans, st.integers(0, 3))
 def test_any_small_network_under_any_plan(
     tmp_path_factory: pytest.TempPathFactory, widths: list[int], batch: int, plan: str, seed: int
