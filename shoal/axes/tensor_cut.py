@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from shoal.comm.parts import take_ranges
 from shoal.errors import JobFailed
 
 Widths = tuple[tuple[int, ...], ...]
@@ -55,14 +56,8 @@ def ranges_of(widths: Widths, t: int) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def take(whole: torch.Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The cat of the ranges of a dim; a view where there is one range."""
-    pieces = [whole.narrow(dim, low, high - low) for low, high in ranges]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
 def assemble(parts: Sequence[torch.Tensor], dim: int, widths: Widths) -> torch.Tensor:
-    """Put the workers' parts together: the inverse of ``take`` for all of them."""
+    """Put the workers' parts together: the inverse of ``take_ranges`` for all of them."""
     if len(widths) == 1:
         return torch.cat(list(parts), dim)
     split = [part.split([block[t] for block in widths], dim) for t, part in enumerate(parts)]
@@ -106,7 +101,7 @@ class Team:
     def enter_part(self, x: torch.Tensor, dim: int, widths: Widths) -> tuple[torch.Tensor, ...]:
         """Each member's part of a replicated value."""
         entered = self.enter(x)
-        return tuple(take(entered, dim, ranges_of(widths, t)) for t in self.members)
+        return tuple(take_ranges(entered, dim, ranges_of(widths, t)) for t in self.members)
 
     def reduce(self, parts: Sequence[torch.Tensor], fresh: bool = False) -> torch.Tensor:
         """The sum of everybody's part, replicated; in place where the part is ``fresh``: nobody else reads it."""
@@ -128,7 +123,7 @@ class Team:
             self._counts("reduce_scatter", False, parts[0])
             self._counts("all_gather", True, parts[0])
             total = sum(parts[1:], parts[0])
-            cut = Cut(tuple(take(total, dim, ranges_of(widths, t)) for t in self.members), dim, widths, self)
+            cut = Cut(tuple(take_ranges(total, dim, ranges_of(widths, t)) for t in self.members), dim, widths, self)
             cut.along_sequence = True
             return cut
         return Cut((_ReduceScatter.apply(parts[0], self, dim, widths),), dim, widths, self)
@@ -172,7 +167,7 @@ class Team:
             own = rows.new_empty(widths[0][self.rank], *rows.shape[1:])
             _reduce_scatter_single(own, rows, group=self.group)
             return own.movedim(0, dim)
-        return take(self.all_reduce(_own_copy(x)), dim, ranges_of(widths, self.rank))
+        return take_ranges(self.all_reduce(_own_copy(x)), dim, ranges_of(widths, self.rank))
 
 
 class Cut(torch.Tensor):
@@ -328,5 +323,5 @@ class _Gather(torch.autograd.Function):
         if ctx.entering:
             own = team.sum_and_scatter(gradient, ctx.dim, ctx.widths)
         else:
-            own = take(gradient, ctx.dim, ranges_of(ctx.widths, team.rank))
+            own = take_ranges(gradient, ctx.dim, ranges_of(ctx.widths, team.rank))
         return own, None, None, None, None

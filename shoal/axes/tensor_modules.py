@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.axes.tensor_cut import Cut, Team, plain, ranges_of, take
+from shoal.axes.tensor_cut import Cut, Team, plain, ranges_of
 from shoal.axes.tensor_layout import Split, Style, TensorLayout
+from shoal.comm.parts import take_ranges
 
 
 class Swapped:
@@ -69,7 +70,7 @@ def _as_cut(split: Split, team: Team, origin: str) -> property:
         if parameter is None:
             return None
         if team.rehearsal:
-            parts = tuple(take(parameter, split.dim, ranges_of(split.widths, t)) for t in team.members)
+            parts = tuple(take_ranges(parameter, split.dim, ranges_of(split.widths, t)) for t in team.members)
             return Cut(parts, split.dim, split.widths, team, origins)
         # The parts of a cut outlive one use: weights are read from one place from first to last.
         if made[0] is not parameter:
@@ -108,7 +109,7 @@ def localise(model: nn.Module, layout: TensorLayout, rank: int) -> None:
             assert whole is not None
             if id(whole) not in made:
                 with torch.no_grad():
-                    part = take(whole.detach(), split.dim, ranges_of(split.widths, rank)).clone()
+                    part = take_ranges(whole.detach(), split.dim, ranges_of(split.widths, rank)).clone()
                 made[id(whole)] = nn.Parameter(part, requires_grad=whole.requires_grad)
                 made[id(made[id(whole)])] = made[id(whole)]
             owner._parameters[leaf] = made[id(whole)]

@@ -41,11 +41,16 @@ def part_shape(whole: Sequence[int], regions: Sequence[Region]) -> tuple[int, ..
     return tuple(shape)
 
 
+def take_ranges(whole: torch.Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The ranges (start, stop) of a dim, one after the other; a view where there is one range."""
+    pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
 def take(whole: torch.Tensor, regions: Sequence[Region]) -> torch.Tensor:
     """The part of a whole tensor; a view where the regions allow it."""
     for region in regions:
-        pieces = [whole.narrow(region.dim, start, stop - start) for start, stop in region.ranges]
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, region.dim)
+        whole = take_ranges(whole, region.dim, region.ranges)
     return whole
 
 

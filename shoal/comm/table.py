@@ -64,10 +64,6 @@ class TensorSpec(_Sized):
     def whole_shape(self) -> tuple[int, ...]:
         return self.shape if self.whole is None else self.whole
 
-    @property
-    def whole_nbytes(self) -> int:
-        return math.prod(self.whole_shape) * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class StateSpec(_Sized):

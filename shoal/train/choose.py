@@ -27,7 +27,7 @@ from shoal.process.supervisor import Supervisor
 from shoal.train.crew import Crew, bind
 from shoal.train.forecast import Forecast, limit_text
 from shoal.train.memory import memory_of
-from shoal.train.settings import JobFacts, RunSettings, layout_of
+from shoal.train.settings import JobFacts, RunSettings, layout_of, table_of
 from shoal.train.split import Split
 
 SEARCH_S = 5.0
@@ -230,7 +230,7 @@ def _run_trial(
     arena: Arena, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
 ) -> TrialResult:
     bind(supervisor, settings, arena.memory.fd, last=False)
-    table = settings.split.table if settings.split is not None else facts.table
+    table = table_of(facts, settings.split)
     Store(arena, table).spread()
     crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
     crew.start(spare=False)

@@ -35,10 +35,10 @@ from shoal.train.feed import Feed, division_of
 from shoal.train.forecast import Measured, measure
 from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
-from shoal.train.part import cut_model, take_part, to_meta, to_whole, whole_part
+from shoal.train.part import cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
 from shoal.train.schedule import Schedule
-from shoal.train.settings import JobFacts, RunSettings
+from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
 from shoal.train.update import Updater, make_updater
 
@@ -131,8 +131,7 @@ class TrainHost:
 
     def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
         """Write the first weights into an arena where ``write`` says so, and bind the model to it where it is not split."""
-        table = settings.split.table if settings.split is not None else self._facts.table
-        store = Store(arena, table)
+        store = Store(arena, table_of(self._facts, settings.split))
         if write:
             fill(store, self._first, self._first_buffers)
         if settings.split is None:
@@ -151,7 +150,9 @@ class TrainHost:
         assert self._store is not None and self._settings is not None
         model = self._built.model
         if self._settings.split is not None:
-            to_whole(model, self._store.state_dict(step % 2))
+            from shoal.axes import tensor
+
+            tensor.materialise(model, self._store.state_dict(step % 2).__getitem__)
         with torch.no_grad():
             buffers = dict(model.named_buffers(remove_duplicate=False))
             for index, spec in enumerate(self._store.table.buffers):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from shoal.errors import JobError
 from shoal.job import Job
@@ -85,83 +84,37 @@ def call(model: Any, value: Any) -> Any:
     return model(value)
 
 
-class Given:
-    """Stands for a model whose output is known already; in everything else it is the model."""
-
-    def __init__(self, model: nn.Module, output: Any) -> None:
-        self._model = model
-        self._output = output
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class _Called(Exception):
-    """What a model is called with."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_given, self.kwargs_given = args, kwargs
-
-
-class _Recorder(Given):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Called(args, kwargs)
-
-
-def arguments(job: Job, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the job calls its model with on a batch: (positional, by keyword). JobError where its ``step`` does not call it."""
-    recorder: Any = _Recorder(model, None)
-    try:
-        if job.step is not None:
-            job.step(recorder, batch)
-        else:
-            call(recorder, split(batch)[0] if job.loss is not None else batch)
-    except _Called as called:
-        return called.args_given, called.kwargs_given
-    raise JobError("step did not call the model that it was given, so the model cannot be split; use dp only.")
+def _answer(job: Job, model: Any, batch: Any) -> tuple[Any, Any, Any]:
+    """What the job's loss, its step, or the model's own loss returns on a batch; and the output and target, if known."""
+    if job.step is not None:
+        return job.step(model, batch), None, None
+    if job.loss is not None:
+        inputs, target = split(batch)
+        output = call(model, inputs)
+        return job.loss(output, target), output, target
+    output = call(model, batch)
+    return _own_loss(output), output, batch
 
 
 def raw_loss(job: Job, model: Any, batch: Any) -> tuple[torch.Tensor, Any]:
     """The loss as the job gives it, and the output: no value is looked at, so that this runs on shapes alone."""
-    output = None
-    if job.step is not None:
-        result = job.step(model, batch)
-        result = result["loss"] if isinstance(result, Mapping) else result
-    elif job.loss is not None:
-        inputs, target = split(batch)
-        output = call(model, inputs)
-        result = job.loss(output, target)
-    else:
-        output = call(model, batch)
-        result = _own_loss(output)
+    result, output, _ = _answer(job, model, batch)
+    if job.step is not None and isinstance(result, Mapping):
+        result = result["loss"]
     return _scalar(result[0] if isinstance(result, (tuple, list)) else result), output
 
 
 def compute(job: Job, model: Any, batch: Any, count: int) -> Outcome:
     """Run the job's loss, its step, or the model's own loss on a batch of ``count`` samples."""
     values: Mapping[str, Any] = {}
-    output = target = None
-    if job.step is not None:
-        result = job.step(model, batch)
-        if isinstance(result, Mapping):
-            if "loss" not in result:
-                raise JobError(
-                    f'step returned a mapping without "loss" ({", ".join(map(str, result))}); name the loss "loss".'
-                )
-            values = {str(name): value for name, value in result.items() if name != "loss"}
-            result = result["loss"]
-    elif job.loss is not None:
-        inputs, target = split(batch)
-        output = call(model, inputs)
-        result = job.loss(output, target)
-    else:
-        output = call(model, batch)
-        target = batch
-        result = _own_loss(output)
+    result, output, target = _answer(job, model, batch)
+    if job.step is not None and isinstance(result, Mapping):
+        if "loss" not in result:
+            raise JobError(
+                f'step returned a mapping without "loss" ({", ".join(map(str, result))}); name the loss "loss".'
+            )
+        values = {str(name): value for name, value in result.items() if name != "loss"}
+        result = result["loss"]
     outcome = _outcome(job, model, batch, result, count)
     outcome.values = {name: _number(name, value) for name, value in values.items()}
     outcome.output, outcome.target = output, target
@@ -201,7 +154,7 @@ def count_labels(model: Any, batch: Any) -> int | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         return None
-    kind = getattr(model, "loss_type", None) or type(getattr(model, "_model", model)).__name__
+    kind = getattr(model, "loss_type", None) or type(model).__name__
     if labels.dim() > 1 and any(word in str(kind) for word in ("ForCausalLM", "LMHeadModel")):
         labels = labels[..., 1:]
     return int((labels != IGNORED_LABEL).sum())

@@ -96,8 +96,8 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
         explanation += stages.explanation
     if grid.sharded:
         explanation.append(_explain_shards(model, table, grid.dp))
-    regions = layout.shards if layout is not None else {}
-    regions = {name: tuple((r,) if not isinstance(r, tuple) else r for r in own) for name, own in regions.items()}
+    shards = layout.shards if layout is not None else {}
+    regions = {name: [(region,) for region in own] for name, own in shards.items()}
     parts, holds = split_table(table, grid, Ways(users, regions), type(built.optimizer).__name__)
     return Split(grid, parts, holds, stages, layout, tuple(explanation))
 
@@ -292,16 +292,3 @@ def to_meta(model: nn.Module) -> None:
     for parameter in emptied:
         # The optimizer still knows the old objects.
         parameter.data = torch.empty(0, dtype=parameter.dtype)
-
-
-def to_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give a model whose parameters are on the meta device real ones, by name. Tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                value = state[f"{path}.{name}" if path else name]
-                made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]

@@ -42,6 +42,7 @@ from shoal.train.settings import (
     RunSettings,
     ValueNames,
     layout_of,
+    table_of,
 )
 from shoal.train.split import Split
 
@@ -108,7 +109,7 @@ class Session:
                 self._directory.release([])
 
     def _run_in(self, arena: Arena, began: float) -> Run:
-        store = Store(arena, self._facts.table if self._settings.split is None else self._settings.split.table)
+        store = Store(arena, table_of(self._facts, self._settings.split))
         self._store, self._arena = store, arena
         fd = arena.memory.fd
         bind(self._supervisor, self._settings, fd, last=True)

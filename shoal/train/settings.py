@@ -62,11 +62,16 @@ class RunSettings:
         return Grid.of(self.plan)
 
 
+def table_of(facts: JobFacts, split: Split | None) -> ParameterTable:
+    """The tensors of a run: the model's, or the parts that it is split into."""
+    return facts.table if split is None else split.table
+
+
 def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = False) -> ArenaLayout:
     """The arena of a run; ``private``: its workers share no memory."""
     grid = Grid.of(plan)
     return arena_layout(
-        facts.table if split is None else split.table,
+        table_of(facts, split),
         grid,
         0 if private else facts.collective_bytes(plan),
         bool(plan.local_steps),

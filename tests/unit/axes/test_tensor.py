@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shoal.axes import tensor
-from shoal.axes.tensor_cut import Cut, Team, assemble, even_widths, ranges_of, take
+from shoal.axes.tensor_cut import Cut, Team, assemble, even_widths, ranges_of
+from shoal.comm.parts import take_ranges
 from shoal.comm.table import Region
 from shoal.errors import JobError, PlanError
 
@@ -21,7 +22,7 @@ from shoal.errors import JobError, PlanError
 def rehearsed(x: torch.Tensor, dim: int, widths: tuple[tuple[int, ...], ...]) -> Cut:
     """A tensor with all of its parts in this process."""
     team = Team(len(widths[0]))
-    return Cut(tuple(take(x, dim, ranges_of(widths, t)) for t in team.members), dim, widths, team)
+    return Cut(tuple(take_ranges(x, dim, ranges_of(widths, t)) for t in team.members), dim, widths, team)
 
 
 def layout_of(model: nn.Module, ways: int = 2, **options: Any) -> tensor.TensorLayout:
@@ -102,7 +103,7 @@ def test_functions_of_a_split_tensor(function: Any) -> None:
 def test_parts_come_together_again() -> None:
     x = torch.arange(24).view(2, 12)
     widths = (even_widths(5, 3), even_widths(7, 3))
-    parts = [take(x, 1, ranges_of(widths, t)) for t in range(3)]
+    parts = [take_ranges(x, 1, ranges_of(widths, t)) for t in range(3)]
     assert [p.shape[1] for p in parts] == [5, 4, 3] and torch.equal(assemble(parts, 1, widths), x)
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from shoal.axes import tensor
 from shoal.errors import PlanError
 from shoal.job import Job
 from shoal.plan import Plan
 from shoal.train.describe import describe
 from shoal.train.host import build
-from shoal.train.part import cut_model, to_meta, to_whole
+from shoal.train.part import cut_model, to_meta
 from shoal.train.split import Split
 
 
@@ -68,6 +69,6 @@ def test_weights_that_went_to_the_meta_device_come_back_with_their_ties() -> Non
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     to_meta(model)
     assert all(p.is_meta for p in model.parameters()) and model.head.weight is model.words.weight
-    to_whole(model, state)
+    tensor.materialise(model, state.__getitem__)
     assert model.head.weight is model.words.weight
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
