@@ -71,3 +71,16 @@ void shoal_take_lines(char *row, const char *from, const int64_t *lines, int64_t
 void shoal_put_lines(char *to, const char *row, const int64_t *lines, int64_t n) {
     for (int64_t i = 0; i < n; i++) memcpy(to + lines[i] * LINE_BYTES, row + i * LINE_BYTES, LINE_BYTES);
 }
+
+/* dst[rows[i]] += src[i], one after the other; rows that are skipped or beyond the table are left out. */
+#define DEFINE_ADD_ROWS(NAME, T)                                                                          \
+    void NAME(T *dst, const T *src, const int64_t *rows, int64_t n, int64_t width, int64_t count, int64_t skipped) { \
+        for (int64_t i = 0; i < n; i++) {                                                                 \
+            if (rows[i] < 0 || rows[i] >= count || rows[i] == skipped) continue;                          \
+            T *sum = dst + rows[i] * width;                                                               \
+            const T *next = src + i * width;                                                              \
+            for (int64_t k = 0; k < width; k++) sum[k] += next[k];                                        \
+        }                                                                                                 \
+    }
+DEFINE_ADD_ROWS(shoal_add_rows_f32, float)
+DEFINE_ADD_ROWS(shoal_add_rows_f64, double)

@@ -29,6 +29,7 @@ from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
 from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer
+from shoal.train.embedding import quicken_embeddings
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, division_of
@@ -101,6 +102,7 @@ class TrainHost:
         self._splits: dict[Plan, Split | None] = {}
         self._store: Store | None = None
         self._settings: RunSettings | None = None
+        self._embeddings: torch.library.Library | None = None
 
     def facts(self) -> JobFacts:
         return self._facts
@@ -169,6 +171,7 @@ class TrainHost:
         else:
             keep_freed_memory()
         torch.set_num_threads(settings.plan.threads or 1)
+        self._embeddings = quicken_embeddings()
         store.arena.slots[role.rank].write(Note.INCARNATION, role.incarnation)
         waiting = Waiting(spin_s=settings.spin_s)
         loop = self.loop(

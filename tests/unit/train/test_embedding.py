@@ -1,0 +1,53 @@
+"""Our kernel for the gradients of embedding tables has torch's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shoal.train.embedding import quicken_embeddings
+
+
+def gradients(dtype: torch.dtype, index_dtype: torch.dtype, **options: object) -> list[torch.Tensor]:
+    """Gradients of a small table whose rows come up many times each, with a large range of magnitudes."""
+    made = torch.Generator().manual_seed(3)
+    table = torch.randn(50, 7, generator=made, dtype=torch.float64).to(dtype).requires_grad_()
+    rows = torch.randint(0, 50, (300, 4), generator=made).to(index_dtype).t()
+    weight = torch.randn(4, 300, 7, generator=made, dtype=torch.float64)
+    weight = (weight * 10 ** weight).to(dtype)
+    out = torch.nn.functional.embedding(rows, table, **options)  # type: ignore[arg-type]
+    (first,) = torch.autograd.grad((out**2 * weight).sum(), table, create_graph=True)
+    (second,) = torch.autograd.grad(first.sin().sum(), table)
+    (spread,) = torch.autograd.grad(torch.nn.functional.embedding(rows, table, **options).sum(), table)  # type: ignore[arg-type]
+    return [first.detach(), second, spread]
+
+
+CASES = [
+    (torch.float32, torch.int64, {}),
+    (torch.float64, torch.int64, {"padding_idx": 3}),
+    (torch.float32, torch.int32, {}),
+    (torch.bfloat16, torch.int64, {}),
+    (torch.float32, torch.int64, {"scale_grad_by_freq": True}),
+]
+
+
+@pytest.fixture
+def plain() -> Iterator[list[list[torch.Tensor]]]:
+    yield [gradients(dtype, index, **options) for dtype, index, options in CASES]
+
+
+@pytest.mark.filterwarnings("error")
+def test_bits_are_those_of_torch(plain: list[list[torch.Tensor]]) -> None:
+    held = quicken_embeddings()
+    if held is None:
+        pytest.skip("no compiler, or a torch without get_kernel")
+    try:
+        for (dtype, index, options), expected in zip(CASES, plain, strict=True):
+            for ours, theirs in zip(gradients(dtype, index, **options), expected, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        held._destroy()
+    for ours, theirs in zip(gradients(torch.float32, torch.int64), plain[0], strict=True):
+        assert torch.equal(ours, theirs)
