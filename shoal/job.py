@@ -104,6 +104,8 @@ class Job:
                 raise JobError(
                     f'metric "{name}" cannot be called; give (output, target) -> mean, or a torchmetrics.Metric.'
                 )
+            if "MetricCollection" in {kind.__name__ for kind in type(metric).__mro__}:
+                raise JobError(f'metric "{name}" is a MetricCollection; give each of its metrics a name of its own.')
             if name == "loss" or name.startswith("eval_"):
                 raise JobError(f'metric "{name}" has a name that shoal uses itself; call it something else.')
 

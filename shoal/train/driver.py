@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.comm.member import Member, shares_memory
@@ -19,6 +16,7 @@ from shoal.job import Job
 from shoal.observe.events import EventLog, read_events
 from shoal.plan import Plan
 from shoal.process.channel import dumps
+from shoal.process.interrupts import Interrupts
 from shoal.process.supervisor import Supervisor
 from shoal.train.api import Observer, TrainOptions, read_plan, start_supervisor
 from shoal.train.run import SUMMARY, Run, open_run
@@ -51,44 +49,6 @@ class Emitter:
     def flush(self) -> None:
         self._flushed = time.monotonic()
         self._log.flush()
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM: the first asks for a clean stop, the second leaves at once."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        # Before the first step there is nothing to finish or save.
-        self.armed = False
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Handle the signals inside; only the main thread may, elsewhere they keep their meaning."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let a signal that comes inside wait for the end."""
-        self.armed = True
-        try:
-            yield
-        finally:
-            self.armed = False
-        if self.wanted:
-            raise KeyboardInterrupt
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted or not self.armed:
-            raise KeyboardInterrupt
-        self.wanted = True
 
 
 def run_job(

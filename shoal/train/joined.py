@@ -33,13 +33,13 @@ from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
 from shoal.process.failure import Failure
+from shoal.process.interrupts import Interrupts
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.api import Observer, TrainOptions, read_plan
 from shoal.train.choose import check_plan, predicted_step
 from shoal.train.crew import Patience
 from shoal.train.driver import (
     Emitter,
-    Interrupts,
     abandon_if_refused,
     check_request,
     finished_run,

@@ -21,12 +21,13 @@ from shoal.errors import JobFailed, LossNotFiniteError, RequestError
 from shoal.job import Job
 from shoal.observe.compare import weights_sha256
 from shoal.plan import Plan
+from shoal.process.interrupts import Interrupts
 from shoal.process.supervisor import Supervisor
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
 from shoal.train.choose import choose, predicted_step, remember
 from shoal.train.crew import Crew, bind
-from shoal.train.driver import Emitter, Interrupts, versions
+from shoal.train.driver import Emitter, versions
 from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import deal_pieces, write_pieces
