@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from shoal.errors import ShoalError as ShoalError
     from shoal.job import Job as Job
     from shoal.plan import Plan as Plan
+    from shoal.serve.client import Client as Client
+    from shoal.serve.service import serve as serve
     from shoal.train.api import plan as plan
     from shoal.train.api import train as train
     from shoal.train.run import Run as Run
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Client": ("shoal.serve.client", "Client"),
     "Cluster": ("shoal.cluster", "Cluster"),
     "Job": ("shoal.job", "Job"),
     "Plan": ("shoal.plan", "Plan"),
@@ -34,6 +37,7 @@ _EXPORTS = {
     "load": ("shoal.bundle", "load"),
     "open": ("shoal.train.run", "open_run"),
     "plan": ("shoal.train.api", "plan"),
+    "serve": ("shoal.serve.service", "serve"),
     "train": ("shoal.train.api", "train"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -19,10 +19,12 @@ class Answer:
     Attributes:
         result: the one JSON object that ``--json`` prints.
         text: the lines that a person gets instead; none where the command has shown all while it ran.
+        then: what the command goes on with once its answer is out: a service says where it is and then serves.
     """
 
     result: Mapping[str, Any]
     text: Sequence[str] = field(default=())
+    then: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager

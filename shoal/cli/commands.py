@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from shoal.cli import compare, data, doctor, evaluate, not_built, plan, runs, train
+from shoal.cli import compare, data, doctor, evaluate, load, not_built, plan, runs, serve, train
 from shoal.cli.answer import Answer
 
-HELP = "Train a PyTorch model on all the cores you have: shoal plans it, says why, and does it."
+HELP = "Train and serve a PyTorch model on all the cores you have: shoal plans it, says why, and does it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ COMMANDS: tuple[Command, ...] = (
     Command(name="predict", function=not_built.predict, built=False),
     Command(name="compare", function=compare.compare),
     Command(name="compress", function=not_built.compress, built=False),
-    Command(name="serve", function=not_built.serve, built=False),
-    Command(name="load", function=not_built.load, built=False),
+    Command(name="serve", function=serve.serve),
+    Command(name="load", function=load.load),
     Command(name="runs", function=runs.runs),
     Command(name="data", function=data.data),
     Command(name="doctor", function=doctor.doctor),

@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with _sigterm_is_interrupt():
                 answer = _run(given)
-            if answer is not None and not _follows():
-                write(answer, stream, json)
+                if answer is not None and not _follows():
+                    write(answer, stream, json)
+                if answer is not None and answer.then is not None:
+                    answer.then()
             return 0
         except BaseException as error:
             code, sentence = _explain(error)

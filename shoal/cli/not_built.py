@@ -23,15 +23,5 @@ def compress(words: _Words = None, json: JsonFlag = False) -> Answer:
     return _not_built("compress", "the bundle in a run's model directory is what it will read")
 
 
-def serve(words: _Words = None, json: JsonFlag = False) -> Answer:
-    """Serve a finished model."""
-    return _not_built("serve", 'in Python, "shoal.load(path)" returns the module in a bundle')
-
-
-def load(words: _Words = None, json: JsonFlag = False) -> Answer:
-    """Drive a service and report its latency."""
-    return _not_built("load", "it needs shoal serve, which is not built yet either")
-
-
 def _not_built(name: str, remedy: str) -> Answer:
     raise NotBuiltError(f"shoal {name} is not built yet; {remedy}.")

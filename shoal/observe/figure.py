@@ -1,4 +1,4 @@
-"""The picture of a run: its learning curve as a PNG."""
+"""Pictures as PNGs: a run's learning curve, a load test's latencies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shoal.observe.lines import brief, epoch_values, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#1f6f8b", "#d1603d", "#5b8c5a", "#7b5ea7", "#b8860b", "#555555")
 
@@ -49,11 +50,68 @@ def learning_curve(
         figure.suptitle(f"{job}: learning curve", fontsize=12, fontweight="bold", color="#222222")
     if plan:
         figure.supxlabel("\n".join(textwrap.wrap(f"plan {brief(plan)}", 110)), fontsize=7, color="#777777")
+    return _save(figure, path)
+
+
+def latency_histogram(
+    bins: Sequence[tuple[float, float, int]], path: str | os.PathLike[str], *,
+    marks: Mapping[str, float], slo_ms: float | None = None, title: str = "",
+) -> Path:  # fmt: skip
+    """Draw how many requests took how long, on a logarithmic axis, and return the path of the PNG.
+
+    Args:
+        bins: (from_ms, to_ms, requests), in order.
+        path: as for ``learning_curve``.
+        marks: milliseconds to mark, by their names, such as those of percentiles.
+        slo_ms: what an answer may take; drawn as a line.
+
+    Raises:
+        RequestError: there is no bin.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    if not bins:
+        raise RequestError("There is no latency to draw; not one request was answered.")
+    figure = Figure(figsize=(8.0, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    lows, counts = [low for low, _, _ in bins], [count for _, _, count in bins]
+    axes.bar(lows, counts, [high - low for low, high, _ in bins], align="edge", color=_COLOURS[0])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if max(high for _, high, _ in bins) / lows[0] > 100:
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for index, (name, value) in enumerate(marks.items()):
+        axes.axvline(value, color="#555555", linestyle=(":", "--", "-.")[index % 3], label=f"{name} {value:.3g} ms")
+    if slo_ms is not None:
+        axes.axvline(slo_ms, color=_COLOURS[1], linewidth=2.0, label=f"SLO {slo_ms:g} ms")
+    axes.set_xlabel("latency (ms), from when the request was meant to be sent")
+    axes.set_ylabel("requests")
+    _plain(axes)
+    if title:
+        figure.suptitle(title, fontsize=11, fontweight="bold", color="#222222")
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     figure.savefig(unfinished, format="png")
     os.replace(unfinished, target)
     return target
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
 
 
 def _panel(axes: Axes, history: Sequence[Mapping[str, Any]], names: Sequence[str], label: str) -> None:
@@ -80,12 +138,7 @@ def _panel(axes: Axes, history: Sequence[Mapping[str, Any]], names: Sequence[str
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+    _plain(axes)
 
 
 def _bases(names: Sequence[str]) -> list[str]:

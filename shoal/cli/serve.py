@@ -1,0 +1,109 @@
+"""``shoal serve``: serve finished models."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.cli.answer import Answer
+from shoal.cli.options import JsonFlag
+from shoal.errors import RequestError
+from shoal.observe.events import to_json
+from shoal.process.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from shoal.serve.service import Service
+
+BundlesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="BUNDLE...", help="A run directory, a bundle, or a job's name for its latest run; NAME=PATH names it."
+    ),
+]
+SloOption = Annotated[float, typer.Option("--slo-ms", metavar="MS", help="The deadline of a request that brings none.")]
+ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model; auto measures.")]
+HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")]
+PortOption = Annotated[int, typer.Option("--port", metavar="PORT", help="0 takes a free one.")]
+DrainOption = Annotated[
+    float, typer.Option("--drain-s", metavar="S", help="How long accepted requests may take at the end.")
+]
+
+_SHOW_EVERY_S = 0.5
+
+
+def serve(
+    bundles: BundlesArgument,
+    slo_ms: SloOption = 50.0,
+    replicas: ReplicasOption = "auto",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 0,
+    drain_s: DrainOption = 30.0,
+    json: JsonFlag = False,
+) -> Answer:
+    """Serve finished models until Ctrl-C.
+
+    Answers the Open Inference Protocol v2 over HTTP, JSON and binary tensors. The first line on standard output is a JSON object
+    with url and pid.
+    """
+    from shoal.serve.service import Service, ServiceOptions, locate
+
+    options = ServiceOptions(slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s)
+    service = Service(locate(bundles), options)
+    service.start()
+    where = {"url": service.url, "pid": os.getpid(), "models": service.models}
+    return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s))
+
+
+def _serve(service: Service, drain_s: float) -> None:
+    """Serve until somebody interrupts; say what became of all requests."""
+    _say(*(f"{name}: {why}" for name, why in service.chosen.items()))
+    interrupts = Interrupts()
+    try:
+        with interrupts.caught():
+            interrupts.armed = True
+            _keep(service, interrupts)
+            _say("Finishing what was accepted; Ctrl-C once more leaves at once.")
+            clean = service.drain()
+        counts = {name: _outcomes(numbers) for name, numbers in service.numbers().items()}
+    finally:
+        service.close()
+    _say(
+        *(f"{name}: " + ", ".join(f"{n:,} {word}" for word, n in outcomes.items()) for name, outcomes in counts.items())
+    )
+    if not clean:
+        _say(f"Some requests were not finished within {drain_s:g} s.")
+
+
+def _keep(service: Service, interrupts: Interrupts) -> None:
+    """Keep it going, and shown, until somebody interrupts. A step is never cut in two: messages between processes would be."""
+    from shoal.observe.service_view import ServiceView
+
+    with ServiceView(service.url) as view:
+        shown = 0.0
+        while not interrupts.wanted:
+            service.step()
+            if time.monotonic() - shown > _SHOW_EVERY_S:
+                shown = time.monotonic()
+                view.show(service.numbers())
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _outcomes(numbers: dict[str, Any]) -> dict[str, int]:
+    words = ("accepted", "answered", "expired", "failed", "cancelled", "lost", "refused", "invalid")
+    return {word: numbers[word] for word in words}
+
+
+def _count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise RequestError(f"--replicas is {text}; give a whole number of at least 1, or auto.")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Serving finished models: a gateway, replicas, and what lies between them."""

@@ -1,0 +1,231 @@
+"""The HTTP side of the gateway: one ASGI application that finds out what is asked and gives it to the desk of the model.
+
+Plain ASGI without a framework above it: most of a small model's time goes into what happens to a request here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from shoal.errors import did_you_mean
+from shoal.serve.desk import Desk
+from shoal.serve.messages import Limits
+from shoal.serve.metrics import Metrics
+from shoal.serve.protocols import v2
+from shoal.serve.refusals import Refusal
+from shoal.serve.slots import Outcome
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|stats|config))?")
+_FRESH_S = 1.0
+_PROBE_S = 2.0
+_JSON = [(b"content-type", b"application/json")]
+
+
+class App:
+    """What the gateway answers. ``desks``: by the model's name; grows while it runs."""
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        self.desks: dict[str, Desk] = {}
+        self.processes: tuple[dict[str, Any], ...] = ()
+        self.draining = False
+        self._limits = limits
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        try:
+            found = _INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
+            if found is not None:
+                await self._infer(found[1], found[2], scope, receive, send)
+            else:
+                await self._others(scope, receive, send)
+        except Refusal as refusal:
+            await _refuse(send, refusal)
+
+    async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+        desk = None
+        try:
+            desk = self._desk(name, version)
+            headers = dict(scope["headers"])
+            body = await self._body(headers, receive)
+            request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
+        except Refusal:
+            if desk is not None:
+                desk.slots.count(Outcome.INVALID)
+            raise
+        outputs = await desk.infer(request, self._limits.slo_s, lambda: _left(receive))
+        content, header_length = v2.encode(desk.signature, request, outputs)
+        if header_length is None:
+            await _respond(send, 200, content, _JSON)
+        else:
+            await _respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
+                                                (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        most = self._limits.body_bytes
+        if b"content-encoding" in headers:
+            raise Refusal(415, "Send the body as it is, without content-encoding.")
+        said = headers.get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > most:
+            raise Refusal(413, f"The body is longer than {most} bytes.")
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+        parts, size = [body], len(body)
+        until = time.monotonic() + self._limits.body_s
+        while message.get("more_body", False):
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise Refusal(408, f"The body did not arrive within {self._limits.body_s:g} s.") from None
+            if message["type"] == "http.disconnect":
+                raise Refusal(400, "The body ended early.")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > most:
+                raise Refusal(413, f"The body is longer than {most} bytes.")
+        return b"".join(parts)
+
+    def _desk(self, name: str, version: str | None = None) -> Desk:
+        desk = self.desks.get(name)
+        if desk is None:
+            raise Refusal(
+                404, f'There is no model "{name}".{did_you_mean(name, self.desks)} There is {", ".join(self.desks)}.'
+            )
+        if version is not None and version != desk.signature.version:
+            raise Refusal(404, f"{name} has the version {desk.signature.version}, not {version[:40]}.")
+        return desk
+
+    async def _others(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = scope["path"].rstrip("/"), scope["method"]
+        if path == "/v2/repository/index" and method == "POST":
+            await self._body(dict(scope["headers"]), receive)
+            index = [
+                {"name": n, "version": d.signature.version, "state": "READY", "reason": ""}
+                for n, d in self.desks.items()
+            ]
+            return await _say(send, index)
+        if method != "GET":
+            raise Refusal(404 if method == "POST" else 405, f"{method} {path[:80]} is nothing that this service does.")
+        if path == "/v2":
+            return await _say(send, v2.server_metadata())
+        if path == "/v2/health/live":
+            return await _respond(send, 200, b"", [])
+        if path == "/v2/health/ready":
+            return await self._ready(send, list(self.desks.values()))
+        if path == "/metrics":
+            return await _respond(
+                send, 200, self._metrics.render(self.desks), [(b"content-type", self._metrics.content_type)]
+            )
+        if path == "/processes":
+            return await self._processes(scope, send)
+        if path == "/v2/models/stats":
+            return await _say(send, {"model_stats": [_statistics(desk) for desk in self.desks.values()]})
+        await self._about_model(path, send)
+
+    async def _about_model(self, path: str, send: Send) -> None:
+        found = _MODEL.fullmatch(path)
+        if found is None:
+            raise Refusal(404, f"{path[:80] or '/'} is nothing that this service has; try /v2 or /v2/models/NAME.")
+        desk = self._desk(found[1], found[2])
+        if found[3] == "ready":
+            return await self._ready(send, [desk])
+        if found[3] == "stats":
+            return await _say(send, {"model_stats": [_statistics(desk)]})
+        if found[3] == "config":
+            return await _say(send, {**desk.signature.metadata(), "max_batch_size": desk.max_rows})
+        await _say(send, desk.signature.metadata())
+
+    async def _ready(self, send: Send, desks: list[Desk]) -> None:
+        """Ready: every model has just answered, a client or, where none asked within the last second, us."""
+        if self.draining or not desks:
+            raise Refusal(503, "The service is not ready.", 1.0)
+        for desk in desks:
+            if time.monotonic() - desk.last_answer_s > _FRESH_S:
+                await desk.infer(_sample_request(desk), _PROBE_S)
+        await _respond(send, 200, b"", [])
+
+    async def _processes(self, scope: Scope, send: Send) -> None:
+        client = scope.get("client")
+        if client is None or not ipaddress.ip_address(client[0]).is_loopback:
+            raise Refusal(403, "Only this machine itself may ask for the processes.")
+        await _say(send, list(self.processes))
+
+
+def _sample_request(desk: Desk) -> v2.InferRequest:
+    rows = tuple(np.frombuffer(raw, spec.dtype).reshape(1, *spec.shape[1:])
+                 for raw, spec in zip(desk.sample, desk.signature.inputs, strict=True))  # fmt: skip
+    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0)
+
+
+def _header_length(headers: dict[bytes, bytes]) -> int | None:
+    text = headers.get(b"inference-header-content-length")
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 12:
+        raise Refusal(400, "Inference-Header-Content-Length is not a number of bytes.")
+    return int(text)
+
+
+def _left(receive: Receive) -> bool:
+    """Whether the client has gone: uvicorn notes it on the object whose method ``receive`` is."""
+    return bool(getattr(getattr(receive, "__self__", None), "disconnected", False))
+
+
+def _statistics(desk: Desk) -> dict[str, Any]:
+    """A model's statistics as the protocol has them, and shoal's own under ``shoal``."""
+    times, counts = desk.times, desk.slots.counts
+    failed = sum(int(counts[o]) for o in (Outcome.FAILED, Outcome.EXPIRED, Outcome.CANCELLED))
+    total_ns = times.queue_ns + times.compute_ns
+    none = {"count": 0, "ns": 0}
+    batches = [
+        {"batch_size": size, "compute_input": none, "compute_infer": {"count": count, "ns": ns}, "compute_output": none}
+        for size, (count, ns) in sorted(times.by_batch.items())
+    ]
+    return {
+        "name": desk.signature.name, "version": desk.signature.version, "last_inference": int(time.time() * 1000),
+        "inference_count": times.rows, "execution_count": times.batches,
+        "inference_stats": {
+            "success": {"count": times.requests, "ns": total_ns}, "fail": {"count": failed, "ns": 0},
+            "queue": {"count": times.requests, "ns": times.queue_ns}, "compute_input": none,
+            "compute_infer": {"count": times.requests, "ns": times.compute_ns}, "compute_output": none,
+            "cache_hit": none, "cache_miss": none,
+        },
+        "batch_stats": batches,
+        "shoal": desk.numbers(),
+    }  # fmt: skip
+
+
+async def _say(send: Send, value: Any) -> None:
+    await _respond(send, 200, msgspec.json.encode(value), _JSON)
+
+
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    headers = list(_JSON)
+    if refusal.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, round(refusal.retry_after_s))))
+    if refusal.status in (408, 413):
+        # What is left of the body will not be read.
+        headers.append((b"connection", b"close"))
+    await _respond(send, refusal.status, v2.error_body(refusal.sentence), headers)
+
+
+async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    await send({"type": "http.response.start", "status": status,
+                "headers": [*headers, (b"content-length", b"%d" % len(body))]})  # fmt: skip
+    await send({"type": "http.response.body", "body": body})

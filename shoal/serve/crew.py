@@ -1,0 +1,258 @@
+"""The replicas of one model: chosen by measurement, watched, replaced when they die.
+
+One template (``shoal.process``) holds the loaded model, replicas are forked from it. What a dead one had in work goes back to the
+gateway's queue before another takes over its ring: inference is pure, so it is run again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.errors import DeadlineError, JobFailed
+from shoal.process.channel import ChannelClosed
+from shoal.process.supervisor import Child, Supervisor
+from shoal.serve.messages import AddModel, Attach, Attached
+from shoal.serve.replica import ModelSource
+from shoal.serve.signature import ModelSignature
+from shoal.serve.slots import SlotLayout, Slots, row_bytes
+
+_HOST = "shoal.serve.replica:ReplicaHost"
+_MEMORY_BYTES = 128 << 20
+_MOST_SLOTS, _LEAST_SLOTS = 1024, 64
+_MOST_BATCH = 32
+_MEASURE_S = 0.6
+_WARM_S = 0.05
+_LOAD_S = 120.0
+_ATTACH_S = 60.0
+_STALLED_S = 30.0
+# A replica that dies so often without having been given anything would do so for ever.
+_MOST_FRUITLESS = 5
+
+
+@dataclass
+class _Place:
+    """A ring and who serves it; ``child`` is None between a death and the gateway's ``Released``."""
+
+    rank: int
+    threads: int
+    wake: int
+    child: Child | None = None
+    up: bool = False
+    deaths: int = 0
+    fruitless: int = 0
+    posted_at_death: int = -1
+    done_seen: int = 0
+    done_at: float = field(default_factory=time.monotonic)
+
+
+class Crew:
+    """One model's template and replicas."""
+
+    def __init__(self, source: ModelSource, cores: int, replicas: int | None) -> None:
+        """``replicas``: how many, or None to find out by measurement."""
+        self._source = source
+        self._cores = cores
+        self._wanted = replicas
+        self._supervisor = Supervisor(preload=("shoal.serve.replica",))
+        self._places: dict[int, _Place] = {}
+        self._measured: dict[int, dict[int, float]] = {}
+        self.on_up: Callable[[int, int], None] = lambda rank, wake: None
+        self.on_down: Callable[[int], None] = lambda rank: None
+        self.deaths = 0
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the template; it imports torch while the caller goes on."""
+        self._supervisor.start()
+
+    def load(self) -> None:
+        """Load the model, try it, reserve the memory. Raises what the model's own code raised, TargetError for a bad bundle."""
+        self._supervisor.load(_HOST, self._source, _LOAD_S)
+        self.signature: ModelSignature = self._supervisor.call("describe", timeout_s=10.0)
+        self._supervisor.call("try_out", timeout_s=_LOAD_S)
+        self._sample: tuple[bytes, ...] = self._supervisor.call("sample", timeout_s=10.0)
+        slot_bytes = sum(row_bytes(t) for t in (*self.signature.inputs, *self.signature.outputs))
+        slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
+        # One ring more than replicas: two ways of sharing the cores are tried beside each other.
+        self.layout = SlotLayout.of(
+            self.signature, slots, rings=max(self._cores, self._wanted or 1) + 1, max_batch=_MOST_BATCH
+        )
+        self.slots = Slots.create(self.layout)
+        self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def choose(self) -> None:
+        """Find out whether many replicas of one thread or one of all cores answers more, and keep the better."""
+        batches = tuple(2**k for k in range(6) if 2**k <= _MOST_BATCH)
+        options = [(self._wanted, max(1, self._cores // self._wanted))] if self._wanted else [(self._cores, 1)]
+        if self._wanted is None and self._cores > 1:
+            options.append((1, self._cores))
+        tried = [self._try(count, threads, batches) for count, threads in options]
+        best = max(tried, key=lambda option: option.rows_per_s)
+        for option in tried:
+            if option is not best:
+                self._dismiss(option.places)
+        self.measured_s = best.measured_s
+        self.why = (
+            "; ".join(f"{option.text}: {option.rows_per_s:.0f} rows/s" for option in tried) + f"; took {best.text}"
+        )
+        self._supervisor.fork()
+
+    def _try(self, count: int, threads: int, batches: Sequence[int]) -> _Option:
+        first = len(self._places)
+        places = [
+            _Place(rank, threads, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE))
+            for rank in range(first, first + count)
+        ]
+        for place in places:
+            self._places[place.rank] = place
+            self._assign(place, tuple(batches), _MEASURE_S)
+        found = [self._await_attached(place) for place in places]
+        common = {
+            size: sum(one[size] for one in found) / count for size in found[0] if all(size in one for one in found)
+        }
+        rate = count * max(size / seconds for size, seconds in common.items())
+        text = f"{count} replica{'s' * (count > 1)} × {threads} thread{'s' * (threads > 1)}"
+        return _Option(places, common, rate, text)
+
+    def _dismiss(self, places: Sequence[_Place]) -> None:
+        for place in places:
+            del self._places[place.rank]
+            assert place.child is not None
+            self._supervisor.kill(place.child)
+            os.close(place.wake)
+
+    def introduction(self) -> AddModel:
+        """What a gateway has to know of the model."""
+        return AddModel(
+            signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample
+        )
+
+    def ready(self) -> list[tuple[int, int]]:
+        """(rank, the eventfd that wakes it) of every replica that takes batches."""
+        return [(place.rank, place.wake) for place in self._places.values() if place.up]
+
+    # -- a replica's life ----------------------------------------------------------------------------------------
+
+    def _assign(self, place: _Place, batches: tuple[int, ...], budget_s: float) -> None:
+        child = self._supervisor.standby()
+        self._supervisor.assign(child, "replica", place.rank, place.deaths)
+        message = Attach(layout=self.layout, ring=place.rank, threads=place.threads, batches=batches, budget_s=budget_s)
+        place.child, place.up = child, False
+        try:
+            child.channel.send(message, (self.slots.fd, place.wake, self.done_fd))
+        except ChannelClosed:
+            return
+
+    def _await_attached(self, place: _Place) -> dict[int, float]:
+        deadline = time.monotonic() + _ATTACH_S
+        while time.monotonic() < deadline:
+            dead = self._supervisor.poll(0.05)
+            assert place.child is not None
+            if place.child in dead:
+                raise JobFailed(
+                    f"A replica of {self.signature.name} died ({place.child.cause()}) while it tried the model; "
+                    "if it was killed for memory, use fewer replicas or a smaller model."
+                )
+            if not place.up:
+                self._look_at(place, silent=True)
+            if place.up:
+                return self._measured[place.rank]
+        raise DeadlineError(f"Replica {place.rank} of {self.signature.name} did not answer within {_ATTACH_S:g} s.")
+
+    def _look_at(self, place: _Place, silent: bool = False) -> None:
+        child = place.child
+        while child is not None and child.inbox:
+            message: Any = child.inbox.pop(0)
+            if isinstance(message, Attached):
+                self._measured[place.rank] = message.measured_s
+                place.up, place.done_at = True, time.monotonic()
+                if not silent:
+                    self.on_up(place.rank, place.wake)
+
+    def poll(self, timeout_s: float) -> None:
+        """Take in what has happened to replicas, and replace the dead."""
+        try:
+            dead = self._supervisor.poll(timeout_s)
+        except ChannelClosed:
+            return self._begin_again()
+        for place in self._places.values():
+            if place.child in dead:
+                self._bury(place)
+            else:
+                self._look_at(place)
+                self._end_if_stalled(place)
+
+    def _bury(self, place: _Place) -> None:
+        self.deaths += 1
+        place.deaths += 1
+        posted = self.slots.rings[place.rank].posted
+        place.fruitless = place.fruitless + 1 if posted == place.posted_at_death else 0
+        place.posted_at_death = posted
+        if place.fruitless >= _MOST_FRUITLESS:
+            raise JobFailed(
+                f"Replica {place.rank} of {self.signature.name} died again and again before it was given a request; "
+                "if it was killed for memory, use fewer replicas or a smaller model."
+            )
+        place.child, place.up = None, False
+        self.on_down(place.rank)
+
+    def _begin_again(self) -> None:
+        """The template is gone, and every replica with it."""
+        for place in self._places.values():
+            if place.child is not None:
+                self._bury(place)
+        self._supervisor.restart(_LOAD_S)
+
+    def release(self, rank: int) -> None:
+        """The gateway uses nothing of a dead replica's ring any more: the next one may have it."""
+        place = self._places.get(rank)
+        if place is not None and place.child is None:
+            self._assign(place, (1,), _WARM_S)
+            self._supervisor.fork()
+
+    def release_all(self) -> None:
+        """There is no gateway: dead replicas' rings are reset here."""
+        for place in self._places.values():
+            if place.child is None:
+                self.slots.rings[place.rank].reset()
+                self.release(place.rank)
+
+    def _end_if_stalled(self, place: _Place) -> None:
+        """A replica that has had a batch for very long is killed, and replaced like any dead one."""
+        ring, now = self.slots.rings[place.rank], time.monotonic()
+        if ring.done != place.done_seen or ring.posted == ring.done:
+            place.done_seen, place.done_at = ring.done, now
+        elif place.up and now - place.done_at > _STALLED_S and place.child is not None:
+            self._supervisor.kill(place.child)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Template, replicas and standbys."""
+        return [row for row in self._supervisor.processes() if row["role"] != "supervisor"]
+
+    @property
+    def changes(self) -> int:
+        return self._supervisor.changes
+
+    def close(self) -> None:
+        """End all processes and give the memory back."""
+        self._supervisor.close()
+        if hasattr(self, "slots"):
+            for place in self._places.values():
+                os.close(place.wake)
+            os.close(self.done_fd)
+            self.slots.close()
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A way of sharing the cores, tried."""
+
+    places: list[_Place]
+    measured_s: dict[int, float]
+    rows_per_s: float
+    text: str

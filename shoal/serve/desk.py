@@ -1,0 +1,386 @@
+"""The desk of one model in the gateway: takes requests in, hands batches to replicas, gives every request exactly one outcome.
+
+It runs in the gateway's event loop and nowhere else, so nothing here is locked. A request that is admitted holds its slots until
+it is answered, expired, failed or cancelled; ``_end`` is the only place where that happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shoal.serve.dispatch import Dispatcher, Row
+from shoal.serve.latency import LatencyModel
+from shoal.serve.messages import AddModel
+from shoal.serve.protocols.v2 import InferRequest
+from shoal.serve.refusals import Refusal
+from shoal.serve.slots import Outcome, Slots, drain
+
+# A second batch waits in a replica's ring while the first is computed where batches are shorter than this: the replica need not
+# wait for the event loop. Longer ones stay in the queue, where a more urgent request can still overtake them.
+_AHEAD_BELOW_S = 0.005
+_SWEEP_S = 0.005
+_LOOK_AFTER_S = 0.02
+_TIMES_KEPT = 4096
+# Where every replica has just died, the next is there within this; a request that can wait so long is taken in.
+_REPLACED_WITHIN_S = 0.5
+# A request in whose batch so many replicas have died is not given to another one.
+_MOST_DEATHS = 3
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """An admitted request."""
+
+    number: int
+    slots: list[int]
+    rows_left: int
+    arrived_s: float
+    deadline_s: float
+    future: asyncio.Future[float]
+    abandoned: Callable[[], bool]
+    in_flight: int = 0
+    ended: bool = False
+    deaths: int = 0
+    compute_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Replica:
+    rank: int
+    wake: int
+    up: bool = True
+    # (batch number, rows), oldest first; rows is empty for a batch of a gateway that is gone.
+    batches: deque[tuple[int, list[Row], list[int]]] = field(default_factory=deque)
+
+
+@dataclass
+class Times:
+    """What the statistics say beside the counts; nanoseconds as the protocol wants them."""
+
+    requests: int = 0
+    rows: int = 0
+    batches: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    by_batch: dict[int, tuple[int, int]] = field(default_factory=dict)
+    latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES_KEPT))
+
+
+class Desk:
+    """One model's requests."""
+
+    def __init__(
+        self, model: AddModel, slots_fd: int, done_fd: int, observe: Callable[[float], None] = lambda _: None
+    ) -> None:
+        self.signature = model.signature
+        self.sample = model.sample
+        self.why = model.why
+        self.slots = Slots(slots_fd, model.layout)
+        self.latency = LatencyModel.from_measured(model.measured_s)
+        self.dispatcher = Dispatcher(self.latency, capacity=model.layout.slots)
+        self.times = Times()
+        self.last_answer_s = 0.0
+        self.max_rows = min(model.layout.max_batch, model.layout.slots)
+        self._observe = observe
+        self._done_fd = done_fd
+        self._free = list(range(model.layout.slots))
+        self._replicas: dict[int, _Replica] = {}
+        self._tickets: dict[int, _Ticket] = {}
+        self._next = 0
+        self._closed = False
+        self._leave_alone()
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    async def infer(
+        self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False
+    ) -> list[np.ndarray]:
+        """Outputs of a request; Refusal where it is not taken in (429, 503), expires (504) or fails (500)."""
+        now = time.monotonic()
+        deadline = now + (request.timeout_s or slo_s)
+        if self._closed:
+            self.slots.count(Outcome.REFUSED)
+            raise Refusal(503, "The service is shutting down; ask another one.", 1.0)
+        later = self._later(request, now, deadline)
+        if later is not None:
+            self.slots.count(Outcome.REFUSED)
+            raise self._refusal(later)
+        ticket = self._accept(request, now, deadline, abandoned)
+        self.pump(now)
+        try:
+            await ticket.future
+            return [array[ticket.slots] for array in self.slots.outputs]
+        except asyncio.CancelledError:
+            self._give_up(ticket)
+            raise
+        finally:
+            self._free_slots(ticket)
+
+    def _later(self, request: InferRequest, now: float, deadline: float) -> float | None:
+        """None where the request is taken in, else after how many seconds it may be tried again."""
+        if not self.replicas_up and (not self._replicas or deadline - now < _REPLACED_WITHIN_S):
+            return _REPLACED_WITHIN_S
+        later = self.dispatcher.admit(request.rows, deadline, request.priority, now)
+        if later is None and len(self._free) < request.rows:
+            return self.latency.predict(1) * len(self.slots.inputs[0])
+        return later
+
+    def _refusal(self, later_s: float) -> Refusal:
+        if not self.replicas_up:
+            return Refusal(503, f"No replica of {self.signature.name} is ready; try again.", max(later_s, 0.1))
+        return Refusal(429, "This request could not be answered in time; try again later.", later_s)
+
+    def _accept(self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]) -> _Ticket:
+        taken = [self._free.pop() for _ in range(request.rows)]
+        for place, values in zip(self.slots.inputs, request.inputs, strict=True):
+            if len(taken) == 1:
+                place[taken[0]] = values[0]
+            else:
+                place[taken] = values
+        self._next += 1
+        ticket = _Ticket(
+            self._next, taken, len(taken), now, deadline, asyncio.get_running_loop().create_future(), abandoned
+        )
+        self._tickets[ticket.number] = ticket
+        self.slots.count(Outcome.ACCEPTED)
+        rows = [Row(slot, ticket.number, deadline, request.priority, None) for slot in taken]
+        self.dispatcher.put(rows, now)
+        return ticket
+
+    def _end(self, ticket: _Ticket, outcome: Outcome, refusal: Refusal | None = None) -> None:
+        """Give a request its outcome, once. Its slots come back when nobody computes on them and nobody reads them any more."""
+        if ticket.ended:
+            return
+        ticket.ended = True
+        self.slots.count(outcome)
+        if not ticket.future.done():
+            if refusal is None:
+                ticket.future.set_result(time.monotonic())
+            else:
+                ticket.future.set_exception(refusal)
+
+    def _give_up(self, ticket: _Ticket) -> None:
+        if not ticket.ended:
+            self.dispatcher.cancel(ticket.number)
+            self._end(ticket, Outcome.CANCELLED)
+
+    def _free_slots(self, ticket: _Ticket) -> None:
+        if ticket.in_flight == 0 and self._tickets.pop(ticket.number, None) is not None:
+            self._free.extend(ticket.slots)
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def pump(self, now: float) -> None:
+        """Hand out batches as long as a replica can take one."""
+        for replica in self._replicas.values():
+            while replica.up and len(replica.batches) < self._ahead() and self._hand_out(replica, now):
+                pass
+
+    def _ahead(self) -> int:
+        return 2 if self.latency.predict(1) < _AHEAD_BELOW_S else 1
+
+    def _hand_out(self, replica: _Replica, now: float) -> bool:
+        while True:
+            self.sweep(now)
+            rows = self.dispatcher.take(now)
+            if not rows:
+                return False
+            wanted = [row for row in rows if self._still_wanted(row, now)]
+            for row in rows:
+                if row not in wanted:
+                    self.dispatcher.give_back([row])
+                    self.dispatcher.cancel(row.request)
+            if wanted:
+                rows = wanted
+                break
+        for row in rows:
+            self._tickets[row.request].in_flight += 1
+        taken = [row.slot for row in rows]
+        replica.batches.append((self.slots.rings[replica.rank].post(taken), rows, taken))
+        os.eventfd_write(replica.wake, 1)
+        return True
+
+    def _still_wanted(self, row: Row, now: float) -> bool:
+        ticket = self._tickets.get(row.request)
+        if ticket is None or ticket.ended:
+            return False
+        if now - ticket.arrived_s > _LOOK_AFTER_S and ticket.abandoned():
+            self._end(ticket, Outcome.CANCELLED, Refusal(499, "The client left."))
+            return False
+        return True
+
+    def sweep(self, now: float) -> None:
+        """End what can no longer be answered in time."""
+        for row in self.dispatcher.expired(now):
+            ticket = self._tickets.get(row.request)
+            if ticket is not None:
+                self._end(
+                    ticket, Outcome.EXPIRED, Refusal(504, "The deadline passed before the request could be computed.")
+                )
+
+    def collect(self) -> None:
+        """Take in what replicas have finished; called when they say so."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._done_fd)
+        now = time.monotonic()
+        for replica in self._replicas.values():
+            self._collect_from(replica, now)
+        self.pump(now)
+
+    def _collect_from(self, replica: _Replica, now: float) -> None:
+        ring = self.slots.rings[replica.rank]
+        while replica.batches and replica.batches[0][0] < ring.done:
+            number, rows, taken = replica.batches.popleft()
+            took_s, failure = ring.result(number)
+            if not rows:
+                self._free.extend(taken)
+                continue
+            self.dispatcher.finished(rows, took_s, now)
+            self._note_batch(len(rows), took_s)
+            for row in rows:
+                self._row_done(row, took_s, failure, now)
+
+    def _row_done(self, row: Row, took_s: float, failure: str | None, now: float) -> None:
+        ticket = self._tickets[row.request]
+        ticket.in_flight -= 1
+        ticket.rows_left -= 1
+        ticket.compute_s = max(ticket.compute_s, took_s)
+        if ticket.ended:
+            # Whoever waited has left already, and does not look at the outputs.
+            self._free_slots(ticket)
+            return
+        if failure is not None:
+            self.dispatcher.cancel(row.request)
+            self._end(ticket, Outcome.FAILED, Refusal(500, failure))
+        elif ticket.rows_left == 0:
+            self.last_answer_s = now
+            self._end(ticket, Outcome.ANSWERED)
+            self._note_request(ticket, now)
+
+    def _note_batch(self, rows: int, took_s: float) -> None:
+        times = self.times
+        times.batches += 1
+        times.rows += rows
+        count, spent = times.by_batch.get(rows, (0, 0))
+        times.by_batch[rows] = (count + 1, spent + int(took_s * 1e9))
+
+    def _note_request(self, ticket: _Ticket, now: float) -> None:
+        times, took = self.times, now - ticket.arrived_s
+        times.requests += 1
+        times.compute_ns += int(ticket.compute_s * 1e9)
+        times.queue_ns += int(max(0.0, took - ticket.compute_s) * 1e9)
+        times.latest_s.append(took)
+        self._observe(took)
+
+    # -- replicas ------------------------------------------------------------------------------------------------
+
+    def replica_up(self, rank: int, wake: int) -> None:
+        """A replica serves this ring from now on."""
+        old = self._replicas.get(rank)
+        if old is None:
+            self._replicas[rank] = _Replica(rank, wake)
+        else:
+            os.close(old.wake)
+            old.wake, old.up = wake, True
+        self.dispatcher.replicas = self.replicas_up
+        self.pump(time.monotonic())
+
+    def replica_down(self, rank: int) -> None:
+        """A replica is dead: what it had not finished goes back to the front of the queue, for inference is pure."""
+        replica = self._replicas.get(rank)
+        if replica is None:
+            return
+        replica.up = False
+        now = time.monotonic()
+        self._collect_from(replica, now)
+        for place, (_, rows, taken) in enumerate(replica.batches):
+            if not rows:
+                self._free.extend(taken)
+            if place == 0:
+                self._suspect(rows)
+            for row in rows:
+                self._tickets[row.request].in_flight -= 1
+            self._take_back(rows)
+        replica.batches.clear()
+        self.slots.rings[rank].reset()
+        drain(replica.wake)
+        # The last one's replacement is on its way: what can wait for it is still taken in.
+        self.dispatcher.replicas = max(1, self.replicas_up)
+        self.pump(now)
+
+    def _suspect(self, rows: list[Row]) -> None:
+        """A replica died over these rows; a request over which several did is the likely cause, and fails."""
+        for ticket in {row.request: self._tickets[row.request] for row in rows}.values():
+            ticket.deaths += 1
+            if ticket.deaths >= _MOST_DEATHS:
+                self.dispatcher.cancel(ticket.number)
+                self._end(
+                    ticket, Outcome.FAILED, Refusal(500, "The model's process died each time it computed this request.")
+                )
+
+    def _take_back(self, rows: list[Row]) -> None:
+        tickets = {row.request: self._tickets[row.request] for row in rows}
+        wanted = [row for row in rows if not tickets[row.request].ended]
+        for ticket in tickets.values():
+            if ticket.ended:
+                self._free_slots(ticket)
+        if wanted:
+            self.dispatcher.give_back(wanted)
+
+    def _leave_alone(self) -> None:
+        """Slots that a replica still computes on for a gateway that is gone stay taken until it is done with them."""
+        busy: set[int] = set()
+        for rank, ring in enumerate(self.slots.rings):
+            for number in range(ring.done, ring.posted):
+                taken = ring.slots_of(number)
+                busy.update(taken)
+                self._replicas.setdefault(rank, _Replica(rank, os.eventfd(0), up=False)).batches.append(
+                    (number, [], taken)
+                )
+        self._free = [slot for slot in self._free if slot not in busy]
+
+    # -- the service ---------------------------------------------------------------------------------------------
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Listen to replicas, and look for expired requests now and then."""
+        loop.add_reader(self._done_fd, self.collect)
+
+        def tick() -> None:
+            now = time.monotonic()
+            self.sweep(now)
+            self.pump(now)
+            loop.call_later(_SWEEP_S, tick)
+
+        tick()
+
+    def close(self) -> None:
+        """Take nothing more in."""
+        self._closed = True
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def replicas_up(self) -> int:
+        return sum(replica.up for replica in self._replicas.values())
+
+    def numbers(self) -> dict[str, Any]:
+        """Counts of outcomes, what waits, the latest latencies: for the display and the statistics."""
+        latest = np.array(self.times.latest_s) if self.times.latest_s else np.zeros(1)
+        p50, p95, p99 = (float(v) * 1e3 for v in np.percentile(latest, (50, 95, 99)))
+        return {
+            **{outcome.name.lower(): int(self.slots.counts[outcome]) for outcome in Outcome},
+            "queued": self.dispatcher.queued, "open": self.open_requests, "replicas": self.replicas_up,
+            "batches": self.times.batches, "rows": self.times.rows,
+            "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, **self.dispatcher.statistics(), "chosen": self.why,
+        }  # fmt: skip

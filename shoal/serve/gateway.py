@@ -1,0 +1,153 @@
+"""The gateway: the process that speaks HTTP. ``python -m shoal.serve.gateway FD``, FD a channel to the service's supervisor.
+
+It imports no torch, so a new one is there in a fraction of a second; the supervisor keeps one in reserve, holds the listening
+socket and the memory in which requests lie, and puts the reserve to work when this one dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from shoal.process.channel import Channel, ChannelClosed
+from shoal.process.template import die_with_parent
+from shoal.serve.app import App
+from shoal.serve.desk import Desk
+from shoal.serve.messages import (
+    AddModel,
+    Drain,
+    Drained,
+    Numbers,
+    Open,
+    Opened,
+    Processes,
+    Released,
+    ReplicaDown,
+    ReplicaUp,
+)
+from shoal.serve.metrics import Metrics
+
+_NUMBERS_EVERY_S = 0.5
+_KEEP_ALIVE_S = 75
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals alone and says when it has begun."""
+
+    def __init__(self, config: uvicorn.Config, opened: asyncio.Event) -> None:
+        super().__init__(config)
+        self._opened = opened
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._opened.set()
+
+
+class Gateway:
+    """The event loop's side of the channel to the supervisor, and what it was told."""
+
+    def __init__(self, channel: Channel, opening: Open, listening: socket.socket) -> None:
+        self._channel = channel
+        self._listening = listening
+        self._metrics = Metrics()
+        self._app = App(opening.limits, self._metrics)
+        self._opened = asyncio.Event()
+        config = uvicorn.Config(self._app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
+                                access_log=False, server_header=False, date_header=False, proxy_headers=False,
+                                timeout_keep_alive=_KEEP_ALIVE_S)  # fmt: skip
+        self._server = _Server(config, self._opened)
+
+    async def serve(self) -> None:
+        """Answer until the supervisor says to drain, or is gone."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel.fileno(), self._receive)
+        numbers = loop.create_task(self._report())
+        try:
+            await self._server.serve(sockets=[self._listening])
+        finally:
+            numbers.cancel()
+        # uvicorn has sent what was to be sent and closed its connections.
+        self._say(Numbers({name: desk.numbers() for name, desk in self._app.desks.items()}))
+        self._say(Drained())
+
+    def _receive(self) -> None:
+        try:
+            message, fds = self._channel.receive(5.0, "the rest of a message from the supervisor")
+        except ChannelClosed:
+            os._exit(0)
+        self._obey(message, fds)
+
+    def _obey(self, message: Any, fds: list[int]) -> None:
+        desks = self._app.desks
+        if isinstance(message, AddModel):
+            name = message.signature.name
+            desks[name] = Desk(message, fds[0], fds[1], self._metrics.observer(name))
+            desks[name].watch(asyncio.get_running_loop())
+        elif isinstance(message, ReplicaUp):
+            desks[message.model].replica_up(message.rank, fds[0])
+        elif isinstance(message, ReplicaDown):
+            desks[message.model].replica_down(message.rank)
+            self._say(Released(message.model, message.rank))
+        elif isinstance(message, Processes):
+            self._app.processes = message.rows
+        elif isinstance(message, Drain):
+            self._draining = asyncio.get_running_loop().create_task(self._drain(message.within_s))
+        else:
+            raise TypeError(f"the gateway does not know {type(message).__name__}")
+
+    def _say(self, message: Any) -> None:
+        with contextlib.suppress(ChannelClosed):
+            self._channel.send(message)
+
+    async def _report(self) -> None:
+        await self._opened.wait()
+        self._say(Opened())
+        while True:
+            await asyncio.sleep(_NUMBERS_EVERY_S)
+            self._say(Numbers({name: desk.numbers() for name, desk in self._app.desks.items()}))
+
+    async def _drain(self, within_s: float) -> None:
+        self._app.draining = True
+        for desk in self._app.desks.values():
+            desk.close()
+        until = time.monotonic() + within_s
+        while time.monotonic() < until and any(desk.open_requests for desk in self._app.desks.values()):
+            await asyncio.sleep(0.01)
+        self._server.should_exit = True
+
+
+def main() -> None:
+    channel = Channel.from_fd(int(sys.argv[1]))
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # Whatever is printed here must not get between the lines that the command promises on standard output.
+    os.dup2(2, 1)
+    try:
+        opening, fds = channel.receive()
+    except ChannelClosed:
+        return
+    listening = socket.socket(fileno=fds[0])
+
+    async def serve() -> None:
+        await Gateway(channel, opening, listening).serve()
+
+    uvloop.run(serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What the service's supervisor, its gateway and its replicas say to each other; descriptors travel beside the messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.serve.signature import ModelSignature
+from shoal.serve.slots import SlotLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a gateway lets in.
+
+    Attributes:
+        slo_s: the deadline of a request that brings none, in seconds from its arrival.
+        body_bytes: the longest body.
+        body_s: how long a client may take to send it.
+    """
+
+    slo_s: float = 0.05
+    body_bytes: int = 32 << 20
+    body_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Open:
+    """Supervisor to gateway, first of all; the listening socket comes along."""
+
+    limits: Limits
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddModel:
+    """Supervisor to gateway: answer for this model from now on. Descriptors: the slots, the eventfd of what is done.
+
+    ``measured_s``: seconds for a batch, by its size. ``sample``: one row of each input, to ask with whether it works.
+    """
+
+    signature: ModelSignature
+    layout: SlotLayout
+    measured_s: dict[int, float]
+    why: str
+    sample: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class ReplicaUp:
+    """Supervisor to gateway: this replica takes batches. Descriptor: the eventfd that wakes it."""
+
+    model: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class ReplicaDown:
+    """Supervisor to gateway: this replica is dead; take back what it had. Answered by ``Released``."""
+
+    model: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Released:
+    """Gateway to supervisor: nothing of the dead replica's ring is in use any more."""
+
+    model: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Supervisor to gateway: who there is, for ``GET /processes``."""
+
+    rows: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Supervisor to gateway: take nothing more in, finish what is there within so many seconds, then say ``Drained``."""
+
+    within_s: float
+
+
+@dataclass(frozen=True)
+class Drained:
+    """Gateway to supervisor: every accepted request has its outcome."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Gateway to supervisor: it answers on the socket."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Gateway to supervisor, twice a second: what the display shows of each model."""
+
+    models: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attach:
+    """Supervisor to replica: serve this ring. Descriptors: the slots, the eventfd to wait on, the eventfd to say done with."""
+
+    layout: SlotLayout
+    ring: int
+    threads: int
+    batches: tuple[int, ...]
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class Attached:
+    """Replica to supervisor: ready, with the measured seconds of a batch by its size."""
+
+    measured_s: dict[int, float]

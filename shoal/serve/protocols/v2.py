@@ -1,0 +1,295 @@
+"""The Open Inference Protocol v2: bodies of requests and responses, in JSON and with binary tensors behind the JSON.
+
+Protocol: https://github.com/kserve/open-inference-protocol (inference_rest); binary tensors:
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md. What a client sends is never
+trusted: whatever is wrong with it is a ``Refusal`` with one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from shoal.errors import did_you_mean
+from shoal.serve.refusals import Refusal
+from shoal.serve.signature import DTYPES, ModelSignature, TensorSignature
+
+_MOST_TIMEOUT_US = 3_600_000_000
+_MOST_PRIORITY = 1 << 20
+# What a request counts as that names no priority; 1 is the most urgent, as in Triton.
+_USUAL_PRIORITY = 100
+_MOST_ID = 256
+_EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Any = None
+    parameters: dict[str, Any] = {}
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
+    id: str = ""
+    outputs: list[_Output] = []
+    parameters: dict[str, Any] = {}
+
+
+_DECODER = msgspec.json.Decoder(_Request)
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """What a client wants.
+
+    Attributes:
+        id: the client's own name for it, given back.
+        inputs: in the signature's order, each ``[rows, ...]``; a binary one is a view of the body.
+        rows: how many rows.
+        wanted: (output, whether in binary) in the order in which to answer.
+        timeout_s: seconds from its arrival, or None.
+        priority: higher goes first; the client's, where 1 is the most urgent, with its sign turned.
+    """
+
+    id: str
+    inputs: tuple[np.ndarray, ...]
+    rows: int
+    wanted: tuple[tuple[str, bool], ...]
+    timeout_s: float | None
+    priority: int
+
+
+def decode(
+    signature: ModelSignature, body: bytes | memoryview, header_length: int | None, max_rows: int
+) -> InferRequest:
+    """Read a request; ``header_length``: bytes of its JSON where binary data follows, None where all of it is JSON.
+
+    Raises:
+        Refusal: 400 for what makes no sense, 413 for more than ``max_rows`` rows.
+    """
+    view = memoryview(body)
+    if header_length is not None and header_length > len(view):
+        raise Refusal(400, f"The header is said to be {header_length} bytes long and the body has {len(view)}.")
+    request = _parse(view if header_length is None else view[:header_length])
+    if len(request.id) > _MOST_ID:
+        raise Refusal(400, f"The id is longer than {_MOST_ID} characters.")
+    inputs = _inputs(signature, request.inputs, view[len(view) if header_length is None else header_length :])
+    rows = {len(array) for array in inputs}
+    if len(rows) > 1:
+        raise Refusal(400, f"The inputs have unequal numbers of rows ({', '.join(map(str, sorted(rows)))}).")
+    (count,) = rows
+    if count == 0:
+        raise Refusal(400, "The request has no rows.")
+    if count > max_rows:
+        raise Refusal(413, f"The request has {count} rows and at most {max_rows} fit in one; send several.")
+    return InferRequest(request.id, inputs, count, _wanted(signature, request), *_urgency(request.parameters))
+
+
+def encode(signature: ModelSignature, request: InferRequest, outputs: Sequence[np.ndarray]) -> tuple[bytes, int | None]:
+    """Return the body of a response, and the length of its JSON where binary data follows.
+
+    ``outputs`` are in the signature's order. In JSON a number that is not finite becomes null, for JSON has no other word; BF16
+    becomes the float it stands for.
+    """
+    values = {spec.name: (spec, array) for spec, array in zip(signature.outputs, outputs, strict=True)}
+    described: list[dict[str, Any]] = []
+    raws: list[bytes] = []
+    for name, binary in request.wanted:
+        spec, array = values[name]
+        entry: dict[str, Any] = {"name": name, "datatype": spec.datatype, "shape": array.shape}
+        if binary:
+            raws.append(array.tobytes())
+            entry["parameters"] = {"binary_data_size": len(raws[-1])}
+        else:
+            entry["data"] = _json_values(spec, array)
+        described.append(entry)
+    answer = {"model_name": signature.name, "model_version": signature.version, "id": request.id, "outputs": described}
+    header = msgspec.json.encode(answer if request.id else {key: value for key, value in answer.items() if key != "id"})
+    return (b"".join([header, *raws]), len(header)) if raws else (header, None)
+
+
+def error_body(sentence: str) -> bytes:
+    """The body of an answer that is none."""
+    return msgspec.json.encode({"error": sentence})
+
+
+def server_metadata() -> dict[str, Any]:
+    """What ``GET /v2`` says."""
+    from shoal import __version__
+
+    return {"name": "shoal", "version": __version__, "extensions": _EXTENSIONS}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def _parse(header: memoryview) -> _Request:
+    try:
+        return _DECODER.decode(header)
+    except msgspec.ValidationError as error:
+        raise Refusal(400, f"The request is not one of the protocol: {str(error).rstrip('.')}.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Refusal(400, f"The request is not valid JSON: {str(error).rstrip('.')}.") from None
+    except RecursionError:
+        raise Refusal(400, "The JSON is nested too deep.") from None
+
+
+def _inputs(signature: ModelSignature, given: Sequence[_Input], binary: memoryview) -> tuple[np.ndarray, ...]:
+    specs = {spec.name: spec for spec in signature.inputs}
+    found: dict[str, np.ndarray] = {}
+    at = 0
+    for entry in given:
+        spec = specs.get(entry.name)
+        if spec is None:
+            near = did_you_mean(entry.name, specs)
+            raise Refusal(
+                400, f'There is no input "{entry.name[:80]}".{near} {signature.name} takes {", ".join(specs)}.'
+            )
+        if entry.name in found:
+            raise Refusal(400, f"The input {entry.name} is there twice.")
+        count = _check_shape(spec, entry)
+        size = entry.parameters.get("binary_data_size")
+        if size is None:
+            found[entry.name] = _from_json(spec, entry, count)
+        else:
+            found[entry.name] = _from_binary(spec, entry, count, size, binary[at:])
+            at += size
+    if at != len(binary):
+        raise Refusal(400, f"{len(binary)} bytes follow the header and the inputs account for {at}.")
+    missing = [name for name in specs if name not in found]
+    if missing:
+        raise Refusal(400, f"The input {missing[0]} is missing.")
+    return tuple(found[name] for name in specs)
+
+
+def _check_shape(spec: TensorSignature, entry: _Input) -> int:
+    """How many elements the shape stands for."""
+    if entry.datatype != spec.datatype:
+        raise Refusal(400, f"The input {spec.name} is {entry.datatype[:20]}; the model takes {spec.datatype}.")
+    fits = len(entry.shape) == len(spec.shape) and all(
+        given >= 0 and wanted in (-1, given) for given, wanted in zip(entry.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        said = str(entry.shape[:10])
+        raise Refusal(
+            400, f"The input {spec.name} has the shape {said}; the model takes {list(spec.shape)}, -1 being any size."
+        )
+    return math.prod(entry.shape)
+
+
+def _from_binary(spec: TensorSignature, entry: _Input, count: int, size: Any, rest: memoryview) -> np.ndarray:
+    if entry.data is not None:
+        raise Refusal(400, f"The input {spec.name} has both data and binary data; send one of them.")
+    if not isinstance(size, int) or isinstance(size, bool) or size != count * spec.dtype.itemsize:
+        raise Refusal(
+            400, f"The input {spec.name} needs {count * spec.dtype.itemsize} bytes for its shape, not {str(size)[:20]}."
+        )
+    if size > len(rest):
+        raise Refusal(400, f"The body ends within the input {spec.name}.")
+    return np.frombuffer(rest[:size], spec.dtype).reshape(entry.shape)
+
+
+def _from_json(spec: TensorSignature, entry: _Input, count: int) -> np.ndarray:
+    if entry.data is None:
+        raise Refusal(400, f"The input {spec.name} has no data.")
+    if spec.datatype == "BF16":
+        raise Refusal(400, f"The input {spec.name} is BF16, which only travels in binary.")
+    wrong = Refusal(
+        400, f"The data of the input {spec.name} are not {spec.datatype} numbers of its shape {entry.shape[:10]}."
+    )
+    try:
+        values = np.array(entry.data)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise wrong from None
+    # Flat or nested as the shape says: nothing between.
+    if values.shape not in ((count,), tuple(entry.shape)) and not (count == 0 and values.size == 0):
+        raise wrong
+    return _cast(values, spec, wrong).reshape(entry.shape)
+
+
+def _cast(values: np.ndarray, spec: TensorSignature, wrong: Refusal) -> np.ndarray:
+    """The values as the model's datatype, where nothing is lost but the last digits of a fraction."""
+    kind, wanted = values.dtype.kind, spec.dtype
+    if values.size == 0:
+        return np.zeros(values.shape, wanted)
+    if wanted.kind == "b":
+        if kind != "b":
+            raise wrong
+        return values
+    if wanted.kind == "f":
+        if kind not in "iuf":
+            raise wrong
+        with np.errstate(over="ignore"):
+            cast = values.astype(wanted)
+        if not np.isfinite(cast).all():
+            raise Refusal(400, f"The input {spec.name} has a number beyond what {spec.datatype} holds.")
+        return cast
+    if kind not in "iu":
+        raise wrong
+    limits = np.iinfo(wanted)
+    if int(values.min()) < limits.min or int(values.max()) > limits.max:
+        raise Refusal(
+            400,
+            f"The input {spec.name} has a number outside {limits.min} to {limits.max}, the range of {spec.datatype}.",
+        )
+    return values.astype(wanted)
+
+
+def _wanted(signature: ModelSignature, request: _Request) -> tuple[tuple[str, bool], ...]:
+    names = [spec.name for spec in signature.outputs]
+    every = _flag(request.parameters, "binary_data_output")
+    if not request.outputs:
+        return tuple((name, every) for name in names)
+    found: dict[str, bool] = {}
+    for output in request.outputs:
+        if output.name not in names:
+            near = did_you_mean(output.name, names)
+            raise Refusal(
+                400, f'There is no output "{output.name[:80]}".{near} {signature.name} gives {", ".join(names)}.'
+            )
+        if output.name in found:
+            raise Refusal(400, f"The output {output.name} is asked for twice.")
+        if output.parameters.get("classification"):
+            raise Refusal(400, "Classification of outputs is not supported; ask for the output itself.")
+        found[output.name] = _flag(output.parameters, "binary_data") if "binary_data" in output.parameters else every
+    return tuple(found.items())
+
+
+def _flag(parameters: dict[str, Any], name: str) -> bool:
+    value = parameters.get(name, False)
+    if not isinstance(value, bool):
+        raise Refusal(400, f"The parameter {name} is true or false.")
+    return value
+
+
+def _urgency(parameters: dict[str, Any]) -> tuple[float | None, int]:
+    """(seconds or None, priority)."""
+    timeout, priority = parameters.get("timeout"), parameters.get("priority", 0)
+    if timeout is not None and not (_is_whole(timeout) and 0 < timeout <= _MOST_TIMEOUT_US):
+        raise Refusal(400, f"The parameter timeout is a whole number of microseconds from 1 to {_MOST_TIMEOUT_US}.")
+    if not (_is_whole(priority) and 0 <= priority <= _MOST_PRIORITY):
+        raise Refusal(400, f"The parameter priority is a whole number from 0 to {_MOST_PRIORITY}.")
+    return (None if timeout is None else timeout / 1e6), -(priority or _USUAL_PRIORITY)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _json_values(spec: TensorSignature, array: np.ndarray) -> list[Any]:
+    if spec.datatype == "BF16":
+        array = (array.astype("<u4") << 16).view(DTYPES["FP32"])
+    values: list[Any] = array.ravel().tolist()
+    return values

@@ -1,0 +1,196 @@
+"""A replica: takes batches from its ring, runs the model, writes the answers where the gateway reads them.
+
+The template (``shoal.process.template``) holds the loaded model; replicas are forked from it, and nobody writes to a weight, so
+there is one copy of the weights however many replicas there are.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal import bundle
+from shoal.errors import TargetError
+from shoal.process.channel import Channel
+from shoal.process.failure import user_code
+from shoal.serve.messages import Attach, Attached
+from shoal.serve.signature import ModelSignature, TensorSignature
+from shoal.serve.slots import Slots
+
+_LEAST_RUNS, _MOST_RUNS = 3, 50
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What the template loads: a bundle's directory, and the name to serve it under (None: the job's)."""
+
+    path: Path
+    name: str | None = None
+
+
+class ReplicaHost:
+    """What the template holds: the model, ready to answer."""
+
+    def __init__(self, source: ModelSource) -> None:
+        directory = source.path
+        description = bundle.read_description(directory)
+        self.signature = ModelSignature.from_description(
+            source.name or str(description.get("name", directory.name)), description
+        )
+        _can_be_served(self.signature)
+        with user_code("building the model"):
+            self.model: nn.Module = bundle.load(directory)
+        gc.collect()
+        gc.freeze()
+
+    def describe(self) -> ModelSignature:
+        """What goes in and out."""
+        return self.signature
+
+    def try_out(self) -> None:
+        """Run the model once on a sample; TargetError where the answer is not what the bundle says."""
+        outputs = self._run(_sample(self.signature, 2))
+        _fits(outputs, self.signature)
+
+    def sample(self) -> tuple[bytes, ...]:
+        """One row of each input, as bytes."""
+        return tuple(array.tobytes() for array in _sample(self.signature, 1))
+
+    def run(self, role: Any, channel: Channel) -> None:
+        """A replica's whole life."""
+        message, fds = channel.receive()
+        assert isinstance(message, Attach)
+        # The template may run user code on one thread only; a replica may have more, none was started before the fork.
+        torch.set_num_threads(message.threads)
+        slots = Slots(fds[0], message.layout)
+        measured = self._measure(message.batches, message.budget_s)
+        channel.send(Attached(measured))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _Loop(self, slots, message.ring, work=fds[1], done=fds[2]).serve()
+
+    def _measure(self, batches: Sequence[int], budget_s: float) -> dict[int, float]:
+        """Median seconds of a batch by its size, largest first left out once the budget is spent."""
+        measured: dict[int, float] = {}
+        began = time.monotonic()
+        for size in sorted(batches):
+            if measured and time.monotonic() - began > budget_s:
+                break
+            inputs = _sample(self.signature, size)
+            self._run(inputs)
+            times: list[float] = []
+            until = time.monotonic() + budget_s / len(batches)
+            while len(times) < _LEAST_RUNS or (time.monotonic() < until and len(times) < _MOST_RUNS):
+                start = time.perf_counter()
+                self._run(inputs)
+                times.append(time.perf_counter() - start)
+            measured[size] = float(np.median(times))
+        return measured
+
+    def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs of a batch, in the signature's order."""
+        with torch.inference_mode():
+            tensors = [_tensor(array, spec) for array, spec in zip(inputs, self.signature.inputs, strict=True)]
+            output = _call(self.model, tensors, self.signature.inputs)
+            return [_array(value) for value in _flat(output)]
+
+
+class _Loop:
+    def __init__(self, host: ReplicaHost, slots: Slots, ring: int, work: int, done: int) -> None:
+        self._host = host
+        self._slots = slots
+        self._ring = slots.rings[ring]
+        self._work = work
+        self._done = done
+
+    def serve(self) -> None:
+        while True:
+            os.eventfd_read(self._work)
+            if self._ring.done == self._ring.posted:
+                continue
+            start = time.perf_counter()
+            failure = None
+            try:
+                self._answer(self._ring.slots_of(self._ring.done))
+            except Exception as error:
+                failure = f"The model raised {type(error).__name__}."
+            self._ring.finish(time.perf_counter() - start, failure)
+            os.eventfd_write(self._done, 1)
+
+    def _answer(self, rows: list[int]) -> None:
+        # One row is a view of the slot, more are gathered.
+        index: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+        outputs = self._host._run([array[index] for array in self._slots.inputs])
+        for place, values in zip(self._slots.outputs, outputs, strict=True):
+            place[index] = values
+
+
+def _can_be_served(signature: ModelSignature) -> None:
+    if not signature.inputs or not signature.outputs:
+        raise TargetError(
+            f"The bundle {signature.name} does not say what goes in and comes out; train it again to serve it."
+        )
+    for tensor in (*signature.inputs, *signature.outputs):
+        if tensor.row_bytes is None or not tensor.shape or tensor.shape[0] != -1:
+            raise TargetError(
+                f"{tensor.name} of {signature.name} has the shape {list(tensor.shape)}; "
+                "shoal serves tensors whose first dim alone is free so far."
+            )
+
+
+def _fits(outputs: Sequence[np.ndarray], signature: ModelSignature) -> None:
+    found = [tuple(array.shape[1:]) for array in outputs]
+    said = [tensor.shape[1:] for tensor in signature.outputs]
+    if found != said:
+        raise TargetError(
+            f"{signature.name} answers with rows of shape {found} and its bundle says {said}; write the bundle again."
+        )
+
+
+def _sample(signature: ModelSignature, rows: int) -> list[np.ndarray]:
+    """Rows of ones: in range for pixels, and an index that the smallest of embeddings knows."""
+    return [np.ones((rows, *tensor.shape[1:]), tensor.dtype) for tensor in signature.inputs]
+
+
+def _tensor(array: np.ndarray, spec: TensorSignature) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if spec.datatype == "BF16" else tensor
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = (value.view(torch.uint16) if value.dtype is torch.bfloat16 else value).numpy()
+    return found
+
+
+def _call(model: nn.Module, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSignature]) -> Any:
+    """One tensor or numbered ones go in by position, named ones by name, as in training."""
+    names = [spec.name for spec in specs]
+    if names == ["input"] or all(name == f"input_{k}" for k, name in enumerate(names)):
+        return model(*tensors)
+    positional = [t for name, t in zip(names, tensors, strict=True) if _numbered(name)]
+    named = {name: t for name, t in zip(names, tensors, strict=True) if not _numbered(name)}
+    return model(*positional, **named)
+
+
+def _numbered(name: str) -> bool:
+    return name.startswith("input_") and name[6:].isdigit()
+
+
+def _flat(output: Any) -> list[torch.Tensor]:
+    """The tensors of an output, in the order in which a bundle names them."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in _flat(value)]
+    if isinstance(output, (tuple, list)):
+        return [tensor for value in output for tensor in _flat(value)]
+    return []

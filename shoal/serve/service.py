@@ -1,0 +1,394 @@
+"""A service: models being served by replicas behind one gateway. The supervisor's part.
+
+It owns what must outlive everybody else, the listening socket and the memory of requests, and puts back whoever dies: a replica's
+batches go to another, a gateway's open requests are counted as lost and a new gateway listens on the same socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from shoal import bundle
+from shoal.cluster import Cluster
+from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
+from shoal.serve.crew import Crew
+from shoal.serve.gate import GateProcess
+from shoal.serve.messages import (
+    Drain,
+    Drained,
+    Limits,
+    Numbers,
+    Open,
+    Opened,
+    Processes,
+    Released,
+    ReplicaDown,
+    ReplicaUp,
+)
+from shoal.serve.replica import ModelSource
+from shoal.serve.slots import Outcome
+
+_POLL_S = 0.05
+_OPEN_S = 30.0
+_BACKLOG = 2048
+_SILENT_S = 10.0
+_MOST_DEATHS, _DEATHS_WITHIN_S = 5, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """How to serve.
+
+    Attributes:
+        slo_ms: the deadline of a request that brings none of its own.
+        replicas: how many for each model; None to find out by measurement.
+        host, port: where to listen; port 0 takes a free one.
+        drain_s: how long accepted requests may take at the end.
+    """
+
+    slo_ms: float = 50.0
+    replicas: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    drain_s: float = 30.0
+
+    def check(self) -> None:
+        """RequestError where a value makes no sense."""
+        if not self.slo_ms > 0:
+            raise RequestError(f"The SLO is {self.slo_ms:g} ms; give a time above 0, such as 50.")
+        if self.replicas is not None and self.replicas < 1:
+            raise RequestError(f"{self.replicas} replicas cannot answer anything; give at least 1, or auto.")
+        if not 0 <= self.port <= 65535:
+            raise RequestError(f"There is no port {self.port}; give 0 for a free one, or 1 to 65535.")
+        if not self.drain_s >= 0:
+            raise RequestError(f"The time to drain is {self.drain_s:g} s; give 0 or more.")
+
+
+class Service:
+    """What ``serve`` returns. ``url``: where it answers; ``numbers()``: what it has done; ``close()``: drain and end.
+
+    Works as a context manager. The work is done by ``step``, which ``serve`` calls from a thread of its own.
+    """
+
+    def __init__(self, models: Mapping[str | None, Path], options: ServiceOptions) -> None:
+        options.check()
+        self._options = options
+        cores = Cluster.local().cores
+        self._crews = [Crew(ModelSource(path, name), cores, options.replicas) for name, path in models.items()]
+        self._gate: GateProcess | None = None
+        self._reserve: GateProcess | None = None
+        self._numbers: dict[str, dict[str, Any]] = {}
+        self._told: tuple[Any, ...] = ()
+        self._drained = False
+        self._opened = False
+        self._heard = 0.0
+        self.gateway_deaths = 0
+        self._deaths_s: list[float] = []
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen, load, choose, open. RequestError where the request makes no sense, UserCodeError where the model fails."""
+        self._listening = self._listen()
+        host, port = self._listening.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        try:
+            for crew in self._crews:
+                crew.start()
+            self._gate = GateProcess()
+            for crew in self._crews:
+                crew.load()
+            self._check_names()
+            for crew in self._crews:
+                crew.choose()
+                self._connect(crew)
+            self._open(self._gate)
+            self._await_opened()
+            self._reserve = GateProcess()
+        except BaseException:
+            self.close()
+            raise
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._options.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((self._options.host, self._options.port))
+        except (OSError, UnicodeError) as error:
+            listening.close()
+            reason = getattr(error, "strerror", None) or "not an address"
+            raise RequestError(
+                f"Cannot listen on {self._options.host}:{self._options.port} ({reason}); give another --host or --port."
+            ) from None
+        listening.listen(_BACKLOG)
+        return listening
+
+    def _check_names(self) -> None:
+        names = [crew.signature.name for crew in self._crews]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RequestError(f'Two models are called "{twice[0]}"; give them names, as in NAME=PATH.')
+
+    def _connect(self, crew: Crew) -> None:
+        """Tell the gateway what happens to this crew's replicas."""
+        name = crew.signature.name
+        crew.on_up = lambda rank, wake: self._tell(ReplicaUp(name, rank), (wake,))
+
+        def down(rank: int) -> None:
+            self._tell(ReplicaDown(name, rank))
+
+        crew.on_down = down
+
+    def _open(self, gate: GateProcess) -> None:
+        limits = Limits(slo_s=self._options.slo_ms / 1e3)
+        gate.send(Open(limits, self.url), (self._listening.fileno(),))
+        for crew in self._crews:
+            gate.send(crew.introduction(), (crew.slots.fd, crew.done_fd))
+            for rank, wake in crew.ready():
+                gate.send(ReplicaUp(crew.signature.name, rank), (wake,))
+        self._told = ()
+        self._opened = False
+        self._heard = time.monotonic()
+
+    def _await_opened(self) -> None:
+        until = time.monotonic() + _OPEN_S
+        while not self._opened:
+            assert self._gate is not None
+            if not self._gate.alive():
+                raise JobFailed("The gateway ended while it started; its message is above.")
+            if time.monotonic() > until:
+                raise DeadlineError(f"The gateway did not open within {_OPEN_S:g} s.")
+            self.step(0.02)
+
+    # -- watching ------------------------------------------------------------------------------------------------
+
+    def step(self, timeout_s: float = _POLL_S) -> None:
+        """Look once at everybody, waiting ``timeout_s`` at the most for something to happen."""
+        for crew in self._crews:
+            crew.poll(timeout_s / len(self._crews))
+        gate = self._gate
+        assert gate is not None
+        for message in gate.received():
+            self._take_in(message)
+        if not gate.alive() and not self._drained:
+            self._replace_gate(gate)
+        elif time.monotonic() - self._heard > _SILENT_S:
+            gate.kill()
+        self._tell_processes()
+
+    def _take_in(self, message: Any) -> None:
+        self._heard = time.monotonic()
+        if isinstance(message, Released):
+            for crew in self._crews:
+                if crew.signature.name == message.model:
+                    crew.release(message.rank)
+        elif isinstance(message, Numbers):
+            self._numbers = message.models
+        elif isinstance(message, Drained):
+            self._drained = True
+        elif isinstance(message, Opened):
+            self._opened = True
+
+    def _replace_gate(self, dead: GateProcess) -> None:
+        self.gateway_deaths += 1
+        now = time.monotonic()
+        self._deaths_s = [*(at for at in self._deaths_s if now - at < _DEATHS_WITHIN_S), now]
+        if len(self._deaths_s) >= _MOST_DEATHS:
+            raise JobFailed(
+                f"The gateway died {_MOST_DEATHS} times within {_DEATHS_WITHIN_S:g} s; its messages are above."
+            )
+        dead.close()
+        for crew in self._crews:
+            crew.slots.count(Outcome.LOST, crew.slots.open_requests())
+            crew.release_all()
+        self._gate = self._reserve if self._reserve is not None and self._reserve.alive() else GateProcess()
+        self._open(self._gate)
+        self._reserve = GateProcess()
+
+    def _tell(self, message: Any, fds: tuple[int, ...] = ()) -> None:
+        if self._gate is not None:
+            self._gate.send(message, fds)
+
+    def _tell_processes(self) -> None:
+        gate = self._gate
+        assert gate is not None
+        state = (gate.pid, *(crew.changes for crew in self._crews))
+        if state != self._told:
+            self._told = state
+            self._tell(Processes(tuple(self.processes())))
+
+    def processes(self) -> list[dict[str, Any]]:
+        """{role, rank, pid, host} of everybody."""
+        host = socket.gethostname()
+        rows = [{"role": "supervisor", "rank": 0, "pid": os.getpid(), "host": host}]
+        if self._gate is not None:
+            rows.append({"role": "gateway", "rank": 0, "pid": self._gate.pid, "host": host})
+        if self._reserve is not None:
+            rows.append({"role": "standby", "rank": 0, "pid": self._reserve.pid, "host": host})
+        return rows + [row for crew in self._crews for row in crew.processes()]
+
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """For each model, the counts of outcomes and what its gateway said last (see ``Desk.numbers``)."""
+        found: dict[str, dict[str, Any]] = {}
+        for crew in self._crews:
+            counts = {outcome.name.lower(): int(crew.slots.counts[outcome]) for outcome in Outcome}
+            found[crew.signature.name] = {
+                **self._numbers.get(crew.signature.name, {}),
+                **counts,
+                "replica_deaths": crew.deaths,
+            }
+        return found
+
+    @property
+    def models(self) -> list[str]:
+        return [crew.signature.name for crew in self._crews]
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """For each model, what was tried at the start and what was taken."""
+        return {crew.signature.name: crew.why for crew in self._crews}
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def drain(self) -> bool:
+        """Take nothing more in, finish what was accepted; False where that took longer than it may."""
+        self._tell(Drain(self._options.drain_s))
+        until = time.monotonic() + self._options.drain_s + 2.0
+        while not self._drained and time.monotonic() < until:
+            self.step()
+        return self._drained and not any(crew.slots.open_requests() for crew in self._crews)
+
+    def close(self) -> None:
+        """End everybody at once; safe to call twice."""
+        for gate in (self._gate, self._reserve):
+            if gate is not None:
+                gate.close()
+        self._gate = self._reserve = None
+        for crew in self._crews:
+            crew.close()
+        self._crews = []
+        self._listening.close()
+
+
+class RunningService:
+    """A service that a thread of its own keeps going; what ``shoal.serve`` returns.
+
+    Attributes:
+        url: where it answers.
+        models: the names of what it serves.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._stop = threading.Event()
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        # The thread starts the processes: they end when it does, whatever becomes of the one that called.
+        self._thread = threading.Thread(target=self._run, name="shoal-service", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._error is not None:
+            raise self._error
+        self.url = service.url
+        self.models = service.models
+
+    def _run(self) -> None:
+        try:
+            self._service.start()
+        except BaseException as error:
+            self._error = error
+            self._started.set()
+            return
+        self._started.set()
+        try:
+            while not self._stop.is_set():
+                self._service.step()
+            self._service.drain()
+            self._final = self._service.numbers()
+        finally:
+            self._service.close()
+
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """For each model, the counts of outcomes, the queue, the latencies."""
+        return self._final if hasattr(self, "_final") else self._service.numbers()
+
+    def processes(self) -> list[dict[str, Any]]:
+        """{role, rank, pid, host} of everybody."""
+        return self._service.processes()
+
+    def close(self) -> None:
+        """Finish what was accepted and end; safe to call twice."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> RunningService:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def serve(
+    *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
+    drain_s: float = 30.0,
+) -> RunningService:  # fmt: skip
+    """Serve bundles (or run directories) from this process's children; returns when they answer.
+
+    Args:
+        bundles: directories; "name=path" serves one under another name than its job's.
+        slo_ms: the deadline of a request that brings none of its own, in milliseconds.
+        replicas: processes for each model; None finds out by measurement.
+        host, port: where to listen; port 0 takes a free one.
+        drain_s: how long accepted requests may take when the service is closed.
+
+    Raises:
+        TargetError: a directory that is no bundle, or a bundle that cannot be served.
+        RequestError: another argument that makes no sense.
+        UserCodeError: the model's own code raised.
+    """
+    options = ServiceOptions(slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s)
+    return RunningService(Service(locate([str(b) for b in bundles]), options))
+
+
+def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str | None, Path]:
+    """The bundles that targets name: a bundle, a run directory, or a job's name for its latest finished run under ``runs``.
+
+    Raises:
+        TargetError: nothing of the kind is there.
+    """
+    if not targets:
+        raise TargetError("There is nothing to serve; give a run directory or a bundle.")
+    found: dict[str | None, Path] = {}
+    for target in targets:
+        name, equals, place = target.partition("=")
+        path = _bundle_at(place if equals else target, runs)
+        found[name if equals else str(bundle.read_description(path).get("name", path.name))] = path
+    if len(found) < len(targets):
+        raise RequestError("Two models have the same name; give them names, as in NAME=PATH.")
+    return found
+
+
+def _bundle_at(text: str, runs: Path) -> Path:
+    path = Path(text)
+    for directory in (path, path / "model"):
+        if (directory / bundle.DESCRIPTION).is_file():
+            return directory.resolve()
+    if path.exists():
+        raise TargetError(f"{text} holds no finished model; give a bundle, or a run that has ended.")
+    from shoal.observe.runs import list_runs
+
+    rows = [
+        row for row in list_runs(runs) if row.job == text and (Path(row.path) / "model" / bundle.DESCRIPTION).is_file()
+    ]
+    if not rows:
+        raise TargetError(f"There is no bundle at {text}, and no finished run of a job of that name; train it first.")
+    return (Path(rows[-1].path) / "model").resolve()
