@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,10 @@ SloOption = Annotated[float, typer.Option("--slo-ms", metavar="MS", help="The de
 ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model; auto measures.")]
 HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")]
 PortOption = Annotated[int, typer.Option("--port", metavar="PORT", help="0 takes a free one.")]
+FollowOption = Annotated[
+    Path | None,
+    typer.Option("--follow", metavar="RUN", help="Take each new checkpoint of a run in training as the next version."),
+]
 DrainOption = Annotated[
     float, typer.Option("--drain-s", metavar="S", help="How long accepted requests may take at the end.")
 ]
@@ -42,6 +47,7 @@ def serve(
     host: HostOption = "127.0.0.1",
     port: PortOption = 0,
     drain_s: DrainOption = 30.0,
+    follow: FollowOption = None,
     json: JsonFlag = False,
 ) -> Answer:
     """Serve finished models until Ctrl-C.
@@ -52,7 +58,12 @@ def serve(
     from shoal.serve.service import Service, ServiceOptions, locate
 
     options = ServiceOptions(slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s)
-    service = Service(locate(bundles), options)
+    models = locate(bundles)
+    if follow is not None and len(models) > 1:
+        raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
+    service = Service(models, options)
+    if follow is not None:
+        service.follow(next(iter(models)), follow, _say)
     service.start()
     where = {"url": service.url, "pid": os.getpid(), "models": service.models}
     return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s))

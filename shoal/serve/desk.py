@@ -83,6 +83,7 @@ class Desk:
     ) -> None:
         self.signature = model.signature
         self.sample = model.sample
+        self.expected = model.expected
         self.why = model.why
         self.slots = Slots(slots_fd, model.layout)
         self.latency = LatencyModel.from_measured(model.measured_s)
@@ -97,6 +98,8 @@ class Desk:
         self._tickets: dict[int, _Ticket] = {}
         self._next = 0
         self._closed = False
+        self._tick: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._leave_alone()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -352,15 +355,33 @@ class Desk:
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to replicas, and look for expired requests now and then."""
+        self._loop = loop
         loop.add_reader(self._done_fd, self.collect)
 
         def tick() -> None:
             now = time.monotonic()
             self.sweep(now)
             self.pump(now)
-            loop.call_later(_SWEEP_S, tick)
+            self._tick = loop.call_later(_SWEEP_S, tick)
 
         tick()
+
+    def leave(self) -> None:
+        """Stop watching and give back what was handed over; when no request is open any more."""
+        if self._loop is not None and self._tick is not None:
+            self._loop.remove_reader(self._done_fd)
+            self._tick.cancel()
+        for replica in self._replicas.values():
+            os.close(replica.wake)
+        self._replicas.clear()
+        os.close(self._done_fd)
+        self.slots.close()
+
+    def forget_counts(self) -> None:
+        """Count from now on: what was asked until now, no client had asked for. Requests that are still open stay accepted."""
+        still = sum(not ticket.ended for ticket in self._tickets.values())
+        self.slots.counts[:] = 0
+        self.slots.count(Outcome.ACCEPTED, still)
 
     def close(self) -> None:
         """Take nothing more in."""

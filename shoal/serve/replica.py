@@ -10,8 +10,9 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from shoal import bundle
 from shoal.errors import TargetError
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
+from shoal.process.gentle import gently
 from shoal.serve.messages import Attach, Attached
 from shoal.serve.signature import ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
@@ -32,10 +34,15 @@ _LEAST_RUNS, _MOST_RUNS = 3, 50
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What the template loads: a bundle's directory, and the name to serve it under (None: the job's)."""
+    """What the template loads: a bundle's directory, the name to serve it under (None: the job's), the version to call it.
+
+    ``checkpoint``: a checkpoint of the same model, whose weights are taken instead of the bundle's.
+    """
 
     path: Path
     name: str | None = None
+    version: str = "1"
+    checkpoint: Path | None = None
 
 
 class ReplicaHost:
@@ -44,12 +51,11 @@ class ReplicaHost:
     def __init__(self, source: ModelSource) -> None:
         directory = source.path
         description = bundle.read_description(directory)
-        self.signature = ModelSignature.from_description(
-            source.name or str(description.get("name", directory.name)), description
-        )
+        name = source.name or str(description.get("name", directory.name))
+        self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         _can_be_served(self.signature)
         with user_code("building the model"):
-            self.model: nn.Module = bundle.load(directory)
+            self.model: nn.Module = _load(source)
         gc.collect()
         gc.freeze()
 
@@ -62,9 +68,10 @@ class ReplicaHost:
         outputs = self._run(_sample(self.signature, 2))
         _fits(outputs, self.signature)
 
-    def sample(self) -> tuple[bytes, ...]:
-        """One row of each input, as bytes."""
-        return tuple(array.tobytes() for array in _sample(self.signature, 1))
+    def sample(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """One row of each input, and of each output for it, as bytes."""
+        inputs = _sample(self.signature, 1)
+        return tuple(a.tobytes() for a in inputs), tuple(a.tobytes() for a in self._run(inputs))
 
     def run(self, role: Any, channel: Channel) -> None:
         """A replica's whole life."""
@@ -73,13 +80,15 @@ class ReplicaHost:
         # The template may run user code on one thread only; a replica may have more, none was started before the fork.
         torch.set_num_threads(message.threads)
         slots = Slots(fds[0], message.layout)
-        measured = self._measure(message.batches, message.budget_s)
+        measure = partial(self._measure, message.batches, message.budget_s)
+        # Beside others the shortest time is the best guess of what a batch takes.
+        measured = gently(partial(measure, np.min)) if message.gentle else measure(np.median)
         channel.send(Attached(measured))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _Loop(self, slots, message.ring, work=fds[1], done=fds[2]).serve()
 
-    def _measure(self, batches: Sequence[int], budget_s: float) -> dict[int, float]:
-        """Median seconds of a batch by its size, largest first left out once the budget is spent."""
+    def _measure(self, batches: Sequence[int], budget_s: float, typical: Callable[[Any], Any]) -> dict[int, float]:
+        """Typical seconds of a batch by its size, largest first left out once the budget is spent."""
         measured: dict[int, float] = {}
         began = time.monotonic()
         for size in sorted(batches):
@@ -93,7 +102,7 @@ class ReplicaHost:
                 start = time.perf_counter()
                 self._run(inputs)
                 times.append(time.perf_counter() - start)
-            measured[size] = float(np.median(times))
+            measured[size] = float(typical(times))
         return measured
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -102,6 +111,12 @@ class ReplicaHost:
             tensors = [_tensor(array, spec) for array, spec in zip(inputs, self.signature.inputs, strict=True)]
             output = _call(self.model, tensors, self.signature.inputs)
             return [_array(value) for value in _flat(output)]
+
+
+def _load(source: ModelSource) -> nn.Module:
+    if source.checkpoint is None:
+        return bundle.load(source.path)
+    return bundle.load_with(source.path, source.checkpoint)
 
 
 class _Loop:

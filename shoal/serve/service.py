@@ -7,10 +7,11 @@ batches go to another, a gateway's open requests are counted as lost and a new g
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,20 +21,31 @@ from shoal import bundle
 from shoal.cluster import Cluster
 from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.serve.crew import Crew
+from shoal.serve.follow import Follower
 from shoal.serve.gate import GateProcess
 from shoal.serve.messages import (
+    Asked,
     Drain,
     Drained,
+    Edition,
+    Known,
     Limits,
     Numbers,
     Open,
     Opened,
+    Probe,
+    Probed,
     Processes,
     Released,
     ReplicaDown,
     ReplicaUp,
+    Retire,
+    Retired,
+    Take,
+    Told,
 )
 from shoal.serve.replica import ModelSource
+from shoal.serve.rollout import Rollout, Stage, Trial
 from shoal.serve.slots import Outcome
 
 _POLL_S = 0.05
@@ -78,11 +90,19 @@ class Service:
     Works as a context manager. The work is done by ``step``, which ``serve`` calls from a thread of its own.
     """
 
-    def __init__(self, models: Mapping[str | None, Path], options: ServiceOptions) -> None:
+    def __init__(self, models: Mapping[str, Path], options: ServiceOptions) -> None:
         options.check()
         self._options = options
-        cores = Cluster.local().cores
-        self._crews = [Crew(ModelSource(path, name), cores, options.replicas) for name, path in models.items()]
+        self._cores = Cluster.local().cores
+        self._sources = dict(models)
+        self._crews = [Crew(ModelSource(path, name), self._cores, options.replicas) for name, path in models.items()]
+        self._active: dict[str, Crew] = {}
+        self._rollouts: dict[str, Rollout] = {}
+        self._leaving: list[Crew] = []
+        self._followers: list[Follower] = []
+        self._unloading: dict[Edition, Callable[[str | None], None]] = {}
+        self._versions = dict.fromkeys(models, 1)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate: GateProcess | None = None
         self._reserve: GateProcess | None = None
         self._numbers: dict[str, dict[str, Any]] = {}
@@ -106,10 +126,10 @@ class Service:
             self._gate = GateProcess()
             for crew in self._crews:
                 crew.load()
-            self._check_names()
             for crew in self._crews:
                 crew.choose()
                 self._connect(crew)
+                self._active[crew.signature.name] = crew
             self._open(self._gate)
             self._await_opened()
             self._reserve = GateProcess()
@@ -132,32 +152,30 @@ class Service:
         listening.listen(_BACKLOG)
         return listening
 
-    def _check_names(self) -> None:
-        names = [crew.signature.name for crew in self._crews]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise RequestError(f'Two models are called "{twice[0]}"; give them names, as in NAME=PATH.')
-
     def _connect(self, crew: Crew) -> None:
         """Tell the gateway what happens to this crew's replicas."""
-        name = crew.signature.name
-        crew.on_up = lambda rank, wake: self._tell(ReplicaUp(name, rank), (wake,))
-
-        def down(rank: int) -> None:
-            self._tell(ReplicaDown(name, rank))
-
-        crew.on_down = down
+        edition = crew.edition
+        crew.on_up = lambda rank, wake: self._tell(ReplicaUp(edition, rank), (wake,))
+        crew.on_down = lambda rank: self._tell(ReplicaDown(edition, rank))
 
     def _open(self, gate: GateProcess) -> None:
         limits = Limits(slo_s=self._options.slo_ms / 1e3)
         gate.send(Open(limits, self.url), (self._listening.fileno(),))
         for crew in self._crews:
-            gate.send(crew.introduction(), (crew.slots.fd, crew.done_fd))
-            for rank, wake in crew.ready():
-                gate.send(ReplicaUp(crew.signature.name, rank), (wake,))
+            self._introduce(gate, crew)
+        for crew in self._active.values():
+            gate.send(Take(crew.edition))
+        for rollout in self._rollouts.values():
+            self._say_again(gate, rollout)
+        gate.send(Known(self._unavailable()))
         self._told = ()
         self._opened = False
         self._heard = time.monotonic()
+
+    def _introduce(self, gate: GateProcess, crew: Crew) -> None:
+        gate.send(crew.introduction(), (crew.slots.fd, crew.done_fd))
+        for rank, wake in crew.ready():
+            gate.send(ReplicaUp(crew.edition, rank), (wake,))
 
     def _await_opened(self) -> None:
         until = time.monotonic() + _OPEN_S
@@ -173,8 +191,16 @@ class Service:
 
     def step(self, timeout_s: float = _POLL_S) -> None:
         """Look once at everybody, waiting ``timeout_s`` at the most for something to happen."""
-        for crew in self._crews:
+        if not self._crews:
+            time.sleep(timeout_s)
+        for crew in list(self._crews):
             crew.poll(timeout_s / len(self._crews))
+        while not self._commands.empty():
+            self._commands.get()()
+        for follower in self._followers:
+            follower.look(time.monotonic())
+        for rollout in list(self._rollouts.values()):
+            self._move_on(rollout)
         gate = self._gate
         assert gate is not None
         for message in gate.received():
@@ -189,8 +215,14 @@ class Service:
         self._heard = time.monotonic()
         if isinstance(message, Released):
             for crew in self._crews:
-                if crew.signature.name == message.model:
+                if crew.edition == message.edition:
                     crew.release(message.rank)
+        elif isinstance(message, Probed):
+            self._probed(message)
+        elif isinstance(message, Retired):
+            self._retired(message.edition)
+        elif isinstance(message, Asked):
+            self._asked(message)
         elif isinstance(message, Numbers):
             self._numbers = message.models
         elif isinstance(message, Drained):
@@ -210,6 +242,10 @@ class Service:
         for crew in self._crews:
             crew.slots.count(Outcome.LOST, crew.slots.open_requests())
             crew.release_all()
+        # Nobody has requests at these any more.
+        for crew in list(self._leaving):
+            self._move_counts(crew)
+            self._retired(crew.edition)
         self._gate = self._reserve if self._reserve is not None and self._reserve.alive() else GateProcess()
         self._open(self._gate)
         self._reserve = GateProcess()
@@ -239,23 +275,189 @@ class Service:
     def numbers(self) -> dict[str, dict[str, Any]]:
         """For each model, the counts of outcomes and what its gateway said last (see ``Desk.numbers``)."""
         found: dict[str, dict[str, Any]] = {}
-        for crew in self._crews:
-            counts = {outcome.name.lower(): int(crew.slots.counts[outcome]) for outcome in Outcome}
-            found[crew.signature.name] = {
-                **self._numbers.get(crew.signature.name, {}),
-                **counts,
-                "replica_deaths": crew.deaths,
-            }
+        for name, crew in self._active.items():
+            sharing = [crew, *(old for old in self._leaving if old.signature.name == name)]
+            rollout = self._rollouts.get(name)
+            if rollout is not None and rollout.stage is Stage.TRYING and not rollout.trial.shadow:
+                sharing.append(rollout.crew)
+            counts = {o.name.lower(): sum(int(one.slots.counts[o]) for one in sharing) for o in Outcome}
+            found[name] = {**self._numbers.get(name, {}), **counts, "replica_deaths": crew.deaths}
+            if rollout is not None:
+                found[name]["rollout"] = rollout.stage.value
         return found
 
     @property
     def models(self) -> list[str]:
-        return [crew.signature.name for crew in self._crews]
+        return list(self._active)
 
     @property
     def chosen(self) -> dict[str, str]:
         """For each model, what was tried at the start and what was taken."""
-        return {crew.signature.name: crew.why for crew in self._crews}
+        return {name: crew.why for name, crew in self._active.items()}
+
+    # -- versions ------------------------------------------------------------------------------------------------
+
+    def command(self, work: Callable[[], None]) -> None:
+        """Have something done by the thread that steps; from any thread."""
+        self._commands.put(work)
+
+    def load(
+        self, name: str, source: Path | None = None, trial: Trial | None = None,
+        done: Callable[[str | None], None] = lambda trouble: None, checkpoint: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Load a model anew, or a new one, beside what answers; ``done`` is called with None, or with why it did not come in.
+
+        ``source``: the bundle; None for where it came from last time. ``checkpoint``: whose weights to take instead of the
+        bundle's. RequestError where that cannot be begun.
+        """
+        if name in self._rollouts:
+            raise RequestError(f"A new version of {name} is on its way already; wait for it.")
+        source = source or self._sources.get(name)
+        if source is None:
+            raise TargetError(f'There is no model "{name[:80]}" that could be loaded; shoal serve NAME=PATH names one.')
+        self._versions[name] = self._versions.get(name, 0) + 1
+        self._sources[name] = source
+        old = self._active.get(name)
+        asked = ModelSource(source, name, str(self._versions[name]), checkpoint)
+        crew = Crew(asked, self._cores, self._options.replicas, gentle=True)
+        rollout = Rollout(crew, old, trial or Trial(), done)
+        rollout.start()
+        self._rollouts[name] = rollout
+
+    def follow(self, name: str, run: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
+        """Take each new checkpoint of a run, and at last its finished model, as the next version of a model.
+
+        ``say`` is told what became of each. TargetError where there is no such model, or ``run`` is no run's directory.
+        """
+        if name not in self._sources:
+            raise TargetError(f'There is no model "{name[:80]}" to keep current.')
+
+        def load(path: Path, done: Callable[[str | None], None]) -> None:
+            if (path / bundle.DESCRIPTION).is_file():
+                self.load(name, path, done=done)
+            else:
+                self.load(name, checkpoint=path, done=done)
+
+        self._followers.append(Follower(run, load, say, self._sources[name]))
+
+    def unload(self, name: str, done: Callable[[str | None], None] = lambda trouble: None) -> None:
+        """Give a model no more requests, and end it when it has finished what it had."""
+        crew = self._active.get(name)
+        if crew is None:
+            raise TargetError(f'There is no model "{name[:80]}" to unload.')
+        if name in self._rollouts:
+            raise RequestError(f"A new version of {name} is on its way; wait for it.")
+        self._unloading[crew.edition] = done
+        del self._active[name]
+        self._retire(crew)
+        self._tell(Known(self._unavailable()))
+
+    def _move_on(self, rollout: Rollout) -> None:
+        """See whether a new version can take its next step."""
+        crew = rollout.crew
+        if rollout.stage is Stage.LOADING:
+            try:
+                if not rollout.loaded():
+                    return
+            except RequestError as error:
+                crew.close()
+                return self._finish(rollout, str(error))
+            self._connect(crew)
+            self._crews.append(crew)
+            assert self._gate is not None
+            self._introduce(self._gate, crew)
+            rollout.stage = Stage.PROBING
+            self._tell(Probe(crew.edition))
+        elif rollout.stage is Stage.TRYING:
+            numbers = self._numbers.get(crew.signature.name, {})
+            seen = numbers.get("trial")
+            verdict = rollout.trial.verdict(seen, numbers) if seen and seen["version"] == crew.signature.version else None
+            if verdict == "":
+                self._promote(rollout)
+            elif verdict is not None:
+                self._give_up(rollout, f"Version {crew.signature.version} of {crew.signature.name} was rolled back: {verdict}.")
+
+    def _probed(self, message: Probed) -> None:
+        rollout = self._rollouts.get(message.edition.model)
+        if rollout is None or rollout.stage is not Stage.PROBING or rollout.crew.edition != message.edition:
+            return
+        if message.trouble is not None:
+            self._give_up(rollout, f"The new version of {message.edition.model} was not right: {message.trouble}")
+        elif rollout.trial.canary is None and not rollout.trial.shadow or message.edition.model not in self._active:
+            self._promote(rollout)
+        else:
+            rollout.stage = Stage.TRYING
+            assert self._gate is not None
+            self._say_again(self._gate, rollout)
+
+    def _say_again(self, gate: GateProcess, rollout: Rollout) -> None:
+        """Tell a gateway where a rollout is."""
+        if rollout.stage is Stage.PROBING:
+            gate.send(Probe(rollout.crew.edition))
+        elif rollout.stage is Stage.TRYING:
+            gate.send(Take(rollout.crew.edition, rollout.trial.canary or 1.0, rollout.trial.shadow))
+
+    def _promote(self, rollout: Rollout) -> None:
+        crew = rollout.crew
+        old = self._active.get(crew.signature.name)
+        self._active[crew.signature.name] = crew
+        self._tell(Take(crew.edition))
+        if old is not None:
+            self._retire(old)
+        self._finish(rollout, None)
+
+    def _give_up(self, rollout: Rollout, trouble: str) -> None:
+        self._retire(rollout.crew)
+        self._finish(rollout, trouble)
+
+    def _finish(self, rollout: Rollout, trouble: str | None) -> None:
+        del self._rollouts[rollout.crew.source.name or ""]
+        self._tell(Known(self._unavailable()))
+        rollout.end(trouble)
+
+    def _retire(self, crew: Crew) -> None:
+        self._leaving.append(crew)
+        self._tell(Retire(crew.edition))
+
+    def _retired(self, edition: Edition) -> None:
+        for crew in [crew for crew in self._leaving if crew.edition == edition]:
+            self._leaving.remove(crew)
+            self._crews.remove(crew)
+            crew.close()
+        done = self._unloading.pop(edition, None)
+        if done is not None:
+            done(None)
+
+    def _move_counts(self, crew: Crew) -> None:
+        """While there is no gateway: what a version counted is added to what its model's other version counts."""
+        heir = self._active.get(crew.signature.name)
+        if heir is not None:
+            heir.slots.counts[:] += crew.slots.counts
+            crew.slots.counts[:] = 0
+
+    def _asked(self, message: Asked) -> None:
+        """A client wants a model loaded anew, from where it came from, or unloaded."""
+
+        def tell(trouble: str | None) -> None:
+            self._tell(Told(message.number, trouble, 400))
+
+        try:
+            if message.load:
+                self.load(message.model, None, Trial.from_parameters(message.parameters), tell)
+            else:
+                self.unload(message.model, tell)
+        except TargetError as error:
+            self._tell(Told(message.number, str(error), 404))
+        except RequestError as error:
+            self._tell(Told(message.number, str(error), 400))
+
+    def _unavailable(self) -> dict[str, str]:
+        """Models that have a place to be loaded from and do not answer now."""
+        return {
+            name: "loading" if name in self._rollouts else "unloaded"
+            for name in self._sources
+            if name not in self._active
+        }
 
     # -- ending --------------------------------------------------------------------------------------------------
 
@@ -273,9 +475,14 @@ class Service:
             if gate is not None:
                 gate.close()
         self._gate = self._reserve = None
+        for rollout in self._rollouts.values():
+            if rollout.crew not in self._crews:
+                # Ends what it may be waiting for.
+                rollout.crew.close()
+            rollout.join()
         for crew in self._crews:
             crew.close()
-        self._crews = []
+        self._crews, self._rollouts = [], {}
         self._listening.close()
 
 
@@ -325,6 +532,61 @@ class RunningService:
         """{role, rank, pid, host} of everybody."""
         return self._service.processes()
 
+    def load(
+        self, name: str, source: str | Path | None = None, *, canary: float | None = None, shadow: bool = False,
+        requests: int = 200, tolerance: float | None = None, slower: float = 1.5, within_s: float = 300.0,
+    ) -> None:  # fmt: skip
+        """Load a new version of a model (or another model) beside what answers, and return when it has the requests.
+
+        Args:
+            name: the model's name.
+            source: its bundle; None for where it came from.
+            canary, shadow, requests, tolerance, slower: how it is tried first, see ``shoal.serve.rollout.Trial``.
+            within_s: seconds after which to stop waiting for it; it goes on all the same.
+
+        Raises:
+            RequestError: it cannot be loaded, was not right, or was rolled back; the old version goes on answering.
+            DeadlineError: it took longer than ``within_s``.
+        """
+        trial = Trial(canary=canary, shadow=shadow, requests=requests, tolerance=tolerance, slower=slower)
+        trial.check()
+        path = None if source is None else _bundle_at(str(source), Path("runs"))
+        self._do(lambda done: self._service.load(name, path, trial, done), within_s, f"{name} to be loaded")
+
+    def follow(self, name: str, run: str | Path, say: Callable[[str], None] = lambda sentence: None) -> None:
+        """Take each new checkpoint of a run in training, and at last its finished model, as the next version of a model.
+
+        ``say`` is told, from the service's thread, what became of each. TargetError where that cannot be.
+        """
+
+        def begin(done: Callable[[str | None], None]) -> None:
+            self._service.follow(name, Path(run), say)
+            done(None)
+
+        self._do(begin, 10.0, f"{name} to be followed")
+
+    def unload(self, name: str, within_s: float = 60.0) -> None:
+        """Stop serving a model, after what was accepted; the others go on."""
+        self._do(lambda done: self._service.unload(name, done), within_s, f"{name} to be unloaded")
+
+    def _do(self, work: Callable[[Callable[[str | None], None]], None], within_s: float, what: str) -> None:
+        """Have the service's thread begin something, and wait until it has ended."""
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def begin() -> None:
+            try:
+                work(lambda trouble: ended.put(None if trouble is None else RequestError(trouble)))
+            except RequestError as error:
+                ended.put(error)
+
+        self._service.command(begin)
+        try:
+            error = ended.get(timeout=within_s)
+        except queue.Empty:
+            raise DeadlineError(f"Waited {within_s:g} s for {what}.") from None
+        if error is not None:
+            raise error
+
     def close(self) -> None:
         """Finish what was accepted and end; safe to call twice."""
         self._stop.set()
@@ -359,7 +621,7 @@ def serve(
     return RunningService(Service(locate([str(b) for b in bundles]), options))
 
 
-def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str | None, Path]:
+def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str, Path]:
     """The bundles that targets name: a bundle, a run directory, or a job's name for its latest finished run under ``runs``.
 
     Raises:
@@ -367,7 +629,7 @@ def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str | None, Pa
     """
     if not targets:
         raise TargetError("There is nothing to serve; give a run directory or a bundle.")
-    found: dict[str | None, Path] = {}
+    found: dict[str, Path] = {}
     for target in targets:
         name, equals, place = target.partition("=")
         path = _bundle_at(place if equals else target, runs)

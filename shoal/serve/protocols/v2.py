@@ -47,7 +47,12 @@ class _Request(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
+class _Asked(msgspec.Struct):
+    parameters: dict[str, Any] = {}
+
+
 _DECODER = msgspec.json.Decoder(_Request)
+_ASKED = msgspec.json.Decoder(_Asked)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,16 @@ def encode(signature: ModelSignature, request: InferRequest, outputs: Sequence[n
     answer = {"model_name": signature.name, "model_version": signature.version, "id": request.id, "outputs": described}
     header = msgspec.json.encode(answer if request.id else {key: value for key, value in answer.items() if key != "id"})
     return (b"".join([header, *raws]), len(header)) if raws else (header, None)
+
+
+def decode_parameters(body: bytes) -> dict[str, Any]:
+    """The ``parameters`` of a request to the model repository; none where the body is empty."""
+    if not body:
+        return {}
+    try:
+        return _ASKED.decode(body).parameters
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refusal(400, 'The body is not {"parameters": {...}} in JSON.') from None
 
 
 def error_body(sentence: str) -> bytes:
