@@ -33,6 +33,11 @@ FollowOption = Annotated[
     Path | None,
     typer.Option("--follow", metavar="RUN", help="Take each new checkpoint of a run in training as the next version."),
 ]
+CacheOption = Annotated[
+    list[str] | None,
+    typer.Option("--cache-mb", metavar="[NAME=]MB", help="Remember so much of the answers, of each model or of one."),
+]
+TtlOption = Annotated[float, typer.Option("--cache-ttl-s", metavar="S", help="For how long answers are remembered.")]
 DrainOption = Annotated[
     float, typer.Option("--drain-s", metavar="S", help="How long accepted requests may take at the end.")
 ]
@@ -48,6 +53,8 @@ def serve(
     port: PortOption = 0,
     drain_s: DrainOption = 30.0,
     follow: FollowOption = None,
+    cache_mb: CacheOption = None,
+    cache_ttl_s: TtlOption = 300.0,
     json: JsonFlag = False,
 ) -> Answer:
     """Serve finished models until Ctrl-C.
@@ -57,7 +64,10 @@ def serve(
     """
     from shoal.serve.service import Service, ServiceOptions, locate
 
-    options = ServiceOptions(slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s)
+    options = ServiceOptions(
+        slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s,
+        cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
+    )  # fmt: skip
     models = locate(bundles)
     if follow is not None and len(models) > 1:
         raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
@@ -118,3 +128,15 @@ def _count(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise RequestError(f"--replicas is {text}; give a whole number of at least 1, or auto.")
     return int(text)
+
+
+def _caches(texts: list[str]) -> dict[str, float]:
+    """Megabytes by the model's name, "" for every other model."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, size = text.rpartition("=")
+        try:
+            found[name] = float(size)
+        except ValueError:
+            raise RequestError(f"--cache-mb is {text}; give a number of megabytes, or NAME=MEGABYTES.") from None
+    return found

@@ -229,7 +229,7 @@ class App:
 def _sample_request(desk: Desk) -> v2.InferRequest:
     rows = tuple(np.frombuffer(raw, spec.dtype).reshape(1, *spec.shape[1:])
                  for raw, spec in zip(desk.sample, desk.signature.inputs, strict=True))  # fmt: skip
-    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0)
+    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0, uncached=True)
 
 
 async def probe(desk: Desk) -> str | None:
@@ -282,7 +282,7 @@ def _statistics(desk: Desk) -> dict[str, Any]:
             "success": {"count": times.requests, "ns": total_ns}, "fail": {"count": failed, "ns": 0},
             "queue": {"count": times.requests, "ns": times.queue_ns}, "compute_input": none,
             "compute_infer": {"count": times.requests, "ns": times.compute_ns}, "compute_output": none,
-            "cache_hit": none, "cache_miss": none,
+            "cache_hit": {"count": times.hits, "ns": times.hit_ns}, "cache_miss": {"count": times.misses, "ns": 0},
         },
         "batch_stats": batches,
         "shoal": desk.numbers(),

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,6 +64,8 @@ class ServiceOptions:
         replicas: how many for each model; None to find out by measurement.
         host, port: where to listen; port 0 takes a free one.
         drain_s: how long accepted requests may take at the end.
+        cache_mb: by the model's name, how much of its answers to remember, in 10⁶ bytes; "" stands for every other model.
+        cache_ttl_s: for how long.
     """
 
     slo_ms: float = 50.0
@@ -71,6 +73,8 @@ class ServiceOptions:
     host: str = "127.0.0.1"
     port: int = 0
     drain_s: float = 30.0
+    cache_mb: Mapping[str, float] = field(default_factory=dict)
+    cache_ttl_s: float = 300.0
 
     def check(self) -> None:
         """RequestError where a value makes no sense."""
@@ -82,6 +86,15 @@ class ServiceOptions:
             raise RequestError(f"There is no port {self.port}; give 0 for a free one, or 1 to 65535.")
         if not self.drain_s >= 0:
             raise RequestError(f"The time to drain is {self.drain_s:g} s; give 0 or more.")
+        for size in self.cache_mb.values():
+            if not 0 <= size < 1e9:
+                raise RequestError(f"A cache of {size:g} MB cannot be made; give 0 or more.")
+        if not self.cache_ttl_s > 0:
+            raise RequestError(f"Answers are remembered for {self.cache_ttl_s:g} s; give a time above 0.")
+
+    def cache_bytes(self, model: str) -> int:
+        """How much of a model's answers to remember."""
+        return int(1e6 * self.cache_mb.get(model, self.cache_mb.get("", 0.0)))
 
 
 class Service:
@@ -92,6 +105,9 @@ class Service:
 
     def __init__(self, models: Mapping[str, Path], options: ServiceOptions) -> None:
         options.check()
+        strange = sorted(set(options.cache_mb) - {"", *models})
+        if strange:
+            raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")
         self._options = options
         self._cores = Cluster.local().cores
         self._sources = dict(models)
@@ -173,7 +189,15 @@ class Service:
         self._heard = time.monotonic()
 
     def _introduce(self, gate: GateProcess, crew: Crew) -> None:
-        gate.send(crew.introduction(), (crew.slots.fd, crew.done_fd))
+        options = self._options
+        gate.send(
+            replace(
+                crew.introduction(),
+                cache_bytes=options.cache_bytes(crew.signature.name),
+                cache_ttl_s=options.cache_ttl_s,
+            ),
+            (crew.slots.fd, crew.done_fd),
+        )
         for rank, wake in crew.ready():
             gate.send(ReplicaUp(crew.edition, rank), (wake,))
 
@@ -601,7 +625,7 @@ class RunningService:
 
 def serve(
     *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
-    drain_s: float = 30.0,
+    drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
 ) -> RunningService:  # fmt: skip
     """Serve bundles (or run directories) from this process's children; returns when they answer.
 
@@ -611,13 +635,18 @@ def serve(
         replicas: processes for each model; None finds out by measurement.
         host, port: where to listen; port 0 takes a free one.
         drain_s: how long accepted requests may take when the service is closed.
+        cache_mb: how many 10⁶ bytes of each model's answers to remember, or that by the model's name.
+        cache_ttl_s: for how long.
 
     Raises:
         TargetError: a directory that is no bundle, or a bundle that cannot be served.
         RequestError: another argument that makes no sense.
         UserCodeError: the model's own code raised.
     """
-    options = ServiceOptions(slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s)
+    caches = cache_mb if isinstance(cache_mb, Mapping) else {"": cache_mb}
+    options = ServiceOptions(
+        slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s
+    )
     return RunningService(Service(locate([str(b) for b in bundles]), options))
 
 

@@ -137,7 +137,7 @@ class Shadow:
     async def _ask(self, request: InferRequest, outputs: list[np.ndarray], took_s: float) -> None:
         start = time.monotonic()
         try:
-            found = await self.desk.infer(replace(request, timeout_s=_COPY_S, priority=_LAST), _COPY_S)
+            found = await self.desk.infer(replace(request, timeout_s=_COPY_S, priority=_LAST, uncached=True), _COPY_S)
         except Refusal as refusal:
             if refusal.status == 500:
                 self._failed += 1

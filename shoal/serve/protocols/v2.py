@@ -66,6 +66,7 @@ class InferRequest:
         wanted: (output, whether in binary) in the order in which to answer.
         timeout_s: seconds from its arrival, or None.
         priority: higher goes first; the client's, where 1 is the most urgent, with its sign turned.
+        uncached: has to be computed, whatever is remembered.
     """
 
     id: str
@@ -74,6 +75,7 @@ class InferRequest:
     wanted: tuple[tuple[str, bool], ...]
     timeout_s: float | None
     priority: int
+    uncached: bool = False
 
 
 def decode(
