@@ -19,7 +19,7 @@ from shoal.errors import did_you_mean
 from shoal.serve.desk import Desk
 from shoal.serve.messages import Limits, Told
 from shoal.serve.metrics import Metrics
-from shoal.serve.protocols import v2
+from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Refusal
 from shoal.serve.shelf import Shelf, compare, numbers_of
 from shoal.serve.slots import Outcome
@@ -138,10 +138,15 @@ class App:
             return await _say(send, self._index())
         if (found := _REPOSITORY.fullmatch(path)) is not None and method == "POST":
             return await self._repository(found[1], found[2] == "load", scope, receive, send)
+        if path == "/v1/embeddings" and method == "POST":
+            return await self._embeddings(scope, receive, send)
         if method != "GET":
             raise Refusal(404 if method == "POST" else 405, f"{method} {path[:80]} is nothing that this service does.")
         if path == "/v2":
             return await _say(send, v2.server_metadata())
+        if path == "/v1/models":
+            rows = [{"id": name, "object": "model", "created": 0, "owned_by": "shoal"} for name in self.desks()]
+            return await _say(send, {"object": "list", "data": rows})
         if path == "/v2/health/live":
             return await _respond(send, 200, b"", [])
         if path == "/v2/health/ready":
@@ -155,6 +160,28 @@ class App:
         if path == "/v2/models/stats":
             return await _say(send, {"model_stats": self._statistics(self.shelves)})
         await self._about_model(path, send)
+
+    async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""
+        try:
+            body = await self._body(dict(scope["headers"]), receive)
+            name, given, as_base64 = embeddings.decode(body)
+            desk = self._desk(name)
+            if desk.text is None or desk.signature.outputs[0].free or len(desk.signature.outputs) != 1:
+                raise Refusal(400, f"{name} gives no embeddings of texts.")
+            tokens = [t if isinstance(t, list) else [] for t in given]
+            if isinstance(given[0], str):
+                tokens = desk.text.tokens([text for text in given if isinstance(text, str)])
+            asked = [desk.infer(desk.text.request(row), self._limits.slo_s, lambda: _left(receive)) for row in tokens]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            for one in found:
+                if isinstance(one, BaseException):
+                    raise one
+            vectors = [one[0] for one in found if not isinstance(one, BaseException)]
+        except Refusal as refusal:
+            return await _refuse(send, refusal, embeddings.error_body(refusal))
+        used = sum(map(len, tokens))
+        await _respond(send, 200, embeddings.encode(name, vectors, used, as_base64), _JSON)
 
     def _index(self) -> list[dict[str, str]]:
         """Every version and its state, as the protocol's model repository extension has it."""
@@ -293,14 +320,14 @@ async def _say(send: Send, value: Any) -> None:
     await _respond(send, 200, msgspec.json.encode(value), _JSON)
 
 
-async def _refuse(send: Send, refusal: Refusal) -> None:
+async def _refuse(send: Send, refusal: Refusal, body: bytes | None = None) -> None:
     headers = list(_JSON)
     if refusal.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(refusal.retry_after_s))))
     if refusal.status in (408, 413):
         # What is left of the body will not be read.
         headers.append((b"connection", b"close"))
-    await _respond(send, refusal.status, v2.error_body(refusal.sentence), headers)
+    await _respond(send, refusal.status, body or v2.error_body(refusal.sentence), headers)
 
 
 async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

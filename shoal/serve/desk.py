@@ -21,8 +21,10 @@ from shoal.serve.cache import Key, ResponseCache, key_of
 from shoal.serve.dispatch import Dispatcher, Row
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
+from shoal.serve.protocols.embeddings import TextEncoder
 from shoal.serve.protocols.v2 import InferRequest
 from shoal.serve.refusals import Refusal
+from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
 
 # A second batch waits in a replica's ring while the first is computed where batches are shorter than this: the replica need not
@@ -91,9 +93,13 @@ class Desk:
         self.sample = model.sample
         self.expected = model.expected
         self.why = model.why
+        self.text = TextEncoder(model.tokenizer, model.signature) if model.tokenizer is not None else None
         self.slots = Slots(slots_fd, model.layout)
         self.latency = LatencyModel.from_measured(model.measured_s)
-        self.dispatcher = Dispatcher(self.latency, capacity=model.layout.slots)
+        unit = "row" if self.signature.longest is None else f"piece of {UNIT} places"
+        self.dispatcher = Dispatcher(
+            self.latency, capacity=model.layout.slots, most_rows=model.layout.max_batch, unit=unit
+        )  # fmt: skip
         self.times = Times()
         self.last_answer_s = 0.0
         self.max_rows = min(model.layout.max_batch, model.layout.slots)
@@ -204,7 +210,10 @@ class Desk:
         self.pump(now)
         try:
             await ticket.future
-            return [array[ticket.slots] for array in self.slots.outputs]
+            return [
+                array[ticket.slots, : request.length] if spec.free else array[ticket.slots]
+                for spec, array in zip(self.signature.outputs, self.slots.outputs, strict=True)
+            ]
         except asyncio.CancelledError:
             self._give_up(ticket)
             raise
@@ -215,7 +224,8 @@ class Desk:
         """None where the request is taken in, else after how many seconds it may be tried again."""
         if not self.replicas_up and (not self._replicas or deadline - now < _REPLACED_WITHIN_S):
             return _REPLACED_WITHIN_S
-        later = self.dispatcher.admit(request.rows, deadline, request.priority, now)
+        units = self.signature.units(request.length)
+        later = self.dispatcher.admit(request.rows, deadline, request.priority, now, units)
         if later is None and len(self._free) < request.rows:
             return self.latency.predict(1) * len(self.slots.inputs[0])
         return later
@@ -227,17 +237,21 @@ class Desk:
 
     def _accept(self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]) -> _Ticket:
         taken = [self._free.pop() for _ in range(request.rows)]
-        for place, values in zip(self.slots.inputs, request.inputs, strict=True):
+        length = request.length
+        for spec, place, values in zip(self.signature.inputs, self.slots.inputs, request.inputs, strict=True):
+            where = place[:, :length] if spec.free else place
             if len(taken) == 1:
-                place[taken[0]] = values[0]
+                where[taken[0]] = values[0]
             else:
-                place[taken] = values
+                where[taken] = values
+        self.slots.lengths[taken] = length
         self._next += 1
         ticket = _Ticket(
             self._next, taken, len(taken), now, deadline, asyncio.get_running_loop().create_future(), abandoned
         )
         self._tickets[ticket.number] = ticket
-        rows = [Row(slot, ticket.number, deadline, request.priority, None) for slot in taken]
+        key, units = self.signature.key(length), self.signature.units(length)
+        rows = [Row(slot, ticket.number, deadline, request.priority, key, units) for slot in taken]
         self.dispatcher.put(rows, now)
         return ticket
 
@@ -271,7 +285,7 @@ class Desk:
                 pass
 
     def _ahead(self) -> int:
-        return 2 if self.latency.predict(1) < _AHEAD_BELOW_S else 1
+        return 2 if self.latency.predict(self.dispatcher.batch_limit) < _AHEAD_BELOW_S else 1
 
     def _hand_out(self, replica: _Replica, now: float) -> bool:
         while True:

@@ -45,6 +45,7 @@ class AddModel:
 
     Descriptors: the slots, the eventfd of what is done. ``measured_s``: seconds for a batch, by its size. ``sample``: one row of
     each input, to ask with whether it works; ``expected``: the row of each output that has to come back.
+    ``tokenizer``: path of what turns texts into rows.
     ``cache_bytes``: how much of its answers to remember, for ``cache_ttl_s`` seconds each; 0: nothing.
     """
 
@@ -54,6 +55,7 @@ class AddModel:
     why: str
     sample: tuple[bytes, ...]
     expected: tuple[bytes, ...]
+    tokenizer: str | None = None
     cache_bytes: int = 0
     cache_ttl_s: float = 300.0
 

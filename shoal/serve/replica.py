@@ -25,11 +25,13 @@ from shoal.errors import TargetError
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.gentle import gently
+from shoal.serve import hugging_face
 from shoal.serve.messages import Attach, Attached
-from shoal.serve.signature import ModelSignature, TensorSignature
+from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
 
 _LEAST_RUNS, _MOST_RUNS = 3, 50
+_USUAL_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class ReplicaHost:
 
     def __init__(self, source: ModelSource) -> None:
         directory = source.path
-        description = bundle.read_description(directory)
+        description = describe(directory)
+        self._tokenizer = description.get("tokenizer")
         name = source.name or str(description.get("name", directory.name))
         self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         _can_be_served(self.signature)
@@ -62,6 +65,10 @@ class ReplicaHost:
     def describe(self) -> ModelSignature:
         """What goes in and out."""
         return self.signature
+
+    def tokenizer(self) -> str | None:
+        """Path of the tokenizer that turns texts into rows, where there is one."""
+        return None if self._tokenizer is None else str(self._tokenizer)
 
     def try_out(self) -> None:
         """Run the model once on a sample; TargetError where the answer is not what the bundle says."""
@@ -94,7 +101,8 @@ class ReplicaHost:
         for size in sorted(batches):
             if measured and time.monotonic() - began > budget_s:
                 break
-            inputs = _sample(self.signature, size)
+            rows, length = (size, 0) if self.signature.longest is None else _shape_of(size, self.signature.longest)
+            inputs = _sample(self.signature, rows, length)
             self._run(inputs)
             times: list[float] = []
             until = time.monotonic() + budget_s / len(batches)
@@ -102,7 +110,7 @@ class ReplicaHost:
                 start = time.perf_counter()
                 self._run(inputs)
                 times.append(time.perf_counter() - start)
-            measured[size] = float(typical(times))
+            measured[rows * self.signature.units(length)] = float(typical(times))
         return measured
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -113,7 +121,14 @@ class ReplicaHost:
             return [_array(value) for value in _flat(output)]
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """What a bundle, or a Hugging Face folder, says of itself. TargetError where it is neither."""
+    return hugging_face.describe(path) if hugging_face.is_folder(path) else bundle.read_description(path)
+
+
 def _load(source: ModelSource) -> nn.Module:
+    if hugging_face.is_folder(source.path):
+        return hugging_face.load(source.path)
     if source.checkpoint is None:
         return bundle.load(source.path)
     return bundle.load_with(source.path, source.checkpoint)
@@ -122,6 +137,7 @@ def _load(source: ModelSource) -> nn.Module:
 class _Loop:
     def __init__(self, host: ReplicaHost, slots: Slots, ring: int, work: int, done: int) -> None:
         self._host = host
+        self._signature = host.signature
         self._slots = slots
         self._ring = slots.rings[ring]
         self._work = work
@@ -144,9 +160,18 @@ class _Loop:
     def _answer(self, rows: list[int]) -> None:
         # One row is a view of the slot, more are gathered.
         index: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
-        outputs = self._host._run([array[index] for array in self._slots.inputs])
-        for place, values in zip(self._slots.outputs, outputs, strict=True):
-            place[index] = values
+        lengths = self._slots.lengths[rows]
+        longest = int(lengths.max())
+        inputs = [
+            _padded(array, rows, lengths, longest, spec.padding) if spec.free else array[index]
+            for spec, array in zip(self._signature.inputs, self._slots.inputs, strict=True)
+        ]
+        outputs = self._host._run(inputs)
+        for spec, place, values in zip(self._signature.outputs, self._slots.outputs, outputs, strict=True):
+            if spec.free:
+                place[rows, :longest] = values
+            else:
+                place[index] = values
 
 
 def _can_be_served(signature: ModelSignature) -> None:
@@ -155,25 +180,48 @@ def _can_be_served(signature: ModelSignature) -> None:
             f"The bundle {signature.name} does not say what goes in and comes out; train it again to serve it."
         )
     for tensor in (*signature.inputs, *signature.outputs):
-        if tensor.row_bytes is None or not tensor.shape or tensor.shape[0] != -1:
+        if tensor.row_bytes is None or tensor.shape[0] != -1:
             raise TargetError(
-                f"{tensor.name} of {signature.name} has the shape {list(tensor.shape)}; "
-                "shoal serves tensors whose first dim alone is free so far."
+                f"{tensor.name} of {signature.name} has the shape {list(tensor.shape)}; shoal serves tensors whose first dim is "
+                'the batch, and whose second may be free where "longest" says how long it may be.'
             )
 
 
 def _fits(outputs: Sequence[np.ndarray], signature: ModelSignature) -> None:
     found = [tuple(array.shape[1:]) for array in outputs]
     said = [tensor.shape[1:] for tensor in signature.outputs]
-    if found != said:
+    if len(found) != len(said) or any(
+        len(one) != len(other) or any(b not in (-1, a) for a, b in zip(one, other, strict=True))
+        for one, other in zip(found, said, strict=True)
+    ):
         raise TargetError(
             f"{signature.name} answers with rows of shape {found} and its bundle says {said}; write the bundle again."
         )
 
 
-def _sample(signature: ModelSignature, rows: int) -> list[np.ndarray]:
+def _sample(signature: ModelSignature, rows: int, length: int = UNIT) -> list[np.ndarray]:
     """Rows of ones: in range for pixels, and an index that the smallest of embeddings knows."""
-    return [np.ones((rows, *tensor.shape[1:]), tensor.dtype) for tensor in signature.inputs]
+    length = min(length, signature.longest or length)
+    return [
+        np.ones((rows, *([length, *t.shape[2:]] if t.free else t.shape[1:])), t.dtype) for t in signature.inputs
+    ]
+
+
+def _shape_of(units: int, longest: int) -> tuple[int, int]:
+    """(rows, length) of a batch with so many units in all: one row up to the usual length, more rows beyond."""
+    usual = min(_USUAL_LENGTH, longest)
+    length = min(units * UNIT, usual)
+    return max(1, units * UNIT // length), length
+
+
+def _padded(array: np.ndarray, rows: list[int], lengths: np.ndarray, longest: int, padding: int) -> np.ndarray:
+    """Rows of unequal lengths as one array, filled up at their ends."""
+    if len(rows) == 1:
+        return array[rows[0] : rows[0] + 1, :longest]
+    found = array[rows, :longest]
+    for k, length in enumerate(lengths):
+        found[k, length:] = padding
+    return found
 
 
 def _tensor(array: np.ndarray, spec: TensorSignature) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 from shoal import bundle
 from shoal.cluster import Cluster
 from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
+from shoal.serve import hugging_face
 from shoal.serve.crew import Crew
 from shoal.serve.follow import Follower
 from shoal.serve.gate import GateProcess
@@ -44,7 +45,7 @@ from shoal.serve.messages import (
     Take,
     Told,
 )
-from shoal.serve.replica import ModelSource
+from shoal.serve.replica import ModelSource, describe
 from shoal.serve.rollout import Rollout, Stage, Trial
 from shoal.serve.slots import Outcome
 
@@ -662,7 +663,7 @@ def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str, Path]:
     for target in targets:
         name, equals, place = target.partition("=")
         path = _bundle_at(place if equals else target, runs)
-        found[name if equals else str(bundle.read_description(path).get("name", path.name))] = path
+        found[name if equals else str(describe(path).get("name", path.name))] = path
     if len(found) < len(targets):
         raise RequestError("Two models have the same name; give them names, as in NAME=PATH.")
     return found
@@ -670,6 +671,8 @@ def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str, Path]:
 
 def _bundle_at(text: str, runs: Path) -> Path:
     path = Path(text)
+    if hugging_face.is_folder(path):
+        return path.resolve()
     for directory in (path, path / "model"):
         if (directory / bundle.DESCRIPTION).is_file():
             return directory.resolve()
