@@ -73,15 +73,15 @@ def serve(
         raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
     service = Service(models, options)
     if follow is not None:
-        service.follow(next(iter(models)), follow, _say)
+        service.fleet.follow(next(iter(models)), follow, _say)
     service.start()
-    where = {"url": service.url, "pid": os.getpid(), "models": service.models}
+    where = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}
     return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s))
 
 
 def _serve(service: Service, drain_s: float) -> None:
     """Serve until somebody interrupts; say what became of all requests."""
-    _say(*(f"{name}: {why}" for name, why in service.chosen.items()))
+    _say(*(f"{name}: {why}" for name, why in service.fleet.chosen.items()))
     interrupts = Interrupts()
     try:
         with interrupts.caught():

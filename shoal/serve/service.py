@@ -21,33 +21,20 @@ from shoal import bundle
 from shoal.cluster import Cluster
 from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.serve import hugging_face
-from shoal.serve.crew import Crew
-from shoal.serve.follow import Follower
+from shoal.serve.fleet import Fleet
 from shoal.serve.gate import GateProcess
 from shoal.serve.messages import (
-    Asked,
+    AddModel,
     Drain,
     Drained,
-    Edition,
-    Known,
     Limits,
     Numbers,
     Open,
     Opened,
-    Probe,
-    Probed,
     Processes,
-    Released,
-    ReplicaDown,
-    ReplicaUp,
-    Retire,
-    Retired,
-    Take,
-    Told,
 )
-from shoal.serve.replica import ModelSource, describe
-from shoal.serve.rollout import Rollout, Stage, Trial
-from shoal.serve.slots import Outcome
+from shoal.serve.replica import describe
+from shoal.serve.rollout import Trial
 
 _POLL_S = 0.05
 _OPEN_S = 30.0
@@ -110,19 +97,10 @@ class Service:
         if strange:
             raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")
         self._options = options
-        self._cores = Cluster.local().cores
-        self._sources = dict(models)
-        self._crews = [Crew(ModelSource(path, name), self._cores, options.replicas) for name, path in models.items()]
-        self._active: dict[str, Crew] = {}
-        self._rollouts: dict[str, Rollout] = {}
-        self._leaving: list[Crew] = []
-        self._followers: list[Follower] = []
-        self._unloading: dict[Edition, Callable[[str | None], None]] = {}
-        self._versions = dict.fromkeys(models, 1)
+        self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate: GateProcess | None = None
         self._reserve: GateProcess | None = None
-        self._numbers: dict[str, dict[str, Any]] = {}
         self._told: tuple[Any, ...] = ()
         self._drained = False
         self._opened = False
@@ -138,15 +116,9 @@ class Service:
         host, port = self._listening.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         try:
-            for crew in self._crews:
-                crew.start()
+            self.fleet.start()
             self._gate = GateProcess()
-            for crew in self._crews:
-                crew.load()
-            for crew in self._crews:
-                crew.choose()
-                self._connect(crew)
-                self._active[crew.signature.name] = crew
+            self.fleet.load_all()
             self._open(self._gate)
             self._await_opened()
             self._reserve = GateProcess()
@@ -169,38 +141,18 @@ class Service:
         listening.listen(_BACKLOG)
         return listening
 
-    def _connect(self, crew: Crew) -> None:
-        """Tell the gateway what happens to this crew's replicas."""
-        edition = crew.edition
-        crew.on_up = lambda rank, wake: self._tell(ReplicaUp(edition, rank), (wake,))
-        crew.on_down = lambda rank: self._tell(ReplicaDown(edition, rank))
-
     def _open(self, gate: GateProcess) -> None:
         limits = Limits(slo_s=self._options.slo_ms / 1e3)
         gate.send(Open(limits, self.url), (self._listening.fileno(),))
-        for crew in self._crews:
-            self._introduce(gate, crew)
-        for crew in self._active.values():
-            gate.send(Take(crew.edition))
-        for rollout in self._rollouts.values():
-            self._say_again(gate, rollout)
-        gate.send(Known(self._unavailable()))
+        self.fleet.open(gate.send)
         self._told = ()
         self._opened = False
         self._heard = time.monotonic()
 
-    def _introduce(self, gate: GateProcess, crew: Crew) -> None:
-        options = self._options
-        gate.send(
-            replace(
-                crew.introduction(),
-                cache_bytes=options.cache_bytes(crew.signature.name),
-                cache_ttl_s=options.cache_ttl_s,
-            ),
-            (crew.slots.fd, crew.done_fd),
-        )
-        for rank, wake in crew.ready():
-            gate.send(ReplicaUp(crew.edition, rank), (wake,))
+    def _adapt(self, model: AddModel) -> AddModel:
+        """A model's introduction with what the options say of it."""
+        size = self._options.cache_bytes(model.signature.name)
+        return replace(model, cache_bytes=size, cache_ttl_s=self._options.cache_ttl_s)
 
     def _await_opened(self) -> None:
         until = time.monotonic() + _OPEN_S
@@ -216,16 +168,9 @@ class Service:
 
     def step(self, timeout_s: float = _POLL_S) -> None:
         """Look once at everybody, waiting ``timeout_s`` at the most for something to happen."""
-        if not self._crews:
-            time.sleep(timeout_s)
-        for crew in list(self._crews):
-            crew.poll(timeout_s / len(self._crews))
+        self.fleet.step(timeout_s)
         while not self._commands.empty():
             self._commands.get()()
-        for follower in self._followers:
-            follower.look(time.monotonic())
-        for rollout in list(self._rollouts.values()):
-            self._move_on(rollout)
         gate = self._gate
         assert gate is not None
         for message in gate.received():
@@ -238,22 +183,14 @@ class Service:
 
     def _take_in(self, message: Any) -> None:
         self._heard = time.monotonic()
-        if isinstance(message, Released):
-            for crew in self._crews:
-                if crew.edition == message.edition:
-                    crew.release(message.rank)
-        elif isinstance(message, Probed):
-            self._probed(message)
-        elif isinstance(message, Retired):
-            self._retired(message.edition)
-        elif isinstance(message, Asked):
-            self._asked(message)
-        elif isinstance(message, Numbers):
-            self._numbers = message.models
+        if isinstance(message, Numbers):
+            self.fleet.gateway_numbers = message.models
         elif isinstance(message, Drained):
             self._drained = True
         elif isinstance(message, Opened):
             self._opened = True
+        else:
+            self.fleet.take_in(message)
 
     def _replace_gate(self, dead: GateProcess) -> None:
         self.gateway_deaths += 1
@@ -264,13 +201,7 @@ class Service:
                 f"The gateway died {_MOST_DEATHS} times within {_DEATHS_WITHIN_S:g} s; its messages are above."
             )
         dead.close()
-        for crew in self._crews:
-            crew.slots.count(Outcome.LOST, crew.slots.open_requests())
-            crew.release_all()
-        # Nobody has requests at these any more.
-        for crew in list(self._leaving):
-            self._move_counts(crew)
-            self._retired(crew.edition)
+        self.fleet.gateway_died()
         self._gate = self._reserve if self._reserve is not None and self._reserve.alive() else GateProcess()
         self._open(self._gate)
         self._reserve = GateProcess()
@@ -282,7 +213,7 @@ class Service:
     def _tell_processes(self) -> None:
         gate = self._gate
         assert gate is not None
-        state = (gate.pid, *(crew.changes for crew in self._crews))
+        state = (gate.pid, *self.fleet.state)
         if state != self._told:
             self._told = state
             self._tell(Processes(tuple(self.processes())))
@@ -295,194 +226,15 @@ class Service:
             rows.append({"role": "gateway", "rank": 0, "pid": self._gate.pid, "host": host})
         if self._reserve is not None:
             rows.append({"role": "standby", "rank": 0, "pid": self._reserve.pid, "host": host})
-        return rows + [row for crew in self._crews for row in crew.processes()]
+        return rows + self.fleet.processes()
 
     def numbers(self) -> dict[str, dict[str, Any]]:
         """For each model, the counts of outcomes and what its gateway said last (see ``Desk.numbers``)."""
-        found: dict[str, dict[str, Any]] = {}
-        for name, crew in self._active.items():
-            sharing = [crew, *(old for old in self._leaving if old.signature.name == name)]
-            rollout = self._rollouts.get(name)
-            if rollout is not None and rollout.stage is Stage.TRYING and not rollout.trial.shadow:
-                sharing.append(rollout.crew)
-            counts = {o.name.lower(): sum(int(one.slots.counts[o]) for one in sharing) for o in Outcome}
-            found[name] = {**self._numbers.get(name, {}), **counts, "replica_deaths": crew.deaths}
-            if rollout is not None:
-                found[name]["rollout"] = rollout.stage.value
-        return found
-
-    @property
-    def models(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def chosen(self) -> dict[str, str]:
-        """For each model, what was tried at the start and what was taken."""
-        return {name: crew.why for name, crew in self._active.items()}
-
-    # -- versions ------------------------------------------------------------------------------------------------
+        return self.fleet.numbers()
 
     def command(self, work: Callable[[], None]) -> None:
         """Have something done by the thread that steps; from any thread."""
         self._commands.put(work)
-
-    def load(
-        self, name: str, source: Path | None = None, trial: Trial | None = None,
-        done: Callable[[str | None], None] = lambda trouble: None, checkpoint: Path | None = None,
-    ) -> None:  # fmt: skip
-        """Load a model anew, or a new one, beside what answers; ``done`` is called with None, or with why it did not come in.
-
-        ``source``: the bundle; None for where it came from last time. ``checkpoint``: whose weights to take instead of the
-        bundle's. RequestError where that cannot be begun.
-        """
-        if name in self._rollouts:
-            raise RequestError(f"A new version of {name} is on its way already; wait for it.")
-        source = source or self._sources.get(name)
-        if source is None:
-            raise TargetError(f'There is no model "{name[:80]}" that could be loaded; shoal serve NAME=PATH names one.')
-        self._versions[name] = self._versions.get(name, 0) + 1
-        self._sources[name] = source
-        old = self._active.get(name)
-        asked = ModelSource(source, name, str(self._versions[name]), checkpoint)
-        crew = Crew(asked, self._cores, self._options.replicas, gentle=True)
-        rollout = Rollout(crew, old, trial or Trial(), done)
-        rollout.start()
-        self._rollouts[name] = rollout
-
-    def follow(self, name: str, run: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
-        """Take each new checkpoint of a run, and at last its finished model, as the next version of a model.
-
-        ``say`` is told what became of each. TargetError where there is no such model, or ``run`` is no run's directory.
-        """
-        if name not in self._sources:
-            raise TargetError(f'There is no model "{name[:80]}" to keep current.')
-
-        def load(path: Path, done: Callable[[str | None], None]) -> None:
-            if (path / bundle.DESCRIPTION).is_file():
-                self.load(name, path, done=done)
-            else:
-                self.load(name, checkpoint=path, done=done)
-
-        self._followers.append(Follower(run, load, say, self._sources[name]))
-
-    def unload(self, name: str, done: Callable[[str | None], None] = lambda trouble: None) -> None:
-        """Give a model no more requests, and end it when it has finished what it had."""
-        crew = self._active.get(name)
-        if crew is None:
-            raise TargetError(f'There is no model "{name[:80]}" to unload.')
-        if name in self._rollouts:
-            raise RequestError(f"A new version of {name} is on its way; wait for it.")
-        self._unloading[crew.edition] = done
-        del self._active[name]
-        self._retire(crew)
-        self._tell(Known(self._unavailable()))
-
-    def _move_on(self, rollout: Rollout) -> None:
-        """See whether a new version can take its next step."""
-        crew = rollout.crew
-        if rollout.stage is Stage.LOADING:
-            try:
-                if not rollout.loaded():
-                    return
-            except RequestError as error:
-                crew.close()
-                return self._finish(rollout, str(error))
-            self._connect(crew)
-            self._crews.append(crew)
-            assert self._gate is not None
-            self._introduce(self._gate, crew)
-            rollout.stage = Stage.PROBING
-            self._tell(Probe(crew.edition))
-        elif rollout.stage is Stage.TRYING:
-            numbers = self._numbers.get(crew.signature.name, {})
-            seen = numbers.get("trial")
-            verdict = rollout.trial.verdict(seen, numbers) if seen and seen["version"] == crew.signature.version else None
-            if verdict == "":
-                self._promote(rollout)
-            elif verdict is not None:
-                self._give_up(rollout, f"Version {crew.signature.version} of {crew.signature.name} was rolled back: {verdict}.")
-
-    def _probed(self, message: Probed) -> None:
-        rollout = self._rollouts.get(message.edition.model)
-        if rollout is None or rollout.stage is not Stage.PROBING or rollout.crew.edition != message.edition:
-            return
-        if message.trouble is not None:
-            self._give_up(rollout, f"The new version of {message.edition.model} was not right: {message.trouble}")
-        elif rollout.trial.canary is None and not rollout.trial.shadow or message.edition.model not in self._active:
-            self._promote(rollout)
-        else:
-            rollout.stage = Stage.TRYING
-            assert self._gate is not None
-            self._say_again(self._gate, rollout)
-
-    def _say_again(self, gate: GateProcess, rollout: Rollout) -> None:
-        """Tell a gateway where a rollout is."""
-        if rollout.stage is Stage.PROBING:
-            gate.send(Probe(rollout.crew.edition))
-        elif rollout.stage is Stage.TRYING:
-            gate.send(Take(rollout.crew.edition, rollout.trial.canary or 1.0, rollout.trial.shadow))
-
-    def _promote(self, rollout: Rollout) -> None:
-        crew = rollout.crew
-        old = self._active.get(crew.signature.name)
-        self._active[crew.signature.name] = crew
-        self._tell(Take(crew.edition))
-        if old is not None:
-            self._retire(old)
-        self._finish(rollout, None)
-
-    def _give_up(self, rollout: Rollout, trouble: str) -> None:
-        self._retire(rollout.crew)
-        self._finish(rollout, trouble)
-
-    def _finish(self, rollout: Rollout, trouble: str | None) -> None:
-        del self._rollouts[rollout.crew.source.name or ""]
-        self._tell(Known(self._unavailable()))
-        rollout.end(trouble)
-
-    def _retire(self, crew: Crew) -> None:
-        self._leaving.append(crew)
-        self._tell(Retire(crew.edition))
-
-    def _retired(self, edition: Edition) -> None:
-        for crew in [crew for crew in self._leaving if crew.edition == edition]:
-            self._leaving.remove(crew)
-            self._crews.remove(crew)
-            crew.close()
-        done = self._unloading.pop(edition, None)
-        if done is not None:
-            done(None)
-
-    def _move_counts(self, crew: Crew) -> None:
-        """While there is no gateway: what a version counted is added to what its model's other version counts."""
-        heir = self._active.get(crew.signature.name)
-        if heir is not None:
-            heir.slots.counts[:] += crew.slots.counts
-            crew.slots.counts[:] = 0
-
-    def _asked(self, message: Asked) -> None:
-        """A client wants a model loaded anew, from where it came from, or unloaded."""
-
-        def tell(trouble: str | None) -> None:
-            self._tell(Told(message.number, trouble, 400))
-
-        try:
-            if message.load:
-                self.load(message.model, None, Trial.from_parameters(message.parameters), tell)
-            else:
-                self.unload(message.model, tell)
-        except TargetError as error:
-            self._tell(Told(message.number, str(error), 404))
-        except RequestError as error:
-            self._tell(Told(message.number, str(error), 400))
-
-    def _unavailable(self) -> dict[str, str]:
-        """Models that have a place to be loaded from and do not answer now."""
-        return {
-            name: "loading" if name in self._rollouts else "unloaded"
-            for name in self._sources
-            if name not in self._active
-        }
 
     # -- ending --------------------------------------------------------------------------------------------------
 
@@ -492,7 +244,7 @@ class Service:
         until = time.monotonic() + self._options.drain_s + 2.0
         while not self._drained and time.monotonic() < until:
             self.step()
-        return self._drained and not any(crew.slots.open_requests() for crew in self._crews)
+        return self._drained and not self.fleet.open_requests()
 
     def close(self) -> None:
         """End everybody at once; safe to call twice."""
@@ -500,14 +252,7 @@ class Service:
             if gate is not None:
                 gate.close()
         self._gate = self._reserve = None
-        for rollout in self._rollouts.values():
-            if rollout.crew not in self._crews:
-                # Ends what it may be waiting for.
-                rollout.crew.close()
-            rollout.join()
-        for crew in self._crews:
-            crew.close()
-        self._crews, self._rollouts = [], {}
+        self.fleet.close()
         self._listening.close()
 
 
@@ -531,7 +276,7 @@ class RunningService:
         if self._error is not None:
             raise self._error
         self.url = service.url
-        self.models = service.models
+        self.models = list(service.fleet.models)
 
     def _run(self) -> None:
         try:
@@ -576,7 +321,7 @@ class RunningService:
         trial = Trial(canary=canary, shadow=shadow, requests=requests, tolerance=tolerance, slower=slower)
         trial.check()
         path = None if source is None else _bundle_at(str(source), Path("runs"))
-        self._do(lambda done: self._service.load(name, path, trial, done), within_s, f"{name} to be loaded")
+        self._do(lambda done: self._service.fleet.load(name, path, trial, done), within_s, f"{name} to be loaded")
 
     def follow(self, name: str, run: str | Path, say: Callable[[str], None] = lambda sentence: None) -> None:
         """Take each new checkpoint of a run in training, and at last its finished model, as the next version of a model.
@@ -585,14 +330,14 @@ class RunningService:
         """
 
         def begin(done: Callable[[str | None], None]) -> None:
-            self._service.follow(name, Path(run), say)
+            self._service.fleet.follow(name, Path(run), say)
             done(None)
 
         self._do(begin, 10.0, f"{name} to be followed")
 
     def unload(self, name: str, within_s: float = 60.0) -> None:
         """Stop serving a model, after what was accepted; the others go on."""
-        self._do(lambda done: self._service.unload(name, done), within_s, f"{name} to be unloaded")
+        self._do(lambda done: self._service.fleet.unload(name, done), within_s, f"{name} to be unloaded")
 
     def _do(self, work: Callable[[Callable[[str | None], None]], None], within_s: float, what: str) -> None:
         """Have the service's thread begin something, and wait until it has ended."""
