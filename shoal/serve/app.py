@@ -19,6 +19,7 @@ from shoal.errors import did_you_mean
 from shoal.serve.desk import Desk
 from shoal.serve.messages import Limits, Told
 from shoal.serve.metrics import Metrics
+from shoal.serve.pace import Pace
 from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Refusal
 from shoal.serve.shelf import Shelf, compare, numbers_of
@@ -54,6 +55,7 @@ class App:
         self.processes: tuple[dict[str, Any], ...] = ()
         self.draining = False
         self._limits = limits
+        self._pace = Pace(limits.slo_s)
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,22 +76,30 @@ class App:
             desk = self._desk(name, version)
             shelf = self.shelves[name]
             headers = dict(scope["headers"])
+            seen_s = time.monotonic()
+            arrived_s = self._pace.arrive(seen_s)
             body = await self._body(headers, receive)
+            self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
-            began = time.monotonic()
-        except Refusal:
-            if desk is not None:
+        except Refusal as refusal:
+            if desk is not None and refusal.status < 429:
                 desk.slots.count(Outcome.INVALID)
             raise
-        outputs = await desk.infer(request, self._limits.slo_s, lambda: _left(receive))
+        outputs = await desk.infer(request, self._limits.slo_s, lambda: _left(receive), arrived_s)
         if shelf.trial is not None:
-            shelf.mirror(desk, request, outputs, time.monotonic() - began)
+            shelf.mirror(desk, request, outputs, time.monotonic() - arrived_s)
         content, header_length = v2.encode(desk.signature, request, outputs)
         if header_length is None:
             await _respond(send, 200, content, _JSON)
         else:
             await _respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
                                                 (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
+
+    def _refuse_early(self, desk: Desk, body: bytes, seen_s: float, arrived_s: float) -> None:
+        """Refuse what will not be in time before it is read; what has a deadline of its own has to be read first."""
+        hopeless = self._pace.behind(seen_s) or desk.hopeless(arrived_s + self._limits.slo_s, seen_s)
+        if hopeless and b'"timeout"' not in body:
+            desk.refuse()
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         most = self._limits.body_bytes
