@@ -1,0 +1,373 @@
+"""Arrays as rows: from files that are mapped or read piece by piece, or from the caller's memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from shoal.data.arrays import Images
+from shoal.data.source import Source, open_source
+from shoal.errors import DataError, ShoalError, did_you_mean
+from shoal.process.failure import user_code
+from shoal.serve.signature import TensorSignature
+from shoal.serve.tables.pictures import as_input, is_picture
+from shoal.serve.tables.rows import Rows, fit, row_shape
+
+_PIECE_BYTES = 1 << 20
+
+
+class Column(Protocol):
+    """An array with the rows along its first dim."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
+        """Return rows ``first`` to ``stop`` as the model's datatype. ValueError where they do not fit, see ``fit``."""
+        ...
+
+
+class ArrayRows(Rows):
+    """A column for each input. ``mark``: what tells these arrays from others."""
+
+    def __init__(self, what: str, columns: Sequence[Column], specs: Sequence[TensorSignature], mark: str) -> None:
+        for column, spec in zip(columns, specs, strict=True):
+            if len(column.shape) == 0 or tuple(column.shape[1:]) != row_shape(spec):
+                raise DataError(
+                    f"{what}: {spec.name} has the shape {list(column.shape)} and the model takes "
+                    f"{list(spec.shape)}, where -1 is the number of rows."
+                )
+        lengths = [column.shape[0] for column in columns]
+        if len(set(lengths)) > 1:
+            told = ", ".join(f"{spec.name} {count:,}" for spec, count in zip(specs, lengths, strict=True))
+            raise DataError(f"{what}: the inputs have unequal numbers of rows ({told}).")
+        super().__init__(what, lengths[0])
+        self._columns = list(columns)
+        self._specs = tuple(specs)
+        self._mark = mark
+
+    def read(self, most: int) -> tuple[np.ndarray, ...] | None:
+        assert self.total is not None
+        first, stop = self.at, min(self.at + most, self.total)
+        if first == stop:
+            return None
+        found = []
+        for column, spec in zip(self._columns, self._specs, strict=True):
+            try:
+                found.append(column.take(first, stop, spec))
+            except ValueError as error:
+                raise DataError(f"{self.where(first, stop - first)}: {spec.name} {error}.") from None
+        self.at = stop
+        return tuple(found)
+
+    def skip(self, rows: int) -> None:
+        assert self.total is not None
+        self.at = min(self.at + rows, self.total)
+
+    @property
+    def mark(self) -> str:
+        return self._mark
+
+
+class NumpyColumn:
+    """A NumPy array, also a mapped one."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.shape: tuple[int, ...] = array.shape
+
+    def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
+        return fit(np.asarray(self._array[first:stop]), spec)
+
+
+class TorchColumn:
+    """A torch tensor, or a slice of a safetensors file, which gives one when indexed."""
+
+    def __init__(self, tensor: Any, shape: Sequence[int]) -> None:
+        self._tensor = tensor
+        self.shape: tuple[int, ...] = tuple(shape)
+
+    def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
+        rows = self._tensor[first:stop].detach().cpu()
+        if rows.dtype is torch.bfloat16:
+            if spec.datatype == "BF16":
+                bits: np.ndarray = rows.contiguous().view(torch.uint16).numpy()
+                return bits
+            rows = rows.float()
+        return fit(rows.numpy(), spec)
+
+
+class ZippedColumn:
+    """An array in an ``.npz``: read from its beginning to its end, never whole."""
+
+    def __init__(self, archive: zipfile.ZipFile, member: str) -> None:
+        self._stream = archive.open(member)
+        version = np.lib.format.read_magic(self._stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self.shape, self._by_columns, self._dtype = read(self._stream)
+        if self._dtype.hasobject:
+            raise ValueError("it holds Python objects, not numbers")
+        self._row_bytes = math.prod(self.shape[1:]) * self._dtype.itemsize
+        self._at = 0
+        self._whole: np.ndarray | None = None
+
+    def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
+        if self._by_columns:
+            # No row lies in one piece; written so, it has to be had whole.
+            if self._whole is None:
+                flat = np.frombuffer(self._read(math.prod(self.shape) * self._dtype.itemsize), self._dtype)
+                self._whole = flat.reshape(self.shape, order="F")
+            return fit(self._whole[first:stop], spec)
+        while self._at < first:
+            rows = min(first - self._at, max(1, _PIECE_BYTES // max(1, self._row_bytes)))
+            self._read(rows * self._row_bytes)
+            self._at += rows
+        raw = self._read((stop - first) * self._row_bytes)
+        self._at = stop
+        return fit(np.frombuffer(raw, self._dtype).reshape(stop - first, *self.shape[1:]), spec)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            raw = self._stream.read(size)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"cannot be read ({error})") from None
+        if len(raw) < size:
+            raise ValueError("ends early; the file is damaged")
+        return raw
+
+
+class SourceRows(Rows):
+    """A data set as a Job takes it: items of (input, target), dicts, or inputs alone."""
+
+    def __init__(self, what: str, value: Any, specs: Sequence[TensorSignature]) -> None:
+        self._source: Source = open_source(value, what)
+        super().__init__(what, len(self._source))
+        self._specs = tuple(specs)
+        self._pictures = value if isinstance(value, Images) else None
+        self._kind = type(value).__name__
+
+    def read(self, most: int) -> tuple[np.ndarray, ...] | None:
+        indices = np.arange(self.at, min(self.at + most, len(self._source)), dtype=np.int64)
+        if not len(indices):
+            return None
+        where = self.where(self.at, len(indices))
+        found = tuple(self._one(value, spec, where) for value, spec in self._inputs(indices, where))
+        self.at += len(indices)
+        return found
+
+    def _inputs(self, indices: np.ndarray, where: str) -> list[tuple[Any, TensorSignature]]:
+        spec = self._specs[0]
+        if self._pictures is not None and len(self._specs) == 1 and is_picture(spec) and spec.datatype == "UINT8":
+            images = self._pictures.images
+            taken = np.take(images, indices, axis=0) if isinstance(images, np.ndarray) else images.gather(indices)
+            first = spec.shape[1] in (1, 3)
+            return [(as_input(taken.transpose(0, 3, 1, 2) if first else taken, spec), spec)]
+        with user_code("the data set"):
+            batch = self._source.fetch(indices)
+        inputs = batch
+        # (input, target), unless it is the two inputs of a model that takes two.
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            grouped = isinstance(batch[0], (tuple, list, Mapping))
+            inputs = batch[0] if grouped or len(self._specs) == 1 else batch
+        if isinstance(inputs, Mapping):
+            missing = next((s.name for s in self._specs if s.name not in inputs), None)
+            if missing is not None:
+                raise DataError(f'{where}: there is no input "{missing}".{did_you_mean(missing, map(str, inputs))}')
+            return [(inputs[s.name], s) for s in self._specs]
+        given = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+        if len(given) != len(self._specs):
+            raise DataError(f"{where}: there are {len(given)} inputs and the model takes {len(self._specs)}.")
+        return list(zip(given, self._specs, strict=True))
+
+    @staticmethod
+    def _one(value: Any, spec: TensorSignature, where: str) -> np.ndarray:
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise DataError(f"{where}: {spec.name} is {type(value).__name__}, not a tensor.")
+        if tuple(value.shape[1:]) != row_shape(spec):
+            raise DataError(
+                f"{where}: {spec.name} has rows of shape {list(value.shape[1:])} and the model takes "
+                f"{list(row_shape(spec))}."
+            )
+        column = NumpyColumn(value) if isinstance(value, np.ndarray) else TorchColumn(value, value.shape)
+        try:
+            return column.take(0, len(value), spec)
+        except ValueError as error:
+            raise DataError(f"{where}: {spec.name} {error}.") from None
+
+    def skip(self, rows: int) -> None:
+        self.at = min(self.at + rows, len(self._source))
+
+    @property
+    def mark(self) -> str:
+        # Its items cannot be told from others without making them all again.
+        return f"{self._kind} of {self.total}"
+
+
+def npy(path: Path, specs: Sequence[TensorSignature]) -> Rows:
+    """An ``.npy`` file, mapped. DataError where it is damaged, or the model takes more than one input."""
+    _one_input(path, specs, "an .npz")
+    try:
+        # allow_pickle=False: an array file must not be able to run code.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, error) from None
+    return ArrayRows(path.name, [NumpyColumn(array)], specs, _stamp(path))
+
+
+def npz(path: Path, specs: Sequence[TensorSignature]) -> Rows:
+    """An ``.npz`` file with an array for each input."""
+    try:
+        archive = zipfile.ZipFile(path)
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        columns = [ZippedColumn(archive, f"{name}.npy") for name in _chosen(path.name, names, specs)]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from None
+    return ArrayRows(path.name, columns, specs, _stamp(path))
+
+
+def safetensors(path: Path, specs: Sequence[TensorSignature]) -> Rows:
+    """A ``.safetensors`` file with a tensor for each input, mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        slices = [file.get_slice(name) for name in _chosen(path.name, list(file.keys()), specs)]
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+    columns = [TorchColumn(piece, piece.get_shape()) for piece in slices]
+    return ArrayRows(path.name, columns, specs, _stamp(path))
+
+
+def pt(path: Path, specs: Sequence[TensorSignature]) -> Rows:
+    """A file of ``torch.save`` with a tensor, a pair (input, target), or a dict of tensors; nothing in it can run code."""
+    value = _torch_load(path)
+    columns = [TorchColumn(tensor, tensor.shape) for tensor in _tensors_in(path.name, value, specs)]
+    return ArrayRows(path.name, columns, specs, _stamp(path))
+
+
+def in_memory(value: Any, specs: Sequence[TensorSignature], marked: bool) -> Rows:
+    """What a caller hands over: an array, arrays by name or in order, or a data set as a Job takes it.
+
+    ``marked``: whether ``mark`` has to tell it from other data, which costs reading it once.
+    """
+    what = "data"
+    if isinstance(value, list) and not _are_arrays(value):
+        value = _numbers(value)
+    if isinstance(value, (np.ndarray, torch.Tensor, Mapping)) or _are_arrays(value):
+        tensors = _tensors_in(what, value, specs)
+        columns: list[Column] = [
+            NumpyColumn(t) if isinstance(t, np.ndarray) else TorchColumn(t, t.shape) for t in tensors
+        ]
+        return ArrayRows(what, columns, specs, _content(tensors) if marked else "")
+    try:
+        return SourceRows(what, value, specs)
+    except ShoalError as error:
+        raise DataError(str(error)) from None
+
+
+def _numbers(value: list[Any]) -> Any:
+    """Nested lists of numbers as an array; another list as it is."""
+    try:
+        array = np.array(value)
+    except (ValueError, TypeError, RuntimeError):
+        return value
+    return array if array.dtype.kind in "biuf" else value
+
+
+def _are_arrays(value: Any) -> bool:
+    arrays = (np.ndarray, torch.Tensor)
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(part, arrays) for part in value)
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # The older of torch's two formats cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # torch raises a dozen unrelated types for a damaged file, and one more for what weights_only refuses.
+    except Exception as error:
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise DataError(
+                f"{path.name} holds more than tensors, and such a file can run code; save a tensor, or a dict of tensors."
+            ) from None
+        raise _damaged(path, error) from None
+
+
+def _tensors_in(what: str, value: Any, specs: Sequence[TensorSignature]) -> list[Any]:
+    """The tensor of each input, found by name in a mapping and by place in a sequence."""
+    if isinstance(value, Mapping):
+        named = {str(name): part for name, part in value.items()}
+        found = [named[name] for name in _chosen(what, list(named), specs)]
+    elif isinstance(value, (tuple, list)):
+        # One tensor more than inputs is the target of (input, target).
+        if len(value) not in (len(specs), len(specs) + 1):
+            raise DataError(f"{what} holds {len(value)} tensors and the model takes {len(specs)}; name them in a dict.")
+        found = list(value[: len(specs)])
+    else:
+        if len(specs) > 1:
+            raise DataError(f"{what} is one tensor and the model takes {_names(specs)}; give a dict of them.")
+        found = [value]
+    for part, spec in zip(found, specs, strict=True):
+        if not isinstance(part, (torch.Tensor, np.ndarray)) or (
+            isinstance(part, torch.Tensor) and part.layout is not torch.strided
+        ):
+            raise DataError(f"{what}: {spec.name} is {type(part).__name__}, not a dense tensor.")
+    return found
+
+
+def _chosen(what: str, names: Sequence[str], specs: Sequence[TensorSignature]) -> list[str]:
+    """The array for each input: of its name; for one input also ``x``, or the only one."""
+    if len(specs) == 1 and specs[0].name not in names:
+        if "x" in names:
+            return ["x"]
+        if len(names) == 1:
+            return list(names)
+    for spec in specs:
+        if spec.name not in names:
+            near = did_you_mean(spec.name, names)
+            raise DataError(
+                f'{what} has no array "{spec.name}".{near} The model takes {_names(specs)}; there is '
+                f"{', '.join(names)[:200] or 'none'}."
+            )
+    return [spec.name for spec in specs]
+
+
+def _names(specs: Sequence[TensorSignature]) -> str:
+    return ", ".join(spec.name for spec in specs)
+
+
+def _one_input(path: Path, specs: Sequence[TensorSignature], instead: str) -> None:
+    if len(specs) > 1:
+        raise DataError(f"{path.name} is one array and the model takes {_names(specs)}; give {instead} with all of them.")
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    lines = str(error).strip().splitlines()
+    said = (lines[0] if lines else type(error).__name__).rstrip(".")
+    return DataError(f"{path} cannot be read as tensors ({said}).")
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _content(tensors: Sequence[Any]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        array = tensor
+        if isinstance(tensor, torch.Tensor):
+            whole = tensor.detach().cpu().contiguous()
+            array = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else np.empty(0, np.uint8)
+        total.update(f"{tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        total.update(np.ascontiguousarray(array).data.cast("B"))
+    return total.hexdigest()
