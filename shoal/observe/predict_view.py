@@ -40,7 +40,9 @@ class PredictView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.stop()
+        # One that was never started would print an empty line.
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def show(
         self, rows: int, total: int | None, fraction: float | None, rows_per_s: float, left_s: float | None

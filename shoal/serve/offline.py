@@ -86,7 +86,7 @@ class Conveyor:
         """Answer everything; ``watch`` is called again and again meanwhile.
 
         Raises:
-            DataError: a row makes no sense; those before it have been delivered.
+            DataError: a row makes no sense, those before it have been delivered; or there is none.
             JobFailed: the model raised, or its process died over the same rows several times; rows before have been delivered.
         """
         while True:
@@ -100,6 +100,8 @@ class Conveyor:
             watch()
         if self._bad_row is not None:
             raise self._bad_row
+        if self._rows.at == 0:
+            raise DataError(f"{self._rows.what} has no rows; add some.")
 
     # -- handing out ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import numpy as np
 
 from shoal import bundle as bundles
 from shoal.cluster import Cluster
-from shoal.errors import DataError, RequestError
+from shoal.errors import RequestError
 from shoal.serve.crew import Crew
 from shoal.serve.latency import LatencyModel
 from shoal.serve.offline import Batch, Conveyor
@@ -216,7 +216,8 @@ class Prediction:
         crew = self._crew
         crew.load()
         crew.choose()
-        size, replicas = self._batch_size(crew), len(crew.ready())
+        size = choose_batch(crew.measured_s, crew.layout.max_batch, self._options.batch_size)
+        replicas = len(crew.ready())
         teller = _Teller(self, watch)
 
         def deliver(batch: Batch, outputs: Sequence[np.ndarray]) -> None:
@@ -228,23 +229,10 @@ class Prediction:
             conveyor.run(teller.tell)
         finally:
             sink.settle()
-        if not teller.rows:
-            raise DataError(f"{self.rows.what} has no rows; add some.")
         return Summary(
             rows=teller.rows, new=teller.new, samples_per_s=teller.progress().rows_per_s, batch_size=size,
             replicas=replicas, replica_deaths=crew.deaths, why=crew.why,
         )  # fmt: skip
-
-    def _batch_size(self, crew: Crew) -> int:
-        latency, most = LatencyModel.from_measured(crew.measured_s), crew.layout.max_batch
-        if self._options.batch_size is None:
-            return latency.cheapest_batch(most)
-        size = self._options.batch_size
-        if size > most:
-            raise RequestError(f"A batch of {size} is more than a replica takes; give at most {most}.")
-        if latency.predict(size) > _LONGEST_BATCH_S:
-            raise RequestError(f"A batch of {size} would take {latency.predict(size):.0f} s; give a smaller one.")
-        return size
 
     def close(self) -> None:
         """End all processes and let go of the files; safe to call twice."""
@@ -286,6 +274,27 @@ class _Teller:
         if now - self._told_s > _TELL_EVERY_S:
             self._told_s = now
             self._watch(self.progress())
+
+
+def choose_batch(measured_s: Mapping[int, float], most: int, wanted: int | None) -> int:
+    """Return how many rows to compute together.
+
+    Args:
+        measured_s: seconds for a batch, by its size.
+        most: the largest batch that a replica takes.
+        wanted: what was asked for; None for what is cheapest.
+
+    Raises RequestError where what was asked for is too much.
+    """
+    latency = LatencyModel.from_measured(measured_s)
+    if wanted is None:
+        return latency.cheapest_batch(most)
+    if wanted > most:
+        raise RequestError(f"A batch of {wanted:,} rows is more than a replica takes; give at most {most}.")
+    took_s = latency.predict(wanted)
+    if wanted > 1 and took_s > _LONGEST_BATCH_S:
+        raise RequestError(f"A batch of {wanted} rows would take {took_s:.0f} s; give a smaller one.")
+    return wanted
 
 
 def predict(

@@ -30,14 +30,14 @@ class Note:
         origin: what has to be the same to go on: how to say that it is not -> its value.
         rows, bytes: the part's first ``bytes`` hold ``rows`` answers.
         mark: the data's behind these rows, see ``Rows.mark``.
-        out_bytes: the size of the finished file; -1 where it is not finished.
+        out: the size of the finished file and its time of change in ns; None where it is not finished.
     """
 
     origin: dict[str, str]
     rows: int = 0
     bytes: int = 0
     mark: str = ""
-    out_bytes: int = -1
+    out: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> Note | None:
@@ -85,7 +85,7 @@ class PartFile:
 
     def _finished_note(self) -> Note:
         note = Note.read(self._note_path)
-        if note is None or note.out_bytes != self.out.stat().st_size or note.differs_by(self.note.origin):
+        if note is None or note.out != _stamp(self.out) or note.differs_by(self.note.origin):
             raise RequestError(f"{self.out} exists already; give --fresh to write it again, or another --out.")
         return note
 
@@ -138,7 +138,7 @@ class PartFile:
             raise self._failed(error) from None
         self._rows, self._bytes = self._rows + rows, self._bytes + len(raw)
         if mark is not None:
-            self.note = replace(self.note, rows=self._rows, bytes=self._bytes, mark=mark, out_bytes=-1)
+            self.note = replace(self.note, rows=self._rows, bytes=self._bytes, mark=mark, out=None)
             if time.monotonic() - self._committed_s > _COMMIT_EVERY_S:
                 self.commit()
 
@@ -158,7 +158,7 @@ class PartFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             whole = form.assemble(self.path, self.note.rows)
-            self.note = replace(self.note, out_bytes=whole.stat().st_size)
+            self.note = replace(self.note, out=_stamp(whole))
             # Before the rename: whoever is killed between the two makes the file again from the part.
             write_json(self._note_path, asdict(self.note))
             os.replace(whole, self.out)
@@ -177,3 +177,8 @@ class PartFile:
         return JobFailed(
             f"{self.path} cannot be written ({error.strerror or error}); make room there and give the same command again."
         )
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"

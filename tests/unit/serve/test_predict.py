@@ -1,0 +1,35 @@
+"""What a data set is answered with, and how far it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.errors import RequestError
+from shoal.serve.predict import PredictOptions, Progress, choose_batch
+
+
+def test_the_batch_is_the_cheapest_unless_one_was_asked_for() -> None:
+    measured = {1: 1.0, 2: 1.0, 4: 1.0}
+    assert choose_batch(measured, 32, None) == 4
+    assert choose_batch(measured, 32, 3) == 3
+    with pytest.raises(RequestError, match="A batch of 1,000 rows is more than a replica takes; give at most 32"):
+        choose_batch(measured, 32, 1000)
+    # A row alone may take as long as it takes; 16 of them would be taken for a process that hangs.
+    assert choose_batch({1: 12.0}, 32, 1) == 1
+    with pytest.raises(RequestError, match="A batch of 16 rows would take 192 s; give a smaller one"):
+        choose_batch({1: 12.0}, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("replicas", "0 replicas"), ("batch_size", "0 rows in a batch"), ("limit", "0 rows as")]
+)
+def test_options_that_make_no_sense(option: str, words: str) -> None:
+    with pytest.raises(RequestError, match=f"{words}.*give at least 1"):
+        PredictOptions(**{option: 0}).check()
+
+
+def test_the_time_left_counts_what_this_process_has_done() -> None:
+    progress = Progress(rows=60, new=10, elapsed_s=5.0, total=100, fraction=0.6, began_at=0.5)
+    assert progress.rows_per_s == 2.0 and progress.left_s == pytest.approx(20.0)
+    unknown = Progress(rows=0, new=0, elapsed_s=0.0, total=None, fraction=None, began_at=0.0)
+    assert unknown.rows_per_s == 0.0 and unknown.left_s is None
