@@ -90,11 +90,11 @@ class Conveyor:
             JobFailed: the model raised, or its process died over the same rows several times; rows before have been delivered.
         """
         while True:
-            posted = self._fill()
-            self._collect()
+            moved = self._fill()
+            moved |= self._collect()
             if self._ended and not self._order:
                 break
-            if not posted:
+            if not moved:
                 self._wait()
             self._look()
             watch()
@@ -143,11 +143,18 @@ class Conveyor:
 
     # -- taking back ---------------------------------------------------------------------------------------------
 
-    def _collect(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+    def _collect(self) -> bool:
+        """Take in what replicas have finished, and deliver what is next; whether there was anything."""
+        try:
             os.eventfd_read(self._crew.done_fd)
+        except BlockingIOError:
+            return False
         for replica in self._replicas.values():
             self._collect_from(replica)
+        self._deliver_next()
+        return True
+
+    def _deliver_next(self) -> None:
         while self._order and self._order[0].done:
             batch = self._order[0]
             if batch.failure is not None:
@@ -228,3 +235,4 @@ class Conveyor:
         self._again.extendleft(reversed(unfinished))
         self._slots.rings[replica.rank].reset()
         drain(replica.wake)
+        self._deliver_next()

@@ -162,6 +162,8 @@ class Prediction:
         options.check()
         ((name, path),) = locate([str(bundle)]).items()
         suffix = None if out is None else suffix_of(out)
+        if out is not None and isinstance(data, (str, os.PathLike)) and out.resolve() == Path(data).resolve():
+            raise RequestError(f"{out} is the data itself; give another --out.")
         description = bundles.read_description(path)
         self.signature = ModelSignature.from_description(name or path.name, description)
         check_fixed((*self.signature.inputs, *self.signature.outputs), self.signature.name)

@@ -257,6 +257,7 @@ class TestCommand:
             (["BUNDLE", "x.npy", "--out", "y.txt"], "y.txt ends in .txt; give a file that ends in .jsonl, .csv"),
             (["BUNDLE", "x.npy", "--out", "there.csv"], "there.csv exists already; give --fresh"),
             (["BUNDLE", "x.npy", "--out", "none/y.csv"], "There is no directory none for the answers; make it first."),
+            (["BUNDLE", "x.npz", "--out", "./x.npz", "--fresh"], "x.npz is the data itself; give another --out."),
             (["BUNDLE", "x.npy", "--limit", "0"], "--limit is 0; give a whole number of at least 1."),
         ],
     )
@@ -266,6 +267,7 @@ class TestCommand:
     ) -> None:  # fmt: skip
         monkeypatch.chdir(tmp_path)
         _write(tmp_path / "x.npy", _rows(3))
+        _write(tmp_path / "x.npz", _rows(3))
         (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
         (tmp_path / "there.csv").write_text("mine")
         assert main(["predict", *(str(odd) if word == "BUNDLE" else word for word in arguments)]) == 2

@@ -111,10 +111,10 @@ class ZippedColumn:
         self._stream = archive.open(member)
         version = np.lib.format.read_magic(self._stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        self.shape, self._by_columns, self._dtype = read(self._stream)
-        if self._dtype.hasobject:
+        self.shape, self._by_columns, self.dtype = read(self._stream)
+        if self.dtype.hasobject:
             raise ValueError("it holds Python objects, not numbers")
-        self._row_bytes = math.prod(self.shape[1:]) * self._dtype.itemsize
+        self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         self._at = 0
         self._whole: np.ndarray | None = None
 
@@ -122,7 +122,7 @@ class ZippedColumn:
         if self._by_columns:
             # No row lies in one piece; written so, it has to be had whole.
             if self._whole is None:
-                flat = np.frombuffer(self._read(math.prod(self.shape) * self._dtype.itemsize), self._dtype)
+                flat = np.frombuffer(self._read(math.prod(self.shape) * self.dtype.itemsize), self.dtype)
                 self._whole = flat.reshape(self.shape, order="F")
             return fit(self._whole[first:stop], spec)
         while self._at < first:
@@ -131,7 +131,7 @@ class ZippedColumn:
             self._at += rows
         raw = self._read((stop - first) * self._row_bytes)
         self._at = stop
-        return fit(np.frombuffer(raw, self._dtype).reshape(stop - first, *self.shape[1:]), spec)
+        return fit(np.frombuffer(raw, self.dtype).reshape(stop - first, *self.shape[1:]), spec)
 
     def _read(self, size: int) -> bytes:
         try:
@@ -141,6 +141,26 @@ class ZippedColumn:
         if len(raw) < size:
             raise ValueError("ends early; the file is damaged")
         return raw
+
+
+class TrainingPictures:
+    """Bytes of (height, width, channels) in an ``.npz``: as training on that file took them, see ``shoal.data.load``."""
+
+    def __init__(self, column: ZippedColumn, spec: TensorSignature) -> None:
+        self._column = column
+        self._raw = TensorSignature(spec.name, "UINT8", (-1, *column.shape[1:]))
+        self.shape = (column.shape[0], *row_shape(spec))
+
+    @classmethod
+    def fits(cls, column: ZippedColumn, spec: TensorSignature) -> bool:
+        """Whether a column is such pictures, for an input that is them: (channels, height, width) as floats."""
+        rows = (*column.shape[1:], 1) if len(column.shape) == 3 else column.shape[1:]
+        moved = (*rows[2:], *rows[:2])
+        return column.dtype == np.uint8 and spec.dtype.kind == "f" and is_picture(spec) and moved == row_shape(spec)
+
+    def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
+        raw = self._column.take(first, stop, self._raw)
+        return as_input(raw.reshape(stop - first, *raw.shape[1:3], -1).transpose(0, 3, 1, 2), spec)
 
 
 class SourceRows(Rows):
@@ -226,9 +246,13 @@ def npz(path: Path, specs: Sequence[TensorSignature]) -> Rows:
     try:
         archive = zipfile.ZipFile(path)
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        columns = [ZippedColumn(archive, f"{name}.npy") for name in _chosen(path.name, names, specs)]
+        chosen = _chosen(path.name, names, specs)
+        zipped = [ZippedColumn(archive, f"{name}.npy") for name in chosen]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from None
+    columns: list[Column] = list(zipped)
+    if chosen == ["x"] and TrainingPictures.fits(zipped[0], specs[0]):
+        columns = [TrainingPictures(zipped[0], specs[0])]
     return ArrayRows(path.name, columns, specs, _stamp(path))
 
 

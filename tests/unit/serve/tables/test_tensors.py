@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import Dataset, TensorDataset
 
-from shoal.data import Images
+from shoal.data import Images, load
 from shoal.errors import DataError, RequestError, UserCodeError
 from shoal.serve.signature import TensorSignature
 from shoal.serve.tables.opened import open_rows
@@ -79,6 +79,15 @@ def test_compressed_arrays_and_those_of_training(tmp_path: Path) -> None:
     assert np.array_equal(_all(_open(tmp_path / "a.pt", X))[0], VALUES)
     torch.save(torch.from_numpy(VALUES), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert np.array_equal(_all(_open(tmp_path / "old.pt", X))[0], VALUES)
+
+
+@pytest.mark.parametrize("shape", [(7, 4, 5, 3), (7, 4, 5)])
+def test_pictures_in_an_npz_are_what_training_on_it_gets(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    raw = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", x=raw, y=np.arange(7))
+    trained_on = load(tmp_path / "a.npz").batch(np.arange(7))[0].numpy()
+    (found,) = _all(_open(tmp_path / "a.npz", TensorSignature("input", "FP32", (-1, *trained_on.shape[1:]))))
+    assert found.dtype == np.float32 and np.array_equal(found, trained_on)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
