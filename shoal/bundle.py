@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS, DESCRIPTION, PROGRAM = "weights.safetensors", "bundle.json", "program.pt2"
+CHECKPOINT = "state.safetensors"
 
 
 def write(
@@ -63,6 +64,42 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
         return dict(load_file(directory / WEIGHTS))
     except FileNotFoundError:
         raise TargetError(f"{directory} has no {WEIGHTS}; give a bundle, or a run's model/.") from None
+
+
+def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights and buffers in a run's checkpoint, under the model's own names; of the names of tied tensors only one."""
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(directory / CHECKPOINT, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind, _, name = key.partition("/")
+                if kind in ("weights", "buffers"):
+                    found[name] = file.get_tensor(key)
+    except (OSError, ValueError):
+        raise TargetError(f"{directory} is not a checkpoint, or no longer there.") from None
+    return found
+
+
+def load_with(path: Path, checkpoint: Path) -> nn.Module:
+    """Return the model of a bundle with the weights of a checkpoint of the same model, in evaluation mode.
+
+    TargetError where they do not fit.
+    """
+    model = _built(path, read_description(path))
+    if model is None:
+        raise TargetError(f"The code of the model in {path} cannot be found; make the module that defines it importable.")
+    state = read_checkpoint(checkpoint)
+    own = model.state_dict(keep_vars=True)
+    known = {id(own[name]) for name in state if name in own}
+    lost = [name for name, tensor in own.items() if name not in state and id(tensor) not in known]
+    strange = [name for name in state if name not in own and name not in dict(model.named_buffers())]
+    wrong = lost or strange or [name for name, t in state.items() if name in own and t.shape != own[name].shape]
+    if wrong:
+        raise TargetError(f"The checkpoint {checkpoint} is of another model than {path}: {wrong[0]} does not fit.")
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    return model.eval()
 
 
 def load(path: str | Path) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,15 @@ SloOption = Annotated[float, typer.Option("--slo-ms", metavar="MS", help="The de
 ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model; auto measures.")]
 HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")]
 PortOption = Annotated[int, typer.Option("--port", metavar="PORT", help="0 takes a free one.")]
+FollowOption = Annotated[
+    Path | None,
+    typer.Option("--follow", metavar="RUN", help="Take each new checkpoint of a run in training as the next version."),
+]
+CacheOption = Annotated[
+    list[str] | None,
+    typer.Option("--cache-mb", metavar="[NAME=]MB", help="Remember so much of the answers, of each model or of one."),
+]
+TtlOption = Annotated[float, typer.Option("--cache-ttl-s", metavar="S", help="For how long answers are remembered.")]
 DrainOption = Annotated[
     float, typer.Option("--drain-s", metavar="S", help="How long accepted requests may take at the end.")
 ]
@@ -42,6 +52,9 @@ def serve(
     host: HostOption = "127.0.0.1",
     port: PortOption = 0,
     drain_s: DrainOption = 30.0,
+    follow: FollowOption = None,
+    cache_mb: CacheOption = None,
+    cache_ttl_s: TtlOption = 300.0,
     json: JsonFlag = False,
 ) -> Answer:
     """Serve finished models until Ctrl-C.
@@ -51,16 +64,24 @@ def serve(
     """
     from shoal.serve.service import Service, ServiceOptions, locate
 
-    options = ServiceOptions(slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s)
-    service = Service(locate(bundles), options)
+    options = ServiceOptions(
+        slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s,
+        cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
+    )  # fmt: skip
+    models = locate(bundles)
+    if follow is not None and len(models) > 1:
+        raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
+    service = Service(models, options)
+    if follow is not None:
+        service.fleet.follow(next(iter(models)), follow, _say)
     service.start()
-    where = {"url": service.url, "pid": os.getpid(), "models": service.models}
+    where = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}
     return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s))
 
 
 def _serve(service: Service, drain_s: float) -> None:
     """Serve until somebody interrupts; say what became of all requests."""
-    _say(*(f"{name}: {why}" for name, why in service.chosen.items()))
+    _say(*(f"{name}: {why}" for name, why in service.fleet.chosen.items()))
     interrupts = Interrupts()
     try:
         with interrupts.caught():
@@ -107,3 +128,15 @@ def _count(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise RequestError(f"--replicas is {text}; give a whole number of at least 1, or auto.")
     return int(text)
+
+
+def _caches(texts: list[str]) -> dict[str, float]:
+    """Megabytes by the model's name, "" for every other model."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, size = text.rpartition("=")
+        try:
+            found[name] = float(size)
+        except ValueError:
+            raise RequestError(f"--cache-mb is {text}; give a number of megabytes, or NAME=MEGABYTES.") from None
+    return found

@@ -23,7 +23,7 @@ from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import Channel, ChannelClosed, dumps
 from shoal.process.failure import Failure
 from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Returned
-from shoal.process.template import STACK_SIGNAL
+from shoal.process.template import GENTLE, STACK_SIGNAL
 
 _THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -79,10 +79,16 @@ class Supervisor:
     waiting for somebody.
     """
 
-    def __init__(self, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
-        """``preload``: modules that the template imports while it waits for its first message."""
+    def __init__(
+        self, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None, gentle: bool = False
+    ) -> None:
+        """``preload``: modules that the template imports while it waits for its first message.
+
+        ``gentle``: all that the template does itself has the lowest priority; its children have the usual one.
+        """
         self._preload = tuple(preload)
         self._environment = dict(environment or {})
+        self._gentle = gentle
         self.children: dict[int, Child] = {}
         self._template: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -99,7 +105,7 @@ class Supervisor:
         env = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1"), **self._environment}
         root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "shoal.process.template", str(right.fileno()), *self._preload]
+        command = [sys.executable, "-m", "shoal.process.template", str(right.fileno()), *[GENTLE] * self._gentle, *self._preload]
         self._template = subprocess.Popen(
             command, pass_fds=[right.fileno()], env=env, start_new_session=True, stdin=subprocess.DEVNULL
         )

@@ -1,6 +1,6 @@
 """The template: a fresh, single-threaded process that prepares everything once and then forks the others.
 
-It is started as ``python -m shoal.process.template FD MODULE…``, imports torch and these modules, and obeys the
+It is started as ``python -m shoal.process.template FD [--gentle] MODULE…``, imports torch and these modules, and obeys the
 supervisor on the other end of FD: it makes a *host* (an object that knows what the processes are for), calls its
 methods, and forks children from it. A child is a standby until the supervisor gives it a role; then ``host.run(role,
 channel)`` is its whole life.
@@ -18,15 +18,19 @@ import os
 import selectors
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cloudpickle
 
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.failure import Failure, user_code
+from shoal.process.gentle import gently
 from shoal.process.messages import Call, Exited, Fork, Forked, Load, Returned
 
 STACK_SIGNAL = signal.SIGUSR1
+GENTLE = "--gentle"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,18 +47,32 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What user code prints must not get between the lines that a command promises on standard output.
     os.dup2(2, 1)
-    importlib.import_module("torch").set_num_threads(1)
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
+    modules = sys.argv[2:]
+    do = _at_once
+    if modules[:1] == [GENTLE]:
+        do, modules = gently, modules[1:]
+    do(lambda: _prepare(modules))
     # Ctrl-C, a closed terminal: the supervisor decides what they mean.
     with contextlib.suppress(ChannelClosed):
-        _Template(channel).serve()
+        _Template(channel, do).serve()
     os._exit(0)
 
 
+def _at_once(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def _prepare(modules: Sequence[str]) -> None:
+    importlib.import_module("torch").set_num_threads(1)
+    for name in modules:
+        importlib.import_module(name)
+
+
 class _Template:
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, do: Callable[[Callable[[], Any]], Any]) -> None:
+        """``do``: how to do what takes long."""
         self._channel = channel
+        self._do = do
         self._host: Any = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -79,18 +97,12 @@ class _Template:
     def _obey(self, message: Any, fds: list[int]) -> None:
         try:
             if isinstance(message, Load):
-                os.chdir(message.cwd)
-                sys.path[:] = list(message.sys_path)
-                module, _, name = message.entry.partition(":")
-                host = getattr(importlib.import_module(module), name)
-                # Only now, because what it names may lie on the path that has just been set.
-                with user_code("loading the job"):
-                    payload = cloudpickle.loads(message.payload)
-                self._host = host(payload)
+                self._do(partial(self._load, message))
                 self._channel.send(Returned(None))
             elif isinstance(message, Call):
                 extra = (fds,) if fds else ()
-                self._channel.send(Returned(getattr(self._host, message.method)(*message.arguments, *extra)))
+                method = partial(getattr(self._host, message.method), *message.arguments, *extra)
+                self._channel.send(Returned(self._do(method)))
             elif isinstance(message, Fork):
                 self._fork()
             else:
@@ -99,6 +111,16 @@ class _Template:
             raise
         except Exception as error:
             self._channel.send(Failure.of(error))
+
+    def _load(self, message: Load) -> None:
+        os.chdir(message.cwd)
+        sys.path[:] = list(message.sys_path)
+        module, _, name = message.entry.partition(":")
+        host = getattr(importlib.import_module(module), name)
+        # Only now, because what it names may lie on the path that has just been set.
+        with user_code("loading the job"):
+            payload = cloudpickle.loads(message.payload)
+        self._host = host(payload)
 
     def _fork(self) -> None:
         ours, theirs = Channel.pair()

@@ -9,7 +9,7 @@ import asyncio
 import ipaddress
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,10 +17,11 @@ import numpy as np
 
 from shoal.errors import did_you_mean
 from shoal.serve.desk import Desk
-from shoal.serve.messages import Limits
+from shoal.serve.messages import Limits, Told
 from shoal.serve.metrics import Metrics
-from shoal.serve.protocols import v2
+from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Refusal
+from shoal.serve.shelf import Shelf, compare, numbers_of
 from shoal.serve.slots import Outcome
 
 Scope = MutableMapping[str, Any]
@@ -31,14 +32,25 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|stats|config))?")
 _FRESH_S = 1.0
 _PROBE_S = 2.0
+_PROBE_TOLERANCE = 1e-3
+_LOAD_S = 300.0
+_REPOSITORY = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
 _JSON = [(b"content-type", b"application/json")]
 
 
 class App:
-    """What the gateway answers. ``desks``: by the model's name; grows while it runs."""
+    """What the gateway answers.
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
-        self.desks: dict[str, Desk] = {}
+    ``shelves``: the versions of each model, by its name; ``unavailable``: models that are not loaded, and why.
+    """
+
+    def __init__(
+        self, limits: Limits, metrics: Metrics, ask: Callable[[str, bool, dict[str, Any]], Awaitable[Told]]
+    ) -> None:
+        """``ask``: how the supervisor is asked to load (or not) a model, with parameters."""
+        self.shelves: dict[str, Shelf] = {}
+        self.unavailable: dict[str, str] = {}
+        self._ask = ask
         self.processes: tuple[dict[str, Any], ...] = ()
         self.draining = False
         self._limits = limits
@@ -60,14 +72,18 @@ class App:
         desk = None
         try:
             desk = self._desk(name, version)
+            shelf = self.shelves[name]
             headers = dict(scope["headers"])
             body = await self._body(headers, receive)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
+            began = time.monotonic()
         except Refusal:
             if desk is not None:
                 desk.slots.count(Outcome.INVALID)
             raise
         outputs = await desk.infer(request, self._limits.slo_s, lambda: _left(receive))
+        if shelf.trial is not None:
+            shelf.mirror(desk, request, outputs, time.monotonic() - began)
         content, header_length = v2.encode(desk.signature, request, outputs)
         if header_length is None:
             await _respond(send, 200, content, _JSON)
@@ -102,41 +118,94 @@ class App:
         return b"".join(parts)
 
     def _desk(self, name: str, version: str | None = None) -> Desk:
-        desk = self.desks.get(name)
-        if desk is None:
-            raise Refusal(
-                404, f'There is no model "{name}".{did_you_mean(name, self.desks)} There is {", ".join(self.desks)}.'
-            )
-        if version is not None and version != desk.signature.version:
-            raise Refusal(404, f"{name} has the version {desk.signature.version}, not {version[:40]}.")
-        return desk
+        """Who answers a request for a model; without a version the one that the model's shelf picks."""
+        shelf = self.shelves.get(name)
+        desk = None if shelf is None else shelf.pick() if version is None else shelf.versions.get(version)
+        if desk is not None:
+            return desk
+        if shelf is not None and version is not None:
+            raise Refusal(404, f"{name} has the version {', '.join(shelf.versions)}, not {version[:40]}.")
+        if shelf is not None or name in self.unavailable:
+            raise Refusal(404, f"The model {name} is not loaded.")
+        raise Refusal(
+            404, f'There is no model "{name[:80]}".{did_you_mean(name, self.shelves)} There is {", ".join(self.shelves)}.'
+        )
 
     async def _others(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"].rstrip("/"), scope["method"]
         if path == "/v2/repository/index" and method == "POST":
             await self._body(dict(scope["headers"]), receive)
-            index = [
-                {"name": n, "version": d.signature.version, "state": "READY", "reason": ""}
-                for n, d in self.desks.items()
-            ]
-            return await _say(send, index)
+            return await _say(send, self._index())
+        if (found := _REPOSITORY.fullmatch(path)) is not None and method == "POST":
+            return await self._repository(found[1], found[2] == "load", scope, receive, send)
+        if path == "/v1/embeddings" and method == "POST":
+            return await self._embeddings(scope, receive, send)
         if method != "GET":
             raise Refusal(404 if method == "POST" else 405, f"{method} {path[:80]} is nothing that this service does.")
         if path == "/v2":
             return await _say(send, v2.server_metadata())
+        if path == "/v1/models":
+            rows = [{"id": name, "object": "model", "created": 0, "owned_by": "shoal"} for name in self.desks()]
+            return await _say(send, {"object": "list", "data": rows})
         if path == "/v2/health/live":
             return await _respond(send, 200, b"", [])
         if path == "/v2/health/ready":
-            return await self._ready(send, list(self.desks.values()))
+            return await self._ready(send, [shelf.active for shelf in self.shelves.values()])
         if path == "/metrics":
             return await _respond(
-                send, 200, self._metrics.render(self.desks), [(b"content-type", self._metrics.content_type)]
+                send, 200, self._metrics.render(self.desks()), [(b"content-type", self._metrics.content_type)]
             )
         if path == "/processes":
             return await self._processes(scope, send)
         if path == "/v2/models/stats":
-            return await _say(send, {"model_stats": [_statistics(desk) for desk in self.desks.values()]})
+            return await _say(send, {"model_stats": self._statistics(self.shelves)})
         await self._about_model(path, send)
+
+    async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""
+        try:
+            body = await self._body(dict(scope["headers"]), receive)
+            name, given, as_base64 = embeddings.decode(body)
+            desk = self._desk(name)
+            if desk.text is None or desk.signature.outputs[0].free or len(desk.signature.outputs) != 1:
+                raise Refusal(400, f"{name} gives no embeddings of texts.")
+            tokens = [t if isinstance(t, list) else [] for t in given]
+            if isinstance(given[0], str):
+                tokens = desk.text.tokens([text for text in given if isinstance(text, str)])
+            asked = [desk.infer(desk.text.request(row), self._limits.slo_s, lambda: _left(receive)) for row in tokens]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            for one in found:
+                if isinstance(one, BaseException):
+                    raise one
+            vectors = [one[0] for one in found if not isinstance(one, BaseException)]
+        except Refusal as refusal:
+            return await _refuse(send, refusal, embeddings.error_body(refusal))
+        used = sum(map(len, tokens))
+        await _respond(send, 200, embeddings.encode(name, vectors, used, as_base64), _JSON)
+
+    def _index(self) -> list[dict[str, str]]:
+        """Every version and its state, as the protocol's model repository extension has it."""
+        rows = [
+            {"name": name, "version": version, "state": "UNAVAILABLE" if version in shelf.leaving else "READY", "reason": ""}
+            for name, shelf in self.shelves.items()
+            for version in shelf.versions
+        ]
+        return rows + [
+            {"name": name, "version": "", "state": "UNAVAILABLE", "reason": reason}
+            for name, reason in self.unavailable.items()
+        ]
+
+    async def _repository(self, name: str, load: bool, scope: Scope, receive: Receive, send: Send) -> None:
+        """Load a model anew from where it came from, or unload it."""
+        body = await self._body(dict(scope["headers"]), receive)
+        parameters = v2.decode_parameters(body)
+        try:
+            told = await asyncio.wait_for(self._ask(name, load, parameters), _LOAD_S)
+        except asyncio.TimeoutError:
+            raise Refusal(504, f"The model was not loaded within {_LOAD_S:g} s.") from None
+        if told.sentence is not None:
+            raise Refusal(told.status, told.sentence)
+        await _respond(send, 200, b"", [])
 
     async def _about_model(self, path: str, send: Send) -> None:
         found = _MODEL.fullmatch(path)
@@ -146,16 +215,33 @@ class App:
         if found[3] == "ready":
             return await self._ready(send, [desk])
         if found[3] == "stats":
-            return await _say(send, {"model_stats": [_statistics(desk)]})
+            return await _say(send, {"model_stats": self._statistics([found[1]], found[2])})
         if found[3] == "config":
             return await _say(send, {**desk.signature.metadata(), "max_batch_size": desk.max_rows})
         await _say(send, desk.signature.metadata())
 
-    async def _ready(self, send: Send, desks: list[Desk]) -> None:
+    def desks(self) -> dict[str, Desk]:
+        """Who answers for each model."""
+        return {name: shelf.active for name, shelf in self.shelves.items() if shelf.active is not None}
+
+    def _statistics(self, names: Iterable[str], version: str | None = None) -> list[dict[str, Any]]:
+        found = []
+        for name in names:
+            shelf = self.shelves[name]
+            for desk in shelf.versions.values():
+                if version in (None, desk.signature.version):
+                    found.append(_statistics(desk))
+                    if desk is shelf.active and shelf.trial is not None:
+                        found[-1]["shoal"]["trial"] = shelf.trial.numbers()
+        return found
+
+    async def _ready(self, send: Send, desks: Sequence[Desk | None]) -> None:
         """Ready: every model has just answered, a client or, where none asked within the last second, us."""
         if self.draining or not desks:
             raise Refusal(503, "The service is not ready.", 1.0)
         for desk in desks:
+            if desk is None:
+                raise Refusal(503, "A model is being unloaded.", 1.0)
             if time.monotonic() - desk.last_answer_s > _FRESH_S:
                 await desk.infer(_sample_request(desk), _PROBE_S)
         await _respond(send, 200, b"", [])
@@ -170,7 +256,26 @@ class App:
 def _sample_request(desk: Desk) -> v2.InferRequest:
     rows = tuple(np.frombuffer(raw, spec.dtype).reshape(1, *spec.shape[1:])
                  for raw, spec in zip(desk.sample, desk.signature.inputs, strict=True))  # fmt: skip
-    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0)
+    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0, uncached=True)
+
+
+async def probe(desk: Desk) -> str | None:
+    """Ask a version for its sample through its queue; None where the right answer came, else what was wrong."""
+    try:
+        found = await desk.infer(_sample_request(desk), _PROBE_S)
+    except Refusal as refusal:
+        return refusal.sentence
+    specs = desk.signature.outputs
+    wanted = [
+        np.frombuffer(raw, spec.dtype).reshape(values.shape)
+        for raw, spec, values in zip(desk.expected, specs, found, strict=True)
+    ]
+    difference, _ = compare(desk.signature, wanted, found)
+    numbers = [numbers_of(spec, values) for spec, values in zip(specs, wanted, strict=True)]
+    largest = max((float(np.abs(values.astype("f8")).max()) for values in numbers if values.size), default=0.0)
+    if difference > _PROBE_TOLERANCE * max(1.0, largest):
+        return f"The first answer is {difference:.3g} away from what the model computes outside the queue."
+    return None
 
 
 def _header_length(headers: dict[bytes, bytes]) -> int | None:
@@ -204,7 +309,7 @@ def _statistics(desk: Desk) -> dict[str, Any]:
             "success": {"count": times.requests, "ns": total_ns}, "fail": {"count": failed, "ns": 0},
             "queue": {"count": times.requests, "ns": times.queue_ns}, "compute_input": none,
             "compute_infer": {"count": times.requests, "ns": times.compute_ns}, "compute_output": none,
-            "cache_hit": none, "cache_miss": none,
+            "cache_hit": {"count": times.hits, "ns": times.hit_ns}, "cache_miss": {"count": times.misses, "ns": 0},
         },
         "batch_stats": batches,
         "shoal": desk.numbers(),
@@ -215,14 +320,14 @@ async def _say(send: Send, value: Any) -> None:
     await _respond(send, 200, msgspec.json.encode(value), _JSON)
 
 
-async def _refuse(send: Send, refusal: Refusal) -> None:
+async def _refuse(send: Send, refusal: Refusal, body: bytes | None = None) -> None:
     headers = list(_JSON)
     if refusal.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, round(refusal.retry_after_s))))
     if refusal.status in (408, 413):
         # What is left of the body will not be read.
         headers.append((b"connection", b"close"))
-    await _respond(send, refusal.status, v2.error_body(refusal.sentence), headers)
+    await _respond(send, refusal.status, body or v2.error_body(refusal.sentence), headers)
 
 
 async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

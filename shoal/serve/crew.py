@@ -15,7 +15,7 @@ from typing import Any
 from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import ChannelClosed
 from shoal.process.supervisor import Child, Supervisor
-from shoal.serve.messages import AddModel, Attach, Attached
+from shoal.serve.messages import AddModel, Attach, Attached, Edition
 from shoal.serve.replica import ModelSource
 from shoal.serve.signature import ModelSignature
 from shoal.serve.slots import SlotLayout, Slots, row_bytes
@@ -52,12 +52,13 @@ class _Place:
 class Crew:
     """One model's template and replicas."""
 
-    def __init__(self, source: ModelSource, cores: int, replicas: int | None) -> None:
-        """``replicas``: how many, or None to find out by measurement."""
-        self._source = source
+    def __init__(self, source: ModelSource, cores: int, replicas: int | None, gentle: bool = False) -> None:
+        """``replicas``: how many, or None to find out by measurement. ``gentle``: load and measure at the lowest priority."""
+        self.source = source
         self._cores = cores
         self._wanted = replicas
-        self._supervisor = Supervisor(preload=("shoal.serve.replica",))
+        self._gentle = gentle
+        self._supervisor = Supervisor(preload=("shoal.serve.replica",), gentle=gentle)
         self._places: dict[int, _Place] = {}
         self._measured: dict[int, dict[int, float]] = {}
         self.on_up: Callable[[int, int], None] = lambda rank, wake: None
@@ -72,10 +73,11 @@ class Crew:
 
     def load(self) -> None:
         """Load the model, try it, reserve the memory. Raises what the model's own code raised, TargetError for a bad bundle."""
-        self._supervisor.load(_HOST, self._source, _LOAD_S)
+        self._supervisor.load(_HOST, self.source, _LOAD_S)
         self.signature: ModelSignature = self._supervisor.call("describe", timeout_s=10.0)
         self._supervisor.call("try_out", timeout_s=_LOAD_S)
-        self._sample: tuple[bytes, ...] = self._supervisor.call("sample", timeout_s=10.0)
+        self._sample, self._expected = self._supervisor.call("sample", timeout_s=10.0)
+        self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
         slot_bytes = sum(row_bytes(t) for t in (*self.signature.inputs, *self.signature.outputs))
         slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
         # One ring more than replicas: two ways of sharing the cores are tried beside each other.
@@ -85,12 +87,18 @@ class Crew:
         self.slots = Slots.create(self.layout)
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def choose(self) -> None:
-        """Find out whether many replicas of one thread or one of all cores answers more, and keep the better."""
+    def choose(self, like: Crew | None = None) -> None:
+        """Find out whether many replicas of one thread or one of all cores answers more, and keep the better.
+
+        ``like``: the crew of an older version, whose choice is taken over.
+        """
         batches = tuple(2**k for k in range(6) if 2**k <= _MOST_BATCH)
-        options = [(self._wanted, max(1, self._cores // self._wanted))] if self._wanted else [(self._cores, 1)]
-        if self._wanted is None and self._cores > 1:
-            options.append((1, self._cores))
+        if like is not None:
+            options = [(len(like._places), next(iter(like._places.values())).threads)]
+        elif self._wanted:
+            options = [(self._wanted, max(1, self._cores // self._wanted))]
+        else:
+            options = [(self._cores, 1)] + [(1, self._cores)] * (self._cores > 1)
         tried = [self._try(count, threads, batches) for count, threads in options]
         best = max(tried, key=lambda option: option.rows_per_s)
         for option in tried:
@@ -129,8 +137,14 @@ class Crew:
     def introduction(self) -> AddModel:
         """What a gateway has to know of the model."""
         return AddModel(
-            signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample
-        )
+            signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample,
+            expected=self._expected, tokenizer=self._tokenizer,
+        )  # fmt: skip
+
+    @property
+    def edition(self) -> Edition:
+        """The model's name and version."""
+        return Edition(self.signature.name, self.signature.version)
 
     def ready(self) -> list[tuple[int, int]]:
         """(rank, the eventfd that wakes it) of every replica that takes batches."""
@@ -141,7 +155,8 @@ class Crew:
     def _assign(self, place: _Place, batches: tuple[int, ...], budget_s: float) -> None:
         child = self._supervisor.standby()
         self._supervisor.assign(child, "replica", place.rank, place.deaths)
-        message = Attach(layout=self.layout, ring=place.rank, threads=place.threads, batches=batches, budget_s=budget_s)
+        message = Attach(layout=self.layout, ring=place.rank, threads=place.threads, batches=batches, budget_s=budget_s,
+                         gentle=self._gentle and not place.deaths)  # fmt: skip
         place.child, place.up = child, False
         try:
             child.channel.send(message, (self.slots.fd, place.wake, self.done_fd))

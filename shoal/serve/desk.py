@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from shoal.serve.cache import Key, ResponseCache, key_of
 from shoal.serve.dispatch import Dispatcher, Row
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
+from shoal.serve.protocols.embeddings import TextEncoder
 from shoal.serve.protocols.v2 import InferRequest
 from shoal.serve.refusals import Refusal
+from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
 
 # A second batch waits in a replica's ring while the first is computed where batches are shorter than this: the replica need not
@@ -32,6 +35,7 @@ _LOOK_AFTER_S = 0.02
 _TIMES_KEPT = 4096
 # Where every replica has just died, the next is there within this; a request that can wait so long is taken in.
 _REPLACED_WITHIN_S = 0.5
+_TOO_LATE = "The deadline passed before the request could be computed."
 # A request in whose batch so many replicas have died is not given to another one.
 _MOST_DEATHS = 3
 
@@ -73,6 +77,10 @@ class Times:
     compute_ns: int = 0
     by_batch: dict[int, tuple[int, int]] = field(default_factory=dict)
     latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES_KEPT))
+    hits: int = 0
+    hit_ns: int = 0
+    misses: int = 0
+    coalesced: int = 0
 
 
 class Desk:
@@ -83,10 +91,15 @@ class Desk:
     ) -> None:
         self.signature = model.signature
         self.sample = model.sample
+        self.expected = model.expected
         self.why = model.why
+        self.text = TextEncoder(model.tokenizer, model.signature) if model.tokenizer is not None else None
         self.slots = Slots(slots_fd, model.layout)
         self.latency = LatencyModel.from_measured(model.measured_s)
-        self.dispatcher = Dispatcher(self.latency, capacity=model.layout.slots)
+        unit = "row" if self.signature.longest is None else f"piece of {UNIT} places"
+        self.dispatcher = Dispatcher(
+            self.latency, capacity=model.layout.slots, most_rows=model.layout.max_batch, unit=unit
+        )  # fmt: skip
         self.times = Times()
         self.last_answer_s = 0.0
         self.max_rows = min(model.layout.max_batch, model.layout.slots)
@@ -95,8 +108,14 @@ class Desk:
         self._free = list(range(model.layout.slots))
         self._replicas: dict[int, _Replica] = {}
         self._tickets: dict[int, _Ticket] = {}
+        self._cache = ResponseCache(model.cache_bytes, model.cache_ttl_s) if model.cache_bytes else None
+        # With a cache: what is being computed now, for others that ask the same meanwhile.
+        self._shared: dict[Key, asyncio.Future[list[np.ndarray]]] = {}
+        self._followers = 0
         self._next = 0
         self._closed = False
+        self._tick: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._leave_alone()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -104,21 +123,97 @@ class Desk:
     async def infer(
         self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False
     ) -> list[np.ndarray]:
-        """Outputs of a request; Refusal where it is not taken in (429, 503), expires (504) or fails (500)."""
+        """Outputs of a request, not to be written to.
+
+        Raises:
+            Refusal: it is not taken in (429, 503), expires (504) or fails (500).
+        """
         now = time.monotonic()
         deadline = now + (request.timeout_s or slo_s)
         if self._closed:
             self.slots.count(Outcome.REFUSED)
             raise Refusal(503, "The service is shutting down; ask another one.", 1.0)
+        if self._cache is None or request.uncached:
+            return await self._compute(request, now, deadline, abandoned)
+        return await self._remember(self._cache, request, now, deadline, abandoned)
+
+    async def _remember(
+        self, cache: ResponseCache, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]
+    ) -> list[np.ndarray]:
+        """Give the answer that was given before, wait for the one that is being computed, or compute it for all who ask."""
+        key = key_of(request.inputs)
+        found = cache.get(key, now)
+        if found is not None:
+            self.slots.count(Outcome.ACCEPTED)
+            self.slots.count(Outcome.ANSWERED)
+            self._note_hit(now)
+            return found
+        shared = self._shared.get(key)
+        if shared is not None:
+            found = await self._follow(shared, deadline)
+            return found if found is not None else await self._compute(request, now, deadline, abandoned, accepted=True)
+        self.times.misses += 1
+        shared = self._shared[key] = asyncio.get_running_loop().create_future()
+        try:
+            found = await self._compute(request, now, deadline, abandoned)
+            cache.put(key, found, time.monotonic())
+            shared.set_result(found)
+            return found
+        finally:
+            del self._shared[key]
+            # Whoever waited asks for itself: another deadline, another client.
+            shared.cancel()
+
+    async def _follow(self, shared: asyncio.Future[list[np.ndarray]], deadline: float) -> list[np.ndarray] | None:
+        """The answer to an equal request that was here first; None where that one has got none."""
+        began = time.monotonic()
+        self.slots.count(Outcome.ACCEPTED)
+        self._followers += 1
+        try:
+            await asyncio.wait([shared], timeout=max(0.0, deadline - began))
+        except asyncio.CancelledError:
+            self.slots.count(Outcome.CANCELLED)
+            raise
+        finally:
+            self._followers -= 1
+        if not shared.done():
+            self.slots.count(Outcome.EXPIRED)
+            raise Refusal(504, _TOO_LATE)
+        if shared.cancelled():
+            return None
+        self.slots.count(Outcome.ANSWERED)
+        self.times.coalesced += 1
+        self._note_hit(began)
+        return shared.result()
+
+    def _note_hit(self, began: float) -> None:
+        took = time.monotonic() - began
+        self.times.hits += 1
+        self.times.hit_ns += int(took * 1e9)
+        self.times.latest_s.append(took)
+        self._observe(took)
+
+    async def _compute(
+        self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool], accepted: bool = False
+    ) -> list[np.ndarray]:
+        """``accepted``: it was taken in and counted already, in the hope of somebody else's answer."""
         later = self._later(request, now, deadline)
+        if later is not None and accepted:
+            self.slots.count(Outcome.EXPIRED)
+            raise Refusal(504, _TOO_LATE)
         if later is not None:
             self.slots.count(Outcome.REFUSED)
             raise self._refusal(later)
+        if not accepted:
+            self.slots.count(Outcome.ACCEPTED)
         ticket = self._accept(request, now, deadline, abandoned)
         self.pump(now)
         try:
             await ticket.future
-            return [array[ticket.slots] for array in self.slots.outputs]
+            return [
+                array[ticket.slots, : request.length] if spec.free else array[ticket.slots]
+                for spec, array in zip(self.signature.outputs, self.slots.outputs, strict=True)
+            ]
         except asyncio.CancelledError:
             self._give_up(ticket)
             raise
@@ -129,7 +224,8 @@ class Desk:
         """None where the request is taken in, else after how many seconds it may be tried again."""
         if not self.replicas_up and (not self._replicas or deadline - now < _REPLACED_WITHIN_S):
             return _REPLACED_WITHIN_S
-        later = self.dispatcher.admit(request.rows, deadline, request.priority, now)
+        units = self.signature.units(request.length)
+        later = self.dispatcher.admit(request.rows, deadline, request.priority, now, units)
         if later is None and len(self._free) < request.rows:
             return self.latency.predict(1) * len(self.slots.inputs[0])
         return later
@@ -141,18 +237,21 @@ class Desk:
 
     def _accept(self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]) -> _Ticket:
         taken = [self._free.pop() for _ in range(request.rows)]
-        for place, values in zip(self.slots.inputs, request.inputs, strict=True):
+        length = request.length
+        for spec, place, values in zip(self.signature.inputs, self.slots.inputs, request.inputs, strict=True):
+            where = place[:, :length] if spec.free else place
             if len(taken) == 1:
-                place[taken[0]] = values[0]
+                where[taken[0]] = values[0]
             else:
-                place[taken] = values
+                where[taken] = values
+        self.slots.lengths[taken] = length
         self._next += 1
         ticket = _Ticket(
             self._next, taken, len(taken), now, deadline, asyncio.get_running_loop().create_future(), abandoned
         )
         self._tickets[ticket.number] = ticket
-        self.slots.count(Outcome.ACCEPTED)
-        rows = [Row(slot, ticket.number, deadline, request.priority, None) for slot in taken]
+        key, units = self.signature.key(length), self.signature.units(length)
+        rows = [Row(slot, ticket.number, deadline, request.priority, key, units) for slot in taken]
         self.dispatcher.put(rows, now)
         return ticket
 
@@ -186,7 +285,7 @@ class Desk:
                 pass
 
     def _ahead(self) -> int:
-        return 2 if self.latency.predict(1) < _AHEAD_BELOW_S else 1
+        return 2 if self.latency.predict(self.dispatcher.batch_limit) < _AHEAD_BELOW_S else 1
 
     def _hand_out(self, replica: _Replica, now: float) -> bool:
         while True:
@@ -223,9 +322,7 @@ class Desk:
         for row in self.dispatcher.expired(now):
             ticket = self._tickets.get(row.request)
             if ticket is not None:
-                self._end(
-                    ticket, Outcome.EXPIRED, Refusal(504, "The deadline passed before the request could be computed.")
-                )
+                self._end(ticket, Outcome.EXPIRED, Refusal(504, _TOO_LATE))
 
     def collect(self) -> None:
         """Take in what replicas have finished; called when they say so."""
@@ -352,15 +449,33 @@ class Desk:
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to replicas, and look for expired requests now and then."""
+        self._loop = loop
         loop.add_reader(self._done_fd, self.collect)
 
         def tick() -> None:
             now = time.monotonic()
             self.sweep(now)
             self.pump(now)
-            loop.call_later(_SWEEP_S, tick)
+            self._tick = loop.call_later(_SWEEP_S, tick)
 
         tick()
+
+    def leave(self) -> None:
+        """Stop watching and give back what was handed over; when no request is open any more."""
+        if self._loop is not None and self._tick is not None:
+            self._loop.remove_reader(self._done_fd)
+            self._tick.cancel()
+        for replica in self._replicas.values():
+            os.close(replica.wake)
+        self._replicas.clear()
+        os.close(self._done_fd)
+        self.slots.close()
+
+    def forget_counts(self) -> None:
+        """Count from now on: what was asked until now, no client had asked for. Requests that are still open stay accepted."""
+        still = sum(not ticket.ended for ticket in self._tickets.values())
+        self.slots.counts[:] = 0
+        self.slots.count(Outcome.ACCEPTED, still)
 
     def close(self) -> None:
         """Take nothing more in."""
@@ -368,7 +483,7 @@ class Desk:
 
     @property
     def open_requests(self) -> int:
-        return len(self._tickets)
+        return len(self._tickets) + self._followers
 
     @property
     def replicas_up(self) -> int:
@@ -382,5 +497,9 @@ class Desk:
             **{outcome.name.lower(): int(self.slots.counts[outcome]) for outcome in Outcome},
             "queued": self.dispatcher.queued, "open": self.open_requests, "replicas": self.replicas_up,
             "batches": self.times.batches, "rows": self.times.rows,
+            "cache": self._cache and {
+                "hits": self.times.hits, "misses": self.times.misses, "coalesced": self.times.coalesced,
+                "entries": self._cache.entries, "bytes": self._cache.bytes,
+            },
             "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, **self.dispatcher.statistics(), "chosen": self.why,
         }  # fmt: skip

@@ -21,18 +21,24 @@ _MARGIN_STEP = 0.02
 _LEARN_ROWS = 0.02
 _SLOWEST = 20.0
 _LOOK_EVERY = 64
+# How many rows of other keys are looked past for one more of the same.
+_LOOK_PAST = 256
 _LEAST_RETRY_S = 0.005
 
 
 @dataclass(slots=True)
 class Row:
-    """One row of a request. ``key``: only rows with equal keys may share a batch. Deadlines are seconds of a monotonic clock."""
+    """One row of a request. Deadlines are seconds of a monotonic clock.
+
+    ``key``: only rows with equal keys may share a batch, and they are equally much work: ``units``.
+    """
 
     slot: int
     request: int
     deadline_s: float
     priority: int
     key: Hashable
+    units: int = 1
 
 
 @dataclass(slots=True, order=True)
@@ -43,11 +49,19 @@ class _Entry:
 
 
 class Dispatcher:
-    """The queue of one model. ``replicas``: how many can compute now; ``capacity``: rows that may be queued or in flight."""
+    """The queue of one model.
 
-    def __init__(self, latency: LatencyModel, capacity: int, replicas: int = 0) -> None:
+    ``replicas``: how many can compute now; ``capacity``: rows that may be queued or in flight; ``most_rows``: in one batch.
+    """
+
+    def __init__(
+        self, latency: LatencyModel, capacity: int, replicas: int = 0, most_rows: int = 1 << 30, unit: str = "row"
+    ) -> None:
+        """``unit``: what work is counted in, for people."""
         self._latency = latency
         self._capacity = capacity
+        self._unit = unit
+        self._most_rows = most_rows
         self._replicas = replicas
         self._order = 0
         self._by_rank: list[_Entry] = []
@@ -56,6 +70,7 @@ class Dispatcher:
         self._queued_by_priority: dict[int, int] = {}
         self._queued = 0
         self._in_flight = 0
+        self._units_in_flight = 0
         # request -> (when it was admitted, predicted seconds without the margin)
         self._predicted: dict[int, tuple[float, float]] = {}
         self._promised: tuple[float, float] = (0.0, 0.0)
@@ -63,31 +78,34 @@ class Dispatcher:
         self._finishes = 0
         self._busy_since: float | None = None
         self._batch_limit = latency.best_batch(1 << 30)
-        # Seconds for a row by all replicas together, as lately seen; None before anything was.
-        self._row_s: float | None = None
+        # Seconds for a unit by all replicas together, as lately seen; None before anything was.
+        self._unit_s: float | None = None
 
     # -- letting in ----------------------------------------------------------------------------------------------
 
-    def admit(self, count: int, deadline_s: float, priority: int, now: float) -> float | None:
-        """None where ``count`` rows are let in (``put`` follows at once), else after how many seconds to try again."""
+    def admit(self, count: int, deadline_s: float, priority: int, now: float, units: int = 1) -> float | None:
+        """None where ``count`` rows, of so many units each, are let in; else after how many seconds to try again.
+
+        ``put`` has to follow at once.
+        """
         if self._replicas == 0:
             return max(_LEAST_RETRY_S, self._latency.predict(1))
-        ahead = self._in_flight + self._rows_before(priority)
-        wait_s = (ahead + count - 1) * self._seconds_a_row()
-        own_s = self._latency.predict(min(count, self._batch_limit))
+        ahead = self._units_in_flight + self._units_before(priority)
+        wait_s = (ahead + (count - 1) * units) * self._seconds_a_unit()
+        own_s = self._latency.predict(max(units, min(count * units, self._batch_limit)))
         late_s = now + wait_s + own_s + self._margin_s - deadline_s
         over = self._queued + self._in_flight + count - self._capacity
         if late_s <= 0 and over <= 0:
             self._promised = (now, wait_s + own_s)
             return None
-        return max(_LEAST_RETRY_S, min(late_s, wait_s), over * self._seconds_a_row())
+        return max(_LEAST_RETRY_S, min(late_s, wait_s), over * units * self._seconds_a_unit())
 
-    def _rows_before(self, priority: int) -> int:
-        return sum(rows for other, rows in self._queued_by_priority.items() if other >= priority)
+    def _units_before(self, priority: int) -> int:
+        return sum(units for other, units in self._queued_by_priority.items() if other >= priority)
 
-    def _seconds_a_row(self) -> float:
-        if self._row_s is not None:
-            return self._row_s
+    def _seconds_a_unit(self) -> float:
+        if self._unit_s is not None:
+            return self._unit_s
         return 1.0 / (self._latency.rows_per_s(self._batch_limit) * max(1, self._replicas))
 
     def put(self, rows: Sequence[Row], now: float) -> None:
@@ -102,7 +120,7 @@ class Dispatcher:
             heapq.heappush(self._by_rank, entry)
             heapq.heappush(self._by_deadline, (row.deadline_s, self._order, entry))
             self._of_request.setdefault(row.request, []).append(entry)
-            self._queued_by_priority[row.priority] = self._queued_by_priority.get(row.priority, 0) + 1
+            self._queued_by_priority[row.priority] = self._queued_by_priority.get(row.priority, 0) + row.units
         self._queued += len(rows)
 
     # -- computing -----------------------------------------------------------------------------------------------
@@ -111,10 +129,13 @@ class Dispatcher:
         """The next batch: most urgent first, rows of one key, small enough for its earliest deadline; [] where nothing waits."""
         taken: list[_Entry] = []
         others: list[_Entry] = []
-        while self._by_rank and len(taken) < self._batch_limit and len(others) < self._batch_limit:
+        most = 1
+        while self._by_rank and len(taken) < most and len(others) < _LOOK_PAST:
             entry = heapq.heappop(self._by_rank)
             if not entry.queued:
                 continue
+            if not taken:
+                most = min(self._most_rows, max(1, self._batch_limit // entry.row.units))
             (taken if not taken or entry.row.key == taken[0].row.key else others).append(entry)
         fits = self._fitting(taken, now)
         for entry in (*others, *taken[fits:]):
@@ -122,6 +143,7 @@ class Dispatcher:
         for entry in taken[:fits]:
             self._remove(entry)
         self._in_flight += fits
+        self._units_in_flight += sum(entry.row.units for entry in taken[:fits])
         return [entry.row for entry in taken[:fits]]
 
     def _fitting(self, entries: Sequence[_Entry], now: float) -> int:
@@ -129,16 +151,18 @@ class Dispatcher:
         size = len(entries)
         while size > 1:
             earliest = min(entry.row.deadline_s for entry in entries[:size])
-            if now + self._latency.predict(size) <= earliest:
+            if now + self._latency.predict(size * entries[0].row.units) <= earliest:
                 break
             size //= 2
         return size
 
     def finished(self, rows: Sequence[Row], took_s: float, now: float) -> None:
         """A batch is done, after ``took_s`` seconds of computing: learn from it."""
+        units = sum(row.units for row in rows)
         self._in_flight -= len(rows)
-        self._latency.update(len(rows), took_s)
-        self._learn_rate(len(rows), now)
+        self._units_in_flight -= units
+        self._latency.update(units, took_s)
+        self._learn_rate(units, now)
         for request in {row.request for row in rows}:
             promised = self._predicted.pop(request, None)
             if promised is not None:
@@ -147,12 +171,12 @@ class Dispatcher:
         if self._finishes % _LOOK_EVERY == 0:
             self._batch_limit = self._latency.best_batch(1 << 30)
 
-    def _learn_rate(self, rows: int, now: float) -> None:
-        """Rows that leave a queue which never ran dry in between tell how fast everything together is."""
+    def _learn_rate(self, units: int, now: float) -> None:
+        """Units that leave a queue which never ran dry in between tell how fast everything together is."""
         if self._busy_since is not None and now > self._busy_since:
-            seen = (now - self._busy_since) / rows
-            known = self._seconds_a_row()
-            self._row_s = known + _LEARN_ROWS * (min(seen, _SLOWEST * known) - known)
+            seen = (now - self._busy_since) / units
+            known = self._seconds_a_unit()
+            self._unit_s = known + _LEARN_ROWS * (min(seen, _SLOWEST * known) - known)
         self._busy_since = now if self._queued else None
 
     def _learn_margin(self, took_s: float, predicted_s: float) -> None:
@@ -164,6 +188,7 @@ class Dispatcher:
     def give_back(self, rows: Sequence[Row]) -> None:
         """What was taken is not computed after all: queued again, in its old order."""
         self._in_flight -= len(rows)
+        self._units_in_flight -= sum(row.units for row in rows)
         self._push(rows)
 
     # -- leaving -------------------------------------------------------------------------------------------------
@@ -190,7 +215,7 @@ class Dispatcher:
         entry.queued = False
         row = entry.row
         self._queued -= 1
-        self._queued_by_priority[row.priority] -= 1
+        self._queued_by_priority[row.priority] -= row.units
         if not self._queued_by_priority[row.priority]:
             del self._queued_by_priority[row.priority]
         entries = self._of_request[row.request]
@@ -206,10 +231,15 @@ class Dispatcher:
 
     @replicas.setter
     def replicas(self, count: int) -> None:
-        if self._row_s is not None and self._replicas and count:
-            self._row_s *= self._replicas / count
+        if self._unit_s is not None and self._replicas and count:
+            self._unit_s *= self._replicas / count
         self._replicas = count
         self._busy_since = None
+
+    @property
+    def batch_limit(self) -> int:
+        """How large batches are, in rows or units."""
+        return self._batch_limit
 
     @property
     def queued(self) -> int:
@@ -227,10 +257,10 @@ class Dispatcher:
         one = self._latency.predict(1)
         if limit > 1:
             a_row = self._latency.predict(limit) / limit
-            why = f"a row in a batch of {limit} takes {a_row * 1e3:.3g} ms, alone {one * 1e3:.3g} ms"
+            why = f"a {self._unit} in a batch of {limit} takes {a_row * 1e3:.3g} ms, alone {one * 1e3:.3g} ms"
         else:
-            why = f"no batch makes a row {GAIN:.0%} cheaper than alone ({one * 1e3:.3g} ms)"
+            why = f"no batch makes a {self._unit} {GAIN:.0%} cheaper than alone ({one * 1e3:.3g} ms)"
         return {
             "batching": limit > 1, "why": why, "batch_limit": limit,
-            "row_ms": self._seconds_a_row() * 1e3, "margin_ms": self._margin_s * 1e3,
+            "row_ms": self._seconds_a_unit() * 1e3, "margin_ms": self._margin_s * 1e3,
         }  # fmt: skip

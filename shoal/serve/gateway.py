@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -21,24 +21,36 @@ import uvloop
 
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
-from shoal.serve.app import App
+from shoal.serve.app import App, probe
 from shoal.serve.desk import Desk
 from shoal.serve.messages import (
     AddModel,
+    Asked,
     Drain,
     Drained,
+    Edition,
+    Known,
     Numbers,
     Open,
     Opened,
+    Probe,
+    Probed,
     Processes,
     Released,
     ReplicaDown,
     ReplicaUp,
+    Retire,
+    Retired,
+    Take,
+    Told,
 )
 from shoal.serve.metrics import Metrics
+from shoal.serve.shelf import Shelf
 
 _NUMBERS_EVERY_S = 0.5
 _KEEP_ALIVE_S = 75
+# A request that was being read when its version was retired may still come to it.
+_LATE_S = 0.5
 
 
 class _Server(uvicorn.Server):
@@ -64,7 +76,10 @@ class Gateway:
         self._channel = channel
         self._listening = listening
         self._metrics = Metrics()
-        self._app = App(opening.limits, self._metrics)
+        self._app = App(opening.limits, self._metrics, self._ask)
+        self._questions = 0
+        self._answers: dict[int, asyncio.Future[Told]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
         config = uvicorn.Config(self._app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
                                 access_log=False, server_header=False, date_header=False, proxy_headers=False,
@@ -81,7 +96,7 @@ class Gateway:
         finally:
             numbers.cancel()
         # uvicorn has sent what was to be sent and closed its connections.
-        self._say(Numbers({name: desk.numbers() for name, desk in self._app.desks.items()}))
+        self._say(self._numbers())
         self._say(Drained())
 
     def _receive(self) -> None:
@@ -92,22 +107,67 @@ class Gateway:
         self._obey(message, fds)
 
     def _obey(self, message: Any, fds: list[int]) -> None:
-        desks = self._app.desks
+        app = self._app
         if isinstance(message, AddModel):
-            name = message.signature.name
-            desks[name] = Desk(message, fds[0], fds[1], self._metrics.observer(name))
-            desks[name].watch(asyncio.get_running_loop())
+            model, version = message.edition
+            desk = Desk(message, fds[0], fds[1], self._metrics.observer(model))
+            app.shelves.setdefault(model, Shelf()).versions[version] = desk
+            desk.watch(asyncio.get_running_loop())
         elif isinstance(message, ReplicaUp):
-            desks[message.model].replica_up(message.rank, fds[0])
+            self._desk(message.edition).replica_up(message.rank, fds[0])
         elif isinstance(message, ReplicaDown):
-            desks[message.model].replica_down(message.rank)
-            self._say(Released(message.model, message.rank))
+            self._desk(message.edition).replica_down(message.rank)
+            self._say(Released(message.edition, message.rank))
         elif isinstance(message, Processes):
-            self._app.processes = message.rows
+            app.processes = message.rows
         elif isinstance(message, Drain):
-            self._draining = asyncio.get_running_loop().create_task(self._drain(message.within_s))
+            self._begin(self._drain(message.within_s))
+        elif isinstance(message, Probe):
+            self._begin(self._probe(message.edition))
+        elif isinstance(message, Take):
+            app.shelves[message.edition.model].take(message.edition.version, message.share, message.shadow)
+        elif isinstance(message, Retire):
+            self._begin(self._retire(message.edition))
+        elif isinstance(message, Known):
+            app.unavailable = message.unavailable
+        elif isinstance(message, Told):
+            if (waiting := self._answers.pop(message.number, None)) is not None and not waiting.done():
+                waiting.set_result(message)
         else:
             raise TypeError(f"the gateway does not know {type(message).__name__}")
+
+    def _desk(self, edition: Edition) -> Desk:
+        return self._app.shelves[edition.model].versions[edition.version]
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, model: str, load: bool, parameters: dict[str, Any]) -> Told:
+        """Hand what a client wants to the supervisor, and wait for what becomes of it."""
+        self._questions += 1
+        answer = self._answers[self._questions] = asyncio.get_running_loop().create_future()
+        self._say(Asked(self._questions, model, load, parameters))
+        return await answer
+
+    async def _probe(self, edition: Edition) -> None:
+        self._say(Probed(edition, await probe(self._desk(edition))))
+
+    async def _retire(self, edition: Edition) -> None:
+        shelf = self._app.shelves[edition.model]
+        desk = shelf.versions[edition.version]
+        shelf.retire(edition.version)
+        await asyncio.sleep(_LATE_S)
+        while desk.open_requests:
+            await asyncio.sleep(0.02)
+        shelf.remove(edition.version)
+        if not shelf.versions:
+            del self._app.shelves[edition.model]
+        self._say(Retired(edition))
+
+    def _numbers(self) -> Numbers:
+        return Numbers({name: shelf.numbers() for name, shelf in self._app.shelves.items()})
 
     def _say(self, message: Any) -> None:
         with contextlib.suppress(ChannelClosed):
@@ -118,14 +178,15 @@ class Gateway:
         self._say(Opened())
         while True:
             await asyncio.sleep(_NUMBERS_EVERY_S)
-            self._say(Numbers({name: desk.numbers() for name, desk in self._app.desks.items()}))
+            self._say(self._numbers())
 
     async def _drain(self, within_s: float) -> None:
         self._app.draining = True
-        for desk in self._app.desks.values():
+        desks = [desk for shelf in self._app.shelves.values() for desk in shelf.versions.values()]
+        for desk in desks:
             desk.close()
         until = time.monotonic() + within_s
-        while time.monotonic() < until and any(desk.open_requests for desk in self._app.desks.values()):
+        while time.monotonic() < until and any(desk.open_requests for desk in desks):
             await asyncio.sleep(0.01)
         self._server.should_exit = True
 

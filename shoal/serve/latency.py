@@ -1,4 +1,7 @@
-"""How long a batch takes, by its size: measured at the start, kept true while it runs."""
+"""How long a batch takes, by its size: measured at the start, kept true while it runs.
+
+A batch's size is its number of rows, or where rows differ in length the units of work in all of them (``ModelSignature.units``).
+"""
 
 from __future__ import annotations
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shoal.serve.signature import ModelSignature
 from shoal.serve.slots import SlotLayout
+
+
+class Edition(NamedTuple):
+    """One version of one model."""
+
+    model: str
+    version: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +41,12 @@ class Open:
 
 @dataclass(frozen=True, kw_only=True)
 class AddModel:
-    """Supervisor to gateway: answer for this model from now on. Descriptors: the slots, the eventfd of what is done.
+    """Supervisor to gateway: here is a version of a model; ``Take`` gives it requests.
 
-    ``measured_s``: seconds for a batch, by its size. ``sample``: one row of each input, to ask with whether it works.
+    Descriptors: the slots, the eventfd of what is done. ``measured_s``: seconds for a batch, by its size. ``sample``: one row of
+    each input, to ask with whether it works; ``expected``: the row of each output that has to come back.
+    ``tokenizer``: path of what turns texts into rows.
+    ``cache_bytes``: how much of its answers to remember, for ``cache_ttl_s`` seconds each; 0: nothing.
     """
 
     signature: ModelSignature
@@ -44,13 +54,85 @@ class AddModel:
     measured_s: dict[int, float]
     why: str
     sample: tuple[bytes, ...]
+    expected: tuple[bytes, ...]
+    tokenizer: str | None = None
+    cache_bytes: int = 0
+    cache_ttl_s: float = 300.0
+
+    @property
+    def edition(self) -> Edition:
+        return Edition(self.signature.name, self.signature.version)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Supervisor to gateway: ask this version for its sample, through its queue. Answered by ``Probed``."""
+
+    edition: Edition
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Gateway to supervisor: the answer was right, or what was wrong."""
+
+    edition: Edition
+    trouble: str | None
+
+
+@dataclass(frozen=True)
+class Take:
+    """Supervisor to gateway: this version gets its model's requests from now on: all, a share, or copies of all (``shadow``)."""
+
+    edition: Edition
+    share: float = 1.0
+    shadow: bool = False
+
+
+@dataclass(frozen=True)
+class Retire:
+    """Supervisor to gateway: this version gets nothing new. ``Retired`` follows when it has finished what it had."""
+
+    edition: Edition
+
+
+@dataclass(frozen=True)
+class Retired:
+    """Gateway to supervisor: nobody uses this version's memory any more."""
+
+    edition: Edition
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Gateway to supervisor: a client wants a model loaded anew, or unloaded. Answered by ``Told``."""
+
+    number: int
+    model: str
+    load: bool
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """Supervisor to gateway: what became of what a client asked; ``sentence`` is None where it worked."""
+
+    number: int
+    sentence: str | None
+    status: int = 200
+
+
+@dataclass(frozen=True)
+class Known:
+    """Supervisor to gateway: models that are not loaded now, and why."""
+
+    unavailable: dict[str, str]
 
 
 @dataclass(frozen=True)
 class ReplicaUp:
     """Supervisor to gateway: this replica takes batches. Descriptor: the eventfd that wakes it."""
 
-    model: str
+    edition: Edition
     rank: int
 
 
@@ -58,7 +140,7 @@ class ReplicaUp:
 class ReplicaDown:
     """Supervisor to gateway: this replica is dead; take back what it had. Answered by ``Released``."""
 
-    model: str
+    edition: Edition
     rank: int
 
 
@@ -66,7 +148,7 @@ class ReplicaDown:
 class Released:
     """Gateway to supervisor: nothing of the dead replica's ring is in use any more."""
 
-    model: str
+    edition: Edition
     rank: int
 
 
@@ -103,13 +185,17 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Attach:
-    """Supervisor to replica: serve this ring. Descriptors: the slots, the eventfd to wait on, the eventfd to say done with."""
+    """Supervisor to replica: serve this ring. Descriptors: the slots, the eventfd to wait on, the eventfd to say done with.
+
+    ``gentle``: measure at the lowest priority, because others are answering meanwhile.
+    """
 
     layout: SlotLayout
     ring: int
     threads: int
     batches: tuple[int, ...]
     budget_s: float
+    gentle: bool
 
 
 @dataclass(frozen=True)

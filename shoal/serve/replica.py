@@ -10,8 +10,9 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,27 @@ from shoal import bundle
 from shoal.errors import TargetError
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
+from shoal.process.gentle import gently
+from shoal.serve import hugging_face
 from shoal.serve.messages import Attach, Attached
-from shoal.serve.signature import ModelSignature, TensorSignature
+from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
 
 _LEAST_RUNS, _MOST_RUNS = 3, 50
+_USUAL_LENGTH = 32
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What the template loads: a bundle's directory, and the name to serve it under (None: the job's)."""
+    """What the template loads: a bundle's directory, the name to serve it under (None: the job's), the version to call it.
+
+    ``checkpoint``: a checkpoint of the same model, whose weights are taken instead of the bundle's.
+    """
 
     path: Path
     name: str | None = None
+    version: str = "1"
+    checkpoint: Path | None = None
 
 
 class ReplicaHost:
@@ -43,13 +52,13 @@ class ReplicaHost:
 
     def __init__(self, source: ModelSource) -> None:
         directory = source.path
-        description = bundle.read_description(directory)
-        self.signature = ModelSignature.from_description(
-            source.name or str(description.get("name", directory.name)), description
-        )
+        description = describe(directory)
+        self._tokenizer = description.get("tokenizer")
+        name = source.name or str(description.get("name", directory.name))
+        self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         _can_be_served(self.signature)
         with user_code("building the model"):
-            self.model: nn.Module = bundle.load(directory)
+            self.model: nn.Module = _load(source)
         gc.collect()
         gc.freeze()
 
@@ -57,14 +66,19 @@ class ReplicaHost:
         """What goes in and out."""
         return self.signature
 
+    def tokenizer(self) -> str | None:
+        """Path of the tokenizer that turns texts into rows, where there is one."""
+        return None if self._tokenizer is None else str(self._tokenizer)
+
     def try_out(self) -> None:
         """Run the model once on a sample; TargetError where the answer is not what the bundle says."""
         outputs = self._run(_sample(self.signature, 2))
         _fits(outputs, self.signature)
 
-    def sample(self) -> tuple[bytes, ...]:
-        """One row of each input, as bytes."""
-        return tuple(array.tobytes() for array in _sample(self.signature, 1))
+    def sample(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """One row of each input, and of each output for it, as bytes."""
+        inputs = _sample(self.signature, 1)
+        return tuple(a.tobytes() for a in inputs), tuple(a.tobytes() for a in self._run(inputs))
 
     def run(self, role: Any, channel: Channel) -> None:
         """A replica's whole life."""
@@ -73,19 +87,22 @@ class ReplicaHost:
         # The template may run user code on one thread only; a replica may have more, none was started before the fork.
         torch.set_num_threads(message.threads)
         slots = Slots(fds[0], message.layout)
-        measured = self._measure(message.batches, message.budget_s)
+        measure = partial(self._measure, message.batches, message.budget_s)
+        # Beside others the shortest time is the best guess of what a batch takes.
+        measured = gently(partial(measure, np.min)) if message.gentle else measure(np.median)
         channel.send(Attached(measured))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _Loop(self, slots, message.ring, work=fds[1], done=fds[2]).serve()
 
-    def _measure(self, batches: Sequence[int], budget_s: float) -> dict[int, float]:
-        """Median seconds of a batch by its size, largest first left out once the budget is spent."""
+    def _measure(self, batches: Sequence[int], budget_s: float, typical: Callable[[Any], Any]) -> dict[int, float]:
+        """Typical seconds of a batch by its size, largest first left out once the budget is spent."""
         measured: dict[int, float] = {}
         began = time.monotonic()
         for size in sorted(batches):
             if measured and time.monotonic() - began > budget_s:
                 break
-            inputs = _sample(self.signature, size)
+            rows, length = (size, 0) if self.signature.longest is None else _shape_of(size, self.signature.longest)
+            inputs = _sample(self.signature, rows, length)
             self._run(inputs)
             times: list[float] = []
             until = time.monotonic() + budget_s / len(batches)
@@ -93,7 +110,7 @@ class ReplicaHost:
                 start = time.perf_counter()
                 self._run(inputs)
                 times.append(time.perf_counter() - start)
-            measured[size] = float(np.median(times))
+            measured[rows * self.signature.units(length)] = float(typical(times))
         return measured
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -104,9 +121,23 @@ class ReplicaHost:
             return [_array(value) for value in _flat(output)]
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """What a bundle, or a Hugging Face folder, says of itself. TargetError where it is neither."""
+    return hugging_face.describe(path) if hugging_face.is_folder(path) else bundle.read_description(path)
+
+
+def _load(source: ModelSource) -> nn.Module:
+    if hugging_face.is_folder(source.path):
+        return hugging_face.load(source.path)
+    if source.checkpoint is None:
+        return bundle.load(source.path)
+    return bundle.load_with(source.path, source.checkpoint)
+
+
 class _Loop:
     def __init__(self, host: ReplicaHost, slots: Slots, ring: int, work: int, done: int) -> None:
         self._host = host
+        self._signature = host.signature
         self._slots = slots
         self._ring = slots.rings[ring]
         self._work = work
@@ -129,9 +160,18 @@ class _Loop:
     def _answer(self, rows: list[int]) -> None:
         # One row is a view of the slot, more are gathered.
         index: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
-        outputs = self._host._run([array[index] for array in self._slots.inputs])
-        for place, values in zip(self._slots.outputs, outputs, strict=True):
-            place[index] = values
+        lengths = self._slots.lengths[rows]
+        longest = int(lengths.max())
+        inputs = [
+            _padded(array, rows, lengths, longest, spec.padding) if spec.free else array[index]
+            for spec, array in zip(self._signature.inputs, self._slots.inputs, strict=True)
+        ]
+        outputs = self._host._run(inputs)
+        for spec, place, values in zip(self._signature.outputs, self._slots.outputs, outputs, strict=True):
+            if spec.free:
+                place[rows, :longest] = values
+            else:
+                place[index] = values
 
 
 def _can_be_served(signature: ModelSignature) -> None:
@@ -140,25 +180,48 @@ def _can_be_served(signature: ModelSignature) -> None:
             f"The bundle {signature.name} does not say what goes in and comes out; train it again to serve it."
         )
     for tensor in (*signature.inputs, *signature.outputs):
-        if tensor.row_bytes is None or not tensor.shape or tensor.shape[0] != -1:
+        if tensor.row_bytes is None or tensor.shape[0] != -1:
             raise TargetError(
-                f"{tensor.name} of {signature.name} has the shape {list(tensor.shape)}; "
-                "shoal serves tensors whose first dim alone is free so far."
+                f"{tensor.name} of {signature.name} has the shape {list(tensor.shape)}; shoal serves tensors whose first dim is "
+                'the batch, and whose second may be free where "longest" says how long it may be.'
             )
 
 
 def _fits(outputs: Sequence[np.ndarray], signature: ModelSignature) -> None:
     found = [tuple(array.shape[1:]) for array in outputs]
     said = [tensor.shape[1:] for tensor in signature.outputs]
-    if found != said:
+    if len(found) != len(said) or any(
+        len(one) != len(other) or any(b not in (-1, a) for a, b in zip(one, other, strict=True))
+        for one, other in zip(found, said, strict=True)
+    ):
         raise TargetError(
             f"{signature.name} answers with rows of shape {found} and its bundle says {said}; write the bundle again."
         )
 
 
-def _sample(signature: ModelSignature, rows: int) -> list[np.ndarray]:
+def _sample(signature: ModelSignature, rows: int, length: int = UNIT) -> list[np.ndarray]:
     """Rows of ones: in range for pixels, and an index that the smallest of embeddings knows."""
-    return [np.ones((rows, *tensor.shape[1:]), tensor.dtype) for tensor in signature.inputs]
+    length = min(length, signature.longest or length)
+    return [
+        np.ones((rows, *([length, *t.shape[2:]] if t.free else t.shape[1:])), t.dtype) for t in signature.inputs
+    ]
+
+
+def _shape_of(units: int, longest: int) -> tuple[int, int]:
+    """(rows, length) of a batch with so many units in all: one row up to the usual length, more rows beyond."""
+    usual = min(_USUAL_LENGTH, longest)
+    length = min(units * UNIT, usual)
+    return max(1, units * UNIT // length), length
+
+
+def _padded(array: np.ndarray, rows: list[int], lengths: np.ndarray, longest: int, padding: int) -> np.ndarray:
+    """Rows of unequal lengths as one array, filled up at their ends."""
+    if len(rows) == 1:
+        return array[rows[0] : rows[0] + 1, :longest]
+    found = array[rows, :longest]
+    for k, length in enumerate(lengths):
+        found[k, length:] = padding
+    return found
 
 
 def _tensor(array: np.ndarray, spec: TensorSignature) -> torch.Tensor:

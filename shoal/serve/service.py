@@ -7,11 +7,12 @@ batches go to another, a gateway's open requests are counted as lost and a new g
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 from shoal import bundle
 from shoal.cluster import Cluster
 from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
-from shoal.serve.crew import Crew
+from shoal.serve import hugging_face
+from shoal.serve.fleet import Fleet
 from shoal.serve.gate import GateProcess
 from shoal.serve.messages import (
+    AddModel,
     Drain,
     Drained,
     Limits,
@@ -29,12 +32,9 @@ from shoal.serve.messages import (
     Open,
     Opened,
     Processes,
-    Released,
-    ReplicaDown,
-    ReplicaUp,
 )
-from shoal.serve.replica import ModelSource
-from shoal.serve.slots import Outcome
+from shoal.serve.replica import describe
+from shoal.serve.rollout import Trial
 
 _POLL_S = 0.05
 _OPEN_S = 30.0
@@ -52,6 +52,8 @@ class ServiceOptions:
         replicas: how many for each model; None to find out by measurement.
         host, port: where to listen; port 0 takes a free one.
         drain_s: how long accepted requests may take at the end.
+        cache_mb: by the model's name, how much of its answers to remember, in 10⁶ bytes; "" stands for every other model.
+        cache_ttl_s: for how long.
     """
 
     slo_ms: float = 50.0
@@ -59,6 +61,8 @@ class ServiceOptions:
     host: str = "127.0.0.1"
     port: int = 0
     drain_s: float = 30.0
+    cache_mb: Mapping[str, float] = field(default_factory=dict)
+    cache_ttl_s: float = 300.0
 
     def check(self) -> None:
         """RequestError where a value makes no sense."""
@@ -70,6 +74,15 @@ class ServiceOptions:
             raise RequestError(f"There is no port {self.port}; give 0 for a free one, or 1 to 65535.")
         if not self.drain_s >= 0:
             raise RequestError(f"The time to drain is {self.drain_s:g} s; give 0 or more.")
+        for size in self.cache_mb.values():
+            if not 0 <= size < 1e9:
+                raise RequestError(f"A cache of {size:g} MB cannot be made; give 0 or more.")
+        if not self.cache_ttl_s > 0:
+            raise RequestError(f"Answers are remembered for {self.cache_ttl_s:g} s; give a time above 0.")
+
+    def cache_bytes(self, model: str) -> int:
+        """How much of a model's answers to remember."""
+        return int(1e6 * self.cache_mb.get(model, self.cache_mb.get("", 0.0)))
 
 
 class Service:
@@ -78,14 +91,16 @@ class Service:
     Works as a context manager. The work is done by ``step``, which ``serve`` calls from a thread of its own.
     """
 
-    def __init__(self, models: Mapping[str | None, Path], options: ServiceOptions) -> None:
+    def __init__(self, models: Mapping[str, Path], options: ServiceOptions) -> None:
         options.check()
+        strange = sorted(set(options.cache_mb) - {"", *models})
+        if strange:
+            raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")
         self._options = options
-        cores = Cluster.local().cores
-        self._crews = [Crew(ModelSource(path, name), cores, options.replicas) for name, path in models.items()]
+        self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate: GateProcess | None = None
         self._reserve: GateProcess | None = None
-        self._numbers: dict[str, dict[str, Any]] = {}
         self._told: tuple[Any, ...] = ()
         self._drained = False
         self._opened = False
@@ -101,15 +116,9 @@ class Service:
         host, port = self._listening.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         try:
-            for crew in self._crews:
-                crew.start()
+            self.fleet.start()
             self._gate = GateProcess()
-            for crew in self._crews:
-                crew.load()
-            self._check_names()
-            for crew in self._crews:
-                crew.choose()
-                self._connect(crew)
+            self.fleet.load_all()
             self._open(self._gate)
             self._await_opened()
             self._reserve = GateProcess()
@@ -132,32 +141,18 @@ class Service:
         listening.listen(_BACKLOG)
         return listening
 
-    def _check_names(self) -> None:
-        names = [crew.signature.name for crew in self._crews]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise RequestError(f'Two models are called "{twice[0]}"; give them names, as in NAME=PATH.')
-
-    def _connect(self, crew: Crew) -> None:
-        """Tell the gateway what happens to this crew's replicas."""
-        name = crew.signature.name
-        crew.on_up = lambda rank, wake: self._tell(ReplicaUp(name, rank), (wake,))
-
-        def down(rank: int) -> None:
-            self._tell(ReplicaDown(name, rank))
-
-        crew.on_down = down
-
     def _open(self, gate: GateProcess) -> None:
         limits = Limits(slo_s=self._options.slo_ms / 1e3)
         gate.send(Open(limits, self.url), (self._listening.fileno(),))
-        for crew in self._crews:
-            gate.send(crew.introduction(), (crew.slots.fd, crew.done_fd))
-            for rank, wake in crew.ready():
-                gate.send(ReplicaUp(crew.signature.name, rank), (wake,))
+        self.fleet.open(gate.send)
         self._told = ()
         self._opened = False
         self._heard = time.monotonic()
+
+    def _adapt(self, model: AddModel) -> AddModel:
+        """A model's introduction with what the options say of it."""
+        size = self._options.cache_bytes(model.signature.name)
+        return replace(model, cache_bytes=size, cache_ttl_s=self._options.cache_ttl_s)
 
     def _await_opened(self) -> None:
         until = time.monotonic() + _OPEN_S
@@ -173,8 +168,9 @@ class Service:
 
     def step(self, timeout_s: float = _POLL_S) -> None:
         """Look once at everybody, waiting ``timeout_s`` at the most for something to happen."""
-        for crew in self._crews:
-            crew.poll(timeout_s / len(self._crews))
+        self.fleet.step(timeout_s)
+        while not self._commands.empty():
+            self._commands.get()()
         gate = self._gate
         assert gate is not None
         for message in gate.received():
@@ -187,16 +183,14 @@ class Service:
 
     def _take_in(self, message: Any) -> None:
         self._heard = time.monotonic()
-        if isinstance(message, Released):
-            for crew in self._crews:
-                if crew.signature.name == message.model:
-                    crew.release(message.rank)
-        elif isinstance(message, Numbers):
-            self._numbers = message.models
+        if isinstance(message, Numbers):
+            self.fleet.gateway_numbers = message.models
         elif isinstance(message, Drained):
             self._drained = True
         elif isinstance(message, Opened):
             self._opened = True
+        else:
+            self.fleet.take_in(message)
 
     def _replace_gate(self, dead: GateProcess) -> None:
         self.gateway_deaths += 1
@@ -207,9 +201,7 @@ class Service:
                 f"The gateway died {_MOST_DEATHS} times within {_DEATHS_WITHIN_S:g} s; its messages are above."
             )
         dead.close()
-        for crew in self._crews:
-            crew.slots.count(Outcome.LOST, crew.slots.open_requests())
-            crew.release_all()
+        self.fleet.gateway_died()
         self._gate = self._reserve if self._reserve is not None and self._reserve.alive() else GateProcess()
         self._open(self._gate)
         self._reserve = GateProcess()
@@ -221,7 +213,7 @@ class Service:
     def _tell_processes(self) -> None:
         gate = self._gate
         assert gate is not None
-        state = (gate.pid, *(crew.changes for crew in self._crews))
+        state = (gate.pid, *self.fleet.state)
         if state != self._told:
             self._told = state
             self._tell(Processes(tuple(self.processes())))
@@ -234,28 +226,15 @@ class Service:
             rows.append({"role": "gateway", "rank": 0, "pid": self._gate.pid, "host": host})
         if self._reserve is not None:
             rows.append({"role": "standby", "rank": 0, "pid": self._reserve.pid, "host": host})
-        return rows + [row for crew in self._crews for row in crew.processes()]
+        return rows + self.fleet.processes()
 
     def numbers(self) -> dict[str, dict[str, Any]]:
         """For each model, the counts of outcomes and what its gateway said last (see ``Desk.numbers``)."""
-        found: dict[str, dict[str, Any]] = {}
-        for crew in self._crews:
-            counts = {outcome.name.lower(): int(crew.slots.counts[outcome]) for outcome in Outcome}
-            found[crew.signature.name] = {
-                **self._numbers.get(crew.signature.name, {}),
-                **counts,
-                "replica_deaths": crew.deaths,
-            }
-        return found
+        return self.fleet.numbers()
 
-    @property
-    def models(self) -> list[str]:
-        return [crew.signature.name for crew in self._crews]
-
-    @property
-    def chosen(self) -> dict[str, str]:
-        """For each model, what was tried at the start and what was taken."""
-        return {crew.signature.name: crew.why for crew in self._crews}
+    def command(self, work: Callable[[], None]) -> None:
+        """Have something done by the thread that steps; from any thread."""
+        self._commands.put(work)
 
     # -- ending --------------------------------------------------------------------------------------------------
 
@@ -265,7 +244,7 @@ class Service:
         until = time.monotonic() + self._options.drain_s + 2.0
         while not self._drained and time.monotonic() < until:
             self.step()
-        return self._drained and not any(crew.slots.open_requests() for crew in self._crews)
+        return self._drained and not self.fleet.open_requests()
 
     def close(self) -> None:
         """End everybody at once; safe to call twice."""
@@ -273,9 +252,7 @@ class Service:
             if gate is not None:
                 gate.close()
         self._gate = self._reserve = None
-        for crew in self._crews:
-            crew.close()
-        self._crews = []
+        self.fleet.close()
         self._listening.close()
 
 
@@ -299,7 +276,7 @@ class RunningService:
         if self._error is not None:
             raise self._error
         self.url = service.url
-        self.models = service.models
+        self.models = list(service.fleet.models)
 
     def _run(self) -> None:
         try:
@@ -325,6 +302,61 @@ class RunningService:
         """{role, rank, pid, host} of everybody."""
         return self._service.processes()
 
+    def load(
+        self, name: str, source: str | Path | None = None, *, canary: float | None = None, shadow: bool = False,
+        requests: int = 200, tolerance: float | None = None, slower: float = 1.5, within_s: float = 300.0,
+    ) -> None:  # fmt: skip
+        """Load a new version of a model (or another model) beside what answers, and return when it has the requests.
+
+        Args:
+            name: the model's name.
+            source: its bundle; None for where it came from.
+            canary, shadow, requests, tolerance, slower: how it is tried first, see ``shoal.serve.rollout.Trial``.
+            within_s: seconds after which to stop waiting for it; it goes on all the same.
+
+        Raises:
+            RequestError: it cannot be loaded, was not right, or was rolled back; the old version goes on answering.
+            DeadlineError: it took longer than ``within_s``.
+        """
+        trial = Trial(canary=canary, shadow=shadow, requests=requests, tolerance=tolerance, slower=slower)
+        trial.check()
+        path = None if source is None else _bundle_at(str(source), Path("runs"))
+        self._do(lambda done: self._service.fleet.load(name, path, trial, done), within_s, f"{name} to be loaded")
+
+    def follow(self, name: str, run: str | Path, say: Callable[[str], None] = lambda sentence: None) -> None:
+        """Take each new checkpoint of a run in training, and at last its finished model, as the next version of a model.
+
+        ``say`` is told, from the service's thread, what became of each. TargetError where that cannot be.
+        """
+
+        def begin(done: Callable[[str | None], None]) -> None:
+            self._service.fleet.follow(name, Path(run), say)
+            done(None)
+
+        self._do(begin, 10.0, f"{name} to be followed")
+
+    def unload(self, name: str, within_s: float = 60.0) -> None:
+        """Stop serving a model, after what was accepted; the others go on."""
+        self._do(lambda done: self._service.fleet.unload(name, done), within_s, f"{name} to be unloaded")
+
+    def _do(self, work: Callable[[Callable[[str | None], None]], None], within_s: float, what: str) -> None:
+        """Have the service's thread begin something, and wait until it has ended."""
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def begin() -> None:
+            try:
+                work(lambda trouble: ended.put(None if trouble is None else RequestError(trouble)))
+            except RequestError as error:
+                ended.put(error)
+
+        self._service.command(begin)
+        try:
+            error = ended.get(timeout=within_s)
+        except queue.Empty:
+            raise DeadlineError(f"Waited {within_s:g} s for {what}.") from None
+        if error is not None:
+            raise error
+
     def close(self) -> None:
         """Finish what was accepted and end; safe to call twice."""
         self._stop.set()
@@ -339,7 +371,7 @@ class RunningService:
 
 def serve(
     *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
-    drain_s: float = 30.0,
+    drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
 ) -> RunningService:  # fmt: skip
     """Serve bundles (or run directories) from this process's children; returns when they answer.
 
@@ -349,17 +381,22 @@ def serve(
         replicas: processes for each model; None finds out by measurement.
         host, port: where to listen; port 0 takes a free one.
         drain_s: how long accepted requests may take when the service is closed.
+        cache_mb: how many 10⁶ bytes of each model's answers to remember, or that by the model's name.
+        cache_ttl_s: for how long.
 
     Raises:
         TargetError: a directory that is no bundle, or a bundle that cannot be served.
         RequestError: another argument that makes no sense.
         UserCodeError: the model's own code raised.
     """
-    options = ServiceOptions(slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s)
+    caches = cache_mb if isinstance(cache_mb, Mapping) else {"": cache_mb}
+    options = ServiceOptions(
+        slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s
+    )
     return RunningService(Service(locate([str(b) for b in bundles]), options))
 
 
-def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str | None, Path]:
+def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str, Path]:
     """The bundles that targets name: a bundle, a run directory, or a job's name for its latest finished run under ``runs``.
 
     Raises:
@@ -367,11 +404,11 @@ def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str | None, Pa
     """
     if not targets:
         raise TargetError("There is nothing to serve; give a run directory or a bundle.")
-    found: dict[str | None, Path] = {}
+    found: dict[str, Path] = {}
     for target in targets:
         name, equals, place = target.partition("=")
         path = _bundle_at(place if equals else target, runs)
-        found[name if equals else str(bundle.read_description(path).get("name", path.name))] = path
+        found[name if equals else str(describe(path).get("name", path.name))] = path
     if len(found) < len(targets):
         raise RequestError("Two models have the same name; give them names, as in NAME=PATH.")
     return found
@@ -379,6 +416,8 @@ def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str | None, Pa
 
 def _bundle_at(text: str, runs: Path) -> Path:
     path = Path(text)
+    if hugging_face.is_folder(path):
+        return path.resolve()
     for directory in (path, path / "model"):
         if (directory / bundle.DESCRIPTION).is_file():
             return directory.resolve()

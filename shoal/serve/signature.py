@@ -23,15 +23,26 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 """The protocol's name of a datatype -> how its elements lie in memory. What torch has no type for is not here."""
 
 PLATFORM = "shoal_pytorch"
+UNIT = 8
+"""Rows whose lengths are equal when rounded up to so many places share batches: the less they differ, the less is padding."""
 
 
 @dataclass(frozen=True)
 class TensorSignature:
-    """One tensor: ``shape`` begins with -1 for the batch; -1 elsewhere is a dim of any size."""
+    """One tensor: ``shape`` begins with -1 for the batch; a second -1 is a length that differs from request to request.
+
+    Attributes:
+        longest: the largest such length.
+        padding: what fills up a row that is shorter than others in its batch.
+        absent: what the whole input is where a client leaves it out; None where it may not.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    longest: int | None = None
+    padding: int = 0
+    absent: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -39,11 +50,22 @@ class TensorSignature:
         return DTYPES[self.datatype]
 
     @property
-    def row_bytes(self) -> int | None:
-        """Bytes of one row of the batch; None where another dim is free."""
-        if any(dim < 0 for dim in self.shape[1:]):
+    def free(self) -> bool:
+        """Whether rows have a length of their own."""
+        return len(self.shape) > 1 and self.shape[1] < 0
+
+    @property
+    def row_shape(self) -> tuple[int, ...] | None:
+        """The shape of the longest row; None where another dim than the second is free, or nobody says how long it may be."""
+        if not self.shape or any(dim < 0 for dim in self.shape[2:]) or (self.free and self.longest is None):
             return None
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+        return (self.longest or 0, *self.shape[2:]) if self.free else self.shape[1:]
+
+    @property
+    def row_bytes(self) -> int | None:
+        """Bytes of the longest row of the batch; None where that is not known."""
+        shape = self.row_shape
+        return None if shape is None else math.prod(shape) * self.dtype.itemsize
 
     def metadata(self) -> dict[str, Any]:
         """As the protocol describes it."""
@@ -52,13 +74,31 @@ class TensorSignature:
 
 @dataclass(frozen=True)
 class ModelSignature:
-    """A model as clients see it. ``labels``: names of the classes, or None."""
+    """A model as clients see it. ``labels``: names of the classes, or None.
+
+    ``masked``: an input says which places of a row are padding, so rows of unequal lengths may share a batch.
+    """
 
     name: str
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
     labels: tuple[str, ...] | None = None
     version: str = "1"
+    masked: bool = False
+
+    @property
+    def longest(self) -> int | None:
+        """The largest length of a row; None where all rows are of one shape."""
+        lengths = [t.longest for t in (*self.inputs, *self.outputs) if t.free and t.longest is not None]
+        return min(lengths) if lengths else None
+
+    def units(self, length: int) -> int:
+        """How much work a row of a length is, in units of ``UNIT`` places; 1 where all rows are of one shape."""
+        return max(1, -(-length // UNIT))
+
+    def key(self, length: int) -> int:
+        """Rows whose keys are equal may share a batch."""
+        return self.units(length) if self.masked else length
 
     @classmethod
     def from_description(cls, name: str, description: Mapping[str, Any]) -> ModelSignature:
@@ -69,6 +109,7 @@ class ModelSignature:
             _tensors(name, description.get("inputs") or ()),
             _tensors(name, description.get("outputs") or ()),
             tuple(str(label) for label in labels) if labels else None,
+            masked=description.get("mask") is not None,
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -84,7 +125,12 @@ def _tensors(model: str, described: Iterable[Mapping[str, Any]]) -> tuple[Tensor
     found = []
     for entry in described:
         try:
-            tensor = TensorSignature(str(entry["name"]), str(entry["dtype"]), tuple(int(dim) for dim in entry["shape"]))
+            longest, absent = entry.get("longest"), entry.get("absent")
+            tensor = TensorSignature(
+                str(entry["name"]), str(entry["dtype"]), tuple(int(dim) for dim in entry["shape"]),
+                None if longest is None else int(longest), int(entry.get("padding", 0)),
+                None if absent is None else int(absent),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError):
             raise TargetError(
                 f"The bundle {model} describes a tensor without name, dtype or shape; write it again."

@@ -74,7 +74,7 @@ class SlotLayout:
 
     @property
     def size(self) -> int:
-        return self._rings_at + self.rings * self.ring.itemsize + self.slots * self._slot_bytes
+        return self._rings_at + self.rings * self.ring.itemsize + _up(4 * self.slots) + self.slots * self._slot_bytes
 
     _rings_at = 4096
 
@@ -91,7 +91,10 @@ def row_bytes(tensor: TensorSignature) -> int:
 
 
 class Slots:
-    """The mapped memory: ``inputs[k]`` and ``outputs[k]`` are arrays over all slots, ``[slots, *row shape]``."""
+    """The mapped memory: ``inputs[k]`` and ``outputs[k]`` are arrays over all slots, ``[slots, *shape of the longest row]``.
+
+    ``lengths``: of each slot the length of its row, 0 where all rows are of one shape.
+    """
 
     def __init__(self, fd: int, layout: SlotLayout) -> None:
         self.fd = fd
@@ -103,6 +106,8 @@ class Slots:
         size = layout.rings * layout.ring.itemsize
         self.rings = [Ring(raw[at + k * layout.ring.itemsize :], layout) for k in range(layout.rings)]
         at += size
+        self.lengths = raw[at : at + 4 * layout.slots].view(np.int32)
+        at += _up(4 * layout.slots)
         self.inputs: list[np.ndarray] = []
         self.outputs: list[np.ndarray] = []
         for tensors, arrays in ((layout.inputs, self.inputs), (layout.outputs, self.outputs)):
@@ -200,7 +205,8 @@ def drain(fd: int) -> None:
 
 def _rows(block: np.ndarray, tensor: TensorSignature, stride: int) -> np.ndarray:
     """See ``[slots, bytes]`` as ``[slots, *row shape]`` of the tensor's own type; rows are a stride apart."""
-    shape = tensor.shape[1:]
+    shape = tensor.row_shape
+    assert shape is not None, f"{tensor.name} has no fixed size"
     inner = np.empty((1, *shape), tensor.dtype).strides[1:]
     flat = np.ndarray(
         (block.shape[0], *shape), tensor.dtype, buffer=block.base, offset=_offset(block), strides=(stride, *inner)

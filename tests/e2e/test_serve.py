@@ -301,3 +301,33 @@ def _until(true: Any) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class TestCache:
+    def test_hits_and_company(self, odd: Path) -> None:
+        with shoal.serve(odd, slo_ms=_DEADLINE_S * 1e3, replicas=2, cache_mb={"odd": 1}) as service:
+            rows = _rows(1, seed=7)
+            first = _infer(service.url, rows)
+            assert [_infer(service.url, rows) for _ in range(3)] == [first] * 3
+            slow = _rows(1)
+            slow[0, 0, 0] = 253
+            with concurrent.futures.ThreadPoolExecutor(6) as pool:
+                same = list(pool.map(lambda _: _infer(service.url, slow), range(6)))
+            assert all(answer == same[0] and answer[0] == 200 for answer in same)
+            raising = _rows(1)
+            raising[0, 0, 0] = 255
+            assert [_infer(service.url, raising)[0] for _ in range(2)] == [500, 500], "failures are not remembered"
+            (statistics,) = _get(service.url + "/v2/models/odd/stats")["model_stats"]
+            counts, times = statistics["shoal"], statistics["inference_stats"]
+            assert _balanced(counts) and counts["answered"] == 10 and counts["failed"] == 2
+            assert counts["cache"]["hits"] == 8 == times["cache_hit"]["count"]
+            assert counts["rows"] == 4 and times["cache_miss"]["count"] == 4
+            # A new version remembers nothing of the old one.
+            service.load("odd")
+            assert _get(service.url + "/v2/models/odd/stats")["model_stats"][-1]["shoal"]["cache"]["entries"] == 0
+
+    def test_bad_sizes(self, odd: Path) -> None:
+        with pytest.raises(RequestError, match="which is not served"):
+            shoal.serve(odd, cache_mb={"even": 1})
+        with pytest.raises(RequestError, match="-1 MB"):
+            shoal.serve(odd, cache_mb=-1)

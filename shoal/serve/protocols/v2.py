@@ -47,7 +47,12 @@ class _Request(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
+class _Asked(msgspec.Struct):
+    parameters: dict[str, Any] = {}
+
+
 _DECODER = msgspec.json.Decoder(_Request)
+_ASKED = msgspec.json.Decoder(_Asked)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class InferRequest:
         wanted: (output, whether in binary) in the order in which to answer.
         timeout_s: seconds from its arrival, or None.
         priority: higher goes first; the client's, where 1 is the most urgent, with its sign turned.
+        length: of its rows, where those have one of their own.
+        uncached: has to be computed, whatever is remembered.
     """
 
     id: str
@@ -69,6 +76,8 @@ class InferRequest:
     wanted: tuple[tuple[str, bool], ...]
     timeout_s: float | None
     priority: int
+    length: int = 0
+    uncached: bool = False
 
 
 def decode(
@@ -94,7 +103,22 @@ def decode(
         raise Refusal(400, "The request has no rows.")
     if count > max_rows:
         raise Refusal(413, f"The request has {count} rows and at most {max_rows} fit in one; send several.")
-    return InferRequest(request.id, inputs, count, _wanted(signature, request), *_urgency(request.parameters))
+    wanted, (timeout_s, priority) = _wanted(signature, request), _urgency(request.parameters)
+    return InferRequest(request.id, inputs, count, wanted, timeout_s, priority, length_of(signature, inputs))
+
+
+def length_of(signature: ModelSignature, inputs: Sequence[np.ndarray]) -> int:
+    """The length that all inputs with a free length have, 0 where there are none. Refusal where they differ or are too long."""
+    longest = signature.longest
+    lengths = {array.shape[1] for spec, array in zip(signature.inputs, inputs, strict=True) if spec.free}
+    if not lengths or longest is None:
+        return 0
+    if len(lengths) > 1:
+        raise Refusal(400, f"The inputs have unequal lengths ({', '.join(map(str, sorted(lengths)))}).")
+    (length,) = lengths
+    if not 0 < length <= longest:
+        raise Refusal(400, f"The rows are {length} long; {signature.name} takes 1 to {longest}.")
+    return length
 
 
 def encode(signature: ModelSignature, request: InferRequest, outputs: Sequence[np.ndarray]) -> tuple[bytes, int | None]:
@@ -118,6 +142,16 @@ def encode(signature: ModelSignature, request: InferRequest, outputs: Sequence[n
     answer = {"model_name": signature.name, "model_version": signature.version, "id": request.id, "outputs": described}
     header = msgspec.json.encode(answer if request.id else {key: value for key, value in answer.items() if key != "id"})
     return (b"".join([header, *raws]), len(header)) if raws else (header, None)
+
+
+def decode_parameters(body: bytes) -> dict[str, Any]:
+    """The ``parameters`` of a request to the model repository; none where the body is empty."""
+    if not body:
+        return {}
+    try:
+        return _ASKED.decode(body).parameters
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refusal(400, 'The body is not {"parameters": {...}} in JSON.') from None
 
 
 def error_body(sentence: str) -> bytes:
@@ -169,9 +203,21 @@ def _inputs(signature: ModelSignature, given: Sequence[_Input], binary: memoryvi
     if at != len(binary):
         raise Refusal(400, f"{len(binary)} bytes follow the header and the inputs account for {at}.")
     missing = [name for name in specs if name not in found]
+    for name in [name for name in missing if specs[name].absent is not None and found]:
+        missing.remove(name)
+        found[name] = _left_out(specs[name], found, specs)
     if missing:
         raise Refusal(400, f"The input {missing[0]} is missing.")
     return tuple(found[name] for name in specs)
+
+
+def _left_out(
+    spec: TensorSignature, found: dict[str, np.ndarray], specs: dict[str, TensorSignature]
+) -> np.ndarray:
+    """What an input is that a client may leave out: the same number everywhere, in the shape of the others."""
+    like = next((array for name, array in found.items() if specs[name].free), next(iter(found.values())))
+    shape = (len(like), *(like.shape[1:2] if spec.free else ()), *spec.shape[2 if spec.free else 1 :])
+    return np.full(shape, spec.absent, spec.dtype)
 
 
 def _check_shape(spec: TensorSignature, entry: _Input) -> int:
