@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -16,11 +16,8 @@ from shoal.cli.options import JsonFlag, at_least_one
 from shoal.observe.lines import rate
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from shoal.serve.offline import Batch
     from shoal.serve.predict import Prediction, Progress, Sink, Summary
-    from shoal.serve.tables.answers import JsonLines
+    from shoal.serve.tables.answers import Answers, JsonLines
 
 _Bundle = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="A run directory, a bundle, or a job's name for its latest run.")
@@ -29,7 +26,7 @@ _Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A .csv, .jsonl, .npy, .npz, .safetensors or .pt file, a folder of pictures, or cifar10.",
+        help="A .csv, .jsonl, .txt, .npy, .npz, .safetensors or .pt file, a folder of pictures, or cifar10.",
     ),
 ]
 _Out = Annotated[
@@ -114,8 +111,8 @@ class _Collected:
         self._lines = lines
         self.rows: list[dict[str, Any]] = []
 
-    def put(self, batch: Batch, outputs: Sequence[np.ndarray]) -> None:
-        self.rows += self._lines.objects(outputs, batch.files)
+    def put(self, answers: Answers, mark: str | None) -> None:
+        self.rows += self._lines.objects(answers)
 
     def settle(self) -> None:
         return
@@ -128,8 +125,8 @@ class _Printed:
         self._lines = lines
         self._stream = stream
 
-    def put(self, batch: Batch, outputs: Sequence[np.ndarray]) -> None:
-        self._stream.write(self._lines.encode(outputs, batch.files).decode())
+    def put(self, answers: Answers, mark: str | None) -> None:
+        self._stream.write(self._lines.encode(answers).decode())
         self._stream.flush()
 
     def settle(self) -> None:
@@ -157,7 +154,7 @@ def _described(summary: Summary) -> dict[str, Any]:
 def _sentence(summary: Summary) -> str:
     before = f" ({summary.rows - summary.new:,} of them before)" if summary.new < summary.rows else ""
     return (
-        f"{summary.rows:,} rows{before}, {rate(summary.samples_per_s)} rows/s in batches of {summary.batch_size} "
+        f"{summary.rows:,} rows{before}, {rate(summary.samples_per_s)} rows/s in batches of up to {summary.batch_size} "
         f"({summary.why})"
     )
 

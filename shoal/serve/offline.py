@@ -11,7 +11,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,19 +30,64 @@ _MOST_DEATHS = 3
 
 
 @dataclass(eq=False)
-class Batch:
-    """Rows that are computed together. ``first``: the number of the first row; ``mark``: the data's behind the last."""
+class Window:
+    """Rows that follow each other: read together, delivered together.
+
+    Attributes:
+        first: the number of the first row, from 0.
+        slots: of each row.
+        mark: the data's behind the last row; None where not all rows that were read together are here.
+        files: the file that each row is, where they are files.
+        lengths: of each row, where they have one of their own.
+        left: rows that are not computed yet.
+        failures: place of a row -> why it cannot be answered.
+    """
 
     first: int
     slots: list[int]
     mark: str | None
     files: list[str] | None
-    done: bool = False
-    failure: str | None = None
+    lengths: np.ndarray | None
+    left: int
+    failures: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+
+    def before(self, place: int) -> Window:
+        """The rows before one of them."""
+        return Window(
+            self.first, self.slots[:place], None, self.files and self.files[:place],
+            None if self.lengths is None else self.lengths[:place], 0,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Batch:
+    """Rows of a window, by their places in it, that are computed together."""
+
+    window: Window
+    places: list[int]
     deaths: int = 0
 
+    @property
+    def slots(self) -> list[int]:
+        return [self.window.slots[place] for place in self.places]
 
-Deliver = Callable[[Batch, Sequence[np.ndarray]], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How rows are put together.
+
+    Attributes:
+        window: rows that are read together.
+        batch: rows that are computed together, at the most.
+        units: how much work a batch may be, see ``ModelSignature.units``; one row may be more.
+    """
+
+    window: int
+    batch: int
+    units: int
+
+
+Deliver = Callable[[Window, Sequence[np.ndarray]], None]
 
 
 @dataclass
@@ -59,21 +104,21 @@ class Conveyor:
     Args:
         crew: started, its way of sharing the cores chosen. Its events come here from now on.
         rows: what to answer, from where it stands.
-        batch: rows in a batch, at most the crew's ``layout.max_batch``.
+        pace: how they are put together; at most the crew's ``layout.max_batch`` in a batch, its ``layout.slots`` in a window.
         until: the number of the row to stop before, or None for the end of the data.
-        deliver: gets each batch with its outputs, in the order of the rows.
+        deliver: gets each window with its outputs, in the order of the rows; an output whose rows have lengths is padded.
     """
 
-    def __init__(self, crew: Crew, rows: Rows, batch: int, until: int | None, deliver: Deliver) -> None:
+    def __init__(self, crew: Crew, rows: Rows, pace: Pace, until: int | None, deliver: Deliver) -> None:
         self._crew = crew
         self._slots = crew.slots
         self._rows = rows
-        self._batch = batch
+        self._pace = pace
         self._until = until
         self._deliver = deliver
         self._free = list(range(crew.layout.slots))[::-1]
-        self._order: deque[Batch] = deque()
-        self._again: deque[Batch] = deque()
+        self._order: deque[Window] = deque()
+        self._ready: deque[Batch] = deque()
         self._replicas = {rank: _Replica(rank, wake) for rank, wake in crew.ready()}
         self._fallen: list[int] = []
         self._ended = False
@@ -111,19 +156,19 @@ class Conveyor:
         for replica in self._replicas.values():
             if not replica.up or len(replica.batches) >= self._ahead:
                 continue
-            batch = self._again.popleft() if self._again else self._read()
-            if batch is None:
+            if not self._ready and not self._read():
                 break
+            batch = self._ready.popleft()
             replica.batches.append((self._slots.rings[replica.rank].post(batch.slots), batch))
             os.eventfd_write(replica.wake, 1)
             posted = True
         return posted
 
-    def _read(self) -> Batch | None:
-        """The next rows, laid into slots; None where there are none, or no room for them."""
-        most = self._batch if self._until is None else min(self._batch, self._until - self._rows.at)
+    def _read(self) -> bool:
+        """Lay the next rows into slots; False where there are none, or no room for them."""
+        most = self._pace.window if self._until is None else min(self._pace.window, self._until - self._rows.at)
         if self._ended or len(self._free) < most:
-            return None
+            return False
         first = self._rows.at
         try:
             inputs = self._rows.read(most) if most else None
@@ -133,13 +178,33 @@ class Conveyor:
             inputs = None
         if inputs is None:
             self._ended = True
-            return None
-        taken = [self._free.pop() for _ in range(len(inputs[0]))]
-        for place, values in zip(self._slots.inputs, inputs, strict=True):
-            place[taken] = values
-        batch = Batch(first, taken, self._rows.mark, self._rows.files())
-        self._order.append(batch)
-        return batch
+            return False
+        count, lengths = len(inputs[0]), self._rows.lengths()
+        window = Window(
+            first, [self._free.pop() for _ in range(count)], self._rows.mark, self._rows.files(), lengths, count
+        )
+        for spec, place, values in zip(self._crew.signature.inputs, self._slots.inputs, inputs, strict=True):
+            where = place[:, : values.shape[1]] if spec.free else place
+            where[window.slots] = values
+        self._slots.lengths[window.slots] = 0 if lengths is None else lengths
+        self._order.append(window)
+        self._ready.extend(self._batches(window))
+        return True
+
+    def _batches(self, window: Window) -> Iterator[Batch]:
+        """The rows of a window, those of equal length (or nearly so, where padding is masked) together, the longest first."""
+        if window.lengths is None:
+            yield Batch(window, list(range(len(window.slots))))
+            return
+        signature = self._crew.signature
+        groups: dict[int, list[int]] = {}
+        for place, length in enumerate(window.lengths.tolist()):
+            groups.setdefault(signature.key(length), []).append(place)
+        for _, places in sorted(groups.items(), reverse=True):
+            units = signature.units(int(window.lengths[places[0]]))
+            size = min(self._pace.batch, max(1, self._pace.units // units))
+            for at in range(0, len(places), size):
+                yield Batch(window, places[at : at + size])
 
     # -- taking back ---------------------------------------------------------------------------------------------
 
@@ -155,12 +220,15 @@ class Conveyor:
         return True
 
     def _deliver_next(self) -> None:
-        while self._order and self._order[0].done:
-            batch = self._order[0]
-            if batch.failure is not None:
-                raise JobFailed(self._sentence(batch, batch.failure))
-            self._deliver(batch, [array[batch.slots] for array in self._slots.outputs])
-            self._free.extend(batch.slots)
+        while self._order and not self._order[0].left:
+            window = self._order[0]
+            bad = min(window.failures, default=None)
+            whole = window if bad is None else window.before(bad)
+            if whole.slots:
+                self._deliver(whole, [array[whole.slots] for array in self._slots.outputs])
+            if bad is not None:
+                raise JobFailed(self._sentence(window, *window.failures[bad]))
+            self._free.extend(window.slots)
             self._order.popleft()
 
     def _collect_from(self, replica: _Replica) -> None:
@@ -169,29 +237,24 @@ class Conveyor:
             number, batch = replica.batches.popleft()
             took_s, failure = ring.result(number)
             self._ahead = RING_ENTRIES if took_s < _SHORT_BATCH_S else 2
-            if failure is not None and len(batch.slots) > 1:
-                self._take_apart(batch)
+            if failure is not None and len(batch.places) > 1:
+                # Run one by one, to name the row over which the model raises.
+                self._ready.extendleft(Batch(batch.window, [place]) for place in reversed(batch.places))
             else:
-                batch.done, batch.failure = True, failure
+                self._done(batch, failure)
 
-    def _take_apart(self, batch: Batch) -> None:
-        """The model raised over a batch: run its rows one by one, to name the one over which it raises."""
-        singles = [
-            Batch(batch.first + k, [slot], None, None if batch.files is None else [batch.files[k]])
-            for k, slot in enumerate(batch.slots)
-        ]
-        singles[-1].mark = batch.mark
-        at = self._order.index(batch)
-        del self._order[at]
-        for k, single in enumerate(singles):
-            self._order.insert(at + k, single)
-        self._again.extend(singles)
+    @staticmethod
+    def _done(batch: Batch, failure: str | None) -> None:
+        batch.window.left -= len(batch.places)
+        if failure is not None:
+            first, last = min(batch.places), max(batch.places)
+            batch.window.failures[first] = (failure, first, last)
 
-    def _sentence(self, batch: Batch, failure: str) -> str:
-        where = self._rows.where(batch.first, len(batch.slots))
-        if batch.files is not None and len(batch.files) == 1:
-            where += f" ({batch.files[0]})"
-        what = "that row" if len(batch.slots) == 1 else "the row that does it"
+    def _sentence(self, window: Window, failure: str, first: int, last: int) -> str:
+        where = self._rows.where(window.first + first, last - first + 1)
+        if window.files is not None and first == last:
+            where += f" ({window.files[first]})"
+        what = "that row" if first == last else "the row that does it"
         failure = failure[:1].lower() + failure[1:].rstrip(".")
         return f"{where[:1].upper()}{where[1:]}: {failure}; leave {what} out, or mend the model."
 
@@ -229,10 +292,9 @@ class Conveyor:
             suspect = unfinished[0]
             suspect.deaths += 1
             if suspect.deaths >= _MOST_DEATHS:
-                suspect.done = True
-                suspect.failure = f"the model's process died each of {suspect.deaths} times."
-                unfinished = unfinished[1:]
-        self._again.extendleft(reversed(unfinished))
+                self._done(suspect, f"the model's process died each of {suspect.deaths} times")
+                del unfinished[0]
+        self._ready.extendleft(reversed(unfinished))
         self._slots.rings[replica.rank].reset()
         drain(replica.wake)
         self._deliver_next()

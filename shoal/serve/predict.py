@@ -12,23 +12,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoal import bundle as bundles
 from shoal.cluster import Cluster
 from shoal.errors import RequestError
 from shoal.serve.crew import Crew
 from shoal.serve.latency import LatencyModel
-from shoal.serve.offline import Batch, Conveyor
-from shoal.serve.replica import ModelSource
+from shoal.serve.offline import Conveyor, Pace, Window
+from shoal.serve.replica import ModelSource, can_be_served, describe
 from shoal.serve.service import locate
 from shoal.serve.signature import ModelSignature
-from shoal.serve.tables.answers import FORMATS, Format, suffix_of
+from shoal.serve.slots import SlotLayout
+from shoal.serve.tables.answers import Answers, Format, format_of, suffix_of, trimmed
 from shoal.serve.tables.opened import open_rows
 from shoal.serve.tables.part import PartFile
-from shoal.serve.tables.rows import Rows, check_fixed, floats
+from shoal.serve.tables.rows import Rows, floats
+from shoal.serve.tables.text import Encode
 
 _TELL_EVERY_S = 0.1
 # A replica that has had the same batch for 30 s is taken for hung; a batch must be well below that.
 _LONGEST_BATCH_S = 10.0
+_WINDOW = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +99,8 @@ class Summary:
 class Sink(Protocol):
     """Where answers go, in order."""
 
-    def put(self, batch: Batch, outputs: Sequence[np.ndarray]) -> None:
-        """Take the answers of a batch: an array for each output, in the signature's order."""
+    def put(self, answers: Answers, mark: str | None) -> None:
+        """Take the next answers; ``mark``: the data's behind them, see ``PartFile.append``."""
         ...
 
     def settle(self) -> None:
@@ -111,18 +113,23 @@ class Kept:
 
     def __init__(self, signature: ModelSignature) -> None:
         self._outputs = signature.outputs
-        self._parts: list[list[np.ndarray]] = []
+        self._parts: list[list[Any]] = []
 
-    def put(self, batch: Batch, outputs: Sequence[np.ndarray]) -> None:
-        self._parts.append([floats(array, spec) for array, spec in zip(outputs, self._outputs, strict=True)])
+    def put(self, answers: Answers, mark: str | None) -> None:
+        readable = [floats(array, spec) for array, spec in zip(answers.outputs, self._outputs, strict=True)]
+        self._parts.append(
+            [trimmed(a, answers.lengths) if spec.free else a for a, spec in zip(readable, self._outputs, strict=True)]
+        )
 
     def settle(self) -> None:
         return
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All answers; BF16 as float32."""
-        columns = [np.concatenate(parts) for parts in zip(*self._parts, strict=True)]
-        return {spec.name: column for spec, column in zip(self._outputs, columns, strict=True)}
+    def arrays(self) -> dict[str, Any]:
+        """All answers, BF16 as float32: an array for each output; a list of arrays for one whose rows have lengths."""
+        return {
+            spec.name: [row for part in parts for row in part] if spec.free else np.concatenate(parts)
+            for spec, parts in zip(self._outputs, zip(*self._parts, strict=True), strict=True)
+        }
 
 
 class Filed:
@@ -132,10 +139,10 @@ class Filed:
         self._part = part
         self._format = form
 
-    def put(self, batch: Batch, outputs: Sequence[np.ndarray]) -> None:
+    def put(self, answers: Answers, mark: str | None) -> None:
         if self._part.is_empty:
             self._part.append(self._format.head(), 0, None)
-        self._part.append(self._format.encode(outputs, batch.files), len(batch.slots), batch.mark)
+        self._part.append(self._format.encode(answers), len(answers.outputs[0]), mark)
 
     def settle(self) -> None:
         self._part.commit()
@@ -164,9 +171,9 @@ class Prediction:
         suffix = None if out is None else suffix_of(out)
         if out is not None and isinstance(data, (str, os.PathLike)) and out.resolve() == Path(data).resolve():
             raise RequestError(f"{out} is the data itself; give another --out.")
-        description = bundles.read_description(path)
-        self.signature = ModelSignature.from_description(name or path.name, description)
-        check_fixed((*self.signature.inputs, *self.signature.outputs), self.signature.name)
+        description = describe(path)
+        self.signature = ModelSignature.from_description(name, description)
+        can_be_served(self.signature)
         self._options = options
         self._closed = False
         self.part: PartFile | None = None
@@ -174,9 +181,10 @@ class Prediction:
         # The template imports torch while the data is looked at.
         self._crew.start()
         try:
-            self.rows: Rows = open_rows(data, self.signature.inputs, out is not None, say)
+            encode = _encoder(description.get("tokenizer"), self.signature)
+            self.rows: Rows = open_rows(data, self.signature.inputs, out is not None, say, encode)
             if out is not None and suffix is not None:
-                self.format = FORMATS[suffix](self.signature, self.rows.files() is not None)
+                self.format = format_of(suffix, self.signature, self.rows.files() is not None)
                 self.part = PartFile(out, self._origin(path), options.fresh)
                 self._go_on(self.part)
         except BaseException:
@@ -218,21 +226,21 @@ class Prediction:
         crew = self._crew
         crew.load()
         crew.choose()
-        size = choose_batch(crew.measured_s, crew.layout.max_batch, self._options.batch_size)
+        pace = choose_pace(crew.measured_s, crew.layout, self.signature, self._options.batch_size)
         replicas = len(crew.ready())
         teller = _Teller(self, watch)
 
-        def deliver(batch: Batch, outputs: Sequence[np.ndarray]) -> None:
-            sink.put(batch, outputs)
-            teller.count(len(batch.slots))
+        def deliver(window: Window, outputs: Sequence[np.ndarray]) -> None:
+            sink.put(Answers(outputs, window.files, window.lengths), window.mark)
+            teller.count(len(window.slots))
 
-        conveyor = Conveyor(crew, self.rows, size, self._options.limit, deliver)
+        conveyor = Conveyor(crew, self.rows, pace, self._options.limit, deliver)
         try:
             conveyor.run(teller.tell)
         finally:
             sink.settle()
         return Summary(
-            rows=teller.rows, new=teller.new, samples_per_s=teller.progress().rows_per_s, batch_size=size,
+            rows=teller.rows, new=teller.new, samples_per_s=teller.progress().rows_per_s, batch_size=pace.batch,
             replicas=replicas, replica_deaths=crew.deaths, why=crew.why,
         )  # fmt: skip
 
@@ -278,38 +286,66 @@ class _Teller:
             self._watch(self.progress())
 
 
-def choose_batch(measured_s: Mapping[int, float], most: int, wanted: int | None) -> int:
-    """Return how many rows to compute together.
+def choose_pace(
+    measured_s: Mapping[int, float], layout: SlotLayout, signature: ModelSignature, wanted: int | None
+) -> Pace:
+    """Return how rows are put together.
 
     Args:
-        measured_s: seconds for a batch, by its size.
-        most: the largest batch that a replica takes.
-        wanted: what was asked for; None for what is cheapest.
+        measured_s: seconds for a batch by its size, in rows, or units where rows have lengths.
+        layout: how many rows a replica and the memory take.
+        signature: of the model.
+        wanted: how many rows to compute together; None for what is cheapest.
 
     Raises RequestError where what was asked for is too much.
     """
-    latency = LatencyModel.from_measured(measured_s)
-    if wanted is None:
-        return latency.cheapest_batch(most)
-    if wanted > most:
+    latency, most = LatencyModel.from_measured(measured_s), layout.max_batch
+    if wanted is not None and wanted > most:
         raise RequestError(f"A batch of {wanted:,} rows is more than a replica takes; give at most {most}.")
-    took_s = latency.predict(wanted)
-    if wanted > 1 and took_s > _LONGEST_BATCH_S:
-        raise RequestError(f"A batch of {wanted} rows would take {took_s:.0f} s; give a smaller one.")
-    return wanted
+    if signature.longest is not None:
+        units = wanted * signature.units(signature.longest) if wanted else latency.cheapest_batch(max(measured_s))
+        # Long enough to find rows of a length; room for the next one while this one is computed.
+        return Pace(window=min(_WINDOW, layout.slots // 2), batch=wanted or most, units=units)
+    size = wanted or latency.cheapest_batch(most)
+    took_s = latency.predict(size)
+    if size > 1 and took_s > _LONGEST_BATCH_S:
+        raise RequestError(f"A batch of {size} rows would take {took_s:.0f} s; give a smaller --batch-size.")
+    return Pace(window=size, batch=size, units=size)
+
+
+def _encoder(tokenizer: Any, signature: ModelSignature) -> Encode | None:
+    """What makes texts to rows; None for a model without a tokenizer."""
+    if tokenizer is None or signature.longest is None:
+        return None
+    try:
+        from shoal.serve.protocols.embeddings import TextEncoder
+
+        encoder = TextEncoder(str(tokenizer), signature)
+    except ImportError:
+        raise RequestError('Texts need tokenizers; install it with "pip install shoal[text]".') from None
+    # The library has one kind of error for all files that are none of its own.
+    except Exception as error:
+        raise RequestError(f"The tokenizer of {signature.name} cannot be read ({error}); fetch the model again.") from None
+
+    def encode(text: str) -> tuple[np.ndarray, ...]:
+        (tokens,) = encoder.tokens([text])
+        return tuple(array[0] for array in encoder.request(tokens).inputs)
+
+    return encode
 
 
 def predict(
     bundle: str | Path, data: Any, out: str | Path | None = None, *, replicas: int | None = None,
     batch_size: int | None = None, limit: int | None = None, fresh: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> dict[str, np.ndarray] | Path:  # fmt: skip
+) -> dict[str, Any] | Path:  # fmt: skip
     """Answer a whole data set with a finished model, in parallel.
 
     Args:
         bundle: a bundle, a run directory, or a job's name for its latest run.
-        data: a path (``.csv``, ``.jsonl``, ``.npy``, ``.npz``, ``.safetensors``, ``.pt``, a folder of pictures), "cifar10", an
-            array or tensor, a mapping of them by the inputs' names, or a data set as ``shoal.Job`` takes it.
+        data: a path (``.csv``, ``.jsonl``, ``.txt``, ``.npy``, ``.npz``, ``.safetensors``, ``.pt``, a folder of pictures),
+            "cifar10", an array or tensor, a mapping of them by the inputs' names, a data set as ``shoal.Job`` takes it, or a
+            list of texts.
         out: a file for the answers (``.jsonl``, ``.csv``, ``.npz``, ``.safetensors``). A call that was interrupted or killed goes
             on where it was when it is made again.
         replicas, batch_size: None finds out by measurement.
@@ -318,7 +354,8 @@ def predict(
         on_progress: is told how far it is, about ten times a second.
 
     Returns:
-        The path of ``out``; without it the answers: the name of each output -> an array with as many rows as the data.
+        The path of ``out``; without it the answers: the name of each output -> an array with as many rows as the data
+        (a list of arrays where each is as long as its row).
 
     Raises:
         RequestError: an argument, the data (``DataError``) or the bundle (``TargetError``) makes no sense.

@@ -26,10 +26,10 @@ from shoal.cli.main import main
 from shoal.cluster import Cluster
 from shoal.errors import DataError, JobFailed, RequestError
 from shoal.serve.crew import Crew
-from shoal.serve.offline import Batch, Conveyor
-from shoal.serve.predict import Filed, Kept
+from shoal.serve.offline import Conveyor, Pace, Window
+from shoal.serve.predict import Filed, Kept, Sink
 from shoal.serve.replica import ModelSource
-from shoal.serve.tables.answers import FORMATS
+from shoal.serve.tables.answers import Answers, format_of
 from shoal.serve.tables.opened import open_rows
 from shoal.serve.tables.part import PartFile
 
@@ -98,10 +98,18 @@ def _read(path: Path) -> np.ndarray:
     return np.array([json.loads(line)["output"] for line in path.read_text().splitlines()], "f4")
 
 
+def _pace(batch: int) -> Pace:
+    return Pace(window=batch, batch=batch, units=batch)
+
+
+def _into(sink: Sink) -> Any:
+    return lambda window, outputs: sink.put(Answers(outputs, window.files, window.lengths), window.mark)
+
+
 def _carry(crew: Crew, data: Any, batch: int, watch: Any = lambda: None, until: int | None = None) -> np.ndarray:
     kept = Kept(crew.signature)
     rows = open_rows(data, crew.signature.inputs, False, lambda line: None)
-    Conveyor(crew, rows, batch, until, kept.put).run(watch)
+    Conveyor(crew, rows, _pace(batch), until, _into(kept)).run(watch)
     rows.close()
     return kept.arrays()["output"]
 
@@ -119,9 +127,9 @@ class TestConveyor:
     ) -> None:
         rows = _rows(301)
         data = open_rows(_write(tmp_path / f"x{source}", rows), crew.signature.inputs, True, lambda line: None)
-        form, out = FORMATS[target](crew.signature, False), tmp_path / f"y{target}"
+        form, out = format_of(target, crew.signature, False), tmp_path / f"y{target}"
         part = PartFile(out, {}, fresh=False)
-        Conveyor(crew, data, 7, None, Filed(part, form).put).run(lambda: None)
+        Conveyor(crew, data, _pace(7), None, _into(Filed(part, form))).run(lambda: None)
         part.finish(form)
         data.close()
         np.testing.assert_allclose(_read(out), _right(odd, rows), **_TOLERANCE)
@@ -177,11 +185,11 @@ class TestConveyor:
 
     @staticmethod
     def _run(crew: Crew, rows: np.ndarray, delivered: list[int]) -> None:
-        def note(batch: Batch, outputs: Sequence[np.ndarray]) -> None:
-            delivered.extend(range(batch.first, batch.first + len(outputs[0])))
+        def note(window: Window, outputs: Sequence[np.ndarray]) -> None:
+            delivered.extend(range(window.first, window.first + len(outputs[0])))
 
         data = open_rows(rows, crew.signature.inputs, False, lambda line: None)
-        Conveyor(crew, data, 4, None, note).run(lambda: None)
+        Conveyor(crew, data, _pace(4), None, note).run(lambda: None)
 
 
 def _settled(crew: Crew, deaths: int) -> None:

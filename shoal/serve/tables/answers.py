@@ -7,6 +7,7 @@ import io
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,16 +29,31 @@ _SAFETENSORS = MappingProxyType(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Rows of answers, an array for each output in the signature's order.
+
+    Attributes:
+        outputs: with as many rows each; those whose rows have lengths are padded.
+        files: the file that each row comes from, where it has one.
+        lengths: of each row, where rows have lengths.
+    """
+
+    outputs: Sequence[np.ndarray]
+    files: Sequence[str] | None = None
+    lengths: np.ndarray | None = None
+
+
 class Format(ABC):
-    """How answers are written. ``outputs`` are always in the signature's order, with as many rows each."""
+    """How answers are written."""
 
     @abstractmethod
     def head(self) -> bytes:
         """What the file begins with."""
 
     @abstractmethod
-    def encode(self, outputs: Sequence[np.ndarray], files: Sequence[str] | None) -> bytes:
-        """Rows as they are appended; ``files``: the file that each comes from, where it has one."""
+    def encode(self, answers: Answers) -> bytes:
+        """Rows as they are appended."""
 
     def assemble(self, part: Path, rows: int) -> Path:
         """Return the finished file, beside the part: the part itself, unless a format needs another."""
@@ -94,23 +110,24 @@ class JsonLines(Format):
     def head(self) -> bytes:
         return b""
 
-    def objects(self, outputs: Sequence[np.ndarray], files: Sequence[str] | None) -> list[dict[str, Any]]:
+    def objects(self, answers: Answers) -> list[dict[str, Any]]:
         """One object a row. What is not finite becomes null when it is encoded, for JSON has no other word."""
-        readable = _readable(outputs, self._outputs)
+        readable = _readable(answers.outputs, self._outputs)
         names = [spec.name for spec in self._outputs]
-        rows = [
-            dict(zip(names, values, strict=True))
-            for values in zip(*(array.tolist() for array in readable), strict=True)
+        columns = [
+            [row.tolist() for row in trimmed(array, answers.lengths)] if spec.free else array.tolist()
+            for spec, array in zip(self._outputs, readable, strict=True)
         ]
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
         if self._labels is not None:
             for row, (label, score) in zip(rows, self._labels.of_rows(readable), strict=True):
                 row[_LABEL], row[_SCORE] = label, score
-        if files is not None:
-            rows = [{_FILE: file, **row} for file, row in zip(files, rows, strict=True)]
+        if answers.files is not None:
+            rows = [{_FILE: file, **row} for file, row in zip(answers.files, rows, strict=True)]
         return rows
 
-    def encode(self, outputs: Sequence[np.ndarray], files: Sequence[str] | None) -> bytes:
-        encoded: bytes = self._encoder.encode_lines(self.objects(outputs, files))
+    def encode(self, answers: Answers) -> bytes:
+        encoded: bytes = self._encoder.encode_lines(self.objects(answers))
         return encoded
 
 
@@ -128,14 +145,14 @@ class Csv(Format):
             names += [f"{spec.name}_{k}" for k in range(row_size(spec))] if row_shape(spec) else [spec.name]
         return _csv([names + ([_LABEL, _SCORE] if self._labels is not None else [])])
 
-    def encode(self, outputs: Sequence[np.ndarray], files: Sequence[str] | None) -> bytes:
-        readable = _readable(outputs, self._outputs)
+    def encode(self, answers: Answers) -> bytes:
+        readable = _readable(answers.outputs, self._outputs)
         flat = [array.reshape(len(array), -1).tolist() for array in readable]
         rows = [[value for part in parts for value in part] for parts in zip(*flat, strict=True)]
         if self._labels is not None:
             rows = [row + list(found) for row, found in zip(rows, self._labels.of_rows(readable), strict=True)]
-        if files is not None:
-            rows = [[file, *row] for file, row in zip(files, rows, strict=True)]
+        if answers.files is not None:
+            rows = [[file, *row] for file, row in zip(answers.files, rows, strict=True)]
         return _csv(rows)
 
 
@@ -150,9 +167,9 @@ class Records(Format):
     def head(self) -> bytes:
         return b""
 
-    def encode(self, outputs: Sequence[np.ndarray], files: Sequence[str] | None) -> bytes:
-        records = np.empty(len(outputs[0]), self._record)
-        for k, array in enumerate(outputs):
+    def encode(self, answers: Answers) -> bytes:
+        records = np.empty(len(answers.outputs[0]), self._record)
+        for k, array in enumerate(answers.outputs):
             records[str(k)] = array
         return records.tobytes()
 
@@ -189,15 +206,23 @@ def write_safetensors(path: Path, columns: Mapping[str, tuple[TensorSignature, n
                 file.write(column[first : first + _PIECE_ROWS].tobytes())
 
 
-FORMATS: Mapping[str, Callable[[ModelSignature, bool], Format]] = MappingProxyType(
-    {
-        ".jsonl": lambda signature, with_files: JsonLines(signature),
-        ".csv": Csv,
-        ".npz": lambda signature, with_files: Records(signature, write_npz),
-        ".safetensors": lambda signature, with_files: Records(signature, write_safetensors),
-    }
-)
-"""How a file of answers is written, by the end of its name; the second argument: whether rows come from files."""
+FORMATS = (".jsonl", ".csv", ".npz", ".safetensors")
+"""The ends of names that say how a file of answers is written."""
+
+
+def format_of(suffix: str, signature: ModelSignature, with_files: bool) -> Format:
+    """Return what writes files that end so. ``with_files``: the rows come from files.
+
+    RequestError where the format needs answers of one shape, and this model's have lengths of their own.
+    """
+    free = next((spec.name for spec in signature.outputs if spec.free), None)
+    if free is not None and suffix != ".jsonl":
+        raise RequestError(f"{free} of {signature.name} is as long as its row; give a .jsonl file for such answers.")
+    if suffix == ".jsonl":
+        return JsonLines(signature)
+    if suffix == ".csv":
+        return Csv(signature, with_files)
+    return Records(signature, write_npz if suffix == ".npz" else write_safetensors)
 
 
 def suffix_of(out: Path) -> str:
@@ -206,6 +231,12 @@ def suffix_of(out: Path) -> str:
     if suffix not in FORMATS:
         raise RequestError(f"{out} ends in {out.suffix}; give a file that ends in {', '.join(FORMATS)}.")
     return suffix
+
+
+def trimmed(array: np.ndarray, lengths: np.ndarray | None) -> list[np.ndarray]:
+    """Rows without their padding."""
+    assert lengths is not None
+    return [row[:length] for row, length in zip(array, lengths, strict=True)]
 
 
 def _readable(outputs: Sequence[np.ndarray], specs: Sequence[TensorSignature]) -> list[np.ndarray]:

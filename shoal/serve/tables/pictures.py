@@ -72,7 +72,7 @@ class FolderRows(RowByRow):
         found = picture_files(folder)
         if not found:
             raise DataError(f"{folder} holds no pictures; put some there.")
-        super().__init__(str(folder), len(found))
+        super().__init__(str(folder), specs, len(found))
         self._folder = folder
         self._paths = found
         self._spec = specs[0]

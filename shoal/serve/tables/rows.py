@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoal.errors import DataError, TargetError
+from shoal.errors import DataError
 from shoal.serve.signature import TensorSignature
 
 _BF16_NAN = np.uint16(0x7FC0)
@@ -49,6 +49,10 @@ class Rows(ABC):
         """The part of the data that has been read or skipped, 0 to 1; None where nobody knows."""
         return self.at / self.total if self.total else None
 
+    def lengths(self) -> np.ndarray | None:
+        """Of the last rows read, how long each is; None where all rows are of one shape. What is behind that is padding."""
+        return None
+
     def files(self) -> list[str] | None:
         """The names of the files that the last rows read came from, where each row has one of its own."""
         return None
@@ -66,9 +70,11 @@ class Rows(ABC):
 class RowByRow(Rows):
     """Rows that are made one after the other: a bad one ends the stream behind those before it."""
 
-    def __init__(self, what: str, total: int | None = None) -> None:
+    def __init__(self, what: str, specs: Sequence[TensorSignature], total: int | None = None) -> None:
         super().__init__(what, total)
+        self.specs = tuple(specs)
         self._error: DataError | None = None
+        self._lengths: np.ndarray | None = None
 
     @abstractmethod
     def next_row(self) -> tuple[np.ndarray, ...] | None:
@@ -86,22 +92,65 @@ class RowByRow(Rows):
                 raise
             self._error = error
         self.at += len(rows)
-        return tuple(np.stack(column) for column in zip(*rows, strict=True)) if rows else None
+        if not rows:
+            return None
+        found = [_stacked(column, spec) for column, spec in zip(zip(*rows, strict=True), self.specs, strict=True)]
+        if any(spec.free for spec in self.specs):
+            self._lengths = np.array([length_of(row, self.specs) for row in rows], np.int32)
+        return tuple(found)
+
+    def lengths(self) -> np.ndarray | None:
+        return self._lengths
+
+
+def _stacked(values: Sequence[np.ndarray], spec: TensorSignature) -> np.ndarray:
+    """Rows as one array, padded to the longest."""
+    if not spec.free:
+        return np.stack(values)
+    found = np.full((len(values), max(map(len, values)), *spec.shape[2:]), spec.padding, spec.dtype)
+    for place, value in zip(found, values, strict=True):
+        place[: len(value)] = value
+    return found
+
+
+def length_of(row: Sequence[np.ndarray], specs: Sequence[TensorSignature]) -> int:
+    """The length of a row, 0 where it has none of its own."""
+    return next((len(value) for value, spec in zip(row, specs, strict=True) if spec.free), 0)
+
+
+def completed(row: Sequence[np.ndarray | None], specs: Sequence[TensorSignature], where: str) -> tuple[np.ndarray, ...]:
+    """Return a row with what it may leave out (None) filled in. DataError where its lengths make no sense."""
+    lengths = {len(value): spec for value, spec in zip(row, specs, strict=True) if spec.free and value is not None}
+    if len(lengths) > 1:
+        raise DataError(f"{where}: its inputs have unequal lengths ({', '.join(map(str, sorted(lengths)))}).")
+    for length, spec in lengths.items():
+        if not 0 < length <= (spec.longest or length):
+            raise DataError(f"{where}: {spec.name} is {length} long, and the model takes 1 to {spec.longest}.")
+    length = next(iter(lengths), 1)
+    shapes = ((length, *spec.shape[2:]) if spec.free else spec.shape[1:] for spec in specs)
+    return tuple(
+        np.full(shape, spec.absent, spec.dtype) if value is None else value
+        for value, spec, shape in zip(row, specs, shapes, strict=True)
+    )
 
 
 def row_shape(spec: TensorSignature) -> tuple[int, ...]:
-    """The shape of one row."""
+    """The shape of one row; -1 where it has a length of its own."""
     return spec.shape[1:]
 
 
 def row_size(spec: TensorSignature) -> int:
-    """How many elements one row has."""
+    """How many elements one row has, where all have as many."""
     return math.prod(spec.shape[1:])
 
 
 def reshaped(values: np.ndarray, spec: TensorSignature) -> np.ndarray:
     """Return one row in its shape, from that shape or from a flat list. ValueError where it has neither."""
     shape = row_shape(spec)
+    if spec.free:
+        if values.ndim != len(shape) or values.shape[1:] != shape[1:]:
+            raise ValueError(f"has the shape {list(values.shape)} where the model takes {list(shape)}, -1 being its length")
+        return values
     if values.shape not in (shape, (row_size(spec),)):
         raise ValueError(f"has the shape {list(values.shape)} where the model takes {list(shape)}")
     return values.reshape(shape)
@@ -155,13 +204,3 @@ def floats(values: np.ndarray, spec: TensorSignature) -> np.ndarray:
         return values
     widened: np.ndarray = (values.astype("<u4") << 16).view("<f4")
     return widened
-
-
-def check_fixed(specs: Sequence[TensorSignature], model: str) -> None:
-    """TargetError where a row of a tensor has no fixed size."""
-    for spec in specs:
-        if spec.row_bytes is None:
-            raise TargetError(
-                f"{spec.name} of {model} has the shape {list(spec.shape)}; "
-                "shoal predict takes tensors whose first dim alone is free so far."
-            )

@@ -35,23 +35,28 @@ class Column(Protocol):
 
 
 class ArrayRows(Rows):
-    """A column for each input. ``mark``: what tells these arrays from others."""
+    """A column for each input, None for one that is left out. ``mark``: what tells these arrays from others."""
 
-    def __init__(self, what: str, columns: Sequence[Column], specs: Sequence[TensorSignature], mark: str) -> None:
-        for column, spec in zip(columns, specs, strict=True):
-            if len(column.shape) == 0 or tuple(column.shape[1:]) != row_shape(spec):
+    def __init__(self, what: str, columns: Sequence[Column | None], specs: Sequence[TensorSignature], mark: str) -> None:
+        given = [(column, spec) for column, spec in zip(columns, specs, strict=True) if column is not None]
+        for column, spec in given:
+            if len(column.shape) == 0 or not fits_rows(column.shape[1:], spec):
+                free = f", the second a length of 1 to {spec.longest}" if spec.free else ""
                 raise DataError(
-                    f"{what}: {spec.name} has the shape {list(column.shape)} and the model takes "
-                    f"{list(spec.shape)}, where -1 is the number of rows."
+                    f"{what}: {spec.name} has the shape {list(column.shape)} and the model takes {list(spec.shape)}, "
+                    f"where the first -1 is the number of rows{free}."
                 )
-        lengths = [column.shape[0] for column in columns]
-        if len(set(lengths)) > 1:
-            told = ", ".join(f"{spec.name} {count:,}" for spec, count in zip(specs, lengths, strict=True))
-            raise DataError(f"{what}: the inputs have unequal numbers of rows ({told}).")
-        super().__init__(what, lengths[0])
+        for places, words in ((0, "numbers of rows"), (1, "lengths")):
+            found = {spec.name: column.shape[places] for column, spec in given if places == 0 or spec.free}
+            if len(set(found.values())) > 1:
+                told = ", ".join(f"{name} {count:,}" for name, count in found.items())
+                raise DataError(f"{what}: the inputs have unequal {words} ({told}).")
+        super().__init__(what, given[0][0].shape[0])
+        self._length = next((column.shape[1] for column, spec in given if spec.free), None)
         self._columns = list(columns)
         self._specs = tuple(specs)
         self._mark = mark
+        self._rows = 0
 
     def read(self, most: int) -> tuple[np.ndarray, ...] | None:
         assert self.total is not None
@@ -61,11 +66,18 @@ class ArrayRows(Rows):
         found = []
         for column, spec in zip(self._columns, self._specs, strict=True):
             try:
-                found.append(column.take(first, stop, spec))
+                found.append(self._left_out(stop - first, spec) if column is None else column.take(first, stop, spec))
             except ValueError as error:
                 raise DataError(f"{self.where(first, stop - first)}: {spec.name} {error}.") from None
-        self.at = stop
+        self.at, self._rows = stop, stop - first
         return tuple(found)
+
+    def _left_out(self, rows: int, spec: TensorSignature) -> np.ndarray:
+        shape = (self._length or 1, *spec.shape[2:]) if spec.free else spec.shape[1:]
+        return np.full((rows, *shape), spec.absent, spec.dtype)
+
+    def lengths(self) -> np.ndarray | None:
+        return None if self._length is None else np.full(self._rows, self._length, np.int32)
 
     def skip(self, rows: int) -> None:
         assert self.total is not None
@@ -74,6 +86,14 @@ class ArrayRows(Rows):
     @property
     def mark(self) -> str:
         return self._mark
+
+
+def fits_rows(shape: Sequence[int], spec: TensorSignature) -> bool:
+    """Whether rows of this shape are those of an input."""
+    wanted = row_shape(spec)
+    if not spec.free:
+        return tuple(shape) == wanted
+    return len(shape) == len(wanted) and tuple(shape[1:]) == wanted[1:] and 0 < shape[0] <= (spec.longest or shape[0])
 
 
 class NumpyColumn:
@@ -170,6 +190,7 @@ class SourceRows(Rows):
         self._source: Source = open_source(value, what)
         super().__init__(what, len(self._source))
         self._specs = tuple(specs)
+        self._lengths: np.ndarray | None = None
         self._pictures = value if isinstance(value, Images) else None
         self._kind = type(value).__name__
 
@@ -179,8 +200,15 @@ class SourceRows(Rows):
             return None
         where = self.where(self.at, len(indices))
         found = tuple(self._one(value, spec, where) for value, spec in self._inputs(indices, where))
+        lengths = {array.shape[1] for array, spec in zip(found, self._specs, strict=True) if spec.free}
+        if len(lengths) > 1:
+            raise DataError(f"{where}: the inputs have unequal lengths ({', '.join(map(str, sorted(lengths)))}).")
+        self._lengths = np.full(len(indices), lengths.pop(), np.int32) if lengths else None
         self.at += len(indices)
         return found
+
+    def lengths(self) -> np.ndarray | None:
+        return self._lengths
 
     def _inputs(self, indices: np.ndarray, where: str) -> list[tuple[Any, TensorSignature]]:
         spec = self._specs[0]
@@ -210,7 +238,7 @@ class SourceRows(Rows):
     def _one(value: Any, spec: TensorSignature, where: str) -> np.ndarray:
         if not isinstance(value, (torch.Tensor, np.ndarray)):
             raise DataError(f"{where}: {spec.name} is {type(value).__name__}, not a tensor.")
-        if tuple(value.shape[1:]) != row_shape(spec):
+        if not fits_rows(value.shape[1:], spec):
             raise DataError(
                 f"{where}: {spec.name} has rows of shape {list(value.shape[1:])} and the model takes "
                 f"{list(row_shape(spec))}."
@@ -247,11 +275,11 @@ def npz(path: Path, specs: Sequence[TensorSignature]) -> Rows:
         archive = zipfile.ZipFile(path)
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         chosen = _chosen(path.name, names, specs)
-        zipped = [ZippedColumn(archive, f"{name}.npy") for name in chosen]
+        zipped = [None if name is None else ZippedColumn(archive, f"{name}.npy") for name in chosen]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from None
-    columns: list[Column] = list(zipped)
-    if chosen == ["x"] and TrainingPictures.fits(zipped[0], specs[0]):
+    columns: list[Column | None] = list(zipped)
+    if chosen == ["x"] and zipped[0] is not None and TrainingPictures.fits(zipped[0], specs[0]):
         columns = [TrainingPictures(zipped[0], specs[0])]
     return ArrayRows(path.name, columns, specs, _stamp(path))
 
@@ -262,18 +290,17 @@ def safetensors(path: Path, specs: Sequence[TensorSignature]) -> Rows:
 
     try:
         file = safe_open(path, framework="pt")
-        slices = [file.get_slice(name) for name in _chosen(path.name, list(file.keys()), specs)]
+        slices = [None if name is None else file.get_slice(name) for name in _chosen(path.name, list(file.keys()), specs)]
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from None
-    columns = [TorchColumn(piece, piece.get_shape()) for piece in slices]
+    columns = [None if piece is None else TorchColumn(piece, piece.get_shape()) for piece in slices]
     return ArrayRows(path.name, columns, specs, _stamp(path))
 
 
 def pt(path: Path, specs: Sequence[TensorSignature]) -> Rows:
     """A file of ``torch.save`` with a tensor, a pair (input, target), or a dict of tensors; nothing in it can run code."""
     value = _torch_load(path)
-    columns = [TorchColumn(tensor, tensor.shape) for tensor in _tensors_in(path.name, value, specs)]
-    return ArrayRows(path.name, columns, specs, _stamp(path))
+    return ArrayRows(path.name, [_column(t) for t in _tensors_in(path.name, value, specs)], specs, _stamp(path))
 
 
 def in_memory(value: Any, specs: Sequence[TensorSignature], marked: bool) -> Rows:
@@ -286,14 +313,17 @@ def in_memory(value: Any, specs: Sequence[TensorSignature], marked: bool) -> Row
         value = _numbers(value)
     if isinstance(value, (np.ndarray, torch.Tensor, Mapping)) or _are_arrays(value):
         tensors = _tensors_in(what, value, specs)
-        columns: list[Column] = [
-            NumpyColumn(t) if isinstance(t, np.ndarray) else TorchColumn(t, t.shape) for t in tensors
-        ]
-        return ArrayRows(what, columns, specs, _content(tensors) if marked else "")
+        return ArrayRows(what, [_column(t) for t in tensors], specs, _content(tensors) if marked else "")
     try:
         return SourceRows(what, value, specs)
     except ShoalError as error:
         raise DataError(str(error)) from None
+
+
+def _column(tensor: Any) -> Column | None:
+    if tensor is None:
+        return None
+    return NumpyColumn(tensor) if isinstance(tensor, np.ndarray) else TorchColumn(tensor, tensor.shape)
 
 
 def _numbers(value: list[Any]) -> Any:
@@ -330,7 +360,7 @@ def _tensors_in(what: str, value: Any, specs: Sequence[TensorSignature]) -> list
     """The tensor of each input, found by name in a mapping and by place in a sequence."""
     if isinstance(value, Mapping):
         named = {str(name): part for name, part in value.items()}
-        found = [named[name] for name in _chosen(what, list(named), specs)]
+        found = [None if name is None else named[name] for name in _chosen(what, list(named), specs)]
     elif isinstance(value, (tuple, list)):
         # One tensor more than inputs is the target of (input, target).
         if len(value) not in (len(specs), len(specs) + 1):
@@ -341,6 +371,8 @@ def _tensors_in(what: str, value: Any, specs: Sequence[TensorSignature]) -> list
             raise DataError(f"{what} is one tensor and the model takes {_names(specs)}; give a dict of them.")
         found = [value]
     for part, spec in zip(found, specs, strict=True):
+        if part is None:
+            continue
         if not isinstance(part, (torch.Tensor, np.ndarray)) or (
             isinstance(part, torch.Tensor) and part.layout is not torch.strided
         ):
@@ -348,21 +380,21 @@ def _tensors_in(what: str, value: Any, specs: Sequence[TensorSignature]) -> list
     return found
 
 
-def _chosen(what: str, names: Sequence[str], specs: Sequence[TensorSignature]) -> list[str]:
-    """The array for each input: of its name; for one input also ``x``, or the only one."""
+def _chosen(what: str, names: Sequence[str], specs: Sequence[TensorSignature]) -> list[str | None]:
+    """The array for each input: of its name; for one input also ``x``, or the only one; None for one that may be left out."""
     if len(specs) == 1 and specs[0].name not in names:
         if "x" in names:
             return ["x"]
         if len(names) == 1:
             return list(names)
     for spec in specs:
-        if spec.name not in names:
+        if spec.name not in names and (spec.absent is None or spec is specs[0]):
             near = did_you_mean(spec.name, names)
             raise DataError(
                 f'{what} has no array "{spec.name}".{near} The model takes {_names(specs)}; there is '
                 f"{', '.join(names)[:200] or 'none'}."
             )
-    return [spec.name for spec in specs]
+    return [spec.name if spec.name in names else None for spec in specs]
 
 
 def _names(specs: Sequence[TensorSignature]) -> str:
@@ -388,6 +420,8 @@ def _stamp(path: Path) -> str:
 def _content(tensors: Sequence[Any]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
+        if tensor is None:
+            continue
         array = tensor
         if isinstance(tensor, torch.Tensor):
             whole = tensor.detach().cpu().contiguous()

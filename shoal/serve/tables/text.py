@@ -1,11 +1,11 @@
-"""CSV files and JSON lines as rows. Read as streams: the file may be larger than the memory."""
+"""CSV files, JSON lines and plain texts as rows. Files are read as streams: they may be larger than the memory."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from shoal.data.csv import long_fields, picture_in
 from shoal.errors import DataError, did_you_mean
 from shoal.serve.signature import TensorSignature
 from shoal.serve.tables.pictures import is_picture, pixels
-from shoal.serve.tables.rows import RowByRow, fit, reshaped, row_size
+from shoal.serve.tables.rows import RowByRow, completed, fit, reshaped, row_size
 
-_IMAGE = "image"
+Encode = Callable[[str], tuple[np.ndarray, ...]]
+"""What makes a text to a row of a model, an array for each input."""
+
+_IMAGE, _TEXT = "image", "text"
 _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 _SHOWN = 40
 
@@ -26,10 +29,11 @@ _SHOWN = 40
 class TextRows(RowByRow):
     """Rows of a text file. What marks them is the text itself, as far as it has been read: the rest may still change."""
 
-    def __init__(self, path: Path, specs: Sequence[TensorSignature]) -> None:
-        super().__init__(path.name)
+    def __init__(self, path: Path, specs: Sequence[TensorSignature], encode: Encode | None = None) -> None:
+        """``encode``: what makes texts to rows, where the model takes texts."""
+        super().__init__(path.name, specs)
         self._path = path
-        self._specs = tuple(specs)
+        self._encode = encode
         try:
             self._file = path.open("rb")
             self._size = os.fstat(self._file.fileno()).st_size
@@ -53,6 +57,13 @@ class TextRows(RowByRow):
             yield text.removeprefix("\ufeff") if first else text
             first = False
 
+    def encoded(self, text: Any, where: str) -> tuple[np.ndarray, ...]:
+        """A text as a row; DataError where it is none."""
+        assert self._encode is not None
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: the text is empty, or none.")
+        return self._encode(text)
+
     def passed(self) -> None:
         """All lines so far belong to rows that have been passed."""
         for line in self._pending:
@@ -71,11 +82,13 @@ class TextRows(RowByRow):
         self._file.close()
 
 
-class JsonRows(TextRows):
-    """JSON lines: an object with the inputs by name (others are passed over), or a bare value for a model with one input."""
+class LineRows(TextRows):
+    """A row a line: here a text for a model of texts. Empty lines are passed over."""
 
-    def __init__(self, path: Path, specs: Sequence[TensorSignature]) -> None:
-        super().__init__(path, specs)
+    def __init__(self, path: Path, specs: Sequence[TensorSignature], encode: Encode | None = None) -> None:
+        super().__init__(path, specs, encode)
+        if encode is None and type(self) is LineRows:
+            raise DataError(f"{path} is text, and the model takes {_names(specs)} as numbers; give a .csv or a .jsonl.")
         self._number = 0
         self._texts = self._records()
 
@@ -96,41 +109,71 @@ class JsonRows(TextRows):
         line = next(self._texts, None)
         if line is None:
             return None
-        where = f"{self.what}, line {self._number}"
+        row = self.row_of(line, f"{self.what}, line {self._number}")
+        self.passed()
+        return row
+
+    def row_of(self, line: str, where: str) -> tuple[np.ndarray, ...]:
+        """The row that a line holds; DataError, beginning with ``where``, where it holds none."""
+        return self.encoded(line.strip("\r\n"), where)
+
+
+class JsonRows(LineRows):
+    """JSON lines: an object with the inputs by name (others are passed over), or a bare value for a model with one input.
+
+    For a model of texts also ``text``, or the bare text.
+    """
+
+    def row_of(self, line: str, where: str) -> tuple[np.ndarray, ...]:
         try:
             value = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
             raise DataError(f"{where}: it is not valid JSON ({str(error).rstrip('.')}).") from None
-        row = tuple(_from_json(self._value(value, spec, where), spec, where) for spec in self._specs)
-        self.passed()
-        return row
+        if self._encode is not None:
+            if isinstance(value, str):
+                return self.encoded(value, where)
+            if isinstance(value, dict) and _TEXT in value and self.specs[0].name not in value:
+                return self.encoded(value[_TEXT], where)
+        row = [
+            None if isinstance(value, dict) and spec.name not in value and spec.absent is not None
+            else _from_json(self._value(value, spec, where), spec, where)
+            for spec in self.specs
+        ]  # fmt: skip
+        return completed(row, self.specs, where)
 
     def _value(self, value: Any, spec: TensorSignature, where: str) -> Any:
         if isinstance(value, dict):
             if spec.name in value:
                 return value[spec.name]
             near = did_you_mean(spec.name, value)
-            raise DataError(f'{where}: there is no input "{spec.name}".{near} The model takes {_names(self._specs)}.')
-        if len(self._specs) > 1:
-            raise DataError(f"{where}: it is no object; the model takes {_names(self._specs)} by name.")
+            raise DataError(f'{where}: there is no input "{spec.name}".{near} The model takes {_names(self.specs)}.')
+        if len(self.specs) > 1:
+            raise DataError(f"{where}: it is no object; the model takes {_names(self.specs)} by name.")
         return value
 
 
 class CsvRows(TextRows):
     """CSV with a header: a column for an input of one element a row, else ``name_0``, ``name_1``, … or a JSON list in ``name``.
 
-    A picture may come in a column ``image``, as a path or in base64, as ``shoal train --data`` takes it.
+    A picture may come in a column ``image``, as a path or in base64, as ``shoal train --data`` takes it; a text in ``text``.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSignature]) -> None:
-        super().__init__(path, specs)
+    def __init__(self, path: Path, specs: Sequence[TensorSignature], encode: Encode | None = None) -> None:
+        super().__init__(path, specs, encode)
         self._reader = csv.reader(self.lines(), strict=True)
         self._number = 0
         header = [name.strip() for name in self._record() or []]
         self._width = len(header)
         if not header:
             raise DataError(f"{self.what} has no header; its first row must name the columns.")
-        self._columns = [_Column(spec, header, self._specs, self.what) for spec in self._specs]
+        self._text_at = None
+        if encode is not None and _TEXT in header and self.specs[0].name not in header:
+            self._text_at = header.index(_TEXT)
+            return
+        self._columns = [
+            None if spec.absent is not None and spec.name not in header else _Column(spec, header, self.specs, self.what)
+            for spec in self.specs
+        ]
 
     def where(self, first: int, count: int) -> str:
         return f"{super().where(first, count)} (not counting the header)"
@@ -161,7 +204,12 @@ class CsvRows(TextRows):
         where = f"{self.what}, row {self._number}"
         if len(cells) != self._width:
             raise DataError(f"{where}: it has {len(cells)} cells where the header has {self._width}.")
-        row = tuple(column.read(cells, where, self._path.parent) for column in self._columns)
+        if self._text_at is not None:
+            row = self.encoded(cells[self._text_at], where)
+        else:
+            folder = self._path.parent
+            given = [None if column is None else column.read(cells, where, folder) for column in self._columns]
+            row = completed(given, self.specs, where)
         self.passed()
         return row
 
@@ -172,7 +220,7 @@ class _Column:
     def __init__(self, spec: TensorSignature, header: list[str], specs: Sequence[TensorSignature], what: str) -> None:
         self._spec = spec
         self._header = header
-        names = [f"{spec.name}_{k}" for k in range(row_size(spec))]
+        names = [spec.name] if spec.free else [f"{spec.name}_{k}" for k in range(row_size(spec))]
         self._is_image = False
         if spec.name in header:
             names = [spec.name]
@@ -192,7 +240,7 @@ class _Column:
         """One row of the input; DataError where the cells hold none."""
         if self._is_image:
             return pixels(picture_in(cells[self._at[0]].strip(), where, folder), self._spec)
-        if self._is_list and (row_size(self._spec) != 1 or cells[self._at[0]].lstrip().startswith("[")):
+        if self._is_list and (self._spec.free or row_size(self._spec) != 1 or cells[self._at[0]].lstrip().startswith("[")):
             return self._from_list(cells[self._at[0]], where)
         given = [cells[place] for place in self._at]
         try:
@@ -257,6 +305,8 @@ def _names(specs: Sequence[TensorSignature]) -> str:
 
 def _no_column(missing: str, spec: TensorSignature, header: list[str], what: str) -> str:
     size = row_size(spec)
+    if spec.free:
+        return f'{what} has no column "{spec.name}" with JSON lists (there is {", ".join(header)[:200]}).'
     if missing != f"{spec.name}_0":
         return f'{what} has no column "{missing}", and {spec.name} has {size} numbers a row.'
     if size == 1:
@@ -267,3 +317,36 @@ def _no_column(missing: str, spec: TensorSignature, header: list[str], what: str
         wanted += f', or a column "{_IMAGE}" with paths'
     found = ", ".join(header)
     return f"{what} has no column for the input {spec.name}; give {wanted} (there is {found[:200]})."
+
+
+class TextList(RowByRow):
+    """Texts from the caller's memory."""
+
+    def __init__(self, texts: Sequence[str], specs: Sequence[TensorSignature], encode: Encode) -> None:
+        super().__init__("data", specs, len(texts))
+        self._texts = list(texts)
+        self._encode = encode
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._next = 0
+
+    def next_row(self) -> tuple[np.ndarray, ...] | None:
+        if self._next == len(self._texts):
+            return None
+        text = self._texts[self._next]
+        if not text.strip():
+            raise DataError(f"{self.where(self._next, 1)}: the text is empty.")
+        self._pass()
+        return self._encode(text)
+
+    def _pass(self) -> None:
+        self._hash.update(self._texts[self._next].encode(errors="surrogatepass") + b"\0")
+        self._next += 1
+
+    def skip(self, rows: int) -> None:
+        for _ in range(min(rows, len(self._texts) - self._next)):
+            self._pass()
+            self.at += 1
+
+    @property
+    def mark(self) -> str:
+        return self._hash.hexdigest()

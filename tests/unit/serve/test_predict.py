@@ -5,19 +5,36 @@ from __future__ import annotations
 import pytest
 
 from shoal.errors import RequestError
-from shoal.serve.predict import PredictOptions, Progress, choose_batch
+from shoal.serve.offline import Pace
+from shoal.serve.predict import PredictOptions, Progress, choose_pace
+from shoal.serve.signature import ModelSignature, TensorSignature
+from shoal.serve.slots import SlotLayout
+
+_X = TensorSignature("x", "FP32", (-1, 2))
+_FIXED = ModelSignature("net", (_X,), (_X,))
+_IDS = TensorSignature("ids", "INT64", (-1, -1), longest=64)
+_TEXT = ModelSignature("text", (_IDS,), (_X,))
+
+
+def _pace(measured: dict[int, float], wanted: int | None, signature: ModelSignature = _FIXED) -> Pace:
+    return choose_pace(measured, SlotLayout.of(signature, 100, 3, 32), signature, wanted)
 
 
 def test_the_batch_is_the_cheapest_unless_one_was_asked_for() -> None:
     measured = {1: 1.0, 2: 1.0, 4: 1.0}
-    assert choose_batch(measured, 32, None) == 4
-    assert choose_batch(measured, 32, 3) == 3
+    assert _pace(measured, None) == Pace(window=4, batch=4, units=4)
+    assert _pace(measured, 3) == Pace(window=3, batch=3, units=3)
     with pytest.raises(RequestError, match="A batch of 1,000 rows is more than a replica takes; give at most 32"):
-        choose_batch(measured, 32, 1000)
+        _pace(measured, 1000)
     # A row alone may take as long as it takes; 16 of them would be taken for a process that hangs.
-    assert choose_batch({1: 12.0}, 32, 1) == 1
-    with pytest.raises(RequestError, match="A batch of 16 rows would take 192 s; give a smaller one"):
-        choose_batch({1: 12.0}, 32, 16)
+    assert _pace({1: 12.0}, 1).batch == 1
+    with pytest.raises(RequestError, match="A batch of 16 rows would take 192 s; give a smaller"):
+        _pace({1: 12.0}, 16)
+
+
+def test_rows_with_lengths_are_read_in_windows_and_batched_by_their_work() -> None:
+    assert _pace({1: 1.0, 4: 1.0, 16: 1.0, 64: 16.0}, None, _TEXT) == Pace(window=50, batch=32, units=16)
+    assert _pace({1: 1.0, 4: 1.0}, 5, _TEXT) == Pace(window=50, batch=5, units=40)
 
 
 @pytest.mark.parametrize(

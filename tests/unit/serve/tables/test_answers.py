@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from shoal.errors import RequestError
 from shoal.serve.signature import ModelSignature, TensorSignature
-from shoal.serve.tables.answers import FORMATS, JsonLines, Labels, suffix_of
+from shoal.serve.tables.answers import Answers, JsonLines, Labels, format_of, suffix_of
 from shoal.serve.tables.rows import bfloat16_bits
 
 SIGNATURE = ModelSignature(
@@ -33,12 +33,12 @@ WIDE = torch.from_numpy(HALF).view(torch.bfloat16).float().numpy()
 
 
 def _written(tmp_path: Path, suffix: str) -> Path:
-    form = FORMATS[suffix](SIGNATURE, False)
+    form = format_of(suffix, SIGNATURE, False)
     part = tmp_path / f"a{suffix}.part"
     with part.open("wb") as file:
         file.write(form.head())
         for at in range(0, 5000, 1000):
-            file.write(form.encode([array[at : at + 1000] for array in (GRID, COUNT, HALF)], None))
+            file.write(form.encode(Answers([array[at : at + 1000] for array in (GRID, COUNT, HALF)])))
     whole = form.assemble(part, 5000)
     return whole.rename(tmp_path / f"a{suffix}")
 
@@ -76,7 +76,8 @@ def _classes(datatype: str = "FP32", *more: TensorSignature, labels: tuple[str, 
 def test_labels_and_scores_where_there_are_classes() -> None:
     lines = JsonLines(_classes())
     scores = np.array([[0.25, 0.75], [2.0, 0.0], [np.nan, 0.0], [-1000.0, 1000.0]], "f4")
-    rows = [json.loads(line) for line in lines.encode([scores], ["a.png", "b.png", "c.png", "d.png"]).splitlines()]
+    encoded = lines.encode(Answers([scores], ["a.png", "b.png", "c.png", "d.png"]))
+    rows = [json.loads(line) for line in encoded.splitlines()]
     assert list(rows[0]) == ["file", "output", "label", "score"]
     assert [(row["file"], row["label"]) for row in rows] == [
         ("a.png", "dog"), ("b.png", "cat"), ("c.png", None), ("d.png", "dog"),
@@ -85,9 +86,9 @@ def test_labels_and_scores_where_there_are_classes() -> None:
     assert rows[0]["score"] == 0.75 and rows[3]["score"] == 1.0 and rows[2]["score"] is None
     assert rows[1]["score"] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-12)
     assert rows[2]["output"] == [None, 0.0]
-    table = FORMATS[".csv"](_classes(), True)
+    table = format_of(".csv", _classes(), True)
     assert table.head() == b"file,output_0,output_1,label,score\n"
-    assert table.encode([scores[:1]], ["a,b.png"]) == b'"a,b.png",0.25,0.75,dog,0.75\n'
+    assert table.encode(Answers([scores[:1]], ["a,b.png"])) == b'"a,b.png",0.25,0.75,dog,0.75\n'
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,15 @@ def test_the_format_is_by_the_end_of_the_name() -> None:
     assert [suffix_of(Path(name)) for name in ("a", "a.jsonl", "a.b.CSV")] == [".jsonl", ".jsonl", ".csv"]
     with pytest.raises(RequestError, match=r"a.json ends in .json; give a file that ends in .jsonl, .csv"):
         suffix_of(Path("a.json"))
+
+
+def test_answers_as_long_as_their_rows_go_into_json_lines_alone() -> None:
+    spec = TensorSignature("hidden", "FP32", (-1, -1, 2), longest=3)
+    signature = ModelSignature("net", (), (spec,))
+    padded = np.arange(12, dtype="f4").reshape(2, 3, 2)
+    encoded = format_of(".jsonl", signature, False).encode(Answers([padded], lengths=np.array([1, 3])))
+    rows = [json.loads(line)["hidden"] for line in encoded.splitlines()]
+    assert rows == [[[0, 1]], [[6, 7], [8, 9], [10, 11]]]
+    for suffix in (".csv", ".npz", ".safetensors"):
+        with pytest.raises(RequestError, match="hidden of net is as long as its row; give a .jsonl"):
+            format_of(suffix, signature, False)

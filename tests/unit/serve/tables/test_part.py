@@ -9,11 +9,12 @@ import pytest
 
 from shoal.errors import JobFailed, RequestError
 from shoal.serve.signature import ModelSignature, TensorSignature
-from shoal.serve.tables.answers import FORMATS
+from shoal.serve.tables.answers import format_of
 from shoal.serve.tables.part import PartFile
 
 ORIGIN = {"another model": "m", "another --limit": "None"}
-LINES = FORMATS[".jsonl"](ModelSignature("net", (), (TensorSignature("y", "FP32", (-1,)),)), False)
+NET = ModelSignature("net", (), (TensorSignature("y", "FP32", (-1,)),))
+LINES = format_of(".jsonl", NET, False)
 
 
 def _note(out: Path) -> Path:
@@ -65,7 +66,7 @@ def test_a_finished_file_is_known_again_and_not_overwritten(tmp_path: Path) -> N
 
 def test_a_writer_killed_between_any_two_steps_of_the_end_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
-    form = FORMATS[".npz"](ModelSignature("net", (), (TensorSignature("y", "FP32", (-1,)),)), False)
+    form = format_of(".npz", NET, False)
     part = PartFile(out, ORIGIN, fresh=False)
     part.append(b"\0\0\x80?" * 3, 3, "three")
     part.commit()

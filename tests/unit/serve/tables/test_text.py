@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from shoal.errors import DataError
 from shoal.serve.signature import TensorSignature
 from shoal.serve.tables.rows import Rows
-from shoal.serve.tables.text import CsvRows, JsonRows
+from shoal.serve.tables.text import CsvRows, JsonRows, LineRows, TextList
 
 GRID = TensorSignature("grid", "FP32", (-1, 2, 2))
 COUNT = TensorSignature("count", "INT64", (-1,))
@@ -166,3 +167,73 @@ def test_the_mark_is_of_what_was_passed_however_it_was_passed(tmp_path: Path, ki
     short.skip(6)
     assert short.at == 3
     short.close()
+
+
+IDS = TensorSignature("ids", "INT64", (-1, -1), longest=4, padding=9)
+MASK = TensorSignature("mask", "INT64", (-1, -1), longest=4, absent=1)
+
+
+def _encode(text: str) -> tuple[np.ndarray, ...]:
+    ids = np.array([len(word) for word in text.split()])
+    return ids, np.ones_like(ids)
+
+
+def _padded(rows: Rows) -> tuple[list[Any], list[Any], list[int]]:
+    read = rows.read(5)
+    lengths = rows.lengths()
+    rows.close()
+    assert read is not None and lengths is not None and read[0].dtype == np.int64
+    return read[0].tolist(), read[1].tolist(), lengths.tolist()
+
+
+def test_rows_of_unequal_lengths_are_padded(tmp_path: Path) -> None:
+    lines = '{"ids": [1, 2, 3]}\n{"ids": [4], "mask": [0]}\n'
+    expected = ([[1, 2, 3], [4, 9, 9]], [[1, 1, 1], [0, 0, 0]], [3, 1])
+    assert _padded(JsonRows(_write(tmp_path / "a.jsonl", lines), [IDS, MASK])) == expected
+    table = 'ids,mask\n"[1,2,3]","[1,1,1]"\n[4],[0]\n'
+    assert _padded(CsvRows(_write(tmp_path / "a.csv", table), [IDS, MASK])) == expected
+    for line, message in (
+        ('{"ids": [1, 2], "mask": [1]}', r"line 1: its inputs have unequal lengths \(1, 2\)"),
+        ('{"ids": [1, 2, 3, 4, 5]}', "line 1: ids is 5 long, and the model takes 1 to 4"),
+        ('{"ids": []}', "line 1: ids is 0 long"),
+        ('{"ids": [[1]]}', r"line 1: ids has the shape \[1, 1\]"),
+        ('{"mask": [1]}', 'line 1: there is no input "ids"'),
+    ):
+        with pytest.raises(DataError, match=message):
+            JsonRows(_write(tmp_path / "b.jsonl", line), [IDS, MASK]).read(1)
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "list"])
+def test_texts(tmp_path: Path, kind: str) -> None:
+    def rows(texts: list[str]) -> Rows:
+        path, specs = tmp_path / f"{'-'.join(texts)}.{kind}", [IDS, MASK]
+        if kind == "list":
+            return TextList(texts, specs, _encode)
+        if kind == "txt":
+            return LineRows(_write(path, "\n\n".join(texts)), specs, _encode)
+        if kind == "csv":
+            return CsvRows(_write(path, "\n".join(["text", *texts])), specs, _encode)
+        lines = [json.dumps({"text": text}) for text in texts[:-1]] + [json.dumps(texts[-1])]
+        return JsonRows(_write(path, "\n".join(lines)), specs, _encode)
+
+    assert _padded(rows(["a bb", "ccc"])) == ([[1, 2], [3, 9]], [[1, 1], [1, 0]], [2, 1])
+    one, other = rows(["a", "b", "c", "x"]), rows(["a", "b", "d", "x"])
+    for row in (one, other):
+        row.skip(2)
+    assert one.mark == other.mark and one.at == 2
+    assert one.read(1) is not None and other.read(1) is not None
+    assert one.mark != other.mark
+    one.close()
+    other.close()
+
+
+def test_texts_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is text, and the model takes count as numbers"):
+        LineRows(_write(tmp_path / "a.txt", "1\n"), [COUNT])
+    with pytest.raises(DataError, match="row 2 of data: the text is empty"):
+        rows = TextList(["a", " "], [IDS, MASK], _encode)
+        assert rows.read(2) is not None
+        rows.read(1)
+    for line in ('{"text": 3}', '" "'):
+        with pytest.raises(DataError, match="line 1: the text is empty, or none"):
+            JsonRows(_write(tmp_path / "a.jsonl", line), [IDS, MASK], _encode).read(1)
