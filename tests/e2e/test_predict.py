@@ -205,10 +205,6 @@ def _command(*arguments: Any) -> list[str]:
     return [sys.executable, "-m", "shoal", "predict", *map(str, arguments)]
 
 
-def _shoal(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=_DEADLINE_S, cwd=cwd, check=False)
-
-
 class TestCommand:
     def test_killed_and_started_again_it_goes_on(
         self, odd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -246,15 +242,17 @@ class TestCommand:
         np.testing.assert_allclose(_read(out), _right(odd, rows), **_TOLERANCE)
         assert not part.exists()
 
-    def test_answers_on_standard_output_and_what_is_wrong_on_the_other(self, odd: Path, tmp_path: Path) -> None:
+    def test_answers_on_standard_output_and_what_is_wrong_on_the_other(
+        self, odd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         rows = _rows(50)
         data = _write(tmp_path / "x.jsonl", rows)
         with data.open("a") as file:
             file.write('{"input": [1, 2]}\n')
-        done = _shoal(odd, data, "--replicas", 1)
-        assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith("x.jsonl, line 51: input has the shape [2] where the model takes")
-        found = np.array([json.loads(line)["output"] for line in done.stdout.splitlines()], "f4")
+        assert main(["predict", str(odd), str(data), "--replicas", "1"]) == 2
+        told = capfd.readouterr()
+        assert told.err.splitlines()[-1].startswith("x.jsonl, line 51: input has the shape [2] where the model takes")
+        found = np.array([json.loads(line)["output"] for line in told.out.splitlines()], "f4")
         np.testing.assert_allclose(found, _right(odd, rows), **_TOLERANCE)
 
     @pytest.mark.parametrize(

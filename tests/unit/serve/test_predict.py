@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from shoal.errors import RequestError
 from shoal.serve.offline import Pace
-from shoal.serve.predict import PredictOptions, Progress, choose_pace
+from shoal.serve.predict import Kept, PredictOptions, Progress, choose_pace
 from shoal.serve.signature import ModelSignature, TensorSignature
 from shoal.serve.slots import SlotLayout
+from shoal.serve.tables.answers import Answers
 
 _X = TensorSignature("x", "FP32", (-1, 2))
 _FIXED = ModelSignature("net", (_X,), (_X,))
@@ -35,6 +37,17 @@ def test_the_batch_is_the_cheapest_unless_one_was_asked_for() -> None:
 def test_rows_with_lengths_are_read_in_windows_and_batched_by_their_work() -> None:
     assert _pace({1: 1.0, 4: 1.0, 16: 1.0, 64: 16.0}, None, _TEXT) == Pace(window=50, batch=32, units=16)
     assert _pace({1: 1.0, 4: 1.0}, 5, _TEXT) == Pace(window=50, batch=5, units=40)
+
+
+def test_answers_with_lengths_are_kept_without_their_padding() -> None:
+    signature = ModelSignature("text", (_IDS,), (_IDS, _X))
+    kept = Kept(signature)
+    for first in (0, 4):
+        ids, x = np.arange(first, first + 4).reshape(2, 2), np.full((2, 2), first, "f4")
+        kept.put(Answers([ids, x], lengths=np.array([1, 2])), None)
+    found = kept.arrays()
+    assert [row.tolist() for row in found["ids"]] == [[0], [2, 3], [4], [6, 7]]
+    assert found["x"].tolist() == [[0, 0], [0, 0], [4, 4], [4, 4]]
 
 
 @pytest.mark.parametrize(
