@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.errors import DataError, JobFailed
+from shoal.errors import DataError, JobFailed, ShoalError
 from shoal.process.channel import ChannelClosed
 from shoal.serve.crew import Crew
 from shoal.serve.slots import RING_ENTRIES, drain
@@ -40,7 +40,7 @@ class Window:
         files: the file that each row is, where they are files.
         lengths: of each row, where they have one of their own.
         left: rows that are not computed yet.
-        failures: place of a row -> why it cannot be answered.
+        failures: place of a row -> why it cannot be answered, and the first and the last place of which that is said.
     """
 
     first: int
@@ -122,7 +122,7 @@ class Conveyor:
         self._replicas = {rank: _Replica(rank, wake) for rank, wake in crew.ready()}
         self._fallen: list[int] = []
         self._ended = False
-        self._bad_row: DataError | None = None
+        self._bad_row: ShoalError | None = None
         self._looked_s = 0.0
         self._ahead = RING_ENTRIES
         crew.on_up, crew.on_down = self._up, self._fallen.append
@@ -132,6 +132,7 @@ class Conveyor:
 
         Raises:
             DataError: a row makes no sense, those before it have been delivered; or there is none.
+            UserCodeError: the caller's own data set raised; rows before have been delivered.
             JobFailed: the model raised, or its process died over the same rows several times; rows before have been delivered.
         """
         while True:
@@ -172,7 +173,7 @@ class Conveyor:
         first = self._rows.at
         try:
             inputs = self._rows.read(most) if most else None
-        except DataError as error:
+        except ShoalError as error:
             # What is on its way is finished first: nothing of it is lost.
             self._bad_row = error
             inputs = None

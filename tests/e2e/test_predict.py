@@ -24,7 +24,7 @@ import shoal
 from shoal import bundle
 from shoal.cli.main import main
 from shoal.cluster import Cluster
-from shoal.errors import DataError, JobFailed, RequestError
+from shoal.errors import DataError, JobFailed, RequestError, UserCodeError
 from shoal.serve.crew import Crew
 from shoal.serve.offline import Conveyor, Pace, Window
 from shoal.serve.predict import Filed, Kept, Sink
@@ -143,6 +143,21 @@ class TestConveyor:
         np.testing.assert_allclose(_carry(crew, rows, 32), _right(odd, rows), **_TOLERANCE)
         np.testing.assert_allclose(_carry(crew, rows, 32, until=33), _right(odd, rows[:33]), **_TOLERANCE)
 
+    def test_what_the_callers_data_set_raises_comes_behind_the_rows_before(self, crew: Crew) -> None:
+        class Items(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return 40
+
+            def __getitem__(self, index: int) -> Any:
+                if index == 21:
+                    raise KeyError("mine")
+                return torch.zeros(3, 4, dtype=torch.uint8)
+
+        delivered: list[int] = []
+        with pytest.raises(UserCodeError, match="the data set raised KeyError"):
+            self._run(crew, Items(), delivered)
+        assert delivered == list(range(20))
+
     def test_nothing_to_answer(self, crew: Crew, tmp_path: Path) -> None:
         for name, text in (("a.jsonl", "\n"), ("a.csv", "input\n")):
             (tmp_path / name).write_text(text)
@@ -184,7 +199,7 @@ class TestConveyor:
         _settled(crew, crew.deaths)
 
     @staticmethod
-    def _run(crew: Crew, rows: np.ndarray, delivered: list[int]) -> None:
+    def _run(crew: Crew, rows: Any, delivered: list[int]) -> None:
         def note(window: Window, outputs: Sequence[np.ndarray]) -> None:
             delivered.extend(range(window.first, window.first + len(outputs[0])))
 
