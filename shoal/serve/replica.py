@@ -56,7 +56,7 @@ class ReplicaHost:
         self._tokenizer = description.get("tokenizer")
         name = source.name or str(description.get("name", directory.name))
         self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
-        _can_be_served(self.signature)
+        can_be_served(self.signature)
         with user_code("building the model"):
             self.model: nn.Module = _load(source)
         gc.collect()
@@ -174,7 +174,8 @@ class _Loop:
                 place[index] = values
 
 
-def _can_be_served(signature: ModelSignature) -> None:
+def can_be_served(signature: ModelSignature) -> None:
+    """TargetError where a model's rows do not fit into slots."""
     if not signature.inputs or not signature.outputs:
         raise TargetError(
             f"The bundle {signature.name} does not say what goes in and comes out; train it again to serve it."
