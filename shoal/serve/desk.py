@@ -22,7 +22,7 @@ from shoal.serve.dispatch import Dispatcher, Row
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
 from shoal.serve.protocols.embeddings import TextEncoder
-from shoal.serve.protocols.v2 import InferRequest
+from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest
 from shoal.serve.refusals import Refusal
 from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
@@ -225,8 +225,10 @@ class Desk:
             self._free_slots(ticket)
 
     def hopeless(self, deadline_s: float, now: float) -> bool:
-        """Whether a request of one small row, and so any other of usual urgency that has to be computed, would be refused."""
-        """Whether a request of one small row, and so any other of usual urgency, would have to be computed and be refused."""
+        """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered."""
+        if self._cache is not None or not self._replicas:
+            return False
+        return self.dispatcher.admit(1, deadline_s, USUAL_PRIORITY, now) is not None
 
     def refuse(self) -> None:
         """Refuse a request that was not read. Always raises."""
