@@ -120,7 +120,7 @@ class TestRefusals:
             (_entry(shape=[-1, 3]), "[-1, 3]"),
             (_entry(data=[1, 2]), "shape"),
             (_entry(data=[[1, 2], [3]]), "shape"),
-            (_entry(data=["a", "b", "c"]), "FP32"),
+            (_entry(data=["a", "b", "c"]), "got `str`"),
             (_entry(data=None), "no data"),
             (_entry(data=[1e300, 0, 0]), "beyond"),
             (_entry(parameters={"binary_data_size": 12}), "both"),
