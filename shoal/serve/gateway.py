@@ -53,6 +53,8 @@ from shoal.serve.shelf import Shelf
 _NUMBERS_EVERY_S = 0.5
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+# Who does not say goodbye in TLS holds up nobody's shutdown.
+_TLS_LEAVE_S = 1.0
 # A request that was being read when its version was retired may still come to it.
 _LATE_S = 0.5
 
@@ -77,11 +79,12 @@ class _Server(uvicorn.Server):
         # The listening sockets are ours: uvicorn has no way of saying how long a TLS handshake may take.
         await super().startup(sockets=[])
         loop = asyncio.get_running_loop()
-        patience_s = None if self._tls is None else self._limits.head_s
+        greet_s, leave_s = (None, None) if self._tls is None else (self._limits.head_s, _TLS_LEAVE_S)
         for sock in sockets or []:
             server = await loop.create_server(
-                self._connection, sock=sock, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=patience_s
-            )
+                self._connection, sock=sock, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=greet_s,
+                ssl_shutdown_timeout=leave_s,
+            )  # fmt: skip
             self.servers.append(server)
         self._watch = loop.create_task(Watch(self.server_state.connections).run())
         self._opened.set()

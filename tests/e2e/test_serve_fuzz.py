@@ -260,11 +260,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         began = time.monotonic()
         found, said = fuzz(Path(directory), arguments.requests, arguments.seed)
+    kinds = ("accepted", "answered", "invalid", "refused", "cancelled", "failed", "lost")
     print(json.dumps({
         "requests": sum(found.statuses.values()), "statuses": dict(sorted(found.statuses.items())), "good": found.good,
         "good_failed": len(found.good_trouble), "wrong": len(found.wrong), "took_s": round(time.monotonic() - began, 1),
         "growth_mb": {name: round(size / 1e6, 1) for name, size in found.growth_bytes.items()},
-        "numbers": {key: found.numbers[key] for key in ("accepted", "answered", "invalid", "refused", "cancelled", "failed", "lost")},
+        "numbers": {key: found.numbers[key] for key in kinds},
     }))  # fmt: skip
     _check(found, said)
 
