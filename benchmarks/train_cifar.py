@@ -104,9 +104,9 @@ def tensorflow_peer(arrays: Path, batch_size: int, length: Length) -> Peer:
 
     @functools.cache
     def python() -> str:
-        from benchmarks.tensorflow_venv import tensorflow_python
+        from benchmarks.venvs import peer_python
 
-        return str(tensorflow_python())
+        return str(peer_python("tensorflow"))
 
     def measure() -> Mapping[str, Any]:
         try:

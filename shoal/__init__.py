@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shoal.job import Job as Job
     from shoal.plan import Plan as Plan
     from shoal.serve.client import Client as Client
+    from shoal.serve.predict import predict as predict
     from shoal.serve.service import serve as serve
     from shoal.train.api import plan as plan
     from shoal.train.api import train as train
@@ -37,6 +38,7 @@ _EXPORTS = {
     "load": ("shoal.bundle", "load"),
     "open": ("shoal.train.run", "open_run"),
     "plan": ("shoal.train.api", "plan"),
+    "predict": ("shoal.serve.predict", "predict"),
     "serve": ("shoal.serve.service", "serve"),
     "train": ("shoal.train.api", "train"),
 }

@@ -13,11 +13,6 @@ from shoal.errors import NotBuiltError
 _Words = Annotated[list[str] | None, typer.Argument(metavar="...", help="Not read yet.")]
 
 
-def predict(words: _Words = None, json: JsonFlag = False) -> Answer:
-    """Answer a whole data set with a finished model."""
-    return _not_built("predict", 'in Python, "shoal.load(path)" returns the module in a bundle')
-
-
 def compress(words: _Words = None, json: JsonFlag = False) -> Answer:
     """Shrink a finished model."""
     return _not_built("compress", "the bundle in a run's model directory is what it will read")

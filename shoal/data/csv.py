@@ -56,7 +56,7 @@ def csv(
     file = Path(path)
     rows = _read_rows(file, image, label)
     labels, names = _classify(rows, classes)
-    pictures = [_picture(row, file.parent) for row in rows]
+    pictures = [picture_in(row.image, row.where, file.parent) for row in rows]
     return Images(read_pictures(pictures, size, in_memory_mb), labels, names)
 
 
@@ -69,7 +69,7 @@ class _Row:
 
 def _read_rows(file: Path, image: str, label: str) -> list[_Row]:
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream, _long_fields():
+        with file.open(newline="", encoding="utf-8-sig") as stream, long_fields():
             return list(_rows(csv_format.reader(stream), file, image, label))
     except FileNotFoundError:
         raise DataError(f"There is no file {file}.") from None
@@ -102,7 +102,7 @@ def _rows(reader: Iterator[list[str]], file: Path, image: str, label: str) -> It
 
 
 @contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """Let fields be longer than Python's 128 KiB, as base64 pictures are, for as long as one file is read."""
     before = csv_format.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
@@ -111,23 +111,24 @@ def _long_fields() -> Iterator[None]:
         csv_format.field_size_limit(before)
 
 
-def _picture(row: _Row, folder: Path) -> Picture:
-    if not row.image:
-        raise DataError(f"{row.where}: the image is empty; give a path or base64.")
-    if len(row.image) <= _LONGEST_PATH:
+def picture_in(text: str, where: str, folder: Path) -> Picture:
+    """Return the picture that a cell names: a path relative to ``folder``, or base64. DataError, beginning with ``where``."""
+    if not text:
+        raise DataError(f"{where}: the image is empty; give a path or base64.")
+    if len(text) <= _LONGEST_PATH:
         # A name too long for the file system or with a forbidden character is no path; it may be base64.
         with contextlib.suppress(OSError, ValueError):
-            if (folder / row.image).is_file():
-                return Picture(folder / row.image, row.where)
+            if (folder / text).is_file():
+                return Picture(folder / text, where)
     try:
-        content = base64.b64decode(_DATA_URL.sub("", "".join(row.image.split()), count=1), validate=True)
+        content = base64.b64decode(_DATA_URL.sub("", "".join(text.split()), count=1), validate=True)
     except (binascii.Error, ValueError):
         content = b""
     # A missing file whose name happens to be valid base64 gives a few odd bytes, never the start of a picture.
     if not _looks_like_picture(content):
-        shown = row.image if len(row.image) <= 60 else row.image[:57] + "..."
-        raise DataError(f'{row.where}: "{shown}" is neither a file beside the CSV file nor base64 of a picture.')
-    return Picture(content, row.where)
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        raise DataError(f'{where}: "{shown}" is neither a file beside the CSV file nor base64 of a picture.')
+    return Picture(content, where)
 
 
 def _looks_like_picture(content: bytes) -> bool:

@@ -44,7 +44,7 @@ def folder(
     for name in found:
         if name not in names:
             raise DataError(f"{root / name} is not one of the {len(names)} known classes.{did_you_mean(name, names)}")
-        files = _picture_files(root / name)
+        files = picture_files(root / name)
         if not files:
             raise DataError(f"{root / name} holds no pictures; put some there or remove it.")
         pictures += [Picture(file, str(root)) for file in files]
@@ -52,7 +52,8 @@ def folder(
     return Images(read_pictures(pictures, size, in_memory_mb), labels, names)
 
 
-def _picture_files(directory: Path) -> list[Path]:
+def picture_files(directory: Path) -> list[Path]:
+    """The pictures below a directory, by their suffixes, sorted by path; hidden ones are passed over."""
     return sorted(
         file
         for file in directory.rglob("*")

@@ -35,12 +35,16 @@ class Picture:
         """Return the picture as RGB, (height, width, 3), resized (bilinear) where it has another size."""
         return self._read(size)
 
-    def _read(self, size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    def pixels(self, mode: str = "RGB") -> NDArray[np.uint8]:
+        """Return the picture in its own size: (height, width, 3), or (height, width) for the mode "L", shades of grey."""
+        return self._read(None, mode)
+
+    def _read(self, size: tuple[int, int] | None, mode: str = "RGB") -> NDArray[np.uint8]:
         from PIL import Image
 
         try:
             with Image.open(self.content if isinstance(self.content, Path) else io.BytesIO(self.content)) as image:
-                return np.asarray(_fit(image.convert("RGB"), size))
+                return np.asarray(_fit(image.convert(mode), size))
         except MemoryError:
             raise
         except FileNotFoundError:

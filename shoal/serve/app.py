@@ -21,6 +21,7 @@ from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, retry_after
 from shoal.serve.messages import Limits, Told
 from shoal.serve.metrics import Metrics
+from shoal.serve.pace import Pace
 from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Refusal
 from shoal.serve.shelf import Shelf, compare, numbers_of
@@ -64,6 +65,7 @@ class App:
         self.processes: tuple[dict[str, Any], ...] = ()
         self.draining = False
         self._limits = limits
+        self._pace = Pace(limits.slo_s)
         self._metrics = metrics
         self._guard = None if limits.access.open else Guard(limits.access)
         self._bodies_bytes = 0
@@ -136,29 +138,37 @@ class App:
             desk = self._desk(name, version)
             shelf = self.shelves[name]
             headers = _headers(scope)
+            seen_s = time.monotonic()
+            arrived_s = self._pace.arrive(seen_s)
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
+            self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
-            began = time.monotonic()
-        except Refusal:
-            if desk is not None:
+        except Refusal as refusal:
+            if desk is not None and refusal.status < 429:
                 desk.slots.count(Outcome.INVALID)
-            else:
+            elif desk is None:
                 self._metrics.turned_away("nothing")
             raise
         held = len(body) if len(body) > _LONG_BYTES else 0
         self._bodies_bytes += held
         try:
-            outputs = await desk.infer(request, self._limits.slo_s, lambda: _state(receive, "disconnected"))
+            outputs = await desk.infer(request, self._limits.slo_s, lambda: _state(receive, "disconnected"), arrived_s)
         finally:
             self._bodies_bytes -= held
         if shelf.trial is not None:
-            shelf.mirror(desk, request, outputs, time.monotonic() - began)
+            shelf.mirror(desk, request, outputs, time.monotonic() - arrived_s)
         content, header_length = v2.encode(desk.signature, request, outputs)
         if header_length is None:
             await _respond(send, 200, content, _JSON)
         else:
             await _respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
                                                 (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
+
+    def _refuse_early(self, desk: Desk, body: bytes, seen_s: float, arrived_s: float) -> None:
+        """Refuse what will not be in time before it is read; what has a deadline of its own has to be read first."""
+        hopeless = self._pace.behind(seen_s) or desk.hopeless(arrived_s + self._limits.slo_s, seen_s)
+        if hopeless and b'"timeout"' not in body:
+            desk.refuse()
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int | None = None) -> bytes:
         """All of a body; Refusal where it is longer than ``most`` bytes, or takes too long to come."""
@@ -184,6 +194,7 @@ class App:
                 if size > most:
                     raise Refusal(413, f"The body is longer than {most} bytes.")
                 if self._bodies_bytes > self._limits.bodies_bytes:
+                    self._metrics.turned_away("bodies")
                     raise Refusal(503, "Too many long bodies are being sent at once; try again.", 1.0)
         finally:
             self._bodies_bytes -= size

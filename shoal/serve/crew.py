@@ -16,8 +16,8 @@ from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import ChannelClosed
 from shoal.process.supervisor import Child, Supervisor
 from shoal.serve.messages import AddModel, Attach, Attached, Edition
-from shoal.serve.replica import ModelSource
-from shoal.serve.signature import ModelSignature
+from shoal.serve.replica import AS_IT_IS, ModelSource
+from shoal.serve.signature import UNIT, ModelSignature
 from shoal.serve.slots import SlotLayout, Slots, row_bytes
 
 _HOST = "shoal.serve.replica:ReplicaHost"
@@ -71,11 +71,15 @@ class Crew:
         """Start the template; it imports torch while the caller goes on."""
         self._supervisor.start()
 
-    def load(self) -> None:
-        """Load the model, try it, reserve the memory. Raises what the model's own code raised, TargetError for a bad bundle."""
+    def load(self, memory_layout: str | None = None) -> None:
+        """Load the model, try it, reserve the memory. ``memory_layout``: that of an older version, taken over.
+
+        Raises what the model's own code raised, TargetError for a bad bundle.
+        """
         self._supervisor.load(_HOST, self.source, _LOAD_S)
         self.signature: ModelSignature = self._supervisor.call("describe", timeout_s=10.0)
         self._supervisor.call("try_out", timeout_s=_LOAD_S)
+        self.memory_layout: str = self._supervisor.call("choose_layout", memory_layout, timeout_s=_LOAD_S)
         self._sample, self._expected = self._supervisor.call("sample", timeout_s=10.0)
         self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
         slot_bytes = sum(row_bytes(t) for t in (*self.signature.inputs, *self.signature.outputs))
@@ -105,8 +109,11 @@ class Crew:
             if option is not best:
                 self._dismiss(option.places)
         self.measured_s = best.measured_s
+        unit = "rows" if self.signature.longest is None else f"pieces of {UNIT}"
         self.why = (
-            "; ".join(f"{option.text}: {option.rows_per_s:.0f} rows/s" for option in tried) + f"; took {best.text}"
+            "; ".join(f"{option.text}: {option.rows_per_s:.0f} {unit}/s" for option in tried)
+            + f"; took {best.text}"
+            + (f", pictures {self.memory_layout}" if self.memory_layout != AS_IT_IS else "")
         )
         self._supervisor.fork()
 
@@ -222,6 +229,7 @@ class Crew:
             if place.child is not None:
                 self._bury(place)
         self._supervisor.restart(_LOAD_S)
+        self._supervisor.call("choose_layout", self.memory_layout, timeout_s=_LOAD_S)
 
     def release(self, rank: int) -> None:
         """The gateway uses nothing of a dead replica's ring any more: the next one may have it."""

@@ -22,7 +22,7 @@ from shoal.serve.dispatch import Dispatcher, Row
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
 from shoal.serve.protocols.embeddings import TextEncoder
-from shoal.serve.protocols.v2 import InferRequest
+from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest
 from shoal.serve.refusals import Refusal
 from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
@@ -31,6 +31,7 @@ from shoal.serve.slots import Outcome, Slots, drain
 # wait for the event loop. Longer ones stay in the queue, where a more urgent request can still overtake them.
 _AHEAD_BELOW_S = 0.005
 _SWEEP_S = 0.005
+_TRY_AGAIN_S = 1.0
 _LOOK_AFTER_S = 0.02
 _TIMES_KEPT = 4096
 # Where every replica has just died, the next is there within this; a request that can wait so long is taken in.
@@ -121,15 +122,18 @@ class Desk:
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def infer(
-        self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False
+        self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False,
+        arrived_s: float | None = None,
     ) -> list[np.ndarray]:
         """Outputs of a request, not to be written to.
+
+        ``arrived_s``: when it came, on the monotonic clock; now where that is not known.
 
         Raises:
             Refusal: it is not taken in (429, 503), expires (504) or fails (500).
         """
         now = time.monotonic()
-        deadline = now + (request.timeout_s or slo_s)
+        deadline = (now if arrived_s is None else arrived_s) + (request.timeout_s or slo_s)
         if self._closed:
             self.slots.count(Outcome.REFUSED)
             raise Refusal(503, "The service is shutting down; ask another one.", 1.0)
@@ -219,6 +223,17 @@ class Desk:
             raise
         finally:
             self._free_slots(ticket)
+
+    def hopeless(self, deadline_s: float, now: float) -> bool:
+        """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered."""
+        if self._cache is not None or not self._replicas:
+            return False
+        return self.dispatcher.admit(1, deadline_s, USUAL_PRIORITY, now) is not None
+
+    def refuse(self) -> None:
+        """Refuse a request that was not read. Always raises."""
+        self.slots.count(Outcome.REFUSED)
+        raise self._refusal(_TRY_AGAIN_S)
 
     def _later(self, request: InferRequest, now: float, deadline: float) -> float | None:
         """None where the request is taken in, else after how many seconds it may be tried again."""

@@ -13,12 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shoal.serve.protocols.v2 import InferRequest
+from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest
 from shoal.serve.refusals import Refusal
 from shoal.serve.signature import ModelSignature
 
 _MOST_TEXTS = 2048
-_USUAL_PRIORITY = -100
 _MOST_CHARACTERS = 1 << 20
 
 
@@ -54,7 +53,7 @@ class TextEncoder:
     def request(self, tokens: Sequence[int]) -> InferRequest:
         """One row."""
         ids = np.array([tokens[: self._longest]], np.int64)
-        return InferRequest("", (ids, np.ones_like(ids)), 1, (), None, _USUAL_PRIORITY, length=ids.shape[1])
+        return InferRequest("", (ids, np.ones_like(ids)), 1, (), None, USUAL_PRIORITY, length=ids.shape[1])
 
 
 def decode(body: bytes) -> tuple[str, list[str] | list[list[int]], bool]:

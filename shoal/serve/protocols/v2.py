@@ -21,8 +21,8 @@ from shoal.serve.signature import DTYPES, ModelSignature, TensorSignature
 
 _MOST_TIMEOUT_US = 3_600_000_000
 _MOST_PRIORITY = 1 << 20
-# What a request counts as that names no priority; 1 is the most urgent, as in Triton.
-_USUAL_PRIORITY = 100
+# What a request counts as that names no priority, the client's with its sign turned; 1 is the most urgent, as in Triton.
+USUAL_PRIORITY = -100
 _MOST_ID = 256
 _MOST_DIMS = 8
 _MOST_SIZE = 1 << 40
@@ -359,7 +359,7 @@ def _urgency(parameters: dict[str, Any]) -> tuple[float | None, int]:
         raise Refusal(400, f"The parameter timeout is a whole number of microseconds from 1 to {_MOST_TIMEOUT_US}.")
     if not (_is_whole(priority) and 0 <= priority <= _MOST_PRIORITY):
         raise Refusal(400, f"The parameter priority is a whole number from 0 to {_MOST_PRIORITY}.")
-    return (None if timeout is None else timeout / 1e6), -(priority or _USUAL_PRIORITY)
+    return (None if timeout is None else timeout / 1e6), (-priority or USUAL_PRIORITY)
 
 
 def _short(value: Any) -> str:

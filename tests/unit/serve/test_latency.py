@@ -35,3 +35,9 @@ def test_one_outlier_changes_little() -> None:
     model = LatencyModel.from_measured({1: 1.0})
     model.update(1, 1000.0)
     assert model.predict(1) < 1.2
+
+
+def test_cheapest_batch_is_the_largest_near_the_best_rate() -> None:
+    assert LatencyModel.from_measured({1: 1.0, 2: 1.0, 4: 1.98, 8: 5.0}).cheapest_batch(8) == 4
+    assert LatencyModel.from_measured({1: 1.0, 2: 1.0, 4: 1.98, 8: 3.95}).cheapest_batch(2) == 2
+    assert LatencyModel.from_measured({1: 1.0, 2: 2.2, 4: 5.0}).cheapest_batch(8) == 1

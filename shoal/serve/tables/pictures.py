@@ -1,0 +1,115 @@
+"""A folder of pictures as rows; and when an input of a model is a picture."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from shoal.data.folder import picture_files
+from shoal.data.pictures import Picture
+from shoal.errors import DataError
+from shoal.serve.signature import TensorSignature
+from shoal.serve.tables.rows import RowByRow, bfloat16_bits
+
+_CHANNELS = {1: "L", 3: "RGB"}
+
+
+def is_picture(spec: TensorSignature) -> bool:
+    """Whether an input is pictures: (channels, height, width) or (height, width, channels), as floats or as bytes."""
+    return _layout(spec) is not None
+
+
+def _layout(spec: TensorSignature) -> tuple[int, int, int, bool] | None:
+    """(channels, height, width, channels first), or None where it is no picture."""
+    shape = spec.shape[1:]
+    if len(shape) != 3 or not (spec.dtype.kind == "f" or spec.datatype in ("BF16", "UINT8")):
+        return None
+    if shape[0] in _CHANNELS:
+        return shape[0], shape[1], shape[2], True
+    return (shape[2], shape[0], shape[1], False) if shape[2] in _CHANNELS else None
+
+
+def pixels(picture: Picture, spec: TensorSignature) -> np.ndarray:
+    """Return a picture as one row: bytes as they are, floats scaled to 0…1 as ``shoal.data.Images`` gives them.
+
+    DataError where it cannot be decoded, or has another size than the model takes: it is never resized here.
+    """
+    layout = _layout(spec)
+    assert layout is not None
+    channels, height, width, first = layout
+    values = picture.pixels(_CHANNELS[channels])
+    if values.shape[:2] != (height, width):
+        name = f" {picture.content.name}" if isinstance(picture.content, Path) else ""
+        raise DataError(
+            f"{picture.where}: the picture{name} is {values.shape[1]} × {values.shape[0]} pixels and the model takes "
+            f"{width} × {height}; resize it as the training pictures were."
+        )
+    values = values.reshape(height, width, channels)
+    if first:
+        values = values.transpose(2, 0, 1)
+    return as_input(values, spec)
+
+
+def as_input(values: np.ndarray, spec: TensorSignature) -> np.ndarray:
+    """Bytes of pictures as the model's datatype."""
+    if spec.datatype == "UINT8":
+        return values
+    if spec.datatype == "FP64":
+        return values.astype(np.float64) / 255
+    scaled: np.ndarray = values.astype(np.float32) / np.float32(255)
+    return bfloat16_bits(scaled) if spec.datatype == "BF16" else scaled.astype(spec.dtype, copy=False)
+
+
+class FolderRows(RowByRow):
+    """The pictures below a folder, by path. What marks them is each one's name, size and time of change."""
+
+    def __init__(self, folder: Path, specs: tuple[TensorSignature, ...]) -> None:
+        if len(specs) != 1 or not is_picture(specs[0]):
+            shapes = ", ".join(f"{spec.name} {spec.datatype} {list(spec.shape[1:])}" for spec in specs)
+            raise DataError(f"{folder} is a folder of pictures, and the model takes none ({shapes}); give a file.")
+        found = picture_files(folder)
+        if not found:
+            raise DataError(f"{folder} holds no pictures; put some there.")
+        super().__init__(str(folder), specs, len(found))
+        self._folder = folder
+        self._paths = found
+        self._spec = specs[0]
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._next = 0
+        self._last: list[str] = []
+
+    def read(self, most: int) -> tuple[np.ndarray, ...] | None:
+        self._last = []
+        return super().read(most)
+
+    def next_row(self) -> tuple[np.ndarray, ...] | None:
+        if self._next == len(self._paths):
+            return None
+        row = pixels(Picture(self._paths[self._next], str(self._folder)), self._spec)
+        self._last.append(self._pass())
+        return (row,)
+
+    def _pass(self) -> str:
+        path = self._paths[self._next]
+        name = str(path.relative_to(self._folder))
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}).") from None
+        self._hash.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        self._next += 1
+        return name
+
+    def skip(self, rows: int) -> None:
+        for _ in range(min(rows, len(self._paths) - self._next)):
+            self._pass()
+            self.at += 1
+
+    @property
+    def mark(self) -> str:
+        return self._hash.hexdigest()
+
+    def files(self) -> list[str] | None:
+        return self._last
