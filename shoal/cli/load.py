@@ -16,6 +16,7 @@ from shoal.errors import JobFailed, RequestError
 if TYPE_CHECKING:
     from shoal.serve.load import LoadSettings, Progress
     from shoal.serve.load_report import Report
+    from shoal.serve.wire import Address
 
 _CONCURRENCY = 8
 _DURATION_S = 10.0
@@ -45,6 +46,12 @@ _Input = Annotated[
 ]
 _Binary = Annotated[bool, typer.Option("--binary/--as-json", help="Tensors as raw bytes, or as JSON numbers.")]
 _Picture = Annotated[Path | None, typer.Option("--picture", metavar="FILE", help="Draw the latencies into this PNG.")]
+_Keys = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Ask with the first key of this file.")
+]
+_CaFile = Annotated[
+    Path | None, typer.Option("--ca-file", metavar="FILE", help="For https: trust whom this PEM file vouches for.")
+]
 _Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the random inputs and the stream.")]
 
 
@@ -52,7 +59,7 @@ def load(
     url: _Url, model: _Model = None, rate: _Rate = None, concurrency: _Concurrency = None, trace: _Trace = None,
     duration: _Duration = None, requests: _Requests = None, sweep: _Sweep = False, slo_ms: _Slo = None,
     timeout_ms: _Timeout = None, input: _Input = None, binary: _Binary = True, picture: _Picture = None,
-    seed: _Seed = 0, json: JsonFlag = False,
+    seed: _Seed = 0, api_key_file: _Keys = None, ca_file: _CaFile = None, json: JsonFlag = False,
 ) -> Answer:  # fmt: skip
     """Drive a service and report its latency.
 
@@ -71,18 +78,26 @@ def load(
     if picture is not None and not picture.parent.is_dir():
         raise RequestError(f"There is no directory {picture.parent} for the picture; make it first.")
     from shoal.serve.load import LoadSettings, read_trace
+    from shoal.serve.wire import parse_url
 
+    address = parse_url(url, None if api_key_file is None else _key(api_key_file))
     arrivals = None if trace is None else read_trace(trace)
-    payloads = _payloads(url, model, input, binary, timeout_ms, seed)
+    payloads = _payloads(address, ca_file, model, input, binary, timeout_ms, seed)
     if sweep and slo_ms is None:
         slo_ms = 50.0
     if duration is None and requests is None and trace is None:
         duration = _SWEEP_DURATION_S if sweep else _DURATION_S
     settings = LoadSettings(
         rate=rate, concurrency=concurrency or _CONCURRENCY, arrivals_s=arrivals, duration_s=duration, requests=requests,
-        slo_s=None if slo_ms is None else slo_ms / 1e3, seed=seed,
+        slo_s=None if slo_ms is None else slo_ms / 1e3, seed=seed, ca_file=ca_file,
     )  # fmt: skip
-    return _sweep(url, payloads, settings, picture) if sweep else _drive(url, payloads, settings, picture)
+    return _sweep(address, payloads, settings, picture) if sweep else _drive(address, payloads, settings, picture)
+
+
+def _key(path: Path) -> str:
+    from shoal.serve.credentials import read_keys
+
+    return read_keys(path)[0].secret
 
 
 def _one_of(options: dict[str, Any], matters: bool = True) -> None:
@@ -92,17 +107,16 @@ def _one_of(options: dict[str, Any], matters: bool = True) -> None:
 
 
 def _payloads(
-    url: str, model: str | None, file: Path | None, binary: bool, timeout_ms: float | None, seed: int
-) -> list[bytes]:
+    address: Address, ca_file: Path | None, model: str | None, file: Path | None, binary: bool, timeout_ms: float | None,
+    seed: int,
+) -> list[bytes]:  # fmt: skip
     """Ask the service what it wants, and make requests of it."""
     from shoal.serve.client import Client, ServiceError
     from shoal.serve.load_inputs import payloads
-    from shoal.serve.wire import parse_url
 
-    address = parse_url(url)
     if file is not None and not file.is_file():
         raise RequestError(f"There is no file {file}; give a .npy array, a picture, or a .json request.")
-    with Client(url, timeout_s=10.0) as client:
+    with Client(address.url, timeout_s=10.0, api_key=address.api_key, ca_file=ca_file) as client:
         try:
             metadata = client.metadata(model)
         except ServiceError as error:
@@ -113,24 +127,24 @@ def _payloads(
     return payloads(address, metadata, file=file, binary=binary, timeout_s=timeout_s, seed=seed)
 
 
-def _drive(url: str, payloads: Sequence[bytes], settings: LoadSettings, picture: Path | None) -> Answer:
+def _drive(address: Address, payloads: Sequence[bytes], settings: LoadSettings, picture: Path | None) -> Answer:
     from shoal.serve.load import drive
-    from shoal.serve.wire import parse_url
 
+    url = address.url
     with _Line() as line:
-        report = drive(parse_url(url), payloads, settings, progress=line.show)
+        report = drive(address, payloads, settings, progress=line.show)
     if report.failed == report.requests:
         raise _nothing(report)
     result: dict[str, Any] = {"url": url, **report.as_dict()}
     return Answer(result, [*_text(report), *_draw(report, url, picture, result)])
 
 
-def _sweep(url: str, payloads: Sequence[bytes], settings: LoadSettings, picture: Path | None) -> Answer:
+def _sweep(address: Address, payloads: Sequence[bytes], settings: LoadSettings, picture: Path | None) -> Answer:
     from shoal.serve.load import prober, sweep
-    from shoal.serve.wire import parse_url
 
+    url = address.url
     with _Line() as line:
-        probe = prober(parse_url(url), payloads, settings, line.show)
+        probe = prober(address, payloads, settings, line.show)
         found = sweep(line.telling(probe), settings.rate or _SWEEP_FROM)
     slo_ms = (settings.slo_s or 0) * 1e3
     tried = [{"rate": rate, "holds": report.holds, "p99_ms": report.p99_ms, "within_slo": report.within_slo,

@@ -42,6 +42,15 @@ DrainOption = Annotated[
     float, typer.Option("--drain-s", metavar="S", help="How long accepted requests may take at the end.")
 ]
 
+KeysOption = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Who may ask: a key a line, KEY or NAME:KEY.")
+]
+RateOption = Annotated[
+    float | None, typer.Option("--rate-limit", metavar="N", help="Requests a second for each key, or each address.")
+]
+CertificateOption = Annotated[Path | None, typer.Option("--tls-cert", metavar="FILE", help="A certificate, PEM: https.")]
+TlsKeyOption = Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="The certificate's key, PEM.")]
+
 _SHOW_EVERY_S = 0.5
 
 
@@ -55,6 +64,10 @@ def serve(
     follow: FollowOption = None,
     cache_mb: CacheOption = None,
     cache_ttl_s: TtlOption = 300.0,
+    api_key_file: KeysOption = None,
+    rate_limit: RateOption = None,
+    tls_cert: CertificateOption = None,
+    tls_key: TlsKeyOption = None,
     json: JsonFlag = False,
 ) -> Answer:
     """Serve finished models until Ctrl-C.
@@ -67,11 +80,14 @@ def serve(
     options = ServiceOptions(
         slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s,
         cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
+        api_key_file=api_key_file, rate_limit=rate_limit, tls_cert=tls_cert, tls_key=tls_key,
     )  # fmt: skip
     models = locate(bundles)
     if follow is not None and len(models) > 1:
         raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
     service = Service(models, options)
+    if options.warning is not None:
+        _say(options.warning)
     if follow is not None:
         service.fleet.follow(next(iter(models)), follow, _say)
     service.start()

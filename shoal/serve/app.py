@@ -9,7 +9,8 @@ import asyncio
 import ipaddress
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ import numpy as np
 
 from shoal.errors import did_you_mean
 from shoal.serve.desk import Desk
+from shoal.serve.guard import Guard, retry_after
 from shoal.serve.messages import Limits, Told
 from shoal.serve.metrics import Metrics
 from shoal.serve.pace import Pace
@@ -37,6 +39,14 @@ _PROBE_TOLERANCE = 1e-3
 _LOAD_S = 300.0
 _REPOSITORY = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
 _JSON = [(b"content-type", b"application/json")]
+_FOR_EVERYBODY = frozenset({"/v2/health/live", "/v2/health/ready"})
+# A request in which one of these is there twice means two things; nobody says which.
+_ONCE = frozenset({b"authorization", b"x-api-key", b"content-encoding", b"inference-header-content-length"})
+_MOST_DIGITS = 12
+_LONG_BYTES = 64 << 10
+_DISCARD_S = 2.0
+_DISCARD_BYTES = 128 << 20
+_SAID_EVERY_S = 1.0
 
 
 class App:
@@ -57,35 +67,94 @@ class App:
         self._limits = limits
         self._pace = Pace(limits.slo_s)
         self._metrics = metrics
+        self._guard = None if limits.access.open else Guard(limits.access)
+        self._bodies_bytes = 0
+        self._probing: dict[Desk, asyncio.Task[list[np.ndarray]]] = {}
+        self._said_s = float("-inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         try:
+            if self._guard is not None:
+                self._admit(self._guard, scope)
             found = _INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
             if found is not None:
                 await self._infer(found[1], found[2], scope, receive, send)
             else:
                 await self._others(scope, receive, send)
         except Refusal as refusal:
-            await _refuse(send, refusal)
+            await self._refuse(receive, send, refusal)
+        except Exception:
+            self._say_what_happened()
+            if _state(receive, "response_started"):
+                raise
+            await self._refuse(receive, send, Refusal(500, "The service made a mistake; its own messages say more."))
+
+    def _admit(self, guard: Guard, scope: Scope) -> None:
+        """Refusal for who may not ask."""
+        if scope["path"] in _FOR_EVERYBODY and scope["method"] == "GET":
+            return
+        headers, client = dict(scope["headers"]), scope.get("client")
+        key = headers.get(b"x-api-key")
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer":
+            key = token.strip()
+        try:
+            guard.admit(key, None if client is None else client[0])
+        except Refusal as refusal:
+            self._metrics.turned_away("key" if refusal.status == 401 else "rate")
+            raise
+
+    def _say_what_happened(self) -> None:
+        """Print the traceback for whoever runs the service, though not as often as clients may please."""
+        now = time.monotonic()
+        if now - self._said_s > _SAID_EVERY_S:
+            self._said_s = now
+            traceback.print_exc()
+
+    async def _refuse(self, receive: Receive, send: Send, refusal: Refusal, body: bytes | None = None) -> None:
+        """Answer; where the request has not all been read, close the connection after looking away for a while.
+
+        A client that first sends everything would else find its connection broken, and not the answer.
+        """
+        headers = list(_JSON)
+        if refusal.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % retry_after(refusal.retry_after_s)))
+        if refusal.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        content = body or v2.error_body(refusal.sentence)
+        if not _state(receive, "more_body"):
+            return await _respond(send, refusal.status, content, headers)
+        headers += [(b"connection", b"close"), (b"content-length", b"%d" % len(content))]
+        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await send({"type": "http.response.body", "body": content, "more_body": True})
+        await _discard(receive)
+        await send({"type": "http.response.body", "body": b""})
 
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         desk = None
         try:
             desk = self._desk(name, version)
             shelf = self.shelves[name]
-            headers = dict(scope["headers"])
+            headers = _headers(scope)
             seen_s = time.monotonic()
             arrived_s = self._pace.arrive(seen_s)
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
             self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
         except Refusal as refusal:
             if desk is not None and refusal.status < 429:
                 desk.slots.count(Outcome.INVALID)
+            elif desk is None:
+                self._metrics.turned_away("nothing")
             raise
-        outputs = await desk.infer(request, self._limits.slo_s, lambda: _left(receive), arrived_s)
+        held = len(body) if len(body) > _LONG_BYTES else 0
+        self._bodies_bytes += held
+        try:
+            outputs = await desk.infer(request, self._limits.slo_s, lambda: _state(receive, "disconnected"), arrived_s)
+        finally:
+            self._bodies_bytes -= held
         if shelf.trial is not None:
             shelf.mirror(desk, request, outputs, time.monotonic() - arrived_s)
         content, header_length = v2.encode(desk.signature, request, outputs)
@@ -101,19 +170,40 @@ class App:
         if hopeless and b'"timeout"' not in body:
             desk.refuse()
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        most = self._limits.body_bytes
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int | None = None) -> bytes:
+        """All of a body; Refusal where it is longer than ``most`` bytes, or takes too long to come."""
+        most = min(most or self._limits.body_bytes, self._limits.body_bytes)
         if b"content-encoding" in headers:
             raise Refusal(415, "Send the body as it is, without content-encoding.")
         said = headers.get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > most:
+        if not said.isdigit() or len(said) > _MOST_DIGITS or int(said) > most:
             raise Refusal(413, f"The body is longer than {most} bytes.")
         message = await receive()
         body: bytes = message.get("body", b"")
+        if message["type"] == "http.disconnect":
+            raise Refusal(400, "The body ended early.")
         if not message.get("more_body", False):
             return body
         parts, size = [body], len(body)
+        self._bodies_bytes += size
+        try:
+            async for part in self._more(receive):
+                parts.append(part)
+                size += len(part)
+                self._bodies_bytes += len(part)
+                if size > most:
+                    raise Refusal(413, f"The body is longer than {most} bytes.")
+                if self._bodies_bytes > self._limits.bodies_bytes:
+                    self._metrics.turned_away("bodies")
+                    raise Refusal(503, "Too many long bodies are being sent at once; try again.", 1.0)
+        finally:
+            self._bodies_bytes -= size
+        return b"".join(parts)
+
+    async def _more(self, receive: Receive) -> AsyncIterator[bytes]:
+        """The rest of a body, in time."""
         until = time.monotonic() + self._limits.body_s
+        message: MutableMapping[str, Any] = {"more_body": True}
         while message.get("more_body", False):
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
@@ -121,11 +211,7 @@ class App:
                 raise Refusal(408, f"The body did not arrive within {self._limits.body_s:g} s.") from None
             if message["type"] == "http.disconnect":
                 raise Refusal(400, "The body ended early.")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > most:
-                raise Refusal(413, f"The body is longer than {most} bytes.")
-        return b"".join(parts)
+            yield message.get("body", b"")
 
     def _desk(self, name: str, version: str | None = None) -> Desk:
         """Who answers a request for a model; without a version the one that the model's shelf picks."""
@@ -138,7 +224,7 @@ class App:
         if shelf is not None or name in self.unavailable:
             raise Refusal(404, f"The model {name} is not loaded.")
         raise Refusal(
-            404, f'There is no model "{name[:80]}".{did_you_mean(name, self.shelves)} There is {", ".join(self.shelves)}.'
+            404, f'There is no model "{name[:80]}".{did_you_mean(name[:80], self.shelves)} There is {", ".join(self.shelves)}.'
         )
 
     async def _others(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,14 +268,18 @@ class App:
             tokens = [t if isinstance(t, list) else [] for t in given]
             if isinstance(given[0], str):
                 tokens = desk.text.tokens([text for text in given if isinstance(text, str)])
-            asked = [desk.infer(desk.text.request(row), self._limits.slo_s, lambda: _left(receive)) for row in tokens]
+
+            def left() -> bool:
+                return _state(receive, "disconnected")
+
+            asked = [desk.infer(desk.text.request(row), self._limits.slo_s, left) for row in tokens]
             found = await asyncio.gather(*asked, return_exceptions=True)
             for one in found:
                 if isinstance(one, BaseException):
                     raise one
             vectors = [one[0] for one in found if not isinstance(one, BaseException)]
         except Refusal as refusal:
-            return await _refuse(send, refusal, embeddings.error_body(refusal))
+            return await self._refuse(receive, send, refusal, embeddings.error_body(refusal))
         used = sum(map(len, tokens))
         await _respond(send, 200, embeddings.encode(name, vectors, used, as_base64), _JSON)
 
@@ -253,8 +343,17 @@ class App:
             if desk is None:
                 raise Refusal(503, "A model is being unloaded.", 1.0)
             if time.monotonic() - desk.last_answer_s > _FRESH_S:
-                await desk.infer(_sample_request(desk), _PROBE_S)
+                await self._probe(desk)
         await _respond(send, 200, b"", [])
+
+    async def _probe(self, desk: Desk) -> None:
+        """Ask for a sample; those who want to know at the same time share one inference, for anybody may ask."""
+        asked = self._probing.get(desk)
+        if asked is None:
+            asked = asyncio.get_running_loop().create_task(desk.infer(_sample_request(desk), _PROBE_S))
+            self._probing[desk] = asked
+            asked.add_done_callback(lambda task: (self._probing.pop(desk, None), task.cancelled() or task.exception()))
+        await asyncio.shield(asked)
 
     async def _processes(self, scope: Scope, send: Send) -> None:
         client = scope.get("client")
@@ -297,11 +396,6 @@ def _header_length(headers: dict[bytes, bytes]) -> int | None:
     return int(text)
 
 
-def _left(receive: Receive) -> bool:
-    """Whether the client has gone: uvicorn notes it on the object whose method ``receive`` is."""
-    return bool(getattr(getattr(receive, "__self__", None), "disconnected", False))
-
-
 def _statistics(desk: Desk) -> dict[str, Any]:
     """A model's statistics as the protocol has them, and shoal's own under ``shoal``."""
     times, counts = desk.times, desk.slots.counts
@@ -330,14 +424,37 @@ async def _say(send: Send, value: Any) -> None:
     await _respond(send, 200, msgspec.json.encode(value), _JSON)
 
 
-async def _refuse(send: Send, refusal: Refusal, body: bytes | None = None) -> None:
-    headers = list(_JSON)
-    if refusal.retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % max(1, round(refusal.retry_after_s))))
-    if refusal.status in (408, 413):
-        # What is left of the body will not be read.
-        headers.append((b"connection", b"close"))
-    await _respond(send, refusal.status, body or v2.error_body(refusal.sentence), headers)
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    """The headers by name; Refusal where one that matters is there twice."""
+    pairs = scope["headers"]
+    headers = dict(pairs)
+    if len(headers) < len(pairs):
+        names = [name for name, _ in pairs]
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise Refusal(400, f"The header {name.decode()} is there twice.")
+    return headers
+
+
+def _state(receive: Receive, word: str) -> bool:
+    """What uvicorn notes of a request, on the object whose method ``receive`` is.
+
+    ``disconnected``: the client has gone; ``more_body``: not all has come yet; ``response_started``.
+    """
+    return bool(getattr(getattr(receive, "__self__", None), word, False))
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what a client goes on sending, for a moment and up to a size."""
+    until, size = time.monotonic() + _DISCARD_S, 0
+    while size < _DISCARD_BYTES:
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+        except asyncio.TimeoutError:
+            return
+        size += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
 
 
 async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

@@ -11,9 +11,11 @@ import contextlib
 import json
 import select
 import socket
+import ssl
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ import numpy as np
 
 from shoal.errors import DeadlineError, JobFailed, RequestError
 from shoal.serve import wire
+from shoal.serve.credentials import client_context
 
 _T = TypeVar("_T")
 _FIRST_PAUSE_S = 0.05
@@ -83,13 +86,20 @@ class Client:
         url: as ``shoal serve`` prints it, such as http://127.0.0.1:8000.
         timeout_s: how long a call may take where it does not say so itself.
         retries: see above; 0 tries once.
+        api_key: what the service wants to let this client in.
+        ca_file: for https: trust whom this PEM file vouches for, such as a certificate that signed itself; None for whom
+            this machine trusts.
 
     Raises:
-        RequestError: the url is none.
+        RequestError: the url is none, or the file cannot be read.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 30.0, retries: int = 3) -> None:
-        self._address = wire.parse_url(url)
+    def __init__(
+        self, url: str, *, timeout_s: float = 30.0, retries: int = 3, api_key: str | None = None,
+        ca_file: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self._address = wire.parse_url(url, api_key)
+        self._tls = client_context(ca_file) if self._address.tls else None
         self._timeout_s = timeout_s
         self._retries = retries
         self._models: dict[str, dict[str, Any]] = {}
@@ -339,10 +349,16 @@ class Client:
             connection.close()
         try:
             connection = socket.create_connection((self._address.host, self._address.port), timeout=within_s)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is None:
+                return connection
+            try:
+                return self._tls.wrap_socket(connection, server_hostname=self._address.host)
+            except OSError:
+                connection.close()
+                raise
         except OSError as error:
             raise _NotSent(_reason(error)) from None
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
 
     # -- or an event loop ----------------------------------------------------------------------------------------
 
@@ -402,7 +418,8 @@ class Client:
                         return reader, writer
                     writer.close()
         try:
-            return await asyncio.open_connection(self._address.host, self._address.port, limit=_READ_BYTES)
+            host, port = self._address.host, self._address.port
+            return await asyncio.open_connection(host, port, limit=_READ_BYTES, ssl=self._tls)
         except OSError as error:
             raise _NotSent(_reason(error)) from None
 
@@ -418,6 +435,9 @@ def _broken(url: str, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        what = getattr(error, "verify_message", None) or (error.reason or "no tls").replace("_", " ")
+        return f"tls: {what}".lower()
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower().rstrip(".")
 
 

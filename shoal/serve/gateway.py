@@ -11,9 +11,10 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -22,6 +23,8 @@ import uvloop
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
 from shoal.serve.app import App, probe
+from shoal.serve.connection import Connection, ConnectionLimits, Watch, connections_possible, quietly
+from shoal.serve.credentials import server_context
 from shoal.serve.desk import Desk
 from shoal.serve.messages import (
     AddModel,
@@ -49,24 +52,49 @@ from shoal.serve.shelf import Shelf
 
 _NUMBERS_EVERY_S = 0.5
 _KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+# Who does not say goodbye in TLS holds up nobody's shutdown.
+_TLS_LEAVE_S = 1.0
 # A request that was being read when its version was retired may still come to it.
 _LATE_S = 0.5
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that leaves signals alone and says when it has begun."""
+    """uvicorn that leaves signals alone, limits what connections do, and says when it has begun."""
 
-    def __init__(self, config: uvicorn.Config, opened: asyncio.Event) -> None:
+    def __init__(
+        self, config: uvicorn.Config, opened: asyncio.Event, tls: ssl.SSLContext | None, turned: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._opened = opened
+        self._tls = tls
+        self._turned = turned
+        self._limits = ConnectionLimits(connections=connections_possible(ConnectionLimits.connections))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        # The listening sockets are ours: uvicorn has no way of saying how long a TLS handshake may take.
+        await super().startup(sockets=[])
+        loop = asyncio.get_running_loop()
+        greet_s, leave_s = (None, None) if self._tls is None else (self._limits.head_s, _TLS_LEAVE_S)
+        for sock in sockets or []:
+            server = await loop.create_server(
+                self._connection, sock=sock, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=greet_s,
+                ssl_shutdown_timeout=leave_s,
+            )  # fmt: skip
+            self.servers.append(server)
+        self._watch = loop.create_task(Watch(self.server_state.connections).run())
         self._opened.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets=sockets)
+        self._watch.cancel()
+
+    def _connection(self) -> Connection:
+        return Connection(self._limits, self._turned, config=self.config, server_state=self.server_state, app_state={})
 
 
 class Gateway:
@@ -83,12 +111,14 @@ class Gateway:
         self._opened = asyncio.Event()
         config = uvicorn.Config(self._app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
                                 access_log=False, server_header=False, date_header=False, proxy_headers=False,
-                                timeout_keep_alive=_KEEP_ALIVE_S)  # fmt: skip
-        self._server = _Server(config, self._opened)
+                                timeout_keep_alive=_KEEP_ALIVE_S, log_level="error")  # fmt: skip
+        tls = None if opening.tls is None else server_context(opening.tls)
+        self._server = _Server(config, self._opened, tls, self._metrics.turned_away)
 
     async def serve(self) -> None:
         """Answer until the supervisor says to drain, or is gone."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(quietly)
         loop.add_reader(self._channel.fileno(), self._receive)
         numbers = loop.create_task(self._report())
         try:

@@ -20,6 +20,7 @@ import numpy as np
 
 from shoal.errors import RequestError
 from shoal.serve.alarm import Alarm
+from shoal.serve.credentials import client_context
 from shoal.serve.load_report import Ledger, Report
 from shoal.serve.wire import Address, BadResponse, Response, read_head, sentence_of
 
@@ -43,6 +44,7 @@ class LoadSettings:
         connections: the most that a stream opens; further requests wait, and their latency counts from when they were due.
         give_up_s: a request with no answer after so long has failed.
         seed: of the Poisson stream.
+        ca_file: for https: the PEM file of whom to trust; None for whom this machine trusts.
     """
 
     rate: float | None = None
@@ -55,6 +57,7 @@ class LoadSettings:
     connections: int = 1024
     give_up_s: float = 30.0
     seed: int = 0
+    ca_file: Path | None = None
 
     @property
     def mode(self) -> str:
@@ -198,6 +201,7 @@ class _Driver:
         self._pausing = 0
         self._in_flight = 0
         self._ledger = Ledger(settings.slo_s)
+        self._tls = client_context(settings.ca_file) if address.tls else None
         self._begin = self._counted_from = 0.0
         self._stop_at = float("inf")
 
@@ -285,7 +289,8 @@ class _Driver:
 
     async def _open(self) -> None:
         try:
-            make = self._loop.create_connection(lambda: _Connection(self), self._address.host, self._address.port)
+            host, port = self._address.host, self._address.port
+            make = self._loop.create_connection(lambda: _Connection(self), host, port, ssl=self._tls)
             _, connection = await asyncio.wait_for(make, self._settings.give_up_s)
         except (OSError, asyncio.TimeoutError) as error:
             raise _nobody(self._address, error) from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from shoal.serve.credentials import TlsFiles
+from shoal.serve.guard import Access
 from shoal.serve.signature import ModelSignature
 from shoal.serve.slots import SlotLayout
 
@@ -24,19 +26,24 @@ class Limits:
         slo_s: the deadline of a request that brings none, in seconds from its arrival.
         body_bytes: the longest body.
         body_s: how long a client may take to send it.
+        bodies_bytes: of all bodies together that are being read or answered.
+        access: who may ask, and how often.
     """
 
     slo_s: float = 0.05
     body_bytes: int = 32 << 20
     body_s: float = 10.0
+    bodies_bytes: int = 512 << 20
+    access: Access = Access()
 
 
 @dataclass(frozen=True)
 class Open:
-    """Supervisor to gateway, first of all; the listening socket comes along."""
+    """Supervisor to gateway, first of all; the listening socket comes along. ``tls``: what to speak TLS with, None for HTTP."""
 
     limits: Limits
     url: str
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -24,6 +24,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._latency = Histogram("shoal_request_seconds", "From arrival to answer, answered requests.", ["model"],
                                   buckets=_BUCKETS_S, registry=self._registry)  # fmt: skip
+        self._turned = Counter("shoal_turned_away", "Requests and connections that were for no model, by why they were "
+                               "turned away.", ["reason"], registry=self._registry)  # fmt: skip
         self._counts = _Counts()
         self._registry.register(self._counts)
 
@@ -31,6 +33,10 @@ class Metrics:
         """What a desk calls with the seconds that each answered request took."""
         observe: Callable[[float], None] = self._latency.labels(model).observe
         return observe
+
+    def turned_away(self, reason: str) -> None:
+        """Count a request that never came to a model; ``reason`` is one of a few words."""
+        self._turned.labels(reason).inc()
 
     def render(self, desks: Mapping[str, Desk]) -> bytes:
         """The page."""

@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from shoal import bundle
 from shoal.cluster import Cluster
 from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.serve import hugging_face
+from shoal.serve.credentials import TlsFiles, read_keys, read_tls
 from shoal.serve.fleet import Fleet
 from shoal.serve.gate import GateProcess
+from shoal.serve.guard import Access, is_loopback
 from shoal.serve.messages import (
     AddModel,
     Drain,
@@ -54,6 +57,9 @@ class ServiceOptions:
         drain_s: how long accepted requests may take at the end.
         cache_mb: by the model's name, how much of its answers to remember, in 10⁶ bytes; "" stands for every other model.
         cache_ttl_s: for how long.
+        api_key_file: who may ask: a key a line, ``key`` or ``name:key``; None: everybody.
+        rate_limit: requests a second for each key, or without keys for each address; None: any number.
+        tls_cert, tls_key: PEM files to speak TLS with; both, or none for plain HTTP.
     """
 
     slo_ms: float = 50.0
@@ -63,6 +69,10 @@ class ServiceOptions:
     drain_s: float = 30.0
     cache_mb: Mapping[str, float] = field(default_factory=dict)
     cache_ttl_s: float = 300.0
+    api_key_file: Path | None = None
+    rate_limit: float | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     def check(self) -> None:
         """RequestError where a value makes no sense."""
@@ -79,6 +89,28 @@ class ServiceOptions:
                 raise RequestError(f"A cache of {size:g} MB cannot be made; give 0 or more.")
         if not self.cache_ttl_s > 0:
             raise RequestError(f"Answers are remembered for {self.cache_ttl_s:g} s; give a time above 0.")
+        if self.rate_limit is not None and not 0 < self.rate_limit < 1e9:
+            raise RequestError(f"A limit of {self.rate_limit:g} requests a second makes no sense; give a number above 0.")
+
+    def access(self) -> Access:
+        """Who may ask. RequestError where the file of keys is of no use."""
+        keys = () if self.api_key_file is None else read_keys(self.api_key_file)
+        return Access(keys=tuple((key.name, key.digest) for key in keys), rate_limit=self.rate_limit)
+
+    def tls(self) -> TlsFiles | None:
+        """What to speak TLS with. RequestError where the files are of no use."""
+        if self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_cert is None or self.tls_key is None:
+            raise RequestError("TLS needs a certificate and its key; give --tls-cert and --tls-key, or neither.")
+        return read_tls(self.tls_cert, self.tls_key)
+
+    @property
+    def warning(self) -> str | None:
+        """What somebody who serves like this should know."""
+        if self.api_key_file is not None or is_loopback(self.host):
+            return None
+        return f"Whoever reaches {self.host} can use this service; --api-key-file FILE lets in only those with a key."
 
     def cache_bytes(self, model: str) -> int:
         """How much of a model's answers to remember."""
@@ -97,6 +129,7 @@ class Service:
         if strange:
             raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")
         self._options = options
+        self._access, self._tls = options.access(), options.tls()
         self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate: GateProcess | None = None
@@ -114,7 +147,7 @@ class Service:
         """Listen, load, choose, open. RequestError where the request makes no sense, UserCodeError where the model fails."""
         self._listening = self._listen()
         host, port = self._listening.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = f"{'http' if self._tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
         try:
             self.fleet.start()
             self._gate = GateProcess()
@@ -142,8 +175,8 @@ class Service:
         return listening
 
     def _open(self, gate: GateProcess) -> None:
-        limits = Limits(slo_s=self._options.slo_ms / 1e3)
-        gate.send(Open(limits, self.url), (self._listening.fileno(),))
+        limits = Limits(slo_s=self._options.slo_ms / 1e3, access=self._access)
+        gate.send(Open(limits, self.url, self._tls), (self._listening.fileno(),))
         self.fleet.open(gate.send)
         self._told = ()
         self._opened = False
@@ -372,6 +405,8 @@ class RunningService:
 def serve(
     *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
     drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
+    api_key_file: str | Path | None = None, rate_limit: float | None = None, tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
 ) -> RunningService:  # fmt: skip
     """Serve bundles (or run directories) from this process's children; returns when they answer.
 
@@ -383,6 +418,9 @@ def serve(
         drain_s: how long accepted requests may take when the service is closed.
         cache_mb: how many 10⁶ bytes of each model's answers to remember, or that by the model's name.
         cache_ttl_s: for how long.
+        api_key_file: who may ask: a key a line, ``key`` or ``name:key``; None: everybody who reaches the host.
+        rate_limit: requests a second for each key, or without keys for each address; None: any number.
+        tls_cert, tls_key: PEM files to speak TLS with; both, or none for plain HTTP.
 
     Raises:
         TargetError: a directory that is no bundle, or a bundle that cannot be served.
@@ -391,9 +429,16 @@ def serve(
     """
     caches = cache_mb if isinstance(cache_mb, Mapping) else {"": cache_mb}
     options = ServiceOptions(
-        slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s
-    )
+        slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s,
+        api_key_file=_path(api_key_file), rate_limit=rate_limit, tls_cert=_path(tls_cert), tls_key=_path(tls_key),
+    )  # fmt: skip
+    if options.warning is not None:
+        warnings.warn(options.warning, stacklevel=2)
     return RunningService(Service(locate([str(b) for b in bundles]), options))
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def locate(targets: list[str], runs: Path = Path("runs")) -> dict[str, Path]:

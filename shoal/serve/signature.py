@@ -35,6 +35,7 @@ class TensorSignature:
         longest: the largest such length.
         padding: what fills up a row that is shorter than others in its batch.
         absent: what the whole input is where a client leaves it out; None where it may not.
+        finite: whether NaN and infinite numbers are refused.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorSignature:
     longest: int | None = None
     padding: int = 0
     absent: int | None = None
+    finite: bool = True
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -129,7 +131,7 @@ def _tensors(model: str, described: Iterable[Mapping[str, Any]]) -> tuple[Tensor
             tensor = TensorSignature(
                 str(entry["name"]), str(entry["dtype"]), tuple(int(dim) for dim in entry["shape"]),
                 None if longest is None else int(longest), int(entry.get("padding", 0)),
-                None if absent is None else int(absent),
+                None if absent is None else int(absent), bool(entry.get("finite", True)),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError):
             raise TargetError(

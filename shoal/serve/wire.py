@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -41,16 +41,24 @@ class BadResponse(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a service listens. ``prefix``: what its paths begin with, without a slash at the end."""
+    """Where a service listens, and how it lets this client in.
+
+    Attributes:
+        prefix: what its paths begin with, without a slash at the end.
+        tls: whether it speaks TLS.
+        api_key: sent with each request.
+    """
 
     host: str
     port: int
     prefix: str = ""
+    tls: bool = False
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def url(self) -> str:
-        """http://host:port/prefix."""
-        return f"http://{self.authority}{self.prefix}"
+        """http://host:port/prefix, or https://."""
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
 
     @property
     def authority(self) -> str:
@@ -58,8 +66,10 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def parse_url(url: str) -> Address:
-    """Return the address that ``http://host:port`` or ``host:port`` names; RequestError where it names none."""
+def parse_url(url: str, api_key: str | None = None) -> Address:
+    """Return the address that ``http://host:port``, ``https://…`` or ``host:port`` names; RequestError where it names none."""
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise RequestError("An API key is printable ASCII characters without spaces; give it as it stands in its file.")
     example = "write it as in http://127.0.0.1:8000"
     text = url.strip()
     try:
@@ -67,11 +77,12 @@ def parse_url(url: str) -> Address:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise RequestError(f"{url!r} is no address of a service; {example}.") from None
-    if parts.scheme != "http":
-        raise RequestError(f"{url} begins with {parts.scheme}://, but only http:// is spoken here; {example}.")
+    if parts.scheme not in ("http", "https"):
+        raise RequestError(f"{url} begins with {parts.scheme}://, but only http:// and https:// are spoken here; {example}.")
     if not host or any(c.isspace() for c in text) or parts.query or parts.fragment or parts.username is not None:
         raise RequestError(f"{url!r} is no address of a service; {example}.")
-    return Address(host, 80 if port is None else port, parts.path.rstrip("/"))
+    tls = parts.scheme == "https"
+    return Address(host, (443 if tls else 80) if port is None else port, parts.path.rstrip("/"), tls, api_key)
 
 
 def model_path(model: str, rest: str = "") -> str:
@@ -82,6 +93,8 @@ def model_path(model: str, rest: str = "") -> str:
 def render(address: Address, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of a whole request that keeps its connection."""
     lines = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {address.authority}"]
+    if address.api_key is not None:
+        lines.append(f"Authorization: Bearer {address.api_key}")
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     if body or method == "POST":
         lines.append(f"Content-Length: {len(body)}")

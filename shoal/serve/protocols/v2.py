@@ -25,10 +25,19 @@ _MOST_PRIORITY = 1 << 20
 # What a request counts as that names no priority, the client's with its sign turned; 1 is the most urgent, as in Triton.
 USUAL_PRIORITY = -100
 _MOST_ID = 256
+_MOST_DIMS = 8
+_MOST_SIZE = 1 << 40
+_AROUND_BYTES = 64 << 10
+# A number in JSON, all its digits, and the spaces before it.
+_ELEMENT_BYTES = 40
 _EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
 
 
 _NOTHING = msgspec.Raw()
+# What tensors in JSON are made of, flat or nested. Without texts: NumPy would give each element the room of the longest.
+_Numbers: Any = int | float | bool
+for _ in range(_MOST_DIMS):
+    _Numbers = int | float | bool | list[_Numbers]
 
 
 class _Input(msgspec.Struct):
@@ -57,6 +66,7 @@ class _Asked(msgspec.Struct):
 
 _DECODER = msgspec.json.Decoder(_Request)
 _ASKED = msgspec.json.Decoder(_Asked)
+_NESTED = msgspec.json.Decoder(_Numbers)
 # Its memory is used again by the next request, so nothing of a request may outlive the function that reads it.
 _NUMBERS = simdjson.Parser()
 
@@ -100,6 +110,10 @@ def decode(
     request = _parse(view if header_length is None else view[:header_length])
     if len(request.id) > _MOST_ID:
         raise Refusal(400, f"The id is longer than {_MOST_ID} characters.")
+    for entry in request.inputs:
+        # Before anything is made of it.
+        if entry.shape and max_rows < entry.shape[0] <= _MOST_SIZE:
+            raise Refusal(413, f"The request has {entry.shape[0]} rows and at most {max_rows} fit in one; send several.")
     inputs = _inputs(signature, request.inputs, view[len(view) if header_length is None else header_length :])
     rows = {len(array) for array in inputs}
     if len(rows) > 1:
@@ -107,10 +121,18 @@ def decode(
     (count,) = rows
     if count == 0:
         raise Refusal(400, "The request has no rows.")
-    if count > max_rows:
-        raise Refusal(413, f"The request has {count} rows and at most {max_rows} fit in one; send several.")
     wanted, (timeout_s, priority) = _wanted(signature, request), _urgency(request.parameters)
     return InferRequest(request.id, inputs, count, wanted, timeout_s, priority, length_of(signature, inputs))
+
+
+def longest_body(signature: ModelSignature, max_rows: int) -> int | None:
+    """More bytes than any request for a model makes sense with, in JSON or binary; None where nobody can say.
+
+    Reading numbers takes far longer than receiving them, so bodies are as short as they can be.
+    """
+    sizes = [spec.row_shape for spec in signature.inputs]
+    elements = sum(math.prod(size) for size in sizes if size is not None)
+    return None if None in sizes else _AROUND_BYTES + max_rows * elements * _ELEMENT_BYTES
 
 
 def length_of(signature: ModelSignature, inputs: Sequence[np.ndarray]) -> int:
@@ -193,7 +215,7 @@ def _inputs(signature: ModelSignature, given: Sequence[_Input], binary: memoryvi
     for entry in given:
         spec = specs.get(entry.name)
         if spec is None:
-            near = did_you_mean(entry.name, specs)
+            near = did_you_mean(entry.name[:80], specs)
             raise Refusal(
                 400, f'There is no input "{entry.name[:80]}".{near} {signature.name} takes {", ".join(specs)}.'
             )
@@ -231,10 +253,10 @@ def _check_shape(spec: TensorSignature, entry: _Input) -> int:
     if entry.datatype != spec.datatype:
         raise Refusal(400, f"The input {spec.name} is {entry.datatype[:20]}; the model takes {spec.datatype}.")
     fits = len(entry.shape) == len(spec.shape) and all(
-        given >= 0 and wanted in (-1, given) for given, wanted in zip(entry.shape, spec.shape, strict=True)
+        0 <= given <= _MOST_SIZE and wanted in (-1, given) for given, wanted in zip(entry.shape, spec.shape, strict=True)
     )
     if not fits:
-        said = str(entry.shape[:10])
+        said = _short(entry.shape[:_MOST_DIMS])
         raise Refusal(
             400, f"The input {spec.name} has the shape {said}; the model takes {list(spec.shape)}, -1 being any size."
         )
@@ -246,11 +268,20 @@ def _from_binary(spec: TensorSignature, entry: _Input, count: int, size: Any, re
         raise Refusal(400, f"The input {spec.name} has both data and binary data; send one of them.")
     if not isinstance(size, int) or isinstance(size, bool) or size != count * spec.dtype.itemsize:
         raise Refusal(
-            400, f"The input {spec.name} needs {count * spec.dtype.itemsize} bytes for its shape, not {str(size)[:20]}."
+            400, f"The input {spec.name} needs {count * spec.dtype.itemsize} bytes for its shape, not {_short(size)}."
         )
     if size > len(rest):
         raise Refusal(400, f"The body ends within the input {spec.name}.")
-    return np.frombuffer(rest[:size], spec.dtype).reshape(entry.shape)
+    values = np.frombuffer(rest[:size], spec.dtype).reshape(entry.shape)
+    if spec.finite and not _finite(spec, values):
+        raise Refusal(400, f"The input {spec.name} has numbers that are not finite (NaN or infinite).")
+    return values
+
+
+def _finite(spec: TensorSignature, values: np.ndarray) -> bool:
+    if spec.datatype == "BF16":
+        return bool(((values & 0x7F80) != 0x7F80).all())
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 def _from_json(spec: TensorSignature, entry: _Input, count: int) -> np.ndarray:
@@ -265,7 +296,7 @@ def _from_json(spec: TensorSignature, entry: _Input, count: int) -> np.ndarray:
     values = _flat_numbers(raw, spec)
     if values is None:
         try:
-            values = np.array(msgspec.json.decode(raw))
+            values = np.array(_NESTED.decode(raw))
         except (ValueError, TypeError, OverflowError, RecursionError, msgspec.DecodeError):
             raise wrong from None
     # Flat or nested as the shape says: nothing between.
@@ -325,7 +356,7 @@ def _wanted(signature: ModelSignature, request: _Request) -> tuple[tuple[str, bo
     found: dict[str, bool] = {}
     for output in request.outputs:
         if output.name not in names:
-            near = did_you_mean(output.name, names)
+            near = did_you_mean(output.name[:80], names)
             raise Refusal(
                 400, f'There is no output "{output.name[:80]}".{near} {signature.name} gives {", ".join(names)}.'
             )
@@ -352,6 +383,15 @@ def _urgency(parameters: dict[str, Any]) -> tuple[float | None, int]:
     if not (_is_whole(priority) and 0 <= priority <= _MOST_PRIORITY):
         raise Refusal(400, f"The parameter priority is a whole number from 0 to {_MOST_PRIORITY}.")
     return (None if timeout is None else timeout / 1e6), (-priority or USUAL_PRIORITY)
+
+
+def _short(value: Any) -> str:
+    """A client's value for a sentence: whole numbers that nobody reads to their end are left out."""
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(one) for one in value) + "]"
+    if isinstance(value, int) and abs(value) > _MOST_SIZE:
+        return "something far too large"
+    return str(value)[:20]
 
 
 def _is_whole(value: Any) -> bool:

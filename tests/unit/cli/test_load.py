@@ -62,7 +62,7 @@ def test_a_trace_and_a_sweep(service: Service, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["ftp://a"], "only http:// is spoken here"),
+        (["ftp://a"], "only http:// and https:// are spoken here"),
         (["--rate", "5"], "Missing argument 'URL'"),
         (["URL", "--rate", "0"], "--rate is 0; give a number above 0."),
         (["URL", "--rate", "many"], "--rate"),

@@ -83,7 +83,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["predict", "model"], "Missing argument 'DATA'. See shoal predict --help."),
         (["predict", "model", "a.csv"], "There is no bundle at model"),
         (["compress", "model", "--json"], "shoal compress is not built yet;"),
-        (["load", "ftp://localhost"], "only http:// is spoken here"),
+        (["load", "ftp://localhost"], "only http:// and https:// are spoken here"),
         (["data", "cifar"], 'There is no data set called "cifar". Did you mean "cifar10"'),
         (["runs", "nowhere"], "There is no directory nowhere;"),
         (["runs", "a", "b"], "Got unexpected extra argument"),

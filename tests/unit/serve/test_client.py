@@ -189,7 +189,7 @@ def test_what_is_no_service_is_told(service: Service, reply: bytes) -> None:
 
 
 def test_requests_that_make_no_sense(service: Service) -> None:
-    for url in ("https://127.0.0.1:1", "ftp://a", "http://", "http://a b", "http://a:port", "http://a?b=c", ""):
+    for url in ("wss://127.0.0.1:1", "ftp://a", "http://", "http://a b", "http://a:port", "http://a?b=c", ""):
         with pytest.raises(RequestError, match="127.0.0.1:8000"):
             Client(url)
     client = Client(service.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ class TestRefusals:
             (_entry(shape=[-1, 3]), "[-1, 3]"),
             (_entry(data=[1, 2]), "shape"),
             (_entry(data=[[1, 2], [3]]), "shape"),
-            (_entry(data=["a", "b", "c"]), "FP32"),
+            (_entry(data=["a", "b", "c"]), "are not FP32 numbers"),
             (_entry(data=None), "no data"),
             (_entry(data=[1e300, 0, 0]), "beyond"),
             (_entry(parameters={"binary_data_size": 12}), "both"),
@@ -176,13 +177,14 @@ class TestRefusals:
             v2.decode(_signature(), body, None, 8)
         assert refused.value.status == 400
 
-    def test_nan_in_json_is_none_and_in_binary_is_the_models_business(self) -> None:
+    def test_nan_goes_in_in_neither_form_and_comes_out_as_null_in_json(self) -> None:
         with pytest.raises(Refusal):
             v2.decode(
                 _signature(), b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[NaN,1,2]}]}', None, 8
             )
         body, length = _body(np.float32([[np.nan, 1, np.inf]]), "FP32", True)
-        assert np.isnan(v2.decode(_signature(), body, length, 8).inputs[0][0, 0])
+        with pytest.raises(Refusal, match="not finite"):
+            v2.decode(_signature(), body, length, 8)
 
     @pytest.mark.parametrize("binary", [True, False])
     def test_mutations_are_read_or_refused(self, binary: bool) -> None:
@@ -210,3 +212,71 @@ class TestRefusals:
                 assert 400 <= refusal.status < 500 and refusal.sentence.endswith(".")
             else:
                 assert request.inputs[0].shape[1:] == (3,)
+
+
+class TestSizes:
+    """What costs more to look at than it may."""
+
+    @pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_numbers_that_are_not_finite(self, datatype: str, value: float) -> None:
+        spec = TensorSignature("x", datatype, (-1, 3))
+        raw = np.array([0, value, 0]).astype(spec.dtype).tobytes()
+        _refused_unless_wanted(spec, raw, 400)
+
+    def test_bfloat16_that_is_not_finite(self) -> None:
+        for bits in (0x7F80, 0xFF80, 0x7FC1):
+            _refused_unless_wanted(TensorSignature("x", "BF16", (-1, 3)), np.array([0, bits, 1], "<u2").tobytes(), 400)
+        entry = {"name": "x", "datatype": "BF16", "shape": [1, 3], "parameters": {"binary_data_size": 6}}
+        header = json.dumps({"inputs": [entry]}).encode()
+        signature = ModelSignature("m", (TensorSignature("x", "BF16", (-1, 3)),), (TensorSignature("y", "FP32", (-1, 3)),))
+        largest = np.array([0x7F7F, 0xFF7F, 0], "<u2").tobytes()
+        assert v2.decode(signature, header + largest, len(header), 8).rows == 1
+
+    def test_longest_body(self) -> None:
+        longest = v2.longest_body(_signature(), 8)
+        entry = _entry(shape=[8, 3], data=[[-1.2345678901234567e-300] * 3] * 8)
+        assert longest is not None and len(json.dumps(entry, indent=8)) < longest < 1 << 20
+        free = ModelSignature("m", (TensorSignature("x", "FP32", (-1, 3, -1)),), ())
+        assert v2.longest_body(free, 8) is None
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"shape": [10**400, 3]}, {"shape": [1, 10**4000]}, {"parameters": {"binary_data_size": 10**4000}, "data": None},
+            {"name": "n" * 1_000_000}, {"datatype": "d" * 1_000_000}, {"data": ["t" * 1_000_000, *range(100_000)]},
+            {"shape": [3] * 100_000},
+        ],
+    )  # fmt: skip
+    def test_long_values_make_short_sentences(self, entry: dict[str, Any]) -> None:
+        with pytest.raises(Refusal) as refused:
+            v2.decode(_signature(), json.dumps(_entry(**entry)).encode(), None, 8)
+        assert refused.value.status == 400 and len(refused.value.sentence) < 400
+
+    @pytest.mark.parametrize("shape", [[1 << 30, 3], [9, 3]])
+    def test_rows_are_refused_before_anything_is_made_of_them(self, shape: list[int]) -> None:
+        with pytest.raises(Refusal) as refused:
+            v2.decode(_signature(), json.dumps(_entry(shape=shape)).encode(), None, 8)
+        assert refused.value.status == 413
+
+    @pytest.mark.parametrize(
+        "where",
+        ['"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":%s}]', '"else":%s', '"parameters":{"a":%s}'],
+    )
+    def test_depth(self, where: str) -> None:
+        with pytest.raises(Refusal) as refused:
+            v2.decode(_signature(), ("{" + where % ("[" * 100_000 + "]" * 100_000) + "}").encode(), None, 8)
+        assert refused.value.status == 400
+
+
+def _refused_unless_wanted(spec: TensorSignature, raw: bytes, status: int) -> None:
+    entry = {"name": "x", "datatype": spec.datatype, "shape": [1, 3], "parameters": {"binary_data_size": len(raw)}}
+    header = json.dumps({"inputs": [entry]}).encode()
+    for finite in (True, False):
+        signature = ModelSignature("m", (replace(spec, finite=finite),), (TensorSignature("y", "FP32", (-1, 3)),))
+        if finite:
+            with pytest.raises(Refusal, match="not finite") as refused:
+                v2.decode(signature, header + raw, len(header), 8)
+            assert refused.value.status == status
+        else:
+            assert v2.decode(signature, header + raw, len(header), 8).inputs[0].tobytes() == raw

@@ -1,0 +1,247 @@
+"""One HTTP connection of the gateway: uvicorn's, with limits on what a client may send and how long it may take.
+
+uvicorn buffers a head as long as it grows and waits for its end for ever. Here a head, what surrounds a body, requests ahead of
+their answers and connections are bounded, and whoever sends none of these in time is cut off. Hot path: nothing but counters;
+the time is kept by one ``Watch`` for all connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from shoal.serve.protocols.v2 import error_body
+from shoal.serve.refusals import Refusal
+
+_TICK_S = 1.0
+# Of what is no body: the head, the lengths of chunks, what follows the last one. The shortest chunks have six bytes beside one.
+_MOST_AROUND = 64 << 10
+_AROUND_EACH = 8
+# Who was told that the connection ends may still send so much for so long.
+_MOST_AFTER = 1 << 20
+_LEAVE_S = 2.0
+_OTHER_DESCRIPTORS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """What one connection may do, and how many there may be.
+
+    Attributes:
+        connections: at once; the next is answered 503 and closed.
+        head_bytes, headers: the longest head of a request, and the most headers in it.
+        head_s: how long a client may take for a head, from the first byte of it (of the first: from its connecting).
+        idle_s: how long it may keep a connection on which nothing is asked.
+        ahead: requests on one connection that wait for the answer to the one before.
+    """
+
+    connections: int = 4096
+    head_bytes: int = 32 << 10
+    headers: int = 100
+    head_s: float = 10.0
+    idle_s: float = 75.0
+    ahead: int = 64
+
+
+class _Broken(Exception):
+    """What came is over a limit; raised through the parser, which stops reading there."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence = status, sentence
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection. ``turned``: told, with a word for why, of each request that never came to the application."""
+
+    def __init__(self, limits: ConnectionLimits, turned: Callable[[str], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._turned = turned
+        # Nothing more is read: the last answer is on its way (and, where leaving, written).
+        self._given_up = self._leaving = False
+        self._in_head = self._asked = False
+        self._ticks = 0
+        self._piece = self._raw = self._body = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > self._limits.connections:
+            self._turned("connections")
+            self._say(Refusal(503, "Too many connections are open; try again later.", 1.0))
+
+    def data_received(self, data: bytes) -> None:
+        self._piece = len(data)
+        self._raw += self._piece
+        if self._given_up:
+            if self._leaving and self._raw > _MOST_AFTER:
+                self.transport.close()
+            return
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # "Upgrade: h2c" and the like: the request is answered as the HTTP/1.1 that it is, and nothing after it is read.
+            self._finish_and_close()
+            return
+        except httptools.HttpParserError as error:
+            cause = error.__context__ if isinstance(error.__context__, _Broken) else None
+            self._break(cause or _Broken(400, "This is not HTTP/1.1."))
+            return
+        if self._in_head or self._raw > _MOST_AROUND:
+            self._look_at_size()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        # The piece that a request begins in is not counted with it.
+        self._ticks = self._raw = self._body = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > self._limits.headers:
+            raise _Broken(431, f"The request has more than {self._limits.headers} headers.")
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._asked = False, True
+        self._ticks = 0
+        most = self._limits.head_bytes
+        if self._raw + self._piece > most:
+            if len(self.url) > most:
+                raise _Broken(414, f"The address asked for is longer than {most} bytes.")
+            if sum(len(name) + len(value) for name, value in self.headers) > most:
+                raise _Broken(431, f"The headers are longer than {most} bytes.")
+        if len(self.pipeline) >= self._limits.ahead:
+            raise _Broken(429, f"More than {self._limits.ahead} requests wait on this connection; read the answers first.")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        last = not self.pipeline
+        super().on_response_complete()
+        self._ticks = 0
+        # Answered before it was read: what is still to come is of no use, and might be endless.
+        if last and (self._given_up or self.cycle.more_body):
+            self._unset_keepalive_if_required()
+            self.transport.close()
+
+    def tick(self) -> None:
+        """A second has passed; cut off whoever takes too long to ask, or to read what was answered."""
+        limits, cycle = self._limits, self.cycle
+        self._ticks += 1
+        spent_s = self._ticks * _TICK_S
+        if self._leaving or self.transport.is_closing() or self.flow.write_paused:
+            if spent_s > (_LEAVE_S if self._leaving else limits.idle_s):
+                self.transport.abort()
+        elif cycle is not None and (not cycle.response_complete or self._given_up):
+            # The application has its own deadlines, for bodies and for answers.
+            self._ticks = 0
+        elif self._in_head or not self._asked:
+            if spent_s > limits.head_s:
+                self._turned("slow")
+                self._say(Refusal(408, f"The request did not arrive within {limits.head_s:g} s."))
+        elif spent_s > limits.idle_s:
+            self.transport.close()
+
+    # -- what is wrong -------------------------------------------------------------------------------------------
+
+    def _look_at_size(self) -> None:
+        """What has been received of a request and is no part of its body is bounded, also the headers behind the body."""
+        around, most = self._raw - self._body, self._limits.head_bytes
+        if self._in_head:
+            if around > most or len(self.url) > most:
+                self._break(_Broken(431, f"The headers are longer than {most} bytes."))
+        elif around > _MOST_AROUND + _AROUND_EACH * self._body:
+            self._break(_Broken(400, "There is far more around the body than in it."))
+
+    def _break(self, why: _Broken) -> None:
+        """What comes next cannot be understood: answer it after what is under way, and close."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._turned("http")
+            self._say(Refusal(why.status, why.sentence))
+        elif not cycle.more_body:
+            # Earlier requests still get their answers; one to this could be taken for one of theirs.
+            self._turned("http")
+            self._finish_and_close()
+        elif self.pipeline:
+            # The broken one is the newest of those that wait.
+            self._turned("http")
+            self.pipeline.popleft()
+            self._given_up = True
+        else:
+            # The application is reading it: it learns that there is no more, and counts it.
+            said = cycle.response_started
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._leave() if said else self._say(Refusal(why.status, why.sentence))
+
+    def _finish_and_close(self) -> None:
+        """Read nothing more; close when what was asked is answered."""
+        self._given_up = True
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.flow.pause_reading()
+            self.cycle.keep_alive = False
+
+    def _say(self, refusal: Refusal) -> None:
+        """Write an answer past the application, and leave."""
+        body = error_body(refusal.sentence)
+        more = "" if refusal.retry_after_s is None else f"retry-after: {max(1, round(refusal.retry_after_s))}\r\n"
+        head = (
+            f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n{more}"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close, but read for a moment what was sent meanwhile: else the client's machine would throw away our answer."""
+        self._given_up = self._leaving = True
+        self._ticks = self._raw = 0
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+        else:
+            self.transport.close()
+
+
+class Watch:
+    """Keeps the time for all connections, once a second."""
+
+    def __init__(self, connections: set[Any]) -> None:
+        self._connections = connections
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            for connection in list(self._connections):
+                connection.tick()
+
+
+def connections_possible(wanted: int) -> int:
+    """Raise how many descriptors this process may have as far as it may; return how many of ``wanted`` connections fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted + _OTHER_DESCRIPTORS:
+        soft = wanted + _OTHER_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, wanted + _OTHER_DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(16, min(wanted, soft - _OTHER_DESCRIPTORS))
+
+
+def quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event loop's handler of exceptions: what only says that a client did not speak TLS, or left, is no news."""
+    if not isinstance(context.get("exception"), ssl.SSLError | ConnectionError | TimeoutError | asyncio.TimeoutError):
+        loop.default_exception_handler(context)

@@ -1,0 +1,123 @@
+"""Who is let in: API keys, and how many requests each may send. Knows nothing of HTTP: a key and an address come in."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shoal.serve.refusals import Refusal
+
+_MOST_BUCKETS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may ask.
+
+    Attributes:
+        keys: (name, SHA-256 of the key) of each; none: everybody may.
+        rate_limit: requests a second for each key, or where there are no keys for each address; None: any number.
+    """
+
+    keys: tuple[tuple[str, bytes], ...] = ()
+    rate_limit: float | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether everything is let in."""
+        return not self.keys and self.rate_limit is None
+
+
+class Guard:
+    """Looks at each request before anything else does."""
+
+    def __init__(self, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
+        self._access = access
+        self._buckets = None if access.rate_limit is None else Buckets(access.rate_limit, clock)
+
+    def admit(self, key: bytes | None, address: str | None) -> str:
+        """Return who asks; Refusal (401, 429) where that one may not, or not now.
+
+        Args:
+            key: what the client sent as its key, None where it sent none.
+            address: its IP address, None where nobody knows.
+        """
+        if self._access.keys:
+            who = self._owner(key)
+            if who is None:
+                raise Refusal(401, "This service wants an API key, as in Authorization: Bearer KEY or X-Api-Key: KEY.")
+        else:
+            who = network_of(address)
+        if self._buckets is not None:
+            later_s = self._buckets.take(who)
+            if later_s > 0:
+                raise Refusal(429, f"More than {self._access.rate_limit:g} requests a second; wait a little.", later_s)
+        return who
+
+    def _owner(self, key: bytes | None) -> str | None:
+        """Whose key it is. All are compared, in the same time each, so that the time says nothing about any of them."""
+        digest = hashlib.sha256(key or b"").digest()
+        found = None
+        for name, known in self._access.keys:
+            if hmac.compare_digest(digest, known):
+                found = name
+        return found if key else None
+
+
+class Buckets:
+    """A token bucket for each name: ``rate`` tokens a second come in, and as many as come in one second fit (at least one).
+
+    The table is bounded: who has not asked for the longest time is forgotten, and begins with a full bucket.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic, most: int = _MOST_BUCKETS) -> None:
+        self._rate, self._size = rate, max(1.0, rate)
+        self._clock, self._most = clock, most
+        # Name -> (tokens, when that was so).
+        self._table: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def take(self, name: str) -> float:
+        """Take a token and return 0, or return after how many seconds there will be one."""
+        now = self._clock()
+        tokens, since = self._table.pop(name, (self._size, now))
+        tokens = min(self._size, tokens + (now - since) * self._rate)
+        later_s = 0.0 if tokens >= 1 else (1 - tokens) / self._rate
+        self._table[name] = (tokens if later_s else tokens - 1, now)
+        if len(self._table) > self._most:
+            self._table.popitem(last=False)
+        return later_s
+
+
+def network_of(address: str | None) -> str:
+    """Who counts as one client: an IPv4 address, or an IPv6 network of 64 bits, which is what one subscriber has."""
+    try:
+        found = ipaddress.ip_address((address or "").partition("%")[0])
+    except ValueError:
+        return "unknown"
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            return str(found.ipv4_mapped)
+        return str(ipaddress.ip_network((int(found), 64), strict=False))
+    return str(found)
+
+
+def retry_after(seconds: float) -> int:
+    """What Retry-After says: whole seconds, at least 1, never too few."""
+    return max(1, math.ceil(seconds))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine itself reaches what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,195 @@
+"""Connections over real sockets; their time is counted by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from shoal.serve.connection import Connection, ConnectionLimits
+
+_LIMITS = ConnectionLimits(connections=2, head_bytes=2000, headers=10, head_s=10, idle_s=75, ahead=4)
+_LONG = 64 << 20
+
+
+class _Server:
+    """An application that answers its path; /wait only after ``let_go``, /long with more than a socket holds."""
+
+    def __init__(self) -> None:
+        self.turned: list[str] = []
+        self.let_go = asyncio.Event()
+        self.state = ServerState()
+        self.config = uvicorn.Config(self._app, ws="none", lifespan="off", log_config=None, log_level="error",
+                                     interface="asgi3", proxy_headers=False)  # fmt: skip
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/wait":
+            await self.let_go.wait()
+        body = b"x" * _LONG if scope["path"] == "/long" else scope["path"].encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    def make(self) -> Connection:
+        return Connection(_LIMITS, self.turned.append, config=self.config, server_state=self.state, app_state={})
+
+    async def tick(self, times: int) -> None:
+        for _ in range(times):
+            for connection in list(self.state.connections):
+                connection.tick()  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+
+
+def _run(test: Callable[[_Server, Any], Awaitable[None]]) -> None:
+    async def run() -> None:
+        service = _Server()
+        server = await asyncio.get_running_loop().create_server(service.make, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        writers = []
+
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            open_now = len(service.state.connections)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writers.append(writer)
+            while len(service.state.connections) == open_now:
+                await asyncio.sleep(0.001)
+            return reader, writer
+
+        try:
+            await asyncio.wait_for(test(service, connect), 10)
+        finally:
+            for writer in writers:
+                writer.transport.abort()
+            server.close()
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+async def _head_arrived(service: _Server) -> None:
+    while not any(connection._in_head for connection in service.state.connections):  # type: ignore[union-attr]
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nA: ", b""])
+def test_who_does_not_ask_in_time_is_cut_off(sent: bytes) -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(sent)
+        if sent:
+            await _head_arrived(service)
+        await service.tick(10)
+        assert not service.turned
+        await service.tick(1)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer and service.turned == ["slow"]
+
+    _run(test)
+
+
+def test_an_idle_connection_may_stay_longer_but_not_for_ever() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(b"GET /a HTTP/1.1\r\n\r\n")
+        assert (await reader.readuntil(b"/a")).startswith(b"HTTP/1.1 200")
+        await service.tick(70)
+        writer.write(b"GET /b HTTP/1.1\r\n\r\n")
+        assert (await reader.readuntil(b"/b")).startswith(b"HTTP/1.1 200")
+        await service.tick(75)
+        writer.write(b"\r\n")  # is not a request
+        await asyncio.sleep(0.05)
+        await service.tick(1)
+        assert await reader.read() == b""
+
+    _run(test)
+
+
+def test_who_waits_for_an_answer_is_not_cut_off() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(b"GET /wait HTTP/1.1\r\n\r\n")
+        while not service.state.tasks:
+            await asyncio.sleep(0.001)
+        await service.tick(200)
+        service.let_go.set()
+        assert (await reader.readuntil(b"/wait")).startswith(b"HTTP/1.1 200")
+
+    _run(test)
+
+
+def test_who_does_not_read_is_cut_off() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.transport.pause_reading()
+        writer.write(b"GET /long HTTP/1.1\r\n\r\n")
+        while not any(connection.flow.write_paused for connection in service.state.connections):  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        await service.tick(76)
+        await asyncio.sleep(0)
+        assert not service.state.connections
+        writer.transport.resume_reading()
+        with pytest.raises(ConnectionError):
+            while await reader.read(1 << 20):
+                pass
+            raise ConnectionError
+
+    _run(test)
+
+
+def test_connections_are_limited() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        first, _ = await connect(), await connect()
+        reader, _ = await connect()
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in answer and service.turned == ["connections"]
+        first[1].write(b"GET /a HTTP/1.1\r\n\r\n")
+        assert (await first[0].readuntil(b"/a")).startswith(b"HTTP/1.1 200")
+
+    _run(test)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\n\r\n", b"414"),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 3000 + b"\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 11 + b"\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 300_000, b"431"),
+        (b"nonsense\r\n\r\n", b"400"),
+    ],
+)
+def test_long_heads_and_nonsense(sent: bytes, status: bytes) -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(sent)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 " + status) and answer.endswith(b'."}') and service.turned == ["http"]
+
+    _run(test)
+
+
+@pytest.mark.parametrize("after", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 12, b"GET /b HTTP/1.1\r\n\r\n" * 9])
+def test_what_was_asked_before_nonsense_is_answered_and_nothing_else_is(after: bytes) -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(b"GET /wait HTTP/1.1\r\n\r\n" + after)
+        while not service.turned:
+            await asyncio.sleep(0.001)
+        service.let_go.set()
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1 200") == answer.count(b"HTTP/1.1")
+        assert answer.count(b"/wait") == 1 and answer.count(b"/b") == min(_LIMITS.ahead, after.count(b"/b"))
+
+    _run(test)
+
+
+def test_a_body_after_the_answer_ends_the_connection() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(b"GET /a HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        assert (await reader.read()).endswith(b"/a")
+
+    _run(test)
