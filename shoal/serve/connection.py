@@ -59,6 +59,40 @@ class _Broken(Exception):
         self.status, self.sentence = status, sentence
 
 
+class _OneWrite:
+    """A transport that keeps a response's head until its body comes: one system call and one packet instead of two."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._write = transport.write
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.endswith(b"\r\n\r\n") and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+            return
+        self._write(data)
+
+    def flush(self) -> None:
+        """Write a head that no body follows."""
+        if self._head:
+            self._write(self._head)
+            self._head = b""
+
+    def write_eof(self) -> None:
+        self.flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class Connection(HttpToolsProtocol):
     """One client's connection. ``turned``: told, with a word for why, of each request that never came to the application."""
 
@@ -74,6 +108,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        self.transport = _OneWrite(self.transport)  # type: ignore[assignment]
         if len(self.connections) > self._limits.connections:
             self._turned("connections")
             self._say(Refusal(503, "Too many connections are open; try again later.", 1.0))
@@ -129,6 +164,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         last = not self.pipeline
+        self.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
         self._ticks = 0
         # Answered before it was read: what is still to come is of no use, and might be endless.
