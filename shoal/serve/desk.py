@@ -92,6 +92,8 @@ class Desk:
     ) -> None:
         self.signature = model.signature
         self.sample = model.sample
+        self._fixed = model.signature.longest is None
+        self._free_inputs = [spec.free for spec in model.signature.inputs]
         self.expected = model.expected
         self.why = model.why
         self.text = TextEncoder(model.tokenizer, model.signature) if model.tokenizer is not None else None
@@ -214,15 +216,20 @@ class Desk:
         self.pump(now)
         try:
             await ticket.future
-            return [
-                array[ticket.slots, : request.length] if spec.free else array[ticket.slots]
-                for spec, array in zip(self.signature.outputs, self.slots.outputs, strict=True)
-            ]
+            return self._outputs(ticket.slots, request.length)
         except asyncio.CancelledError:
             self._give_up(ticket)
             raise
         finally:
             self._free_slots(ticket)
+
+    def _outputs(self, slots: list[int], length: int) -> list[np.ndarray]:
+        """Copies of what replicas wrote into some slots; one row is sliced, for that takes a tenth of the time."""
+        index: Any = slice(slots[0], slots[0] + 1) if len(slots) == 1 else slots
+        if self._fixed:
+            return [array[index].copy() for array in self.slots.outputs]
+        outputs = zip(self.signature.outputs, self.slots.outputs, strict=True)
+        return [array[index][:, :length].copy() if spec.free else array[index].copy() for spec, array in outputs]
 
     def hopeless(self, deadline_s: float, now: float) -> bool:
         """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered."""
@@ -253,13 +260,11 @@ class Desk:
     def _accept(self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]) -> _Ticket:
         taken = [self._free.pop() for _ in range(request.rows)]
         length = request.length
-        for spec, place, values in zip(self.signature.inputs, self.slots.inputs, request.inputs, strict=True):
-            where = place[:, :length] if spec.free else place
-            if len(taken) == 1:
-                where[taken[0]] = values[0]
-            else:
-                where[taken] = values
-        self.slots.lengths[taken] = length
+        index: Any = slice(taken[0], taken[0] + 1) if len(taken) == 1 else taken
+        for place, values, free in zip(self.slots.inputs, request.inputs, self._free_inputs, strict=True):
+            (place[:, :length] if free else place)[index] = values
+        if not self._fixed:
+            self.slots.lengths[index] = length
         self._next += 1
         ticket = _Ticket(
             self._next, taken, len(taken), now, deadline, asyncio.get_running_loop().create_future(), abandoned

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -52,6 +53,7 @@ from shoal.serve.shelf import Shelf
 
 _NUMBERS_EVERY_S = 0.5
 _KEEP_ALIVE_S = 75
+_COLLECT_AFTER = 50_000
 _BACKLOG = 2048
 # Who does not say goodbye in TLS holds up nobody's shutdown.
 _TLS_LEAVE_S = 1.0
@@ -237,6 +239,10 @@ def main() -> None:
     async def serve() -> None:
         await Gateway(channel, opening, listening).serve()
 
+    # What is here now stays, and requests leave no cycles behind: looking for some at each 700 objects took 3 % of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
     uvloop.run(serve())
 
 

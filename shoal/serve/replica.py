@@ -176,6 +176,7 @@ class _Loop:
     def __init__(self, host: ReplicaHost, slots: Slots, ring: int, work: int, done: int) -> None:
         self._host = host
         self._signature = host.signature
+        self._fixed = host.signature.longest is None
         self._slots = slots
         self._ring = slots.rings[ring]
         self._work = work
@@ -198,6 +199,11 @@ class _Loop:
     def _answer(self, rows: list[int]) -> None:
         # One row is a view of the slot, more are gathered.
         index: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+        if self._fixed:
+            outputs = self._host._run([array[index] for array in self._slots.inputs])
+            for place, values in zip(self._slots.outputs, outputs, strict=True):
+                place[index] = values
+            return
         lengths = self._slots.lengths[rows]
         longest = int(lengths.max())
         inputs = [
