@@ -258,6 +258,9 @@ def report(
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+    if not groups:
+        console.print(f"Written: {RESULTS / name}.jsonl", highlight=False)
+        return True
     if draw is not None:
         draw(RESULTS / f"{name}.png", hardware_line(machine))
     else:

@@ -93,7 +93,9 @@ class Dispatcher:
         ahead = self._units_in_flight + self._units_before(priority)
         wait_s = (ahead + (count - 1) * units) * self._seconds_a_unit()
         own_s = self._latency.predict(max(units, min(count * units, self._batch_limit)))
-        late_s = now + wait_s + own_s + self._margin_s - deadline_s
+        # With nothing ahead the margin does not count: it is learned from what is let in, so refusing all would keep it for ever.
+        margin_s = self._margin_s if self._queued or self._in_flight else 0.0
+        late_s = now + wait_s + own_s + margin_s - deadline_s
         over = self._queued + self._in_flight + count - self._capacity
         if late_s <= 0 and over <= 0:
             self._promised = (now, wait_s + own_s)
@@ -181,7 +183,7 @@ class Dispatcher:
 
     def _learn_margin(self, took_s: float, predicted_s: float) -> None:
         """Stochastic approximation of the 0.95 quantile of how far predictions were off (Robbins and Monro 1951)."""
-        step = _MARGIN_STEP * max(took_s, predicted_s)
+        step = _MARGIN_STEP * max(took_s, predicted_s, self._margin_s)
         late = took_s - predicted_s > self._margin_s
         self._margin_s = max(0.0, self._margin_s + step * (_QUANTILE if late else _QUANTILE - 1))
 

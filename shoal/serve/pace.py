@@ -11,7 +11,7 @@ import asyncio
 import time
 
 # The share of a request's time that one turn may take: it waits for at most two of them, and is computed after that.
-_SHARE = 0.2
+_SHARE = 0.1
 
 
 class Pace:

@@ -198,3 +198,25 @@ def test_machine_that_is_slower_than_measured_is_learned() -> None:
 def test_light_load_is_let_in() -> None:
     arrived, good, late = _simulate(load=0.3, slo_s=0.15, actual=1.0)
     assert good >= 0.99 * arrived and late == 0
+
+
+def test_a_bad_moment_is_forgotten() -> None:
+    """Everything was late for a while: what is let in afterwards, one at a time if need be, teaches that it is over."""
+    dispatcher = _dispatcher(DOES_NOT)
+    now = 0.0
+    for request in range(2000):
+        if dispatcher.admit(1, now + 0.05, 0, now) is None:
+            dispatcher.put([Row(0, request, now + 0.05, 0, None)], now)
+            now += 0.2
+            dispatcher.finished(dispatcher.take(now), 0.001, now)
+    assert dispatcher.statistics()["margin_ms"] > 50.0
+    admitted = 0
+    for request in range(2000, 12_000):
+        now += 0.002
+        for k in range(2):
+            if dispatcher.admit(1, now + 0.05, 0, now) is None:
+                admitted += 1
+                dispatcher.put([Row(0, 2 * request + k, now + 0.05, 0, None)], now)
+        while rows := dispatcher.take(now):
+            dispatcher.finished(rows, 0.001, now + 0.001)
+    assert dispatcher.statistics()["margin_ms"] < 5.0 and admitted > 15_000
