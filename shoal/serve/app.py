@@ -32,6 +32,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_INFER_BYTES = re.compile(_INFER.pattern.encode())
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|stats|config))?")
 _FRESH_S = 1.0
 _PROBE_S = 2.0
@@ -134,12 +135,12 @@ class App:
 
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         desk = None
+        seen_s = time.monotonic()
+        arrived_s = self._pace.arrive(seen_s)
         try:
             desk = self._desk(name, version)
             shelf = self.shelves[name]
             headers = _headers(scope)
-            seen_s = time.monotonic()
-            arrived_s = self._pace.arrive(seen_s)
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
             self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
@@ -164,11 +165,28 @@ class App:
             await _respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
                                                 (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
 
+    def overload(self, method: bytes, url: bytes) -> Callable[[], Refusal] | None:
+        """Whether an inference that was just read is to be refused as it is, see ``shoal.serve.connection.Overload``."""
+        # Who is let in is found out first, and what is written in another way may be another address.
+        if self._guard is not None or method != b"POST" or b"%" in url:
+            return None
+        found = _INFER_BYTES.fullmatch(url)
+        if found is None:
+            return None
+        shelf = self.shelves.get(found[1].decode("latin-1"))
+        desk = shelf.active if shelf is not None else None
+        if desk is not None:
+            now = time.monotonic()
+            if self._pace.full() or desk.hopeless(self._pace.waiting_since(now) + self._limits.slo_s, now):
+                return desk.refused
+        self._pace.handed_on()
+        return None
+
     def _refuse_early(self, desk: Desk, body: bytes, seen_s: float, arrived_s: float) -> None:
         """Refuse what will not be in time before it is read; what has a deadline of its own has to be read first."""
         hopeless = self._pace.behind(seen_s) or desk.hopeless(arrived_s + self._limits.slo_s, seen_s)
         if hopeless and b'"timeout"' not in body:
-            desk.refuse()
+            raise desk.refused()
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int | None = None) -> bytes:
         """All of a body; Refusal where it is longer than ``most`` bytes, or takes too long to come."""

@@ -21,6 +21,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from shoal.serve.protocols.v2 import error_body
 from shoal.serve.refusals import Refusal
 
+Overload = Callable[[bytes, bytes], "Callable[[], Refusal] | None"]
+"""Method and address of a request -> what counts it as refused and says how, where it is to be; else None."""
+
+_OWN_DEADLINE = b'"timeout"'
 _TICK_S = 1.0
 # Of what is no body: the head, the lengths of chunks, what follows the last one. The shortest chunks have six bytes beside one.
 _MOST_AROUND = 64 << 10
@@ -94,10 +98,19 @@ class _OneWrite:
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection. ``turned``: told, with a word for why, of each request that never came to the application."""
+    """One client's connection.
 
-    def __init__(self, limits: ConnectionLimits, turned: Callable[[str], None], *args: Any, **kwargs: Any) -> None:
+    ``turned``: told, with a word for why, of each request that never came to the application. ``overload``: asked, with method
+    and address, whether a request is to be refused as it is; then the application is not troubled, which is most of its cost.
+    """
+
+    def __init__(
+        self, limits: ConnectionLimits, turned: Callable[[str], None], overload: Overload, *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._overload = overload
+        self._refuse: Callable[[], Refusal] | None = None
+        self._held: list[bytes] = []
         self._limits = limits
         self._turned = turned
         # Nothing more is read: the last answer is on its way (and, where leaving, written).
@@ -131,6 +144,9 @@ class Connection(HttpToolsProtocol):
             cause = error.__context__ if isinstance(error.__context__, _Broken) else None
             self._break(cause or _Broken(400, "This is not HTTP/1.1."))
             return
+        if self._refuse is not None:
+            # Its body takes longer than that.
+            self._go_on()
         if self._in_head or self._raw > _MOST_AROUND:
             self._look_at_size()
 
@@ -156,11 +172,38 @@ class Connection(HttpToolsProtocol):
                 raise _Broken(431, f"The headers are longer than {most} bytes.")
         if len(self.pipeline) >= self._limits.ahead:
             raise _Broken(429, f"More than {self._limits.ahead} requests wait on this connection; read the answers first.")
+        if self.cycle is None or self.cycle.response_complete:
+            self._refuse = self._overload(self.parser.get_method(), self.url)
+            if self._refuse is not None and not self.expect_100_continue:
+                return
+            self._refuse = None
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
-        super().on_body(body)
+        if self._refuse is not None:
+            self._held.append(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._refuse is not None:
+            if not any(_OWN_DEADLINE in body for body in self._held):
+                refusal = self._refuse()
+                self._refuse, self._held = None, []
+                self.transport.write(_rendered(refusal, self.parser.should_keep_alive()))
+                if not self.parser.should_keep_alive():
+                    self._finish_and_close()
+                return
+            self._go_on()
+        super().on_message_complete()
+
+    def _go_on(self) -> None:
+        """Give a request to the application after all."""
+        held, self._refuse, self._held = self._held, None, []
+        super().on_headers_complete()
+        for body in held:
+            super().on_body(body)
 
     def on_response_complete(self) -> None:
         last = not self.pipeline
@@ -234,13 +277,7 @@ class Connection(HttpToolsProtocol):
 
     def _say(self, refusal: Refusal) -> None:
         """Write an answer past the application, and leave."""
-        body = error_body(refusal.sentence)
-        more = "" if refusal.retry_after_s is None else f"retry-after: {max(1, round(refusal.retry_after_s))}\r\n"
-        head = (
-            f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n{more}"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
+        self.transport.write(_rendered(refusal, keep_alive=False))
         self._leave()
 
     def _leave(self) -> None:
@@ -252,6 +289,18 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
         else:
             self.transport.close()
+
+
+def _rendered(refusal: Refusal, keep_alive: bool) -> bytes:
+    """A whole response."""
+    body = error_body(refusal.sentence)
+    more = "" if refusal.retry_after_s is None else f"retry-after: {max(1, round(refusal.retry_after_s))}\r\n"
+    more += "" if keep_alive else "connection: close\r\n"
+    head = (
+        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n{more}"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 class Watch:

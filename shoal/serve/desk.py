@@ -237,10 +237,10 @@ class Desk:
             return False
         return self.dispatcher.admit(1, deadline_s, USUAL_PRIORITY, now) is not None
 
-    def refuse(self) -> None:
-        """Refuse a request that was not read. Always raises."""
+    def refused(self) -> Refusal:
+        """Count a request as refused that was not read, and say so."""
         self.slots.count(Outcome.REFUSED)
-        raise self._refusal(_TRY_AGAIN_S)
+        return self._refusal(_TRY_AGAIN_S)
 
     def _later(self, request: InferRequest, now: float, deadline: float) -> float | None:
         """None where the request is taken in, else after how many seconds it may be tried again."""

@@ -24,7 +24,7 @@ import uvloop
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
 from shoal.serve.app import App, probe
-from shoal.serve.connection import Connection, ConnectionLimits, Watch, connections_possible, quietly
+from shoal.serve.connection import Connection, ConnectionLimits, Overload, Watch, connections_possible, quietly
 from shoal.serve.credentials import server_context
 from shoal.serve.desk import Desk
 from shoal.serve.messages import (
@@ -65,12 +65,14 @@ class _Server(uvicorn.Server):
     """uvicorn that leaves signals alone, limits what connections do, and says when it has begun."""
 
     def __init__(
-        self, config: uvicorn.Config, opened: asyncio.Event, tls: ssl.SSLContext | None, turned: Callable[[str], None]
+        self, config: uvicorn.Config, opened: asyncio.Event, tls: ssl.SSLContext | None, turned: Callable[[str], None],
+        overload: Overload,
     ) -> None:
         super().__init__(config)
         self._opened = opened
         self._tls = tls
         self._turned = turned
+        self._overload = overload
         self._limits = ConnectionLimits(connections=connections_possible(ConnectionLimits.connections))
 
     @contextlib.contextmanager
@@ -96,7 +98,9 @@ class _Server(uvicorn.Server):
         self._watch.cancel()
 
     def _connection(self) -> Connection:
-        return Connection(self._limits, self._turned, config=self.config, server_state=self.server_state, app_state={})
+        return Connection(
+            self._limits, self._turned, self._overload, config=self.config, server_state=self.server_state, app_state={}
+        )
 
 
 class Gateway:
@@ -115,7 +119,7 @@ class Gateway:
                                 access_log=False, server_header=False, date_header=False, proxy_headers=False,
                                 timeout_keep_alive=_KEEP_ALIVE_S, log_level="error")  # fmt: skip
         tls = None if opening.tls is None else server_context(opening.tls)
-        self._server = _Server(config, self._opened, tls, self._metrics.turned_away)
+        self._server = _Server(config, self._opened, tls, self._metrics.turned_away, self._app.overload)
 
     async def serve(self) -> None:
         """Answer until the supervisor says to drain, or is gone."""

@@ -12,6 +12,7 @@ import time
 
 # The share of a request's time that one turn may take: it waits for at most two of them, and is computed after that.
 _SHARE = 0.1
+_LEARN = 0.05
 
 
 class Pace:
@@ -21,9 +22,25 @@ class Pace:
         self._budget_s = _SHARE * slo_s
         self._began_s: float | None = None
         self._last_s = 0.0
+        self._waiting = self._seen = 0
+        self._each_s = 0.0
+
+    def full(self) -> bool:
+        """Whether what was read already fills a turn; to be asked for a request that was just read, before it is handed on."""
+        return self._waiting * self._each_s > self._budget_s
+
+    def waiting_since(self, now_s: float) -> float:
+        """When a request that is read now may have arrived."""
+        return now_s - self._last_s
+
+    def handed_on(self) -> None:
+        """A request was read, and will arrive in the next turn."""
+        self._waiting += 1
 
     def arrive(self, now_s: float) -> float:
         """When a request that is seen now may have arrived; to be called for each as soon as it is seen."""
+        self._waiting = max(0, self._waiting - 1)
+        self._seen += 1
         if self._began_s is None:
             self._began_s = now_s
             # Runs when everything that is ready now has run, and sockets were read once more.
@@ -37,4 +54,5 @@ class Pace:
     def _end(self) -> None:
         assert self._began_s is not None
         self._last_s = time.monotonic() - self._began_s
-        self._began_s = None
+        self._each_s += _LEARN * (self._last_s / self._seen - self._each_s)
+        self._began_s, self._seen = None, 0

@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from shoal.serve.connection import Connection, ConnectionLimits
+from shoal.serve.refusals import Refusal
 
 _LIMITS = ConnectionLimits(connections=2, head_bytes=2000, headers=10, head_s=10, idle_s=75, ahead=4)
 _LONG = 64 << 20
@@ -21,6 +22,8 @@ class _Server:
 
     def __init__(self) -> None:
         self.turned: list[str] = []
+        self.overloaded = False
+        self.refused = 0
         self.let_go = asyncio.Event()
         self.state = ServerState()
         self.config = uvicorn.Config(self._app, ws="none", lifespan="off", log_config=None, log_level="error",
@@ -29,12 +32,27 @@ class _Server:
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/wait":
             await self.let_go.wait()
+        if scope["path"] == "/in":
+            while (await receive()).get("more_body", False):
+                pass
         body = b"x" * _LONG if scope["path"] == "/long" else scope["path"].encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
 
     def make(self) -> Connection:
-        return Connection(_LIMITS, self.turned.append, config=self.config, server_state=self.state, app_state={})
+        return Connection(
+            _LIMITS, self.turned.append, self._overload, config=self.config, server_state=self.state, app_state={}
+        )
+
+    def _overload(self, method: bytes, url: bytes) -> Callable[[], Refusal] | None:
+        if not self.overloaded or method != b"POST":
+            return None
+
+        def refused() -> Refusal:
+            self.refused += 1
+            return Refusal(429, "Too much.", 1.0)
+
+        return refused
 
     async def tick(self, times: int) -> None:
         for _ in range(times):
@@ -191,5 +209,61 @@ def test_a_body_after_the_answer_ends_the_connection() -> None:
         reader, writer = await connect()
         writer.write(b"GET /a HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
         assert (await reader.read()).endswith(b"/a")
+
+    _run(test)
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of the next response."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    (length,) = (int(line.split(b":")[1]) for line in head.lower().splitlines() if line.startswith(b"content-length"))
+    return head, await reader.readexactly(length)
+
+
+def _post(body: bytes, more: bytes = b"") -> bytes:
+    return b"POST /in HTTP/1.1\r\nHost: a\r\n" + more + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def test_overload_is_answered_past_the_application_and_the_connection_goes_on() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        service.overloaded = True
+        # Two at once, the second behind the first on the same connection.
+        writer.write(_post(b"one") + _post(b"two"))
+        for _ in range(2):
+            head, body = await _answer(reader)
+            assert head.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in head and b"close" not in head
+            assert b"Too much." in body
+        writer.write(b"GET /get HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await _answer(reader))[1] == b"/get"
+        service.overloaded = False
+        writer.write(_post(b"three"))
+        assert (await _answer(reader))[1] == b"/in"
+        assert service.refused == 2 and not service.turned
+        service.overloaded = True
+        writer.write(_post(b"four", b"Connection: close\r\n"))
+        assert (await reader.read()).startswith(b"HTTP/1.1 429")
+
+    _run(test)
+
+
+def test_overload_leaves_to_the_application_what_it_cannot_judge() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        service.overloaded = True
+        writer.write(_post(b'{"parameters": {"timeout": 9}}'))
+        assert (await _answer(reader))[1] == b"/in", "a deadline of its own"
+        whole = _post(b"slowly")
+        writer.write(whole[:-3])
+        await writer.drain()
+        (connection,) = service.state.connections
+        while not connection.cycle.more_body:  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        writer.write(whole[-3:])
+        assert (await _answer(reader))[1] == b"/in", "a body that takes longer than its head"
+        writer.write(_post(b"after", b"Expect: 100-continue\r\n"))
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        assert (await _answer(reader))[1] == b"/in"
+        assert service.refused == 0
 
     _run(test)

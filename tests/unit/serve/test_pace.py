@@ -13,8 +13,8 @@ def test_a_turn_that_has_taken_its_time_is_behind() -> None:
         pace = Pace(slo_s=1.0)
         now = time.monotonic()
         assert pace.arrive(now) == now, "nothing went before"
-        assert not pace.behind(now + 0.199)
-        assert pace.behind(now + 0.201)
+        assert not pace.behind(now + 0.099)
+        assert pace.behind(now + 0.101)
         pace.arrive(now + 0.3)
         assert pace.behind(now + 0.3), "it is still the same turn"
         await asyncio.sleep(0)
@@ -30,5 +30,25 @@ def test_a_request_may_have_waited_for_the_turn_before() -> None:
         await asyncio.sleep(0)
         now = time.monotonic()
         assert pace.arrive(now) <= now - 5.0
+
+    asyncio.run(turns())
+
+
+def test_what_was_read_fills_a_turn() -> None:
+    async def turns() -> None:
+        pace = Pace(slo_s=1.0)
+        for _ in range(400):
+            pace.handed_on()
+            pace.arrive(time.monotonic() - 0.04)
+            await asyncio.sleep(0)
+        assert not pace.full(), "nobody waits"
+        for _ in range(2):
+            pace.handed_on()
+        assert not pace.full()
+        pace.handed_on()
+        assert pace.full(), "three of 40 ms are more than a tenth of a second"
+        for _ in range(3):
+            pace.arrive(time.monotonic())
+        assert not pace.full()
 
     asyncio.run(turns())
