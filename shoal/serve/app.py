@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from shoal.errors import did_you_mean
+from shoal.serve import labels, pictures
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, retry_after
 from shoal.serve.messages import Limits, Told
@@ -32,10 +33,13 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_CLASSIFY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/classify")
 _INFER_BYTES = re.compile(_INFER.pattern.encode())
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|stats|config))?")
 _FRESH_S = 1.0
 _PROBE_S = 2.0
+_PICTURE_BYTES = 16 << 20
+_TOP = 5
 _PROBE_TOLERANCE = 1e-3
 _LOAD_S = 300.0
 _REPOSITORY = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
@@ -252,6 +256,8 @@ class App:
             return await _say(send, self._index())
         if (found := _REPOSITORY.fullmatch(path)) is not None and method == "POST":
             return await self._repository(found[1], found[2] == "load", scope, receive, send)
+        if method == "POST" and (asked := _CLASSIFY.fullmatch(path)) is not None:
+            return await self._classify(asked[1], asked[2], scope, receive, send)
         if path == "/v1/embeddings" and method == "POST":
             return await self._embeddings(scope, receive, send)
         if method != "GET":
@@ -274,6 +280,30 @@ class App:
         if path == "/v2/models/stats":
             return await _say(send, {"model_stats": self._statistics(self.shelves)})
         await self._about_model(path, send)
+
+    async def _classify(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """What is in a picture: a line for people, or JSON for who asks for that."""
+        desk = self._desk(name, version)
+        try:
+            headers = _headers(scope)
+            body = await self._body(headers, receive, _PICTURE_BYTES)
+            raw = pictures.of_body(headers.get(b"content-type", b"").decode("latin-1"), body)
+            signature = desk.signature
+            if len(signature.outputs) != 1 or len(signature.outputs[0].shape) != 2 or signature.outputs[0].free:
+                raise Refusal(400, f"{name} gives no scores of classes.")
+            row = await asyncio.to_thread(pictures.decode, raw, signature, desk.preprocess)
+        except Refusal as refusal:
+            if refusal.status < 429:
+                desk.slots.count(Outcome.INVALID)
+            raise
+        request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
+        (scores,) = await desk.infer(request, self._limits.slo_s, lambda: _state(receive, "disconnected"))
+        found = labels.top(numbers_of(signature.outputs[0], scores)[0], signature.labels, _TOP)
+        label, score = found[0]
+        if b"application/json" in headers.get(b"accept", b""):
+            best = [{"label": name, "score": value} for name, value in found]
+            return await _say(send, {"label": label, "score": score, "top": best})
+        await _respond(send, 200, f"{label} {score:.2f}\n".encode(), [(b"content-type", b"text/plain; charset=utf-8")])
 
     async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""

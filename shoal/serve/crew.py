@@ -82,6 +82,7 @@ class Crew:
         self.memory_layout: str = self._supervisor.call("choose_layout", memory_layout, timeout_s=_LOAD_S)
         self._sample, self._expected = self._supervisor.call("sample", timeout_s=10.0)
         self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
+        self._preprocess: dict[str, Any] | None = self._supervisor.call("preprocess", timeout_s=10.0)
         slot_bytes = sum(row_bytes(t) for t in (*self.signature.inputs, *self.signature.outputs))
         slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
         # One ring more than replicas: two ways of sharing the cores are tried beside each other.
@@ -145,7 +146,7 @@ class Crew:
         """What a gateway has to know of the model."""
         return AddModel(
             signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample,
-            expected=self._expected, tokenizer=self._tokenizer,
+            expected=self._expected, tokenizer=self._tokenizer, preprocess=self._preprocess,
         )  # fmt: skip
 
     @property

@@ -52,7 +52,7 @@ class AddModel:
 
     Descriptors: the slots, the eventfd of what is done. ``measured_s``: seconds for a batch, by its size. ``sample``: one row of
     each input, to ask with whether it works; ``expected``: the row of each output that has to come back.
-    ``tokenizer``: path of what turns texts into rows.
+    ``tokenizer``: path of what turns texts into rows. ``preprocess``: how pictures are scaled.
     ``cache_bytes``: how much of its answers to remember, for ``cache_ttl_s`` seconds each; 0: nothing.
     """
 
@@ -63,6 +63,7 @@ class AddModel:
     sample: tuple[bytes, ...]
     expected: tuple[bytes, ...]
     tokenizer: str | None = None
+    preprocess: dict[str, Any] | None = None
     cache_bytes: int = 0
     cache_ttl_s: float = 300.0
 

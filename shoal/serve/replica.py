@@ -57,6 +57,7 @@ class ReplicaHost:
         directory = source.path
         description = describe(directory)
         self._tokenizer = description.get("tokenizer")
+        self._preprocess = description.get("preprocess")
         name = source.name or str(description.get("name", directory.name))
         self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         can_be_served(self.signature)
@@ -73,6 +74,10 @@ class ReplicaHost:
     def tokenizer(self) -> str | None:
         """Path of the tokenizer that turns texts into rows, where there is one."""
         return None if self._tokenizer is None else str(self._tokenizer)
+
+    def preprocess(self) -> dict[str, Any] | None:
+        """How pictures are scaled beyond 0 to 1, as the bundle says."""
+        return dict(self._preprocess) if isinstance(self._preprocess, Mapping) else None
 
     def try_out(self) -> None:
         """Run the model once on a sample; TargetError where the answer is not what the bundle says."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shoal.data import Images
 from shoal.process.failure import user_code
 from shoal.train import objective
 from shoal.train.built import Built
@@ -26,7 +27,7 @@ def describe_model(built: Built, program: str | None) -> dict[str, Any]:
     Two samples of the training data go through the model: a dim that is 2 in both inputs and outputs is the batch.
     Nothing is written where torch cannot export the model; ``program`` in the result says whether it was.
     """
-    described: dict[str, Any] = {"inputs": [], "outputs": [], "program": False, "labels": _labels(built)}
+    described: dict[str, Any] = {"inputs": [], "outputs": [], "program": False, "labels": _labels(built), "preprocess": None}
     count = min(2, len(built.train))
     model = built.model
     was_training = model.training
@@ -37,6 +38,9 @@ def describe_model(built: Built, program: str | None) -> dict[str, Any]:
             inputs, output = _pass(built, batch)
         described["inputs"] = _tensors(inputs, "input", count)
         described["outputs"] = _tensors(output, "output", count)
+        if isinstance(built.train, Images) and built.job.collate is None:
+            # Floats from 0 to 1, and nothing else: what ``shoal.data.Images`` gives a model.
+            described["preprocess"] = {"kind": "image", "scale": 1 / 255}
         if program is not None:
             described["program"] = _export(model, inputs, count, program)
     finally:

@@ -17,11 +17,11 @@ import numpy as np
 
 from shoal import tensorfile
 from shoal.errors import RequestError
+from shoal.serve.labels import probabilities
 from shoal.serve.signature import ModelSignature, TensorSignature
 from shoal.serve.tables.rows import floats, row_shape, row_size
 
 _FILE, _LABEL, _SCORE = "file", "label", "score"
-_SUM_TOLERANCE = 1e-3
 _PIECE_ROWS = 4096
 _SAFETENSORS = MappingProxyType(
     {"BOOL": "BOOL", "UINT8": "U8", "INT8": "I8", "INT16": "I16", "INT32": "I32", "INT64": "I64", "FP16": "F16",
@@ -88,11 +88,7 @@ class Labels:
         """(label, score) of each row of readable outputs; (None, None) where a score is not a number."""
         scores = outputs[self._place].astype(np.float64)
         best = scores.argmax(axis=1)
-        with np.errstate(all="ignore"):
-            powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-            softmax = powers / powers.sum(axis=1, keepdims=True)
-            are_probabilities = (scores >= 0).all(axis=1) & (abs(scores.sum(axis=1) - 1) < _SUM_TOLERANCE)
-        found = np.where(are_probabilities, scores.max(axis=1), softmax.max(axis=1))
+        found = probabilities(scores).max(axis=1)
         return [
             (self._labels[at], score) if np.isfinite(score) else (None, None)
             for at, score in zip(best.tolist(), found.tolist(), strict=True)

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from shoal.serve.pictures import as_input
 from shoal.serve.signature import TensorSignature
-from shoal.serve.tables.pictures import as_input, is_picture
+from shoal.serve.tables.pictures import is_picture
 from shoal.serve.tables.rows import fit, row_shape
 
 _PIECE_BYTES = 1 << 20

@@ -10,25 +10,14 @@ import numpy as np
 from shoal.data.folder import picture_files
 from shoal.data.pictures import Picture
 from shoal.errors import DataError
+from shoal.serve.pictures import CHANNELS, as_input, layout_of
 from shoal.serve.signature import TensorSignature
-from shoal.serve.tables.rows import RowByRow, bfloat16_bits
-
-_CHANNELS = {1: "L", 3: "RGB"}
+from shoal.serve.tables.rows import RowByRow
 
 
 def is_picture(spec: TensorSignature) -> bool:
     """Whether an input is pictures: (channels, height, width) or (height, width, channels), as floats or as bytes."""
-    return _layout(spec) is not None
-
-
-def _layout(spec: TensorSignature) -> tuple[int, int, int, bool] | None:
-    """(channels, height, width, channels first), or None where it is no picture."""
-    shape = spec.shape[1:]
-    if len(shape) != 3 or not (spec.dtype.kind == "f" or spec.datatype in ("BF16", "UINT8")):
-        return None
-    if shape[0] in _CHANNELS:
-        return shape[0], shape[1], shape[2], True
-    return (shape[2], shape[0], shape[1], False) if shape[2] in _CHANNELS else None
+    return layout_of(spec) is not None
 
 
 def pixels(picture: Picture, spec: TensorSignature) -> np.ndarray:
@@ -36,10 +25,10 @@ def pixels(picture: Picture, spec: TensorSignature) -> np.ndarray:
 
     DataError where it cannot be decoded, or has another size than the model takes: it is never resized here.
     """
-    layout = _layout(spec)
+    layout = layout_of(spec)
     assert layout is not None
     channels, height, width, first = layout
-    values = picture.pixels(_CHANNELS[channels])
+    values = picture.pixels(CHANNELS[channels])
     if values.shape[:2] != (height, width):
         name = f" {picture.content.name}" if isinstance(picture.content, Path) else ""
         raise DataError(
@@ -50,16 +39,6 @@ def pixels(picture: Picture, spec: TensorSignature) -> np.ndarray:
     if first:
         values = values.transpose(2, 0, 1)
     return as_input(values, spec)
-
-
-def as_input(values: np.ndarray, spec: TensorSignature) -> np.ndarray:
-    """Bytes of pictures as the model's datatype."""
-    if spec.datatype == "UINT8":
-        return values
-    if spec.datatype == "FP64":
-        return values.astype(np.float64) / 255
-    scaled: np.ndarray = values.astype(np.float32) / np.float32(255)
-    return bfloat16_bits(scaled) if spec.datatype == "BF16" else scaled.astype(spec.dtype, copy=False)
 
 
 class FolderRows(RowByRow):

@@ -15,9 +15,10 @@ from shoal.data.arrays import Images
 from shoal.data.source import Source, open_source
 from shoal.errors import DataError, ShoalError, did_you_mean
 from shoal.process.failure import user_code
+from shoal.serve.pictures import as_input
 from shoal.serve.signature import TensorSignature
 from shoal.serve.tables.columns import Column, NumpyColumn, TorchColumn, TrainingPictures, ZippedColumn, fits_rows
-from shoal.serve.tables.pictures import as_input, is_picture
+from shoal.serve.tables.pictures import is_picture
 from shoal.serve.tables.rows import Rows, row_shape
 
 
