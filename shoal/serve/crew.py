@@ -24,6 +24,7 @@ _HOST = "shoal.serve.replica:ReplicaHost"
 _MEMORY_BYTES = 128 << 20
 _MOST_SLOTS, _LEAST_SLOTS = 1024, 64
 _MOST_BATCH = 32
+_MOST_UNITS = 128
 _MEASURE_S = 0.6
 _WARM_S = 0.05
 _LOAD_S = 120.0
@@ -97,7 +98,8 @@ class Crew:
 
         ``like``: the crew of an older version, whose choice is taken over.
         """
-        batches = tuple(2**k for k in range(6) if 2**k <= _MOST_BATCH)
+        most = _MOST_BATCH if self.signature.longest is None else _MOST_UNITS
+        batches = tuple(2**k for k in range(most.bit_length()))
         if like is not None:
             options = [(len(like._places), next(iter(like._places.values())).threads)]
         elif self._wanted:

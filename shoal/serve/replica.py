@@ -31,7 +31,9 @@ from shoal.serve.messages import Attach, Attached
 from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
 
-_LEAST_RUNS, _MOST_RUNS = 3, 50
+_LEAST_RUNS, _MOST_RUNS = 2, 50
+# Slow models may take so many times the time that is meant for measuring: a batch size that was not tried is never used.
+_OVER_BUDGET = 3.0
 _USUAL_LENGTH = 32
 _LAYOUT_S = 0.1
 AS_IT_IS, CHANNELS_LAST = "as it is", "channels last"
@@ -136,11 +138,11 @@ class ReplicaHost:
         _Loop(self, slots, message.ring, work=fds[1], done=fds[2]).serve()
 
     def _measure(self, batches: Sequence[int], budget_s: float, typical: Callable[[Any], Any]) -> dict[int, float]:
-        """Typical seconds of a batch by its size, largest first left out once the budget is spent."""
+        """Typical seconds of a batch by its size; the largest are left out where the budget is long spent."""
         measured: dict[int, float] = {}
         began = time.monotonic()
         for size in sorted(batches):
-            if measured and time.monotonic() - began > budget_s:
+            if measured and time.monotonic() - began > _OVER_BUDGET * budget_s:
                 break
             rows, length = (size, 0) if self.signature.longest is None else _shape_of(size, self.signature.longest)
             inputs = _sample(self.signature, rows, length)
