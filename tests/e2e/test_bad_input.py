@@ -216,8 +216,8 @@ def test_data_sets_that_cannot_be_had(here: Path, capfd: pytest.CaptureFixture[s
         (["compare", "nowhere", "nowhere"], "nowhere is not a run directory"),
         (["runs", "nowhere"], "There is no directory nowhere"),
         (["trian", "jobs.py:good"], '"train"'),
-        (["predict", "model", "data"], "not built yet"),
-        (["serve", "model"], "not built yet"),
+        (["predict", "model", "data"], "There is no bundle at model"),
+        (["serve", "model"], "There is no bundle at model"),
         (["plan", "cifar-cn"], '"cifar-cnn"'),
     ],
 )
