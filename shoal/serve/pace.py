@@ -13,6 +13,10 @@ import time
 # The share of a request's time that one turn may take: it waits for at most two of them, and is computed after that.
 _SHARE = 0.1
 _LEARN = 0.05
+# A turn that takes so many times longer for each request than usual is put down to something else on the machine.
+_OUTLIER = 4.0
+# So few never fill a turn, whatever was learned.
+_FEW = 8
 
 
 class Pace:
@@ -27,7 +31,7 @@ class Pace:
 
     def full(self) -> bool:
         """Whether what was read already fills a turn; to be asked for a request that was just read, before it is handed on."""
-        return self._waiting * self._each_s > self._budget_s
+        return self._waiting > _FEW and self._waiting * self._each_s > self._budget_s
 
     def waiting_since(self, now_s: float) -> float:
         """When a request that is read now may have arrived."""
@@ -54,5 +58,6 @@ class Pace:
     def _end(self) -> None:
         assert self._began_s is not None
         self._last_s = time.monotonic() - self._began_s
-        self._each_s += _LEARN * (self._last_s / self._seen - self._each_s)
+        each_s = self._last_s / self._seen
+        self._each_s += _LEARN * (min(each_s, _OUTLIER * self._each_s) - self._each_s) if self._each_s else each_s
         self._began_s, self._seen = None, 0

@@ -37,18 +37,33 @@ def test_a_request_may_have_waited_for_the_turn_before() -> None:
 def test_what_was_read_fills_a_turn() -> None:
     async def turns() -> None:
         pace = Pace(slo_s=1.0)
-        for _ in range(400):
+        for _ in range(20):
             pace.handed_on()
-            pace.arrive(time.monotonic() - 0.04)
+            pace.arrive(time.monotonic() - 0.02)
             await asyncio.sleep(0)
         assert not pace.full(), "nobody waits"
-        for _ in range(2):
+        for _ in range(8):
             pace.handed_on()
-        assert not pace.full()
-        pace.handed_on()
-        assert pace.full(), "three of 40 ms are more than a tenth of a second"
+        assert not pace.full(), "so few never do"
         for _ in range(3):
+            pace.handed_on()
+        assert pace.full(), "eleven of 20 ms are more than a tenth of a second"
+        for _ in range(11):
             pace.arrive(time.monotonic())
+        assert not pace.full()
+
+    asyncio.run(turns())
+
+
+def test_one_bad_moment_does_not_fill_the_next_turns() -> None:
+    async def turns() -> None:
+        pace = Pace(slo_s=1.0)
+        for took_s in (0.0005, 5.0):
+            pace.handed_on()
+            pace.arrive(time.monotonic() - took_s)
+            await asyncio.sleep(0)
+        for _ in range(20):
+            pace.handed_on()
         assert not pace.full()
 
     asyncio.run(turns())
