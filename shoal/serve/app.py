@@ -284,6 +284,7 @@ class App:
     async def _classify(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         """What is in a picture: a line for people, or JSON for who asks for that."""
         desk = self._desk(name, version)
+        arrived_s = time.monotonic()
         try:
             headers = _headers(scope)
             body = await self._body(headers, receive, _PICTURE_BYTES)
@@ -291,13 +292,16 @@ class App:
             signature = desk.signature
             if len(signature.outputs) != 1 or len(signature.outputs[0].shape) != 2 or signature.outputs[0].free:
                 raise Refusal(400, f"{name} gives no scores of classes.")
+            if desk.hopeless(arrived_s + self._limits.slo_s, time.monotonic()):
+                raise desk.refused()
             row = await asyncio.to_thread(pictures.decode, raw, signature, desk.preprocess)
         except Refusal as refusal:
             if refusal.status < 429:
                 desk.slots.count(Outcome.INVALID)
             raise
         request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
-        (scores,) = await desk.infer(request, self._limits.slo_s, lambda: _state(receive, "disconnected"))
+        gone = lambda: _state(receive, "disconnected")  # noqa: E731
+        (scores,) = await desk.infer(request, self._limits.slo_s, gone, arrived_s)
         found = labels.top(numbers_of(signature.outputs[0], scores)[0], signature.labels, _TOP)
         label, score = found[0]
         if b"application/json" in headers.get(b"accept", b""):

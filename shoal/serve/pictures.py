@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from email.parser import BytesParser
-from email.policy import HTTP
+import math
+from collections.abc import Mapping
+from email.message import Message
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ CHANNELS = {1: "L", 3: "RGB"}
 _FORMATS = ("PNG", "JPEG", "WEBP")
 TYPES = ("image/png", "image/jpeg", "image/webp")
 _MOST_PIXELS = 64_000_000
+_MOST_BOUNDARY, _MOST_PARTS, _MOST_HEAD = 200, 18, 4096
 
 
 def layout_of(spec: TensorSignature) -> tuple[int, int, int, bool] | None:
@@ -86,10 +87,7 @@ def decode(raw: bytes, signature: ModelSignature, preprocess: Mapping[str, Any] 
 
 
 def of_body(content_type: str, body: bytes) -> bytes:
-    """The picture in a request: the body itself, or the first file of a form. Refusal where there is none.
-
-    Forms are read by the standard library's parser of mail, which knows MIME: a body is bounded, and there is one part to find.
-    """
+    """The picture in a request: the body itself, or the first file of a form. Refusal where there is none."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind in TYPES or kind in ("application/octet-stream", ""):
         found: bytes | None = body
@@ -103,14 +101,36 @@ def of_body(content_type: str, body: bytes) -> bytes:
 
 
 def _file_of_form(content_type: str, body: bytes) -> bytes | None:
-    try:
-        form = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
-        parts: Sequence[Any] = list(form.iter_parts()) if form.is_multipart() else []
-        named = [part for part in parts if part.get_param("name", header="content-disposition") == "image"]
-        for part in [*named, *parts]:
-            content = part.get_payload(decode=True)
-            if isinstance(content, bytes) and (part in named or part.get_filename()):
-                return content
-    except (ValueError, LookupError, UnicodeError, TypeError, AttributeError):
-        raise Refusal(400, "The form cannot be read; try: curl -F image=@FILE.") from None
-    return None
+    """The part called image, else the first that is a file. Only boundaries are looked for: what lies between is not read."""
+    said = Message()
+    said["content-type"] = content_type
+    boundary = said.get_param("boundary")
+    if not isinstance(boundary, str) or not 0 < len(boundary) <= _MOST_BOUNDARY:
+        raise Refusal(400, "The form cannot be read; try: curl -F image=@FILE.")
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"), _MOST_PARTS + 1)
+    if len(parts) > _MOST_PARTS:
+        raise Refusal(400, f"The form has more than {_MOST_PARTS - 2} parts; send one picture.")
+    found: bytes | None = None
+    for part in parts[1:-1]:
+        head, _, content = part[:_MOST_HEAD].partition(b"\r\n\r\n")
+        disposition = next((line for line in head.lower().split(b"\r\n") if line.startswith(b"content-disposition:")), b"")
+        if b'name="image"' in disposition or b"name=image" in disposition:
+            return part[len(head) + 4 :]
+        if b"filename" in disposition and found is None:
+            found = part[len(head) + 4 :]
+    return found
+
+
+def check_preprocess(preprocess: Any) -> None:
+    """ValueError, with one sentence, where a bundle's ``preprocess`` cannot be followed."""
+    if preprocess is None:
+        return
+    if not isinstance(preprocess, Mapping):
+        raise ValueError("preprocess is no mapping.")
+    for name in ("mean", "std"):
+        value = preprocess.get(name, 1.0)
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values) or len(values) not in CHANNELS:
+            raise ValueError(f"{name} in preprocess is a number, or one for each channel.")
+        if name == "std" and not all(v > 0 for v in values):
+            raise ValueError("std in preprocess is above 0.")

@@ -28,6 +28,7 @@ from shoal.process.gentle import gently
 from shoal.serve import hugging_face
 from shoal.serve.latency import GAIN
 from shoal.serve.messages import Attach, Attached
+from shoal.serve.pictures import check_preprocess
 from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
 
@@ -60,6 +61,10 @@ class ReplicaHost:
         description = describe(directory)
         self._tokenizer = description.get("tokenizer")
         self._preprocess = description.get("preprocess")
+        try:
+            check_preprocess(self._preprocess)
+        except ValueError as error:
+            raise TargetError(f"The bundle {directory.name} cannot be served: {error}") from None
         name = source.name or str(description.get("name", directory.name))
         self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         can_be_served(self.signature)

@@ -18,6 +18,7 @@ from PIL import Image
 
 import shoal
 from shoal import bundle
+from shoal.serve.pictures import check_preprocess
 
 _LABELS = ["aeroplane", "bird", "cat"]
 _MEAN, _STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
@@ -127,6 +128,7 @@ def _bomb() -> bytes:
         (_picture(), "text/plain", (415,)),
         (b"--x\r\n\r\n--x--", "multipart/form-data; boundary=x", (400,)),
         (b"\xff\xfe", "multipart/form-data", (400,)),
+        (b"\r\n--x" * 3000, "multipart/form-data; boundary=x", (400,)),
         (b"GIF89a" + b"\0" * 50, "image/png", (400,)),
     ],
 )
@@ -135,3 +137,9 @@ def test_what_is_no_picture(service: Any, body: bytes, kind: str, status: tuple[
     found, answer = _post(service, body, kind)
     assert found in status and answer["error"].endswith(".") and "Traceback" not in answer["error"]
     assert service.numbers()["seer"]["invalid"] == before + 1
+
+
+@pytest.mark.parametrize("wrong", [{"std": 0}, {"mean": [1, 2]}, {"mean": "a"}, [1]])
+def test_preprocessing_that_cannot_be_followed(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"preprocess.*\.$"):
+        check_preprocess(wrong)
