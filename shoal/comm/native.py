@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +18,11 @@ from typing import Protocol
 
 import torch
 
+from shoal.kernels.build import build
+
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "lines.c", "rounds.c")]
 # No fused multiply-add: the C path must round exactly as torch does.
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+_FLAGS = ("-ffp-contract=off",)
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 
 
@@ -46,8 +44,8 @@ class Native(Protocol):
 class _Compiled:
     name = "c"
 
-    def __init__(self, library: Path) -> None:
-        self.library = lib = ctypes.CDLL(str(library))
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self.library = lib
         self._post = lib.shoal_post
         self._post.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
         self._post.restype = None
@@ -125,41 +123,8 @@ def load() -> Native:
 
     ``SHOAL_NATIVE=0`` asks for the fallback.
     """
-    if os.environ.get("SHOAL_NATIVE") == "0" or sys.platform != "linux":
-        return _Fallback()
     # The fallback stores words with plain moves, which is enough only where stores are not reordered.
     try:
-        return _Compiled(_build())
+        return _Compiled(build("arena", _SOURCES, _FLAGS))
     except (OSError, subprocess.SubprocessError):
         return _Fallback()
-
-
-def _build() -> Path:
-    """Compile the C files into the cache, once for each source, compiler and processor."""
-    from shoal.cluster.cache import cache_dir
-
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    cpu = _processor()
-    text = b"".join(source.read_bytes() for source in _SOURCES)
-    key = hashlib.sha256(text + " ".join([compiler, cpu, *_FLAGS]).encode()).hexdigest()[:16]
-    library = cache_dir() / "native" / f"arena-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            made = Path(scratch) / library.name
-            subprocess.run(
-                [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)],
-                check=True, capture_output=True, timeout=60,
-            )  # fmt: skip
-            made.replace(library)
-    return library
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

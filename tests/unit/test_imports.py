@@ -16,7 +16,7 @@ PACKAGE = ROOT / "shoal"
 # A room imports only what stands before it here. `plan_grammar` is the half of `plan` that reads strings.
 ROOMS = (
     "errors", "job", "plan_grammar", "plan", "tensorfile", "bundle",
-    "cluster", "data", "observe", "comm", "process", "ps", "axes",
+    "cluster", "data", "observe", "kernels", "comm", "process", "ps", "axes",
     "planner", "train", "compress", "serve", "jobs", "cli",
 )  # fmt: skip
 # They meet at the bundle: not even the later one may import the earlier one.
