@@ -13,13 +13,13 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from shoal.errors import did_you_mean
 from shoal.serve import labels, pictures
+from shoal.serve.asgi import JSON, Receive, Scope, Send, headers_of, refuse, respond, say, state
 from shoal.serve.desk import Desk
-from shoal.serve.guard import Guard, retry_after
+from shoal.serve.guard import Guard
 from shoal.serve.messages import Limits, Told
 from shoal.serve.metrics import Metrics
 from shoal.serve.pace import Pace
@@ -27,10 +27,6 @@ from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Refusal
 from shoal.serve.shelf import Shelf, compare, numbers_of
 from shoal.serve.slots import Outcome
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _CLASSIFY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/classify")
@@ -43,14 +39,9 @@ _TOP = 5
 _PROBE_TOLERANCE = 1e-3
 _LOAD_S = 300.0
 _REPOSITORY = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
-_JSON = [(b"content-type", b"application/json")]
 _FOR_EVERYBODY = frozenset({"/v2/health/live", "/v2/health/ready"})
-# A request in which one of these is there twice means two things; nobody says which.
-_ONCE = frozenset({b"authorization", b"x-api-key", b"content-encoding", b"inference-header-content-length"})
 _MOST_DIGITS = 12
 _LONG_BYTES = 64 << 10
-_DISCARD_S = 2.0
-_DISCARD_BYTES = 128 << 20
 _SAID_EVERY_S = 1.0
 
 
@@ -89,12 +80,12 @@ class App:
             else:
                 await self._others(scope, receive, send)
         except Refusal as refusal:
-            await self._refuse(receive, send, refusal)
+            await refuse(receive, send, refusal)
         except Exception:
             self._say_what_happened()
-            if _state(receive, "response_started"):
+            if state(receive, "response_started"):
                 raise
-            await self._refuse(receive, send, Refusal(500, "The service made a mistake; its own messages say more."))
+            await refuse(receive, send, Refusal(500, "The service made a mistake; its own messages say more."))
 
     def _admit(self, guard: Guard, scope: Scope) -> None:
         """Refusal for who may not ask."""
@@ -118,25 +109,6 @@ class App:
             self._said_s = now
             traceback.print_exc()
 
-    async def _refuse(self, receive: Receive, send: Send, refusal: Refusal, body: bytes | None = None) -> None:
-        """Answer; where the request has not all been read, close the connection after looking away for a while.
-
-        A client that first sends everything would else find its connection broken, and not the answer.
-        """
-        headers = list(_JSON)
-        if refusal.retry_after_s is not None:
-            headers.append((b"retry-after", b"%d" % retry_after(refusal.retry_after_s)))
-        if refusal.status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
-        content = body or v2.error_body(refusal.sentence)
-        if not _state(receive, "more_body"):
-            return await _respond(send, refusal.status, content, headers)
-        headers += [(b"connection", b"close"), (b"content-length", b"%d" % len(content))]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await send({"type": "http.response.body", "body": content, "more_body": True})
-        await _discard(receive)
-        await send({"type": "http.response.body", "body": b""})
-
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         desk = None
         seen_s = time.monotonic()
@@ -144,7 +116,7 @@ class App:
         try:
             desk = self._desk(name, version)
             shelf = self.shelves[name]
-            headers = _headers(scope)
+            headers = headers_of(scope)
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
             self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
@@ -157,16 +129,16 @@ class App:
         held = len(body) if len(body) > _LONG_BYTES else 0
         self._bodies_bytes += held
         try:
-            outputs = await desk.infer(request, self._limits.slo_s, lambda: _state(receive, "disconnected"), arrived_s)
+            outputs = await desk.infer(request, self._limits.slo_s, lambda: state(receive, "disconnected"), arrived_s)
         finally:
             self._bodies_bytes -= held
         if shelf.trial is not None:
             shelf.mirror(desk, request, outputs, time.monotonic() - arrived_s)
         content, header_length = v2.encode(desk.signature, request, outputs)
         if header_length is None:
-            await _respond(send, 200, content, _JSON)
+            await respond(send, 200, content, JSON)
         else:
-            await _respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
+            await respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
                                                 (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
 
     def overload(self, method: bytes, url: bytes) -> Callable[[], Refusal] | None:
@@ -253,7 +225,7 @@ class App:
         path, method = scope["path"].rstrip("/"), scope["method"]
         if path == "/v2/repository/index" and method == "POST":
             await self._body(dict(scope["headers"]), receive)
-            return await _say(send, self._index())
+            return await say(send, self._index())
         if (found := _REPOSITORY.fullmatch(path)) is not None and method == "POST":
             return await self._repository(found[1], found[2] == "load", scope, receive, send)
         if method == "POST" and (asked := _CLASSIFY.fullmatch(path)) is not None:
@@ -263,22 +235,22 @@ class App:
         if method != "GET":
             raise Refusal(404 if method == "POST" else 405, f"{method} {path[:80]} is nothing that this service does.")
         if path == "/v2":
-            return await _say(send, v2.server_metadata())
+            return await say(send, v2.server_metadata())
         if path == "/v1/models":
             rows = [{"id": name, "object": "model", "created": 0, "owned_by": "shoal"} for name in self.desks()]
-            return await _say(send, {"object": "list", "data": rows})
+            return await say(send, {"object": "list", "data": rows})
         if path == "/v2/health/live":
-            return await _respond(send, 200, b"", [])
+            return await respond(send, 200, b"", [])
         if path == "/v2/health/ready":
             return await self._ready(send, [shelf.active for shelf in self.shelves.values()])
         if path == "/metrics":
-            return await _respond(
+            return await respond(
                 send, 200, self._metrics.render(self.desks()), [(b"content-type", self._metrics.content_type)]
             )
         if path == "/processes":
             return await self._processes(scope, send)
         if path == "/v2/models/stats":
-            return await _say(send, {"model_stats": self._statistics(self.shelves)})
+            return await say(send, {"model_stats": self._statistics(self.shelves)})
         await self._about_model(path, send)
 
     async def _classify(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
@@ -286,7 +258,7 @@ class App:
         desk = self._desk(name, version)
         arrived_s = time.monotonic()
         try:
-            headers = _headers(scope)
+            headers = headers_of(scope)
             body = await self._body(headers, receive, _PICTURE_BYTES)
             raw = pictures.of_body(headers.get(b"content-type", b"").decode("latin-1"), body)
             signature = desk.signature
@@ -300,14 +272,14 @@ class App:
                 desk.slots.count(Outcome.INVALID)
             raise
         request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
-        gone = lambda: _state(receive, "disconnected")  # noqa: E731
+        gone = lambda: state(receive, "disconnected")  # noqa: E731
         (scores,) = await desk.infer(request, self._limits.slo_s, gone, arrived_s)
         found = labels.top(numbers_of(signature.outputs[0], scores)[0], signature.labels, _TOP)
         label, score = found[0]
         if b"application/json" in headers.get(b"accept", b""):
             best = [{"label": name, "score": value} for name, value in found]
-            return await _say(send, {"label": label, "score": score, "top": best})
-        await _respond(send, 200, f"{label} {score:.2f}\n".encode(), [(b"content-type", b"text/plain; charset=utf-8")])
+            return await say(send, {"label": label, "score": score, "top": best})
+        await respond(send, 200, f"{label} {score:.2f}\n".encode(), [(b"content-type", b"text/plain; charset=utf-8")])
 
     async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""
@@ -322,7 +294,7 @@ class App:
                 tokens = desk.text.tokens([text for text in given if isinstance(text, str)])
 
             def left() -> bool:
-                return _state(receive, "disconnected")
+                return state(receive, "disconnected")
 
             asked = [desk.infer(desk.text.request(row), self._limits.slo_s, left) for row in tokens]
             found = await asyncio.gather(*asked, return_exceptions=True)
@@ -331,9 +303,9 @@ class App:
                     raise one
             vectors = [one[0] for one in found if not isinstance(one, BaseException)]
         except Refusal as refusal:
-            return await self._refuse(receive, send, refusal, embeddings.error_body(refusal))
+            return await refuse(receive, send, refusal, embeddings.error_body(refusal))
         used = sum(map(len, tokens))
-        await _respond(send, 200, embeddings.encode(name, vectors, used, as_base64), _JSON)
+        await respond(send, 200, embeddings.encode(name, vectors, used, as_base64), JSON)
 
     def _index(self) -> list[dict[str, str]]:
         """Every version and its state, as the protocol's model repository extension has it."""
@@ -357,7 +329,7 @@ class App:
             raise Refusal(504, f"The model was not loaded within {_LOAD_S:g} s.") from None
         if told.sentence is not None:
             raise Refusal(told.status, told.sentence)
-        await _respond(send, 200, b"", [])
+        await respond(send, 200, b"", [])
 
     async def _about_model(self, path: str, send: Send) -> None:
         found = _MODEL.fullmatch(path)
@@ -367,10 +339,10 @@ class App:
         if found[3] == "ready":
             return await self._ready(send, [desk])
         if found[3] == "stats":
-            return await _say(send, {"model_stats": self._statistics([found[1]], found[2])})
+            return await say(send, {"model_stats": self._statistics([found[1]], found[2])})
         if found[3] == "config":
-            return await _say(send, {**desk.signature.metadata(), "max_batch_size": desk.max_rows})
-        await _say(send, desk.signature.metadata())
+            return await say(send, {**desk.signature.metadata(), "max_batch_size": desk.max_rows})
+        await say(send, desk.signature.metadata())
 
     def desks(self) -> dict[str, Desk]:
         """Who answers for each model."""
@@ -396,7 +368,7 @@ class App:
                 raise Refusal(503, "A model is being unloaded.", 1.0)
             if time.monotonic() - desk.last_answer_s > _FRESH_S:
                 await self._probe(desk)
-        await _respond(send, 200, b"", [])
+        await respond(send, 200, b"", [])
 
     async def _probe(self, desk: Desk) -> None:
         """Ask for a sample; those who want to know at the same time share one inference, for anybody may ask."""
@@ -411,7 +383,7 @@ class App:
         client = scope.get("client")
         if client is None or not ipaddress.ip_address(client[0]).is_loopback:
             raise Refusal(403, "Only this machine itself may ask for the processes.")
-        await _say(send, list(self.processes))
+        await say(send, list(self.processes))
 
 
 def _sample_request(desk: Desk) -> v2.InferRequest:
@@ -470,46 +442,3 @@ def _statistics(desk: Desk) -> dict[str, Any]:
         "batch_stats": batches,
         "shoal": desk.numbers(),
     }  # fmt: skip
-
-
-async def _say(send: Send, value: Any) -> None:
-    await _respond(send, 200, msgspec.json.encode(value), _JSON)
-
-
-def _headers(scope: Scope) -> dict[bytes, bytes]:
-    """The headers by name; Refusal where one that matters is there twice."""
-    pairs = scope["headers"]
-    headers = dict(pairs)
-    if len(headers) < len(pairs):
-        names = [name for name, _ in pairs]
-        for name in _ONCE:
-            if names.count(name) > 1:
-                raise Refusal(400, f"The header {name.decode()} is there twice.")
-    return headers
-
-
-def _state(receive: Receive, word: str) -> bool:
-    """What uvicorn notes of a request, on the object whose method ``receive`` is.
-
-    ``disconnected``: the client has gone; ``more_body``: not all has come yet; ``response_started``.
-    """
-    return bool(getattr(getattr(receive, "__self__", None), word, False))
-
-
-async def _discard(receive: Receive) -> None:
-    """Read what a client goes on sending, for a moment and up to a size."""
-    until, size = time.monotonic() + _DISCARD_S, 0
-    while size < _DISCARD_BYTES:
-        try:
-            message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
-        except asyncio.TimeoutError:
-            return
-        size += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
-
-
-async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    await send({"type": "http.response.start", "status": status,
-                "headers": [*headers, (b"content-length", b"%d" % len(body))]})  # fmt: skip
-    await send({"type": "http.response.body", "body": body})

@@ -12,21 +12,20 @@ import gc
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
-import uvicorn
 import uvloop
 
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
 from shoal.serve.app import App, probe
-from shoal.serve.connection import Connection, ConnectionLimits, Overload, Watch, connections_possible, quietly
+from shoal.serve.connection import quietly
 from shoal.serve.credentials import server_context
 from shoal.serve.desk import Desk
+from shoal.serve.http_server import HttpServer
 from shoal.serve.messages import (
     AddModel,
     Asked,
@@ -52,55 +51,9 @@ from shoal.serve.metrics import Metrics
 from shoal.serve.shelf import Shelf
 
 _NUMBERS_EVERY_S = 0.5
-_KEEP_ALIVE_S = 75
 _COLLECT_AFTER = 50_000
-_BACKLOG = 2048
-# Who does not say goodbye in TLS holds up nobody's shutdown.
-_TLS_LEAVE_S = 1.0
 # A request that was being read when its version was retired may still come to it.
 _LATE_S = 0.5
-
-
-class _Server(uvicorn.Server):
-    """uvicorn that leaves signals alone, limits what connections do, and says when it has begun."""
-
-    def __init__(
-        self, config: uvicorn.Config, opened: asyncio.Event, tls: ssl.SSLContext | None, turned: Callable[[str], None],
-        overload: Overload,
-    ) -> None:
-        super().__init__(config)
-        self._opened = opened
-        self._tls = tls
-        self._turned = turned
-        self._overload = overload
-        self._limits = ConnectionLimits(connections=connections_possible(ConnectionLimits.connections))
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # The listening sockets are ours: uvicorn has no way of saying how long a TLS handshake may take.
-        await super().startup(sockets=[])
-        loop = asyncio.get_running_loop()
-        greet_s, leave_s = (None, None) if self._tls is None else (self._limits.head_s, _TLS_LEAVE_S)
-        for sock in sockets or []:
-            server = await loop.create_server(
-                self._connection, sock=sock, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=greet_s,
-                ssl_shutdown_timeout=leave_s,
-            )  # fmt: skip
-            self.servers.append(server)
-        self._watch = loop.create_task(Watch(self.server_state.connections).run())
-        self._opened.set()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets=sockets)
-        self._watch.cancel()
-
-    def _connection(self) -> Connection:
-        return Connection(
-            self._limits, self._turned, self._overload, config=self.config, server_state=self.server_state, app_state={}
-        )
 
 
 class Gateway:
@@ -115,11 +68,8 @@ class Gateway:
         self._answers: dict[int, asyncio.Future[Told]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
-        config = uvicorn.Config(self._app, loop="none", http="httptools", ws="none", lifespan="off", log_config=None,
-                                access_log=False, server_header=False, date_header=False, proxy_headers=False,
-                                timeout_keep_alive=_KEEP_ALIVE_S, log_level="error")  # fmt: skip
         tls = None if opening.tls is None else server_context(opening.tls)
-        self._server = _Server(config, self._opened, tls, self._metrics.turned_away, self._app.overload)
+        self._server = HttpServer(self._app, self._opened, tls, self._metrics.turned_away, self._app.overload)
 
     async def serve(self) -> None:
         """Answer until the supervisor says to drain, or is gone."""
