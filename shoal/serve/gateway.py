@@ -21,10 +21,12 @@ import uvloop
 
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
-from shoal.serve.app import App, probe
+from shoal.serve.app import App
+from shoal.serve.catalogue import Catalogue, probe
 from shoal.serve.connection import quietly
 from shoal.serve.credentials import server_context
 from shoal.serve.desk import Desk
+from shoal.serve.guard import Bodies, Guard
 from shoal.serve.http_server import HttpServer
 from shoal.serve.messages import (
     AddModel,
@@ -63,13 +65,16 @@ class Gateway:
         self._channel = channel
         self._listening = listening
         self._metrics = Metrics()
-        self._app = App(opening.limits, self._metrics, self._ask)
+        limits, turned = opening.limits, self._metrics.turned_away
+        self._catalogue = Catalogue(self._ask)
+        guard = None if limits.access.open else Guard(limits.access, turned=turned)
+        self._app = App(limits, self._metrics, self._catalogue, guard, Bodies(limits.bodies_bytes, turned))
         self._questions = 0
         self._answers: dict[int, asyncio.Future[Told]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
         tls = None if opening.tls is None else server_context(opening.tls)
-        self._server = HttpServer(self._app, self._opened, tls, self._metrics.turned_away, self._app.overload)
+        self._server = HttpServer(self._app, self._opened, tls, turned, self._app.overload)
 
     async def serve(self) -> None:
         """Answer until the supervisor says to drain, or is gone."""
@@ -93,11 +98,11 @@ class Gateway:
         self._obey(message, fds)
 
     def _obey(self, message: Any, fds: list[int]) -> None:
-        app = self._app
+        app, catalogue = self._app, self._catalogue
         if isinstance(message, AddModel):
             model, version = message.edition
             desk = Desk(message, fds[0], fds[1], self._metrics.observer(model))
-            app.shelves.setdefault(model, Shelf()).versions[version] = desk
+            catalogue.shelves.setdefault(model, Shelf()).versions[version] = desk
             desk.watch(asyncio.get_running_loop())
         elif isinstance(message, ReplicaUp):
             self._desk(message.edition).replica_up(message.rank, fds[0])
@@ -111,11 +116,11 @@ class Gateway:
         elif isinstance(message, Probe):
             self._begin(self._probe(message.edition))
         elif isinstance(message, Take):
-            app.shelves[message.edition.model].take(message.edition.version, message.share, message.shadow)
+            catalogue.shelves[message.edition.model].take(message.edition.version, message.share, message.shadow)
         elif isinstance(message, Retire):
             self._begin(self._retire(message.edition))
         elif isinstance(message, Known):
-            app.unavailable = message.unavailable
+            catalogue.unavailable = message.unavailable
         elif isinstance(message, Told):
             if (waiting := self._answers.pop(message.number, None)) is not None and not waiting.done():
                 waiting.set_result(message)
@@ -123,7 +128,7 @@ class Gateway:
             raise TypeError(f"the gateway does not know {type(message).__name__}")
 
     def _desk(self, edition: Edition) -> Desk:
-        return self._app.shelves[edition.model].versions[edition.version]
+        return self._catalogue.shelves[edition.model].versions[edition.version]
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -141,7 +146,7 @@ class Gateway:
         self._say(Probed(edition, await probe(self._desk(edition))))
 
     async def _retire(self, edition: Edition) -> None:
-        shelf = self._app.shelves[edition.model]
+        shelf = self._catalogue.shelves[edition.model]
         desk = shelf.versions[edition.version]
         shelf.retire(edition.version)
         await asyncio.sleep(_LATE_S)
@@ -149,11 +154,11 @@ class Gateway:
             await asyncio.sleep(0.02)
         shelf.remove(edition.version)
         if not shelf.versions:
-            del self._app.shelves[edition.model]
+            del self._catalogue.shelves[edition.model]
         self._say(Retired(edition))
 
     def _numbers(self) -> Numbers:
-        return Numbers({name: shelf.numbers() for name, shelf in self._app.shelves.items()})
+        return Numbers({name: shelf.numbers() for name, shelf in self._catalogue.shelves.items()})
 
     def _say(self, message: Any) -> None:
         with contextlib.suppress(ChannelClosed):
@@ -167,8 +172,8 @@ class Gateway:
             self._say(self._numbers())
 
     async def _drain(self, within_s: float) -> None:
-        self._app.draining = True
-        desks = [desk for shelf in self._app.shelves.values() for desk in shelf.versions.values()]
+        self._catalogue.draining = True
+        desks = [desk for shelf in self._catalogue.shelves.values() for desk in shelf.versions.values()]
         for desk in desks:
             desk.close()
         until = time.monotonic() + within_s

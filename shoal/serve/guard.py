@@ -37,12 +37,21 @@ class Access:
 class Guard:
     """Looks at each request before anything else does."""
 
-    def __init__(self, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, access: Access, clock: Callable[[], float] = time.monotonic, turned: Callable[[str], None] = lambda why: None
+    ) -> None:
+        """``turned`` is told, with a word for why, of each request that may not come in."""
         self._access = access
-        self._buckets = None if access.rate_limit is None else Buckets(access.rate_limit, clock)
+        self._turned = turned
+        self._buckets = self._strangers = None
+        if access.rate_limit is not None:
+            # Of their own: whoever tries keys must not push those who have one out of the table.
+            self._buckets, self._strangers = Buckets(access.rate_limit, clock), Buckets(access.rate_limit, clock)
 
     def admit(self, key: bytes | None, address: str | None) -> str:
         """Return who asks; Refusal (401, 429) where that one may not, or not now.
+
+        Where keys are wanted, those who send a wrong one or none use up what their address may ask.
 
         Args:
             key: what the client sent as its key, None where it sent none.
@@ -51,14 +60,19 @@ class Guard:
         if self._access.keys:
             who = self._owner(key)
             if who is None:
+                self._take(self._strangers, network_of(address))
+                self._turned("key")
                 raise Refusal(401, "This service wants an API key, as in Authorization: Bearer KEY or X-Api-Key: KEY.")
         else:
             who = network_of(address)
-        if self._buckets is not None:
-            later_s = self._buckets.take(who)
-            if later_s > 0:
-                raise Refusal(429, f"More than {self._access.rate_limit:g} requests a second; wait a little.", later_s)
+        self._take(self._buckets, who)
         return who
+
+    def _take(self, buckets: Buckets | None, who: str) -> None:
+        later_s = 0.0 if buckets is None else buckets.take(who)
+        if later_s > 0:
+            self._turned("rate")
+            raise Refusal(429, f"More than {self._access.rate_limit:g} requests a second; wait a little.", later_s)
 
     def _owner(self, key: bytes | None) -> str | None:
         """Whose key it is. All are compared, in the same time each, so that the time says nothing about any of them."""
@@ -68,6 +82,21 @@ class Guard:
             if hmac.compare_digest(digest, known):
                 found = name
         return found if key else None
+
+
+class Bodies:
+    """The long bodies that are being received or answered, of all clients and protocols. ``bytes``: of all of them together."""
+
+    def __init__(self, most_bytes: int, turned: Callable[[str], None] = lambda why: None) -> None:
+        self.bytes = 0
+        self._most_bytes = most_bytes
+        self._turned = turned
+
+    def check(self) -> None:
+        """Refusal where they are too many."""
+        if self.bytes > self._most_bytes:
+            self._turned("bodies")
+            raise Refusal(503, "Too many long bodies are being sent at once; try again.", 1.0)
 
 
 class Buckets:

@@ -78,6 +78,17 @@ class TestBuckets:
         with pytest.raises(Refusal):
             keyed.admit(b"a" * 16, "10.0.0.2")
 
+    def test_wrong_keys_use_up_what_their_address_may_ask(self) -> None:
+        turned: list[str] = []
+        guard = Guard(Access(keys=_access(a="a" * 16).keys, rate_limit=2), _Clock(), turned.append)
+        statuses = []
+        for key in (b"b" * 16, None, b"c" * 16):
+            with pytest.raises(Refusal) as refused:
+                guard.admit(key, "10.0.0.1")
+            statuses.append(refused.value.status)
+        assert statuses == [401, 401, 429] and turned == ["key", "key", "rate"]
+        assert guard.admit(b"a" * 16, "10.0.0.1") == "a"
+
 
 def test_addresses() -> None:
     assert network_of("10.1.2.3") == network_of("::ffff:10.1.2.3") == "10.1.2.3"
