@@ -1,39 +1,28 @@
 """Messages from one rank to another: ``send`` never blocks, ``receive`` finds its message by sender, group and tag.
 
-A sender copies a message into pieces of memory of its own and writes a letter about each into the receiver's ring; a
-short message stands in the letter itself. What does not fit goes on when letters have been read. A rank that waits for
+A sender copies a message into memory of its own and writes letters about it (``letters.c``); a short message stands in
+its letter. Nobody is asked first, and what found room has been sent: the usual message is one call into C on either
+side, a copy in and a copy out. What does not fit goes on when letters have been read. A rank that waits for
 anything reads whatever has come and keeps it, so two ranks that send each other more than the rings hold both get on.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
+from ctypes import memmove
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from shoal.comm.region import LETTER
+from shoal.comm import letters
 from shoal.errors import JobFailed
 
 if TYPE_CHECKING:
-    from shoal.comm.port import Port
+    from shoal.comm.port import Pending, Port
 
-_INLINE = 0xFFFFFFFF
 _BUSY_NS = 20_000
-
-
-class _Letter(ctypes.Structure):
-    _fields_ = [
-        ("key", ctypes.c_uint64), ("tag", ctypes.c_int64), ("total", ctypes.c_uint64), ("bytes", ctypes.c_uint32),
-        ("piece", ctypes.c_uint32), ("text", ctypes.c_char * (LETTER - 32)),
-    ]  # fmt: skip
-
-
-_TEXT_AT = _Letter.text.offset
-_TEXT = LETTER - _TEXT_AT
 
 
 @dataclass
@@ -48,14 +37,32 @@ class Message:
     received: int = 0
 
 
+class Sent:
+    """A message that has left at once; there is nothing to wait for."""
+
+    done = True
+
+    def advance(self, spin_ns: int, yields: int, nap_ns: int) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return "a message that was sent"
+
+    def missing(self) -> list[int]:
+        return []
+
+
+_SENT = Sent()
+
+
 class Send:
     """A message on its way out; done when its tensor may be written again."""
 
-    def __init__(self, port: Port, receiver: int, key: int, tag: int, tensor: torch.Tensor) -> None:
-        self._mail = port.mail
+    def __init__(self, mail: Mailbox, receiver: int, key: int, tag: int, tensor: torch.Tensor) -> None:
+        self._mail = mail
         self.receiver, self.key, self.tag = receiver, key, tag
         self.tensor = tensor
-        self.address, self.total, self.sent = tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0
+        self.address, self.total, self.sent = tensor.data_ptr(), tensor.nbytes, 0
         self.done = False
 
     def advance(self, spin_ns: int, yields: int, nap_ns: int) -> bool:
@@ -63,7 +70,7 @@ class Send:
         if not self.done and nap_ns > 0:
             # The receiver may be waiting for room as well: what it has sent is taken in.
             self._mail.progress()
-            self._mail.await_reader(self.receiver, spin_ns, nap_ns)
+            self._mail.await_reader(self.receiver, spin_ns, yields, nap_ns)
             self._mail.push(self.receiver)
         return self.done
 
@@ -75,18 +82,17 @@ class Send:
 
 
 class Receive:
-    """A message that is expected; done when it lies in its tensor. ``sender`` is None for any of ``senders``."""
+    """A message that is expected; done when it lies in its tensor. ``sender`` is -1 while it may be any of ``senders``."""
 
-    def __init__(self, port: Port, senders: list[int], key: int, tag: int, tensor: torch.Tensor) -> None:
-        self._mail = port.mail
+    def __init__(self, mail: Mailbox, senders: list[int], key: int, tag: int, tensor: torch.Tensor) -> None:
+        self._mail = mail
         self.senders, self.key, self.tag = senders, key, tag
         self.tensor = tensor
         # Contiguous, so that pieces can be copied straight to where they belong.
         self.place = (
             tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         )
-        self.total = tensor.numel() * tensor.element_size()
-        self.message: Message | None = None
+        self.address, self.total = self.place.data_ptr(), tensor.nbytes
         self.sender = senders[0] if len(senders) == 1 else -1
         self.done = False
 
@@ -97,9 +103,15 @@ class Receive:
             self._mail.push_all()
             # With several senders a nap is for one of them, in turn; naps are short.
             self.senders = [*self.senders[1:], self.senders[0]]
-            self._mail.await_letter(self.senders[-1], spin_ns, nap_ns)
+            self._mail.await_letter(self.senders[-1], spin_ns, yields, nap_ns)
             self._mail.pull(self.senders[-1])
         return self.done
+
+    def deliver(self) -> None:
+        """Everything has come."""
+        if self.place is not self.tensor:
+            self.tensor.copy_(self.place)
+        self.done = True
 
     def describe(self) -> str:
         return f"a message of {self.total} bytes" + (f" (tag {self.tag})" if self.tag else "")
@@ -110,13 +122,9 @@ class Receive:
 
 @dataclass
 class _Way:
-    """What one rank knows of its letters to, and from, one other."""
+    """What waits between one rank and one other."""
 
-    written: int = 0
-    freed: int = 0
     queue: deque[Send] = field(default_factory=deque)
-    used: deque[int] = field(default_factory=deque)
-    read: int = 0
     coming: Message | None = None
     unexpected: list[Message] = field(default_factory=list)
     expected: list[Receive] = field(default_factory=list)
@@ -126,94 +134,65 @@ class Mailbox:
     """One rank's letters."""
 
     def __init__(self, port: Port) -> None:
-        self._port = port
         self._layout, self._base, self._rank = port.layout, port.base, port.rank
+        self._clerk = letters.load()
         self.clear()
 
     def clear(self) -> None:
         """Forget all messages and empty this rank's words."""
-        world_size, layout = self._port.world_size, self._layout
         self._unsent = False
-        self._ways = [_Way() for _ in range(world_size)]
-        self._free = [world_size + index for index in range(layout.mail_pieces)]
-        for other in range(world_size):
-            for offset in (layout.head(self._rank, other), layout.tail(self._rank, other)):
-                ctypes.c_uint32.from_address(self._base + offset).value = 0
+        self._ways = [_Way() for _ in range(self._layout.world_size)]
+        self._post = letters.post_of(self._layout, self._base, self._rank)
 
     # -- sending -------------------------------------------------------------------------------------------------
 
-    def send(self, receiver: int, key: int, tag: int, tensor: torch.Tensor) -> Send:
+    def send(self, receiver: int, key: int, tag: int, tensor: torch.Tensor) -> Pending:
         """Begin to send a contiguous tensor."""
-        send = Send(self._port, receiver, key, tag, tensor)
-        self._ways[receiver].queue.append(send)
-        self._unsent = self.push(receiver) or self._unsent
+        way = self._ways[receiver]
+        sent = 0
+        if not way.queue:
+            total = tensor.nbytes
+            sent = self._clerk.write(self._post, receiver, key, tag, total, tensor.data_ptr(), 0)
+            if sent == total:
+                return _SENT
+        send = Send(self, receiver, key, tag, tensor)
+        send.sent = max(sent, 0)
+        way.queue.append(send)
+        self._unsent = True
         return send
 
     def push(self, receiver: int) -> bool:
         """Write as many letters as there is room for; whether something is left."""
-        way = self._ways[receiver]
-        if not way.queue:
-            return False
-        layout = self._layout
-        self._take_back(way, receiver)
-        while way.queue and way.written - way.freed < layout.letters:
-            send = way.queue[0]
-            left = send.total - send.sent
-            address = self._base + layout.letter(self._rank, receiver, way.written)
-            letter = _Letter.from_address(address)
-            if left <= _TEXT:
-                piece, size, place = _INLINE, left, address + _TEXT_AT
-            else:
-                piece = self._take_piece(way, receiver)
-                if piece < 0:
-                    return True
-                size = min(left, layout.mail_piece_bytes)
-                place = self._base + layout.mail_piece(self._rank, piece)
-            ctypes.memmove(place, send.address + send.sent, size)
-            letter.key, letter.tag, letter.total = send.key, send.tag, send.total
-            letter.bytes, letter.piece = size, piece
-            way.used.append(piece)
-            way.written += 1
-            self._port.native.post(self._base + layout.head(self._rank, receiver), way.written)
-            send.sent += size
-            if send.sent == send.total:
-                send.done = True
-                way.queue.popleft()
-        return bool(way.queue)
+        queue = self._ways[receiver].queue
+        while queue:
+            send = queue[0]
+            sent = self._clerk.write(self._post, receiver, send.key, send.tag, send.total, send.address, send.sent)
+            if sent != send.total:
+                send.sent = max(sent, 0)
+                return True
+            send.done = True
+            queue.popleft()
+        return False
 
-    def _take_back(self, way: _Way, receiver: int) -> None:
-        for _ in range(self._news(self._layout.tail(receiver, self._rank), way.freed)):
-            piece = way.used.popleft()
-            if piece != _INLINE and piece >= self._port.world_size:
-                self._free.append(piece)
-            way.freed += 1
-
-    def _take_piece(self, way: _Way, receiver: int) -> int:
-        """A piece for a letter; every receiver has one that the others' messages cannot take away. -1: none now."""
-        if self._free:
-            return self._free.pop()
-        return -1 if receiver in way.used else receiver
-
-    def await_reader(self, receiver: int, spin_ns: int, nap_ns: int) -> None:
+    def await_reader(self, receiver: int, spin_ns: int, yields: int, nap_ns: int) -> None:
         """Wait for a moment until the receiver has read a letter more."""
-        self._await(self._layout.tail(receiver, self._rank), self._ways[receiver].freed + 1, spin_ns, nap_ns)
+        self._clerk.await_reader(self._post, receiver, *self._patience(spin_ns, yields, nap_ns))
 
-    def _await(self, offset: int, target: int, spin_ns: int, nap_ns: int) -> None:
-        if self._unsent:
-            # Others may wait for what has found no room yet: soon it is tried again.
-            spin_ns, nap_ns = min(spin_ns, _BUSY_NS), min(nap_ns, _BUSY_NS)
-        self._port.native.wait_all(self._base + offset, 0, 1, target, spin_ns * 1e-9, max(spin_ns, nap_ns) * 1e-9)
+    def _patience(self, spin_ns: int, yields: int, nap_ns: int) -> tuple[int, int, int]:
+        if not self._unsent:
+            return spin_ns, yields, nap_ns
+        # Others may wait for what has found no room yet: soon it is tried again.
+        return min(spin_ns, _BUSY_NS), yields, min(nap_ns, _BUSY_NS)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def receive(self, senders: list[int], key: int, tag: int, tensor: torch.Tensor) -> Receive:
         """Expect a message in a tensor."""
-        receive = Receive(self._port, senders, key, tag, tensor)
+        receive = Receive(self, senders, key, tag, tensor)
         for sender in senders:
-            way = self._ways[sender]
-            for message in way.unexpected:
+            for message in self._ways[sender].unexpected:
                 if (message.key, message.tag) == (key, tag):
-                    way.unexpected.remove(message)
+                    self._ways[sender].unexpected.remove(message)
                     self._match(receive, message, sender)
                     return receive
         for sender in senders:
@@ -223,29 +202,48 @@ class Mailbox:
     def pull(self, sender: int) -> None:
         """Read all letters that have come from a rank."""
         way = self._ways[sender]
-        layout = self._layout
-        for _ in range(self._news(layout.head(sender, self._rank), way.read)):
-            address = self._base + layout.letter(sender, self._rank, way.read)
-            letter = _Letter.from_address(address)
-            inline = letter.piece == _INLINE
-            place = address + _TEXT_AT if inline else self._base + layout.mail_piece(sender, letter.piece)
-            message = way.coming or self._begin(way, letter, sender)
-            ctypes.memmove(message.address + message.received, place, letter.bytes)
-            message.received += letter.bytes
-            way.read += 1
-            self._port.native.post(self._base + layout.tail(self._rank, sender), way.read)
-            way.coming = None
-            if message.received < message.total:
-                way.coming = message
-            elif isinstance(message.buffer, Receive):
-                _deliver(message.buffer, message)
+        while self._read(way, sender):
+            pass
+
+    def _read(self, way: _Way, sender: int) -> bool:
+        """Read what has come of one message; whether all of it has."""
+        message = way.coming
+        if message is None and way.expected:
+            # Mostly what comes is what is expected first.
+            receive = way.expected[0]
+            got = self._clerk.read(self._post, sender, receive.key, receive.tag, receive.total, receive.address, 0)
+            if got == receive.total:
+                self._found(receive, sender)
+                receive.deliver()
+                return True
+            if got == letters.NOTHING:
+                return False
+            if got > 0:
+                self._found(receive, sender)
+                way.coming = Message(receive.key, receive.tag, receive.total, receive, receive.address, got)
+                return False
+        if message is None:
+            found = self._clerk.next(self._post, sender)
+            if not found:
+                return False
+            message = way.coming = self._begin(way, letters.Letter.from_address(found), sender)
+        got = self._clerk.read(
+            self._post, sender, message.key, message.tag, message.total, message.address, message.received
+        )
+        message.received = max(got, 0)
+        if got != message.total:
+            return False
+        way.coming = None
+        if isinstance(message.buffer, Receive):
+            message.buffer.deliver()
+        return True
 
     def _begin(self, way: _Way, letter: Any, sender: int) -> Message:
         """Where a message that begins to come belongs: to the first who expects it, or aside."""
         key, tag, total = letter.key, letter.tag, letter.total
         for receive in way.expected:
             if (receive.key, receive.tag) == (key, tag):
-                message = Message(key, tag, total, receive, receive.place.data_ptr())
+                message = Message(key, tag, total, receive, receive.address)
                 self._match(receive, message, sender)
                 return message
         aside = np.empty(max(total, 1), np.uint8)
@@ -253,11 +251,14 @@ class Mailbox:
         way.unexpected.append(message)
         return message
 
-    def _match(self, receive: Receive, message: Message, sender: int) -> None:
+    def _found(self, receive: Receive, sender: int) -> None:
         for other in receive.senders:
             if receive in self._ways[other].expected:
                 self._ways[other].expected.remove(receive)
-        receive.sender, receive.senders, receive.message = sender, [sender], message
+        receive.sender, receive.senders = sender, [sender]
+
+    def _match(self, receive: Receive, message: Message, sender: int) -> None:
+        self._found(receive, sender)
         if message.total != receive.total:
             raise JobFailed(
                 f"Rank {self._rank} receives {receive.total} bytes and rank {sender} sends {message.total}; "
@@ -266,19 +267,19 @@ class Mailbox:
         if isinstance(message.buffer, Receive):
             return
         if message.received:
-            ctypes.memmove(receive.place.data_ptr(), message.address, message.received)
-        message.buffer, message.address = receive, receive.place.data_ptr()
+            memmove(receive.address, message.address, message.received)
+        message.buffer, message.address = receive, receive.address
         if message.received == message.total:
-            _deliver(receive, message)
+            receive.deliver()
 
-    def await_letter(self, sender: int, spin_ns: int, nap_ns: int) -> None:
+    def await_letter(self, sender: int, spin_ns: int, yields: int, nap_ns: int) -> None:
         """Wait for a moment until a letter more has come."""
-        self._await(self._layout.head(sender, self._rank), self._ways[sender].read + 1, spin_ns, nap_ns)
+        self._clerk.await_letter(self._post, sender, *self._patience(spin_ns, yields, nap_ns))
 
     def progress(self) -> bool:
         """Send and read what can be, without waiting; whether something still waits to be sent."""
         left = False
-        for other in range(self._port.world_size):
+        for other in range(self._layout.world_size):
             if other != self._rank:
                 left = self.push(other) or left
                 self.pull(other)
@@ -287,16 +288,4 @@ class Mailbox:
     def push_all(self) -> None:
         """Go on with what found no room before."""
         if self._unsent:
-            self._unsent = any([self.push(other) for other in range(self._port.world_size)])
-
-    def _news(self, offset: int, known: int) -> int:
-        """How far a word of another rank is beyond what is known of it."""
-        news = (ctypes.c_uint32.from_address(self._base + offset).value - known) & 0xFFFFFFFF
-        # Never more than the ring holds: such a word was emptied, because its rank begins anew.
-        return news if news <= self._layout.letters else 0
-
-
-def _deliver(receive: Receive, message: Message) -> None:
-    if receive.place is not receive.tensor:
-        receive.tensor.copy_(receive.place)
-    receive.done = True
+            self._unsent = any([self.push(other) for other in range(self._layout.world_size)])

@@ -71,23 +71,25 @@ class Meeting:
     Args:
         name: the same on all of them, and no other group's.
         ranks: the port's ranks that belong to it, in the group's order.
+
+    Attributes:
+        key: what all members mark their seats and messages with.
     """
 
     def __init__(self, port: Port, name: str, ranks: Sequence[int]) -> None:
         self.port, self.name, self.ranks = port, name, tuple(ranks)
         self.rank = self.ranks.index(port.rank)
-        self.use = 0
+        self.key = 0
         self.queue: deque[Collective] = deque()
         self.circle = Circle(n=len(self.ranks), me=self.rank, piece=port.layout.piece_bytes)
         self._connected = False
         self._spare: list[Exchange] = []
         port.take_seat(self)
 
-    @property
-    def key(self) -> int:
-        """What all members mark their seats with: the same name may be used again for a later group."""
-        text = f"{self.name}/{self.use}/{','.join(map(str, self.ranks))}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") | 1
+    def mark(self, use: int) -> None:
+        """Say which group of its name this is, the same on all ranks: it may be used again for a later group."""
+        text = f"{self.name}/{use}/{','.join(map(str, self.ranks))}"
+        self.key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") | 1
 
     def clear(self) -> None:
         """Forget what was begun, and where the others sit."""
@@ -123,15 +125,12 @@ class Meeting:
     def all_reduce(self, tensor: torch.Tensor, op: str) -> Collective:
         """Replace a tensor by its sum (or what ``op`` says) over all ranks."""
         flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-        size, address, n, me = flat.nbytes, flat.data_ptr(), len(self.ranks), self.rank
-        small = n == 2 or size <= min(DIRECT_BYTES, self.circle.piece)
-        begun = self._begin("all_reduce", SHARED | REDUCE if small else REDUCE | BACK, op, flat, size)
-        x = begun.x
-        if small:
-            x.send[me] = x.recv[me] = address
-            x.send_bytes[me] = x.recv_bytes[me] = size
-            plan(x, size)
+        size, address, n = flat.nbytes, flat.data_ptr(), len(self.ranks)
+        if n == 2 or size <= min(DIRECT_BYTES, self.circle.piece):
+            begun = self._lay("all_reduce", SHARED | REDUCE, op, flat.dtype, size, address, size, address, size)
         else:
+            begun = self._begin("all_reduce", REDUCE | BACK, op, flat, size)
+            x = begun.x
             share = -(-size // (n * LINE)) * LINE
             starts = [min(k * share, size) for k in range(n + 1)]
             x.send[:n] = x.recv[:n] = [address + start for start in starts[:n]]
@@ -152,28 +151,26 @@ class Meeting:
     def all_gather_flat(self, output: torch.Tensor, given: torch.Tensor) -> Collective:
         """all_gather into one contiguous tensor."""
         flat = given if given.is_contiguous() else given.contiguous()
-        size, address, n, me = flat.nbytes, output.data_ptr(), len(self.ranks), self.rank
-        begun = self._begin("all_gather", SHARED, "", flat, size)
-        x = begun.x
-        x.send[me], x.send_bytes[me] = flat.data_ptr(), size
-        x.recv[:n] = [address + k * size for k in range(n)]
-        x.recv_bytes[:n] = [size] * n
-        plan(x, size)
-        if size and flat.data_ptr() != address + me * size:
-            ctypes.memmove(address + me * size, flat.data_ptr(), size)
+        size = flat.nbytes
+        places = (flat.data_ptr(), size, output.data_ptr(), size)
+        begun = self._lay("all_gather", SHARED, "", flat.dtype, size, *places)
         begun.keep += (flat, output)
         return self._start(begun)
 
     def reduce_scatter_flat(self, output: torch.Tensor, given: torch.Tensor, op: str) -> Collective:
         """reduce_scatter from one contiguous tensor into another."""
-        size, address, n, me = output.nbytes, given.data_ptr(), len(self.ranks), self.rank
-        begun = self._begin("reduce_scatter", REDUCE, op, output, size)
-        x = begun.x
-        x.send[:n] = [address + k * size for k in range(n)]
-        x.send_bytes[:n] = [size] * n
-        x.recv[me], x.recv_bytes[me] = output.data_ptr(), size
-        plan(x, size)
+        size = output.nbytes
+        places = (given.data_ptr(), size, output.data_ptr(), size)
+        begun = self._lay("reduce_scatter", REDUCE, op, output.dtype, size, *places)
         begun.keep += (output, given)
+        return self._start(begun)
+
+    def all_to_all_flat(self, output: torch.Tensor, given: torch.Tensor) -> Collective:
+        """all_to_all, in equal parts, from one contiguous tensor into another."""
+        size = output.nbytes // len(self.ranks)
+        places = (given.data_ptr(), size, output.data_ptr(), size)
+        begun = self._lay("all_to_all", 0, "", given.dtype, 0, *places)
+        begun.keep += (given, output)
         return self._start(begun)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Collective:
@@ -216,24 +213,38 @@ class Meeting:
 
     def barrier(self) -> Collective:
         """Wait for everybody."""
-        begun = self._begin("barrier", SHARED, "", None, 0)
-        self._fill(begun, [], [])
-        return self._start(begun)
+        return self._start(self._lay("barrier", SHARED, "", torch.uint8, 0, 0, 0, 0, 0))
 
     # -- how -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, kind: str, flags: int, op: str, like: torch.Tensor | None, size: int) -> Collective:
-        x = self._spare.pop() if self._spare else Exchange(circle=ctypes.pointer(self.circle))
+    def _begin(self, kind: str, flags: int, op: str, like: torch.Tensor, size: int) -> Collective:
+        x = self._exchange()
         ctypes.memset(ctypes.addressof(x) + _ARRAYS_AT, 0, _ARRAYS_BYTES)
-        dtype = like.dtype if like is not None else torch.uint8
         x.flags = flags
-        x.dtype = SUMMED_HERE.get(dtype, 0) if op in ("sum", "avg") else 0
-        x.divisor = len(self.ranks) if op == "avg" else 0
-        number = _DTYPES.index(dtype) if dtype in _DTYPES else 31
-        x.signature = (
-            (_KINDS.index(kind) + 1) | flags << 4 | (OPS.index(op) if op else 15) << 8 | number << 12 | size << 20
-        )
+        x.dtype, x.divisor, x.signature = self._words_of(kind, flags, op, like.dtype, size)
+        return Collective(self, x, kind, like.dtype, op)
+
+    def _lay(
+        self, kind: str, flags: int, op: str, dtype: torch.dtype, size: int,
+        given: int, given_bytes: int, taken: int, taken_bytes: int,
+    ) -> Collective:  # fmt: skip
+        """An exchange in which all parts are of one size and lie one behind the other: see ``shoal_lay`` in rounds.c."""
+        x = self._exchange()
+        self.port.lay(x, flags, *self._words_of(kind, flags, op, dtype, size), given, given_bytes, taken, taken_bytes)
         return Collective(self, x, kind, dtype, op)
+
+    def _exchange(self) -> Exchange:
+        return self._spare.pop() if self._spare else Exchange(circle=ctypes.pointer(self.circle))
+
+    def _words_of(self, kind: str, flags: int, op: str, dtype: torch.dtype, size: int) -> tuple[int, int, int]:
+        """What sums here, by what it is divided, and what says to others which call this is."""
+        number = _DTYPE_NUMBERS.get(dtype, 31)
+        signature = _KIND_NUMBERS[kind] | flags << 4 | _OP_NUMBERS[op] << 8 | number << 12 | size << 20
+        return (
+            SUMMED_HERE.get(dtype, 0) if op in ("sum", "avg") else 0,
+            len(self.ranks) if op == "avg" else 0,
+            signature,
+        )
 
     def _fill(self, begun: Collective, given: Sequence[Part], taken: Sequence[Part]) -> None:
         """Say what each rank gets of me, and where what I get of each belongs."""

@@ -94,7 +94,7 @@ class Port:
         self.base = region.data_ptr()
         self._region = region
         self.native = native.load()
-        self.advance = rounds.load()
+        self.advance, self.lay = rounds.load()
         if spin_s is None:
             spin_s = _SPIN_S if world_size <= _cores() else 0.0
         self.spin_s = spin_s
@@ -190,7 +190,7 @@ class Port:
         self._next_seat = index + 1
         self._seats[index] = meeting
         self._uses[meeting.name] = self._uses.get(meeting.name, 0) + 1
-        meeting.use = self._uses[meeting.name]
+        meeting.mark(self._uses[meeting.name])
         self._mark(index)
         return index
 
@@ -230,7 +230,8 @@ class Port:
         self._uses = {}
         for index, meeting in enumerate(self._seats):
             if meeting is not None:
-                self._uses[meeting.name] = meeting.use = 1
+                self._uses[meeting.name] = 1
+                meeting.mark(1)
                 meeting.clear()
             self._mark(index)
         self.native.post(self.base + self.layout.met(self.rank), self.generation)

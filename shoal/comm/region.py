@@ -2,10 +2,10 @@
 
 All zeros is its beginning. Every rank has a block in which only that rank writes:
 
-* a page of words: whether it has met the others (``met``), how many letters it has written for each (``heads``) and
-  how many it has read from each (``tails``);
+* a page of words: whether it has met the others (``met``), whether it sleeps (``asleep``), how many letters it has
+  written for each (``heads``) and how many it has read from each (``tails``);
 * seats, one for each of its groups, through which collectives go (``rounds.c``);
-* an outbox for each other rank, a ring of letters (``mailbox.py``), and the pieces of memory that they point to.
+* an outbox for each other rank, a ring of letters (``letters.c``), and the pieces of memory that they point to.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ class RegionLayout:
     def met(self, rank: int) -> int:
         return rank * self._block
 
+    def asleep(self, rank: int) -> int:
+        return rank * self._block + LINE
+
     def head(self, sender: int, receiver: int) -> int:
-        return sender * self._block + LINE * (1 + receiver)
+        return sender * self._block + LINE * (2 + receiver)
 
     def tail(self, receiver: int, sender: int) -> int:
-        return receiver * self._block + LINE * (1 + self.world_size + sender)
+        return receiver * self._block + LINE * (2 + self.world_size + sender)
 
     def seat(self, rank: int, index: int) -> int:
         return rank * self._block + self._words + index * self._seat
@@ -69,7 +72,7 @@ class RegionLayout:
 
     @property
     def _words(self) -> int:
-        return _pages(LINE * (1 + 2 * self.world_size))
+        return _pages(2 * LINE * (1 + self.world_size))
 
     @property
     def _seat(self) -> int:

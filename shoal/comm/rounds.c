@@ -9,16 +9,11 @@
  * The state lies in `struct exchange`: advance() gives up when it would have to sleep for longer, and is called again.
  */
 #define _GNU_SOURCE
-#include <linux/futex.h>
-#include <sched.h>
-#include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
+
+#include "waiting.h"
 
 enum { MEMBERS = 64, LINE = 64, SEAT_HEAD = 256 };
-enum { SPIN_ALONE_NS = 10000 };
 enum { SHARED = 1, REDUCE = 2, BACK = 4 };
 enum { FINISHED = -1, REDUCE_PLEASE = -2, MISMATCH = -3 };
 enum { WRITE, READ, READ_REDUCED, RETURNED, DONE };
@@ -47,68 +42,47 @@ struct exchange {
 void shoal_sum_f32(float *dst, float **src, int n, int64_t count, float scale);
 void shoal_sum_f64(double *dst, double **src, int n, int64_t count, double scale);
 
-static int64_t clock_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static inline void rest(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 static inline uint32_t *word_of(char *seat) { return (uint32_t *)seat; }
 static inline uint32_t *sleeps(char *seat) { return (uint32_t *)(seat + LINE); }
 
-static inline int has(char *seat, uint32_t target) {
-    return (int32_t)(__atomic_load_n(word_of(seat), __ATOMIC_ACQUIRE) - target) >= 0;
+/* Say what an exchange is in which every rank gives `given` (bytes for all where SHARED, else so many for each in turn) and
+ * takes `taken` (of each in turn, or once what is reduced). What a rank gives itself is copied at once. */
+void shoal_lay(struct exchange *x, int32_t flags, int32_t dtype, int64_t divisor, uint64_t signature, char *given,
+               int64_t given_bytes, char *taken, int64_t taken_bytes) {
+    struct circle *c = x->circle;
+    x->flags = flags, x->dtype = dtype, x->divisor = divisor, x->signature = signature;
+    for (int k = 0; k < c->n; k++) {
+        int gives = !(flags & SHARED) || k == c->me, takes = !(flags & REDUCE) || k == c->me;
+        x->send[k] = flags & SHARED ? given : given + k * given_bytes;
+        x->send_bytes[k] = gives ? given_bytes : 0;
+        x->recv[k] = flags & REDUCE ? taken : taken + k * taken_bytes;
+        x->recv_bytes[k] = takes ? taken_bytes : 0;
+    }
+    if (!(flags & REDUCE) && x->recv[c->me] != x->send[c->me]) memcpy(x->recv[c->me], x->send[c->me], given_bytes);
+    int64_t most = given_bytes > taken_bytes ? given_bytes : taken_bytes;
+    x->part = flags & SHARED ? c->piece : c->piece / c->n / LINE * LINE;
+    x->phase = WRITE, x->round = 0, x->rounds = most > x->part ? (most + x->part - 1) / x->part : 1;
 }
 
 /* Publish what was written. The system is only asked to wake somebody where somebody sleeps: either the sleeper's last
  * look sees the word, or this look sees its flag. */
 static void post(struct circle *c) {
     char *mine = c->seats[c->me];
-    __atomic_store_n(word_of(mine), ++c->posted, __ATOMIC_RELEASE);
+    publish(word_of(mine), ++c->posted);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     for (int k = 0; k < c->n; k++) {
         if (!__atomic_load_n(sleeps(c->seats[k]), __ATOMIC_RELAXED)) continue;
-        syscall(SYS_futex, word_of(mine), FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+        wake(word_of(mine));
         return;
     }
 }
 
 /* Wait until everybody has posted as often as I have. -1, or whom to wait for once the nap is over. */
 static int await_all(struct circle *c, int64_t spin_ns, int yields, int64_t nap_ns) {
-    int64_t start = 0;
-    for (int k = 0; k < c->n; k++) {
-        char *seat = c->seats[k];
-        for (int spins = 1; spin_ns > 0 && !has(seat, c->posted); spins++) {
-            rest();
-            if (spins & 63) continue;
-            int64_t now = clock_ns();
-            if (start == 0) start = now;
-            if (now - start >= spin_ns) break;
-            /* Whom I wait for may have to share this core with me. */
-            if (now - start >= SPIN_ALONE_NS) sched_yield();
-        }
-        for (; yields > 0 && !has(seat, c->posted); yields--) sched_yield();
-        if (has(seat, c->posted)) continue;
-        if (nap_ns <= 0) return k;
-        char *mine = c->seats[c->me];
-        __atomic_store_n(sleeps(mine), 1, __ATOMIC_RELAXED);
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        uint32_t seen = __atomic_load_n(word_of(seat), __ATOMIC_ACQUIRE);
-        if ((int32_t)(seen - c->posted) < 0) {
-            struct timespec t = {nap_ns / 1000000000, nap_ns % 1000000000};
-            syscall(SYS_futex, word_of(seat), FUTEX_WAIT, seen, &t, NULL, 0);
-        }
-        __atomic_store_n(sleeps(mine), 0, __ATOMIC_RELAXED);
-        if (!has(seat, c->posted)) return k;
-    }
+    struct patience patience = {spin_ns, 0, yields};
+    for (int k = 0; k < c->n; k++)
+        if (k != c->me && !await_word(word_of(c->seats[k]), c->posted, sleeps(c->seats[c->me]), &patience, nap_ns))
+            return k;
     return -1;
 }
 

@@ -49,6 +49,9 @@ class Exchange(ctypes.Structure):
 Advance = Callable[[Exchange, int, int, int], int]
 """(exchange, spin_ns, yields, nap_ns) -> FINISHED, REDUCE_PLEASE, MISMATCH or the member to wait for."""
 
+Lay = Callable[[Exchange, int, int, int, int, int, int, int, int], None]
+"""(exchange, flags, dtype, divisor, signature, given, given_bytes, taken, taken_bytes): see rounds.c."""
+
 
 def seat_bytes(piece: int) -> int:
     """How large a seat is whose halves hold ``piece`` bytes (a multiple of 64)."""
@@ -91,15 +94,35 @@ def summed(values: Sequence[torch.Tensor], divisor: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def load() -> Advance:
-    """``shoal_advance`` of rounds.c, or the same in Python where there is no compiler."""
+def load() -> tuple[Advance, Lay]:
+    """``shoal_advance`` and ``shoal_lay`` of rounds.c, or the same in Python where there is no compiler."""
     library = getattr(native.load(), "library", None)
     if library is None:
-        return advance
-    function = library.shoal_advance
-    function.argtypes = [ctypes.POINTER(Exchange), ctypes.c_int64, ctypes.c_int32, ctypes.c_int64]
-    function.restype = ctypes.c_int
-    return function
+        return advance, lay
+    i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    go_on, say = library.shoal_advance, library.shoal_lay
+    go_on.argtypes, go_on.restype = [ctypes.POINTER(Exchange), i64, i32, i64], ctypes.c_int
+    say.argtypes = [ctypes.POINTER(Exchange), i32, i32, i64, ctypes.c_uint64, pointer, i64, pointer, i64]
+    say.restype = None
+    return go_on, say
+
+
+def lay(
+    x: Exchange, flags: int, dtype: int, divisor: int, signature: int,
+    given: int, given_bytes: int, taken: int, taken_bytes: int,
+) -> None:  # fmt: skip
+    """``shoal_lay`` without a compiler."""
+    circle = x.circle.contents
+    me = circle.me
+    x.flags, x.dtype, x.divisor, x.signature = flags, dtype, divisor, signature
+    for k in range(circle.n):
+        x.send[k] = given if flags & SHARED else given + k * given_bytes
+        x.send_bytes[k] = given_bytes if not flags & SHARED or k == me else 0
+        x.recv[k] = taken if flags & REDUCE else taken + k * taken_bytes
+        x.recv_bytes[k] = taken_bytes if not flags & REDUCE or k == me else 0
+    if not flags & REDUCE and x.recv[me] != x.send[me]:
+        _copy(x.recv[me] or 0, x.send[me] or 0, given_bytes)
+    plan(x, max(given_bytes, taken_bytes))
 
 
 def advance(x: Exchange, spin_ns: int, yields: int, nap_ns: int) -> int:

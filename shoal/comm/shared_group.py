@@ -27,8 +27,10 @@ __all__ = ["NAME", "SharedGroup", "SharedWork", "StepAborted", "init", "register
 
 NAME = "shoal"
 _OPS = {
-    dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg", dist.ReduceOp.MAX: "max", dist.ReduceOp.MIN: "min",
-    dist.ReduceOp.PRODUCT: "product", dist.ReduceOp.BAND: "band", dist.ReduceOp.BOR: "bor", dist.ReduceOp.BXOR: "bxor",
+    op.value: op.name.lower() for op in (
+        dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN, dist.ReduceOp.PRODUCT,
+        dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR,
+    )
 }  # fmt: skip
 
 
@@ -206,6 +208,7 @@ class SharedGroup(_ProcessGroup):
         then: list[Callable[[], object]] = []
         for output, given in zip(outputs, inputs, strict=True):
             _check_sizes(output, given.numel() * self.size())
+            _check_alike(output, given)
             flat, back = _flat(output)
             begun.append(self._meeting.all_gather_flat(flat, _dense(given)))
             then += back
@@ -236,6 +239,7 @@ class SharedGroup(_ProcessGroup):
         then: list[Callable[[], object]] = []
         for output, given in zip(outputs, inputs, strict=True):
             _check_sizes(given, output.numel() * self.size())
+            _check_alike(output, given)
             flat, back = _flat(output)
             begun.append(self._meeting.reduce_scatter_flat(flat, _dense(given).contiguous(), op))
             then += back
@@ -250,8 +254,16 @@ class SharedGroup(_ProcessGroup):
         self, output: torch.Tensor, given: torch.Tensor, output_sizes: list[int], input_sizes: list[int],
         opts: Any = None, timeout: Any = None,
     ) -> SharedWork:  # fmt: skip
-        outputs, inputs = self._split(output, output_sizes), self._split(_dense(given), input_sizes)
-        return self._work([self._meeting.all_to_all(outputs, inputs)], [output])
+        if output_sizes or input_sizes:
+            outputs, inputs = self._split(output, output_sizes), self._split(_dense(given), input_sizes)
+            return self._work([self._meeting.all_to_all(outputs, inputs)], [output])
+        rows = output.shape[0]
+        if rows % self.size():
+            raise RequestError(f"{rows} rows are not the same for each of {self.size()} ranks; say how many each gets.")
+        _check_sizes(given, output.numel())
+        _check_alike(output, given)
+        flat, back = _flat(output)
+        return self._work([self._meeting.all_to_all_flat(flat, _dense(given).contiguous())], [output], back)
 
     def gather(
         self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any, timeout: Any = None
@@ -359,7 +371,7 @@ def _create(options: Any, port: Any) -> SharedGroup:
 
 
 def _op(options: Any) -> str:
-    op = _OPS.get(options.reduceOp.op)
+    op = _OPS.get(options.reduceOp.op.value)
     if op is None:
         raise RequestError(
             f'The backend "{NAME}" cannot reduce with {options.reduceOp.op}; use one of {", ".join(_OPS.values())}.'
@@ -368,7 +380,7 @@ def _op(options: Any) -> str:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if tensor.layout != torch.strided or not tensor.is_cpu:
         raise RequestError(
             f'The backend "{NAME}" moves dense tensors of the processor only; use gloo or NCCL for others.'
         )
@@ -388,3 +400,8 @@ def _check_sizes(tensor: torch.Tensor, numel: int) -> None:
         raise RequestError(
             f"A tensor of {tensor.numel()} elements was given where the ranks need {numel}; see their shapes."
         )
+
+
+def _check_alike(output: torch.Tensor, given: torch.Tensor) -> None:
+    if output.dtype != given.dtype:
+        raise RequestError(f"A tensor of {given.dtype} was given and one of {output.dtype} to write to; use one type.")

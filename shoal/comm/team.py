@@ -187,7 +187,9 @@ class Team:
         while self.port.help():
             self.port.check()
             if time.monotonic() > deadline:
-                raise DeadlineError(f"Rank {self.ranks[self.rank]} could not deliver all messages in {self._deadline_s:.0f} s.")
+                raise DeadlineError(
+                    f"Rank {self.ranks[self.rank]} could not deliver all messages in {self._deadline_s:.0f} s."
+                )
             self._beat()
             time.sleep(_NAP_S)
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from shoal.comm.grid import Grid, Place
 from shoal.plan import Plan
 
-grids = st.builds(
-    Grid, dp=st.integers(1, 4), pp=st.integers(1, 4), tp=st.integers(1, 4), sharded=st.booleans()
-).filter(lambda g: not (g.sharded and g.pp > 1))
+grids = st.builds(Grid, dp=st.integers(1, 4), pp=st.integers(1, 4), tp=st.integers(1, 4), sharded=st.booleans()).filter(
+    lambda g: not (g.sharded and g.pp > 1)
+)
 
 
 @given(grids)
@@ -53,5 +53,7 @@ def test_the_tensor_axis_is_the_innermost() -> None:
 
 
 def test_only_some_plans_split_the_model() -> None:
-    split = {text: Grid.of(Plan.parse(text)).splits_model for text in ("dp=4", "dp=2,zero=2", "dp=2,zero=3", "tp=2", "pp=2")}
+    split = {
+        text: Grid.of(Plan.parse(text)).splits_model for text in ("dp=4", "dp=2,zero=2", "dp=2,zero=3", "tp=2", "pp=2")
+    }
     assert [text for text, is_split in split.items() if is_split] == ["dp=2,zero=3", "tp=2", "pp=2"]

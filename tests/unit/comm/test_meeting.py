@@ -22,7 +22,7 @@ def meetings(n: int, plain: Sequence[int] = (), piece: int = PIECE) -> list[Meet
     region = torch.zeros(layout.bytes, dtype=torch.uint8)
     ports = [Port(region, rank, n, layout=layout) for rank in range(n)]
     for rank in plain:
-        ports[rank].advance = rounds.advance
+        ports[rank].advance, ports[rank].lay = rounds.advance, rounds.lay
     return [Meeting(port, "all", range(n)) for port in ports]
 
 

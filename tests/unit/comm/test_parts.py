@@ -18,7 +18,9 @@ def cuts(draw: Any) -> tuple[torch.Tensor, list[Region]]:
     regions, now = [], list(shape)
     for _ in range(draw(st.integers(0, 3))):
         dim = draw(st.integers(0, len(shape) - 1))
-        borders = sorted(draw(st.lists(st.integers(0, now[dim]), min_size=2, max_size=4).filter(lambda b: len(b) % 2 == 0)))
+        borders = sorted(
+            draw(st.lists(st.integers(0, now[dim]), min_size=2, max_size=4).filter(lambda b: len(b) % 2 == 0))
+        )
         regions.append(Region(dim, tuple(zip(borders[::2], borders[1::2], strict=True))))
         now[dim] = regions[-1].length
     return whole, regions

@@ -17,9 +17,10 @@ def test_no_two_things_share_a_byte(world_size: int) -> None:
     ranks = range(world_size)
     taken: list[tuple[int, int]] = []
     for rank in ranks:
-        taken.append((layout.met(rank), 4))
-        taken += [(layout.head(rank, other), 4) for other in ranks]
-        taken += [(layout.tail(rank, other), 4) for other in ranks]
+        # A word's writer says beside it on which core it was.
+        taken += [(layout.met(rank), 4), (layout.asleep(rank), 4)]
+        taken += [(layout.head(rank, other), 8) for other in ranks]
+        taken += [(layout.tail(rank, other), 8) for other in ranks]
         taken += [(layout.seat(rank, index), seat_bytes(128)) for index in range(3)]
         taken += [(layout.letter(rank, other, number), LETTER) for other in ranks for number in range(4)]
         taken += [(layout.mail_piece(rank, index), 64) for index in range(world_size + 2)]
