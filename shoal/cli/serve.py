@@ -29,6 +29,9 @@ SloOption = Annotated[float, typer.Option("--slo-ms", metavar="MS", help="The de
 ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model; auto measures.")]
 HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")]
 PortOption = Annotated[int, typer.Option("--port", metavar="PORT", help="0 takes a free one.")]
+GrpcPortOption = Annotated[
+    int | None, typer.Option("--grpc-port", metavar="PORT", help="Speak gRPC too, on this port; 0 takes a free one.")
+]
 FollowOption = Annotated[
     Path | None,
     typer.Option("--follow", metavar="RUN", help="Take each new checkpoint of a run in training as the next version."),
@@ -60,6 +63,7 @@ def serve(
     replicas: ReplicasOption = "auto",
     host: HostOption = "127.0.0.1",
     port: PortOption = 0,
+    grpc_port: GrpcPortOption = None,
     drain_s: DrainOption = 30.0,
     follow: FollowOption = None,
     cache_mb: CacheOption = None,
@@ -72,14 +76,14 @@ def serve(
 ) -> Answer:
     """Serve finished models until Ctrl-C.
 
-    Answers the Open Inference Protocol v2 over HTTP, JSON and binary tensors. The first line on standard output is a JSON object
-    with url and pid.
+    Answers the Open Inference Protocol v2 over HTTP, JSON and binary tensors, and with --grpc-port over gRPC. The first line on
+    standard output is a JSON object with url, pid and grpc_url.
     """
     from shoal.serve.service import Service, ServiceOptions, locate
 
     options = ServiceOptions(
-        slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, drain_s=drain_s,
-        cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
+        slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, grpc_port=grpc_port,
+        drain_s=drain_s, cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
         api_key_file=api_key_file, rate_limit=rate_limit, tls_cert=tls_cert, tls_key=tls_key,
     )  # fmt: skip
     models = locate(bundles)
@@ -91,7 +95,9 @@ def serve(
     if follow is not None:
         service.fleet.follow(next(iter(models)), follow, _say)
     service.start()
-    where = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}
+    where: dict[str, Any] = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}
+    if service.grpc_url is not None:
+        where["grpc_url"] = service.grpc_url
     return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s))
 
 

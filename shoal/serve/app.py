@@ -9,20 +9,16 @@ import asyncio
 import ipaddress
 import re
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from typing import Any
 
 from shoal.serve import labels, pictures
 from shoal.serve.asgi import JSON, Receive, Scope, Send, headers_of, refuse, respond, say, state
-from shoal.serve.catalogue import Catalogue
+from shoal.serve.common import Common
 from shoal.serve.desk import Desk
-from shoal.serve.guard import Bodies, Guard
-from shoal.serve.messages import Limits
-from shoal.serve.metrics import Metrics
-from shoal.serve.pace import Pace
+from shoal.serve.guard import Guard, key_of
 from shoal.serve.protocols import embeddings, v2
-from shoal.serve.refusals import Refusal
+from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.shelf import numbers_of
 from shoal.serve.slots import Outcome
 
@@ -36,24 +32,20 @@ _REPOSITORY = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
 _FOR_EVERYBODY = frozenset({"/v2/health/live", "/v2/health/ready"})
 _MOST_DIGITS = 12
 _LONG_BYTES = 64 << 10
-_SAID_EVERY_S = 1.0
 
 
 class App:
     """What the gateway answers."""
 
-    def __init__(
-        self, limits: Limits, metrics: Metrics, catalogue: Catalogue, guard: Guard | None, bodies: Bodies
-    ) -> None:
-        """``guard``: who looks at each request first; None where everybody may ask anything. ``bodies``: all that are held."""
-        self.catalogue = catalogue
+    def __init__(self, common: Common) -> None:
+        self.catalogue = common.catalogue
         self.processes: tuple[dict[str, Any], ...] = ()
-        self._limits = limits
-        self._pace = Pace(limits.slo_s)
-        self._metrics = metrics
-        self._guard = guard
-        self._bodies = bodies
-        self._said_s = float("-inf")
+        self._limits = common.limits
+        self._pace = common.pace
+        self._metrics = common.metrics
+        self._guard = common.guard
+        self._bodies = common.bodies
+        self._mishaps = Mishaps()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,28 +61,18 @@ class App:
         except Refusal as refusal:
             await refuse(receive, send, refusal)
         except Exception:
-            self._say_what_happened()
+            mishap = self._mishaps.refusal()
             if state(receive, "response_started"):
                 raise
-            await refuse(receive, send, Refusal(500, "The service made a mistake; its own messages say more."))
+            await refuse(receive, send, mishap)
 
     def _admit(self, guard: Guard, scope: Scope) -> None:
         """Refusal for who may not ask."""
         if scope["path"] in _FOR_EVERYBODY and scope["method"] == "GET":
             return
         headers, client = dict(scope["headers"]), scope.get("client")
-        key = headers.get(b"x-api-key")
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer":
-            key = token.strip()
+        key = key_of(headers.get(b"authorization", b""), headers.get(b"x-api-key"))
         guard.admit(key, None if client is None else client[0])
-
-    def _say_what_happened(self) -> None:
-        """Print the traceback for whoever runs the service, though not as often as clients may please."""
-        now = time.monotonic()
-        if now - self._said_s > _SAID_EVERY_S:
-            self._said_s = now
-            traceback.print_exc()
 
     async def _infer(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         desk = None
@@ -98,7 +80,6 @@ class App:
         arrived_s = self._pace.arrive(seen_s)
         try:
             desk = self.catalogue.desk(name, version)
-            shelf = self.catalogue.shelves[name]
             headers = headers_of(scope)
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
             self._refuse_early(desk, body, seen_s, arrived_s)
@@ -112,11 +93,10 @@ class App:
         held = len(body) if len(body) > _LONG_BYTES else 0
         self._bodies.bytes += held
         try:
-            outputs = await desk.infer(request, self._limits.slo_s, lambda: state(receive, "disconnected"), arrived_s)
+            gone = lambda: state(receive, "disconnected")  # noqa: E731
+            outputs = await self.catalogue.infer(desk, request, self._limits.slo_s, gone, arrived_s)
         finally:
             self._bodies.bytes -= held
-        if shelf.trial is not None:
-            shelf.mirror(desk, request, outputs, time.monotonic() - arrived_s)
         content, header_length = v2.encode(desk.signature, request, outputs)
         if header_length is None:
             await respond(send, 200, content, JSON)

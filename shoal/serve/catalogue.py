@@ -52,6 +52,18 @@ class Catalogue:
             404, f'There is no model "{name[:80]}".{did_you_mean(name[:80], self.shelves)} There is {", ".join(self.shelves)}.'
         )
 
+    async def infer(
+        self, desk: Desk, request: v2.InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False,
+        arrived_s: float | None = None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Outputs of a request, see ``Desk.infer``; where another version is tried as a shadow, it is asked the same."""
+        began_s = time.monotonic() if arrived_s is None else arrived_s
+        outputs = await desk.infer(request, slo_s, abandoned, arrived_s)
+        shelf = self.shelves.get(desk.signature.name)
+        if shelf is not None and shelf.trial is not None:
+            shelf.mirror(desk, request, outputs, time.monotonic() - began_s)
+        return outputs
+
     def desks(self) -> dict[str, Desk]:
         """Who answers for each model."""
         return {name: shelf.active for name, shelf in self.shelves.items() if shelf.active is not None}

@@ -291,7 +291,9 @@ class Desk:
     def _give_up(self, ticket: _Ticket) -> None:
         if not ticket.ended:
             self.dispatcher.cancel(ticket.number)
-            self._end(ticket, Outcome.CANCELLED)
+            # Whose client waits no longer than until its deadline leaves at that moment.
+            late = time.monotonic() >= ticket.deadline_s
+            self._end(ticket, Outcome.EXPIRED if late else Outcome.CANCELLED)
 
     def _free_slots(self, ticket: _Ticket) -> None:
         if ticket.in_flight == 0 and self._tickets.pop(ticket.number, None) is not None:

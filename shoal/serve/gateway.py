@@ -23,6 +23,7 @@ from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
 from shoal.serve.app import App
 from shoal.serve.catalogue import Catalogue, probe
+from shoal.serve.common import Common
 from shoal.serve.connection import quietly
 from shoal.serve.credentials import server_context
 from shoal.serve.desk import Desk
@@ -50,9 +51,12 @@ from shoal.serve.messages import (
     Told,
 )
 from shoal.serve.metrics import Metrics
+from shoal.serve.pace import Pace
 from shoal.serve.shelf import Shelf
 
 _NUMBERS_EVERY_S = 0.5
+# What was answered over gRPC is on its way; its connections end after this at the latest.
+_LEAVE_S = 1.0
 _COLLECT_AFTER = 50_000
 # A request that was being read when its version was retired may still come to it.
 _LATE_S = 0.5
@@ -68,7 +72,18 @@ class Gateway:
         limits, turned = opening.limits, self._metrics.turned_away
         self._catalogue = Catalogue(self._ask)
         guard = None if limits.access.open else Guard(limits.access, turned=turned)
-        self._app = App(limits, self._metrics, self._catalogue, guard, Bodies(limits.bodies_bytes, turned))
+        common = Common(
+            limits=limits, metrics=self._metrics, catalogue=self._catalogue, guard=guard,
+            bodies=Bodies(limits.bodies_bytes, turned), pace=Pace(limits.slo_s),
+        )  # fmt: skip
+        self._app = App(common)
+        self._grpc = None
+        if opening.grpc is not None:
+            # Its library takes a tenth of a second to import, which who does not want it shall not wait for.
+            from shoal.serve.grpc_server import GrpcServer
+
+            self._grpc = GrpcServer(common)
+        self._opening = opening
         self._questions = 0
         self._answers: dict[int, asyncio.Future[Told]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,11 +96,15 @@ class Gateway:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(quietly)
         loop.add_reader(self._channel.fileno(), self._receive)
+        if self._grpc is not None:
+            await self._grpc.start(self._opening.grpc or "", self._opening.tls)
         numbers = loop.create_task(self._report())
         try:
             await self._server.serve(sockets=[self._listening])
         finally:
             numbers.cancel()
+        if self._grpc is not None:
+            await self._grpc.stop(_LEAVE_S)
         # uvicorn has sent what was to be sent and closed its connections.
         self._say(self._numbers())
         self._say(Drained())

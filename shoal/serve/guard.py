@@ -126,6 +126,12 @@ class Buckets:
         return later_s
 
 
+def key_of(authorization: bytes, x_api_key: bytes | None) -> bytes | None:
+    """The key in what a client sent as Authorization: Bearer KEY, or as X-Api-Key; None where there is none."""
+    scheme, _, token = authorization.partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else x_api_key
+
+
 def network_of(address: str | None) -> str:
     """Who counts as one client: an IPv4 address, or an IPv6 network of 64 bits, which is what one subscriber has."""
     try:

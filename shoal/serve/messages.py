@@ -39,11 +39,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Open:
-    """Supervisor to gateway, first of all; the listening socket comes along. ``tls``: what to speak TLS with, None for HTTP."""
+    """Supervisor to gateway, first of all; the listening socket comes along.
+
+    ``tls``: what to speak TLS with, None for HTTP. ``grpc``: the address at which to speak gRPC too, None for nowhere.
+    """
 
     limits: Limits
     url: str
     tls: TlsFiles | None = None
+    grpc: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

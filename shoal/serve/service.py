@@ -26,6 +26,7 @@ from shoal.serve.credentials import TlsFiles, read_keys, read_tls
 from shoal.serve.fleet import Fleet
 from shoal.serve.gate import GateProcess
 from shoal.serve.guard import Access, is_loopback
+from shoal.serve.listening import address_of, check_grpc, hold, listen
 from shoal.serve.messages import (
     AddModel,
     Drain,
@@ -41,7 +42,6 @@ from shoal.serve.rollout import Trial
 
 _POLL_S = 0.05
 _OPEN_S = 30.0
-_BACKLOG = 2048
 _SILENT_S = 10.0
 _MOST_DEATHS, _DEATHS_WITHIN_S = 5, 10.0
 
@@ -54,6 +54,7 @@ class ServiceOptions:
         slo_ms: the deadline of a request that brings none of its own.
         replicas: how many for each model; None to find out by measurement.
         host, port: where to listen; port 0 takes a free one.
+        grpc_port: where to speak gRPC too; None: nowhere.
         drain_s: how long accepted requests may take at the end.
         cache_mb: by the model's name, how much of its answers to remember, in 10⁶ bytes; "" stands for every other model.
         cache_ttl_s: for how long.
@@ -66,6 +67,7 @@ class ServiceOptions:
     replicas: int | None = None
     host: str = "127.0.0.1"
     port: int = 0
+    grpc_port: int | None = None
     drain_s: float = 30.0
     cache_mb: Mapping[str, float] = field(default_factory=dict)
     cache_ttl_s: float = 300.0
@@ -80,8 +82,11 @@ class ServiceOptions:
             raise RequestError(f"The SLO is {self.slo_ms:g} ms; give a time above 0, such as 50.")
         if self.replicas is not None and self.replicas < 1:
             raise RequestError(f"{self.replicas} replicas cannot answer anything; give at least 1, or auto.")
-        if not 0 <= self.port <= 65535:
-            raise RequestError(f"There is no port {self.port}; give 0 for a free one, or 1 to 65535.")
+        for port in (self.port, self.grpc_port or 0):
+            if not 0 <= port <= 65535:
+                raise RequestError(f"There is no port {port}; give 0 for a free one, or 1 to 65535.")
+        if self.grpc_port is not None:
+            check_grpc()
         if not self.drain_s >= 0:
             raise RequestError(f"The time to drain is {self.drain_s:g} s; give 0 or more.")
         for size in self.cache_mb.values():
@@ -118,7 +123,8 @@ class ServiceOptions:
 
 
 class Service:
-    """What ``serve`` returns. ``url``: where it answers; ``numbers()``: what it has done; ``close()``: drain and end.
+    """What ``serve`` returns. ``url``: where it answers; ``grpc_url``: where it speaks gRPC;
+    ``numbers()``: what it has done; ``close()``: drain and end.
 
     Works as a context manager. The work is done by ``step``, which ``serve`` calls from a thread of its own.
     """
@@ -132,6 +138,9 @@ class Service:
         self._access, self._tls = options.access(), options.tls()
         self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.grpc_url: str | None = None
+        # Keeps gRPC's address while no gateway has it.
+        self._held: socket.socket | None = None
         self._gate: GateProcess | None = None
         self._reserve: GateProcess | None = None
         self._told: tuple[Any, ...] = ()
@@ -145,10 +154,13 @@ class Service:
 
     def start(self) -> None:
         """Listen, load, choose, open. RequestError where the request makes no sense, UserCodeError where the model fails."""
-        self._listening = self._listen()
-        host, port = self._listening.getsockname()[:2]
-        self.url = f"{'http' if self._tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+        host, grpc_port = self._options.host, self._options.grpc_port
+        self._listening = listen(host, self._options.port)
+        self.url = f"{'http' if self._tls is None else 'https'}://{address_of(self._listening)}"
         try:
+            if grpc_port is not None:
+                self._held = hold(host, grpc_port, "--grpc-port")
+                self.grpc_url = address_of(self._held)
             self.fleet.start()
             self._gate = GateProcess()
             self.fleet.load_all()
@@ -159,24 +171,9 @@ class Service:
             self.close()
             raise
 
-    def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._options.host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((self._options.host, self._options.port))
-        except (OSError, UnicodeError) as error:
-            listening.close()
-            reason = getattr(error, "strerror", None) or "not an address"
-            raise RequestError(
-                f"Cannot listen on {self._options.host}:{self._options.port} ({reason}); give another --host or --port."
-            ) from None
-        listening.listen(_BACKLOG)
-        return listening
-
     def _open(self, gate: GateProcess) -> None:
         limits = Limits(slo_s=self._options.slo_ms / 1e3, access=self._access)
-        gate.send(Open(limits, self.url, self._tls), (self._listening.fileno(),))
+        gate.send(Open(limits, self.url, self._tls, self.grpc_url), (self._listening.fileno(),))
         self.fleet.open(gate.send)
         self._told = ()
         self._opened = False
@@ -287,6 +284,8 @@ class Service:
         self._gate = self._reserve = None
         self.fleet.close()
         self._listening.close()
+        if self._held is not None:
+            self._held.close()
 
 
 class RunningService:
@@ -294,6 +293,7 @@ class RunningService:
 
     Attributes:
         url: where it answers.
+        grpc_url: host:port at which it speaks gRPC, or None.
         models: the names of what it serves.
     """
 
@@ -308,7 +308,7 @@ class RunningService:
         self._started.wait()
         if self._error is not None:
             raise self._error
-        self.url = service.url
+        self.url, self.grpc_url = service.url, service.grpc_url
         self.models = list(service.fleet.models)
 
     def _run(self) -> None:
@@ -404,7 +404,7 @@ class RunningService:
 
 def serve(
     *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
-    drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
+    grpc_port: int | None = None, drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
     api_key_file: str | Path | None = None, rate_limit: float | None = None, tls_cert: str | Path | None = None,
     tls_key: str | Path | None = None,
 ) -> RunningService:  # fmt: skip
@@ -415,6 +415,7 @@ def serve(
         slo_ms: the deadline of a request that brings none of its own, in milliseconds.
         replicas: processes for each model; None finds out by measurement.
         host, port: where to listen; port 0 takes a free one.
+        grpc_port: where to speak gRPC too; 0 takes a free one, None: nowhere.
         drain_s: how long accepted requests may take when the service is closed.
         cache_mb: how many 10⁶ bytes of each model's answers to remember, or that by the model's name.
         cache_ttl_s: for how long.
@@ -429,7 +430,8 @@ def serve(
     """
     caches = cache_mb if isinstance(cache_mb, Mapping) else {"": cache_mb}
     options = ServiceOptions(
-        slo_ms=slo_ms, replicas=replicas, host=host, port=port, drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s,
+        slo_ms=slo_ms, replicas=replicas, host=host, port=port, grpc_port=grpc_port,
+        drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s,
         api_key_file=_path(api_key_file), rate_limit=rate_limit, tls_cert=_path(tls_cert), tls_key=_path(tls_key),
     )  # fmt: skip
     if options.warning is not None:

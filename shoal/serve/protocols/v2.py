@@ -8,8 +8,8 @@ trusted: whatever is wrong with it is a ``Refusal`` with one sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -40,7 +40,9 @@ for _ in range(_MOST_DIMS):
     _Numbers = int | float | bool | list[_Numbers]
 
 
-class _Input(msgspec.Struct):
+class Input(msgspec.Struct):
+    """One input in a request."""
+
     name: str
     shape: list[int]
     datatype: str
@@ -48,15 +50,19 @@ class _Input(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-class _Output(msgspec.Struct):
+class Output(msgspec.Struct):
+    """One output that is asked for."""
+
     name: str
     parameters: dict[str, Any] = {}
 
 
-class _Request(msgspec.Struct):
-    inputs: list[_Input]
+class Said(msgspec.Struct):
+    """A request as the client put it, before anything is known of the model."""
+
+    inputs: list[Input]
     id: str = ""
-    outputs: list[_Output] = []
+    outputs: list[Output] = []
     parameters: dict[str, Any] = {}
 
 
@@ -64,7 +70,10 @@ class _Asked(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-_DECODER = msgspec.json.Decoder(_Request)
+Read = Callable[[TensorSignature, Input, int], np.ndarray]
+"""What makes the array of an input: its signature, what was said of it, how many elements it has by its shape."""
+
+_DECODER = msgspec.json.Decoder(Said)
 _ASKED = msgspec.json.Decoder(_Asked)
 _NESTED = msgspec.json.Decoder(_Numbers)
 # Its memory is used again by the next request, so nothing of a request may outlive the function that reads it.
@@ -95,6 +104,10 @@ class InferRequest:
     length: int = 0
     uncached: bool = False
 
+    def within(self, timeout_s: float) -> InferRequest:
+        """The same, to be answered within so many seconds at the latest."""
+        return replace(self, timeout_s=min(timeout_s, self.timeout_s or timeout_s))
+
 
 def decode(
     signature: ModelSignature, body: bytes | memoryview, header_length: int | None, max_rows: int
@@ -108,21 +121,45 @@ def decode(
     if header_length is not None and header_length > len(view):
         raise Refusal(400, f"The header is said to be {header_length} bytes long and the body has {len(view)}.")
     request = _parse(view if header_length is None else view[:header_length])
-    if len(request.id) > _MOST_ID:
+    binary = view[len(view) if header_length is None else header_length :]
+    at = 0
+
+    def read(spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
+        nonlocal at
+        size = entry.parameters.get("binary_data_size")
+        if size is None:
+            return _from_json(spec, entry, count)
+        values = from_binary(spec, entry, count, size, binary[at:])
+        at += size
+        return values
+
+    found = assemble(signature, request, read, max_rows)
+    if at != len(binary):
+        raise Refusal(400, f"{len(binary)} bytes follow the header and the inputs account for {at}.")
+    return found
+
+
+def assemble(signature: ModelSignature, said: Said, read: Read, max_rows: int) -> InferRequest:
+    """What a client wants, from what it said; ``read`` makes an input's array of its entry, whose shape was found to be right.
+
+    Raises:
+        Refusal: 400 for what makes no sense, 413 for more than ``max_rows`` rows.
+    """
+    if len(said.id) > _MOST_ID:
         raise Refusal(400, f"The id is longer than {_MOST_ID} characters.")
-    for entry in request.inputs:
+    for entry in said.inputs:
         # Before anything is made of it.
         if entry.shape and max_rows < entry.shape[0] <= _MOST_SIZE:
             raise Refusal(413, f"The request has {entry.shape[0]} rows and at most {max_rows} fit in one; send several.")
-    inputs = _inputs(signature, request.inputs, view[len(view) if header_length is None else header_length :])
+    inputs = _inputs(signature, said.inputs, read)
     rows = {len(array) for array in inputs}
     if len(rows) > 1:
         raise Refusal(400, f"The inputs have unequal numbers of rows ({', '.join(map(str, sorted(rows)))}).")
     (count,) = rows
     if count == 0:
         raise Refusal(400, "The request has no rows.")
-    wanted, (timeout_s, priority) = _wanted(signature, request), _urgency(request.parameters)
-    return InferRequest(request.id, inputs, count, wanted, timeout_s, priority, length_of(signature, inputs))
+    wanted, (timeout_s, priority) = _wanted(signature, said), _urgency(said.parameters)
+    return InferRequest(said.id, inputs, count, wanted, timeout_s, priority, length_of(signature, inputs))
 
 
 def longest_body(signature: ModelSignature, max_rows: int) -> int | None:
@@ -197,7 +234,7 @@ def server_metadata() -> dict[str, Any]:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def _parse(header: memoryview) -> _Request:
+def _parse(header: memoryview) -> Said:
     try:
         return _DECODER.decode(header)
     except msgspec.ValidationError as error:
@@ -208,10 +245,9 @@ def _parse(header: memoryview) -> _Request:
         raise Refusal(400, "The JSON is nested too deep.") from None
 
 
-def _inputs(signature: ModelSignature, given: Sequence[_Input], binary: memoryview) -> tuple[np.ndarray, ...]:
+def _inputs(signature: ModelSignature, given: Sequence[Input], read: Read) -> tuple[np.ndarray, ...]:
     specs = {spec.name: spec for spec in signature.inputs}
     found: dict[str, np.ndarray] = {}
-    at = 0
     for entry in given:
         spec = specs.get(entry.name)
         if spec is None:
@@ -221,15 +257,7 @@ def _inputs(signature: ModelSignature, given: Sequence[_Input], binary: memoryvi
             )
         if entry.name in found:
             raise Refusal(400, f"The input {entry.name} is there twice.")
-        count = _check_shape(spec, entry)
-        size = entry.parameters.get("binary_data_size")
-        if size is None:
-            found[entry.name] = _from_json(spec, entry, count)
-        else:
-            found[entry.name] = _from_binary(spec, entry, count, size, binary[at:])
-            at += size
-    if at != len(binary):
-        raise Refusal(400, f"{len(binary)} bytes follow the header and the inputs account for {at}.")
+        found[entry.name] = read(spec, entry, _check_shape(spec, entry))
     missing = [name for name in specs if name not in found]
     for name in [name for name in missing if specs[name].absent is not None and found]:
         missing.remove(name)
@@ -248,7 +276,7 @@ def _left_out(
     return np.full(shape, spec.absent, spec.dtype)
 
 
-def _check_shape(spec: TensorSignature, entry: _Input) -> int:
+def _check_shape(spec: TensorSignature, entry: Input) -> int:
     """How many elements the shape stands for."""
     if entry.datatype != spec.datatype:
         raise Refusal(400, f"The input {spec.name} is {entry.datatype[:20]}; the model takes {spec.datatype}.")
@@ -263,7 +291,8 @@ def _check_shape(spec: TensorSignature, entry: _Input) -> int:
     return math.prod(entry.shape)
 
 
-def _from_binary(spec: TensorSignature, entry: _Input, count: int, size: Any, rest: memoryview) -> np.ndarray:
+def from_binary(spec: TensorSignature, entry: Input, count: int, size: Any, rest: memoryview) -> np.ndarray:
+    """The first ``size`` bytes of ``rest`` as an input of ``count`` elements; Refusal where they are none."""
     if entry.data:
         raise Refusal(400, f"The input {spec.name} has both data and binary data; send one of them.")
     if not isinstance(size, int) or isinstance(size, bool) or size != count * spec.dtype.itemsize:
@@ -273,18 +302,19 @@ def _from_binary(spec: TensorSignature, entry: _Input, count: int, size: Any, re
     if size > len(rest):
         raise Refusal(400, f"The body ends within the input {spec.name}.")
     values = np.frombuffer(rest[:size], spec.dtype).reshape(entry.shape)
-    if spec.finite and not _finite(spec, values):
+    if spec.finite and not finite(spec, values):
         raise Refusal(400, f"The input {spec.name} has numbers that are not finite (NaN or infinite).")
     return values
 
 
-def _finite(spec: TensorSignature, values: np.ndarray) -> bool:
+def finite(spec: TensorSignature, values: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite."""
     if spec.datatype == "BF16":
         return bool(((values & 0x7F80) != 0x7F80).all())
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
-def _from_json(spec: TensorSignature, entry: _Input, count: int) -> np.ndarray:
+def _from_json(spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
     raw = bytes(entry.data)
     if raw in (b"", b"null"):
         raise Refusal(400, f"The input {spec.name} has no data.")
@@ -302,7 +332,7 @@ def _from_json(spec: TensorSignature, entry: _Input, count: int) -> np.ndarray:
     # Flat or nested as the shape says: nothing between.
     if values.shape not in ((count,), tuple(entry.shape)) and not (count == 0 and values.size == 0):
         raise wrong
-    return _cast(values, spec, wrong).reshape(entry.shape)
+    return cast(values, spec, wrong).reshape(entry.shape)
 
 
 def _flat_numbers(raw: bytes, spec: TensorSignature) -> np.ndarray | None:
@@ -320,7 +350,7 @@ def _flat_numbers(raw: bytes, spec: TensorSignature) -> np.ndarray | None:
         return None
 
 
-def _cast(values: np.ndarray, spec: TensorSignature, wrong: Refusal) -> np.ndarray:
+def cast(values: np.ndarray, spec: TensorSignature, wrong: Refusal) -> np.ndarray:
     """The values as the model's datatype, where nothing is lost but the last digits of a fraction."""
     kind, wanted = values.dtype.kind, spec.dtype
     if values.size == 0:
@@ -333,10 +363,10 @@ def _cast(values: np.ndarray, spec: TensorSignature, wrong: Refusal) -> np.ndarr
         if kind not in "iuf":
             raise wrong
         with np.errstate(over="ignore"):
-            cast = values.astype(wanted)
-        if not np.isfinite(cast).all():
+            fitted = values.astype(wanted)
+        if not np.isfinite(fitted).all():
             raise Refusal(400, f"The input {spec.name} has a number beyond what {spec.datatype} holds.")
-        return cast
+        return fitted
     if kind not in "iu":
         raise wrong
     limits = np.iinfo(wanted)
@@ -348,7 +378,7 @@ def _cast(values: np.ndarray, spec: TensorSignature, wrong: Refusal) -> np.ndarr
     return values.astype(wanted)
 
 
-def _wanted(signature: ModelSignature, request: _Request) -> tuple[tuple[str, bool], ...]:
+def _wanted(signature: ModelSignature, request: Said) -> tuple[tuple[str, bool], ...]:
     names = [spec.name for spec in signature.outputs]
     every = _flag(request.parameters, "binary_data_output")
     if not request.outputs:

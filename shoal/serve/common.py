@@ -1,0 +1,28 @@
+"""What the protocols of one gateway share: the same models, limits, counts and guard, whichever way a request comes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.serve.catalogue import Catalogue
+from shoal.serve.guard import Bodies, Guard
+from shoal.serve.messages import Limits
+from shoal.serve.metrics import Metrics
+from shoal.serve.pace import Pace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """One of each in a gateway.
+
+    Attributes:
+        guard: who looks at each request first; None where everybody may ask anything.
+        bodies: all long ones that are held.
+    """
+
+    limits: Limits
+    metrics: Metrics
+    catalogue: Catalogue
+    guard: Guard | None
+    bodies: Bodies
+    pace: Pace
