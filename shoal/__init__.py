@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shoal import data as data
+    from shoal import ps as ps
     from shoal.bundle import load as load
     from shoal.cluster import Cluster as Cluster
     from shoal.errors import ShoalError as ShoalError
@@ -39,6 +40,7 @@ _EXPORTS = {
     "open": ("shoal.train.run", "open_run"),
     "plan": ("shoal.train.api", "plan"),
     "predict": ("shoal.serve.predict", "predict"),
+    "ps": ("shoal.ps", None),
     "serve": ("shoal.serve.service", "serve"),
     "train": ("shoal.train.api", "train"),
 }

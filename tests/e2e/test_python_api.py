@@ -86,7 +86,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory, _no_export: None) -> Watch
 def test_the_whole_public_surface() -> None:
     assert shoal.__all__ == [
         "Client", "Cluster", "Job", "Plan", "Run", "ShoalError", "__version__", "data", "load", "open", "plan", "predict",
-        "serve", "train",
+        "ps", "serve", "train",
     ]  # fmt: skip
     assert dir(shoal) == shoal.__all__
     with pytest.raises(AttributeError, match="nothing_like_this"):

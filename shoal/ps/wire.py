@@ -1,0 +1,120 @@
+"""What readers and publishers of a run say to each other: typed messages, a small head of msgpack and frames of bytes.
+
+Nothing on the wire is ever executed: a head is decoded into one of the classes below or refused, and frames are copied
+where the head says, after their sizes have been compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+BLOCK_BYTES = 4096
+"""What is sent is whole blocks of the weights' bytes."""
+
+_MOST_HEAD_BYTES = 16 << 20
+
+
+class Malformed(Exception):
+    """A message that is none; its text says why."""
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """Where a tensor lies in the published bytes: ``dtype`` as in ``float32``, ``offset`` in bytes."""
+
+    names: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """A reader asks what there is."""
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True):
+    """What is published: ``size`` bytes of tensors, held by ``servers`` servers."""
+
+    run: str
+    size: int
+    servers: int
+    tensors: tuple[Tensor, ...]
+
+
+class Next(msgspec.Struct, tag="next", frozen=True):
+    """A reader has publication ``have`` (0: nothing) and asks for whatever is newer, as soon as there is something."""
+
+    have: int
+
+
+class Bye(msgspec.Struct, tag="bye", frozen=True):
+    """A reader leaves."""
+
+
+class Update(msgspec.Struct, tag="update", frozen=True):
+    """Publication ``number``: what differs from publication ``base``; a snapshot where ``base`` is 0.
+
+    ``versions``: how many updates each server had made; ``taken_at``: when the first of them was read, in seconds of the Unix
+    clock; ``runs``: (first block, number of blocks) of the bytes that follow in one frame. None of them: nothing is new.
+    """
+
+    number: int
+    base: int
+    versions: tuple[int, ...]
+    taken_at: float
+    runs: tuple[tuple[int, int], ...]
+
+
+class Closed(msgspec.Struct, tag="closed", frozen=True):
+    """The run has ended: there will be nothing newer."""
+
+    reason: str
+
+
+FromReader = Hello | Next | Bye
+FromPublisher = Welcome | Update | Closed
+_encoder = msgspec.msgpack.Encoder()
+_from_reader = msgspec.msgpack.Decoder(FromReader)
+_from_publisher = msgspec.msgpack.Decoder(FromPublisher)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The head of a message."""
+    return _encoder.encode(message)
+
+
+def decode_request(frames: Sequence[Any]) -> FromReader:
+    """Read what a reader sent. Raises Malformed."""
+    if len(frames) != 1:
+        raise Malformed(f"{len(frames)} frames where one belongs")
+    return _decode(_from_reader, frames[0])  # type: ignore[no-any-return]
+
+
+def decode_answer(frames: Sequence[Any], size: int | None) -> tuple[FromPublisher, memoryview]:
+    """Read what a publisher sent: the message and the bytes with it. Raises Malformed.
+
+    ``size``: of what is published, where that is known; runs of blocks beyond it are refused.
+    """
+    message: FromPublisher = _decode(_from_publisher, frames[0] if frames else b"")
+    payload = memoryview(frames[1]) if len(frames) > 1 else memoryview(b"")
+    wanted = 0
+    if isinstance(message, Update):
+        for first, count in message.runs:
+            start, stop = first * BLOCK_BYTES, (first + count) * BLOCK_BYTES
+            if first < 0 or count <= 0 or size is None or start >= size:
+                raise Malformed(f"blocks {first} to {first + count} of {size} bytes")
+            wanted += min(stop, size) - start
+    if len(frames) != 1 + (wanted > 0) or payload.nbytes != wanted:
+        raise Malformed(f"{payload.nbytes} bytes where {wanted} belong")
+    return message, payload
+
+
+def _decode(decoder: Any, head: Any) -> Any:
+    if len(memoryview(head)) > _MOST_HEAD_BYTES:
+        raise Malformed("its head is too large")
+    try:
+        return decoder.decode(head)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise Malformed(str(error)) from None

@@ -1,0 +1,211 @@
+"""Readers of a run: what they have is what the servers had, whole, at every moment; strangers and nonsense get nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zmq
+
+from shoal.errors import DeadlineError, RequestError, TargetError
+from shoal.ps import wire
+from shoal.ps.keys import Pair, ReadKey
+from shoal.ps.publish import Publisher
+from shoal.ps.reader import Reader
+
+WIDTH = 5000
+
+
+class Servers:
+    """Two servers with a float32 vector each, all of whose numbers are their version: a torn copy would show."""
+
+    def __init__(self) -> None:
+        self.values = np.zeros((2, WIDTH), np.float32)
+        self.made = [0, 0]
+        self.lock = threading.Lock()
+
+    @property
+    def tensors(self) -> list[wire.Tensor]:
+        return [
+            wire.Tensor((f"part.{k}", f"tied.{k}"), "float32", (WIDTH // 2, 2), k * WIDTH * 4) for k in range(len(self.made))
+        ]
+
+    @property
+    def size(self) -> int:
+        return self.values.nbytes
+
+    def versions(self) -> tuple[int, ...]:
+        return tuple(self.made)
+
+    def copy(self, server: int, out: np.ndarray) -> int:
+        with self.lock:
+            start = server * WIDTH * 4
+            out[start : start + WIDTH * 4] = self.values[server].view(np.uint8)
+            return self.made[server]
+
+    def push(self, server: int) -> None:
+        with self.lock:
+            self.made[server] += 1
+            self.values[server] = self.made[server]
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    servers = Servers()
+    publisher = Publisher(servers, "a-run")
+    publisher.read_key.write(tmp_path)
+    yield servers, publisher, tmp_path
+    if publisher._thread.is_alive():
+        publisher.close()
+
+
+def assert_whole(state: dict[str, torch.Tensor]) -> None:
+    for value in state.values():
+        assert value.shape == (WIDTH // 2, 2) and (value == value[0, 0]).all()
+
+
+def test_a_reader_follows_and_never_sees_half_a_push(run):
+    servers, _, path = run
+    servers.push(0)
+    with Reader(path) as reader:
+        assert list(reader.state_dict()) == ["part.0", "tied.0", "part.1", "tied.1"]
+        assert reader.state_dict()["part.0"][0, 0] == 1
+        done = threading.Event()
+
+        def train() -> None:
+            while not done.is_set():
+                servers.push(0)
+                servers.push(1)
+                time.sleep(0.001)
+
+        trainer = threading.Thread(target=train)
+        trainer.start()
+        try:
+            number = reader.number
+            for _ in range(20):
+                number = reader.wait(number + 1)
+                state, versions = reader.state_dict(), reader.versions
+                assert_whole(state)
+                # Between the two looks a newer publication may have come, never an older one.
+                assert state["part.0"][0, 0] <= versions[0]
+        finally:
+            done.set()
+            trainer.join()
+        reader.wait(reader.number)
+        deadline = time.monotonic() + 10
+        while reader.versions != servers.versions():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert reader.state_dict()["part.1"][0, 0] == servers.made[1]
+
+
+def test_only_what_has_changed_is_sent_and_a_slow_reader_skips(run):
+    servers, publisher, path = run
+    with Reader(path) as reader:
+        first = reader.number
+        before = publisher._edition.since(first)
+        assert before[0].runs == () and before[1] == b""
+        servers.push(1)
+        reader.wait(first + 1)
+        update, data = publisher._edition.since(first)
+        # The blocks of the second vector only: it begins within one that the first one ends in.
+        begins, ends = WIDTH * 4 // wire.BLOCK_BYTES, -(-servers.size // wire.BLOCK_BYTES)
+        assert update.base == first and update.runs == ((begins, ends - begins),)
+        assert publisher._edition.since(0)[0].base == 0 and len(publisher._edition.since(0)[1]) == servers.size
+        assert len(data) < servers.size
+
+
+def test_load_into_a_model(run):
+    servers, _, path = run
+    servers.push(0)
+    model = torch.nn.Module()
+    for k in range(2):
+        model.register_parameter(f"p{k}", torch.nn.Parameter(torch.zeros(WIDTH // 2, 2)))
+    with Reader(path) as reader:
+        with pytest.raises(RequestError, match=r"has no part\.0 .* build it as the job does"):
+            reader.load_into(model)
+        model.part = torch.nn.ParameterList([torch.zeros(WIDTH // 2, 2), torch.zeros(WIDTH // 2, 2)])
+        assert reader.load_into(model) == reader.number
+        assert (model.part[0] == 1).all() and (model.part[1] == 0).all()
+
+
+def test_the_end_of_a_run_is_told_with_the_last_weights(run):
+    servers, publisher, path = run
+    with Reader(path) as reader:
+        servers.push(0)
+        publisher.close("It is over.")
+        with pytest.raises(DeadlineError, match="It is over"):
+            reader.wait(1 << 40)
+        assert reader.ended == "It is over." and reader.state_dict()["part.0"][0, 0] == 1
+
+
+def test_a_stranger_gets_nothing(run, tmp_path):
+    _, publisher, path = run
+    assert os.stat(path / "read.key").st_mode & 0o77 == 0
+    key, stranger = publisher.read_key, Pair.new()
+    forged = tmp_path / "forged"
+    forged.mkdir()
+    ReadKey(key.address, key.publisher, stranger.public, stranger.secret).write(forged)
+    with pytest.raises(DeadlineError, match="No weights newer"):
+        Reader(forged, deadline_s=1.0)
+    assert publisher._door.refused
+    plain = zmq.Context.instance().socket(zmq.DEALER)
+    plain.linger = 0
+    plain.connect(key.address)
+    plain.send(wire.encode(wire.Hello()))
+    assert not plain.poll(500)
+    plain.close()
+    Reader(path).close()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [], [b""], [b"\xc1"], [b"\x80"], [wire.encode(wire.Hello()), b"more"], [b"\x93" * 1000],
+        [b"\x82\xa4type\xa4next\xa4have\xa1x"], [b"\x81\xa4type\xa6pickle"],
+    ],
+)  # fmt: skip
+def test_nonsense_is_dropped_and_harms_nobody(run, frames, caplog):
+    servers, publisher, path = run
+    key = publisher.read_key
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    socket.curve_serverkey = key.publisher.encode()
+    socket.curve_publickey, socket.curve_secretkey = key.public.encode(), key.secret.encode()
+    socket.connect(key.address)
+    if frames:
+        socket.send_multipart(frames)
+    socket.send(wire.encode(wire.Hello()))
+    assert socket.poll(10_000)
+    message, _ = wire.decode_answer(socket.recv_multipart(), None)
+    assert isinstance(message, wire.Welcome) and message.size == servers.size
+    socket.linger = 1000
+    socket.send(wire.encode(wire.Bye()))
+    socket.close()
+    assert len(caplog.records) == bool(frames)
+
+
+def test_answers_that_do_not_fit_are_refused():
+    def update(runs):
+        return wire.encode(wire.Update(1, 0, (1,), 0.0, runs))
+
+    assert wire.decode_answer([update(((0, 1),)), b"x" * 100], 100)[1].nbytes == 100
+    for frames in (
+        [update(((0, 1),)), b"x" * 99], [update(((0, 1),))], [update(((1, 1),)), b"x"], [update(((-1, 1),)), b"x"],
+        [update(((0, 0),))], [update(()), b"x"],
+    ):  # fmt: skip
+        with pytest.raises(wire.Malformed):
+            wire.decode_answer(frames, 100)
+
+
+def test_bad_keys_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(TargetError, match="give the directory of a run"):
+        Reader(tmp_path)
+    (tmp_path / "read.key").write_text("{}")
+    with pytest.raises(RequestError, match="not a read key"):
+        Reader(tmp_path)
