@@ -54,6 +54,11 @@ RateOption = Annotated[
 CertificateOption = Annotated[Path | None, typer.Option("--tls-cert", metavar="FILE", help="A certificate, PEM: https.")]
 TlsKeyOption = Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="The certificate's key, PEM.")]
 
+ToleranceOption = Annotated[
+    str | None,
+    typer.Option("--tolerance", metavar="T", help="How far answers may be off: cosine=0.99, max_error=0.01, or none."),
+]
+
 _SHOW_EVERY_S = 0.5
 
 
@@ -72,6 +77,7 @@ def serve(
     rate_limit: RateOption = None,
     tls_cert: CertificateOption = None,
     tls_key: TlsKeyOption = None,
+    tolerance: ToleranceOption = None,
     json: JsonFlag = False,
 ) -> Answer:
     """Serve finished models until Ctrl-C.
@@ -80,11 +86,13 @@ def serve(
     standard output is a JSON object with url, pid and grpc_url.
     """
     from shoal.serve.service import Service, ServiceOptions, locate
+    from shoal.serve.tolerance import Tolerance
 
     options = ServiceOptions(
         slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, grpc_port=grpc_port,
         drain_s=drain_s, cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
         api_key_file=api_key_file, rate_limit=rate_limit, tls_cert=tls_cert, tls_key=tls_key,
+        tolerance=None if tolerance is None else Tolerance.parse(tolerance),
     )  # fmt: skip
     models = locate(bundles)
     if follow is not None and len(models) > 1:

@@ -275,7 +275,7 @@ class App:
             return await say(send, {"model_stats": self.catalogue.statistics([found[1]], found[2])})
         if found[3] == "config":
             return await say(send, {**desk.signature.metadata(), "max_batch_size": desk.max_rows})
-        await say(send, desk.signature.metadata())
+        await say(send, {**desk.signature.metadata(), "precision": desk.precision})
 
     async def _processes(self, scope: Scope, send: Send) -> None:
         client = scope.get("client")

@@ -16,6 +16,7 @@ from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import ChannelClosed
 from shoal.process.supervisor import Child, Supervisor
 from shoal.serve.messages import AddModel, Attach, Attached, Edition
+from shoal.serve.precision import Precision
 from shoal.serve.replica import AS_IT_IS, ModelSource
 from shoal.serve.signature import UNIT, ModelSignature
 from shoal.serve.slots import SlotLayout, Slots, row_bytes
@@ -72,15 +73,15 @@ class Crew:
         """Start the template; it imports torch while the caller goes on."""
         self._supervisor.start()
 
-    def load(self, memory_layout: str | None = None) -> None:
-        """Load the model, try it, reserve the memory. ``memory_layout``: that of an older version, taken over.
+    def load(self, like: Crew | None = None) -> None:
+        """Load the model, try it, reserve the memory. ``like``: an older version, whose way of computing is taken over.
 
         Raises what the model's own code raised, TargetError for a bad bundle.
         """
         self._supervisor.load(_HOST, self.source, _LOAD_S)
         self.signature: ModelSignature = self._supervisor.call("describe", timeout_s=10.0)
         self._supervisor.call("try_out", timeout_s=_LOAD_S)
-        self.memory_layout: str = self._supervisor.call("choose_layout", memory_layout, timeout_s=_LOAD_S)
+        self._choose_computing(like)
         self._sample, self._expected = self._supervisor.call("sample", timeout_s=10.0)
         self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
         self._preprocess: dict[str, Any] | None = self._supervisor.call("preprocess", timeout_s=10.0)
@@ -92,6 +93,12 @@ class Crew:
         )
         self.slots = Slots.create(self.layout)
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def _choose_computing(self, like: Crew | None) -> None:
+        """``like``: whose layout and precision are taken over, the latter only if it is within the tolerance here as well."""
+        layout, name = (None, None) if like is None else (like.memory_layout, like.precision.name)
+        self.memory_layout: str = self._supervisor.call("choose_layout", layout, timeout_s=_LOAD_S)
+        self.precision: Precision = self._supervisor.call("choose_precision", name, timeout_s=_LOAD_S)
 
     def choose(self, like: Crew | None = None) -> None:
         """Find out whether many replicas of one thread or one of all cores answers more, and keep the better.
@@ -117,6 +124,7 @@ class Crew:
             "; ".join(f"{option.text}: {option.rows_per_s:.0f} {unit}/s" for option in tried)
             + f"; took {best.text}"
             + (f", pictures {self.memory_layout}" if self.memory_layout != AS_IT_IS else "")
+            + (f"; {self.precision}" if self.precision.tried else "")
         )
         self._supervisor.fork()
 
@@ -149,6 +157,7 @@ class Crew:
         return AddModel(
             signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample,
             expected=self._expected, tokenizer=self._tokenizer, preprocess=self._preprocess,
+            precision=self.precision.describe(),
         )  # fmt: skip
 
     @property
@@ -232,7 +241,7 @@ class Crew:
             if place.child is not None:
                 self._bury(place)
         self._supervisor.restart(_LOAD_S)
-        self._supervisor.call("choose_layout", self.memory_layout, timeout_s=_LOAD_S)
+        self._choose_computing(self)
 
     def release(self, rank: int) -> None:
         """The gateway uses nothing of a dead replica's ring any more: the next one may have it."""

@@ -97,6 +97,7 @@ class Desk:
         self._free_inputs = [spec.free for spec in model.signature.inputs]
         self.expected = model.expected
         self.why = model.why
+        self.precision = model.precision
         self.text = TextEncoder(model.tokenizer, model.signature) if model.tokenizer is not None else None
         self.slots = Slots(slots_fd, model.layout)
         self.latency = LatencyModel.from_measured(model.measured_s)
@@ -525,4 +526,5 @@ class Desk:
                 "entries": self._cache.entries, "bytes": self._cache.bytes,
             },
             "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, **self.dispatcher.statistics(), "chosen": self.why,
+            "precision": self.precision,
         }  # fmt: skip

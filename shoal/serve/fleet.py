@@ -33,6 +33,7 @@ from shoal.serve.messages import (
 from shoal.serve.replica import ModelSource
 from shoal.serve.rollout import Rollout, Stage, Trial
 from shoal.serve.slots import Outcome
+from shoal.serve.tolerance import Tolerance
 
 Send = Callable[[Any, tuple[int, ...]], None]
 
@@ -41,15 +42,18 @@ class Fleet:
     """All crews. ``step`` is the heart; ``take_in`` is for what the gateway says."""
 
     def __init__(
-        self, models: Mapping[str, Path], cores: int, replicas: int | None, send: Send, adapt: Callable[[AddModel], AddModel]
-    ) -> None:
+        self, models: Mapping[str, Path], cores: int, replicas: int | None, send: Send,
+        adapt: Callable[[AddModel], AddModel], tolerance: Tolerance | None = None,
+    ) -> None:  # fmt: skip
         """``send``: to the gateway that answers, if there is one. ``adapt``: puts the service's options into an introduction."""
         self._send = send
         self._adapt = adapt
         self._cores = cores
         self._replicas = replicas
         self._sources = dict(models)
-        self._crews = [Crew(ModelSource(path, name), cores, replicas) for name, path in models.items()]
+        self._tolerance = tolerance
+        sources = [ModelSource(path, name, tolerance=tolerance) for name, path in models.items()]
+        self._crews = [Crew(source, cores, replicas) for source in sources]
         self._active: dict[str, Crew] = {}
         self._rollouts: dict[str, Rollout] = {}
         self._leaving: list[Crew] = []
@@ -187,7 +191,7 @@ class Fleet:
         self._versions[name] = self._versions.get(name, 0) + 1
         self._sources.setdefault(name, source)
         old = self._active.get(name)
-        asked = ModelSource(source, name, str(self._versions[name]), checkpoint)
+        asked = ModelSource(source, name, str(self._versions[name]), checkpoint, self._tolerance)
         crew = Crew(asked, self._cores, self._replicas, gentle=True)
         rollout = Rollout(crew, old, trial or Trial(), done)
         rollout.start()

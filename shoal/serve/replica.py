@@ -25,12 +25,16 @@ from shoal.errors import TargetError
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.gentle import gently
-from shoal.serve import hugging_face
+from shoal.serve import hugging_face, precision
 from shoal.serve.latency import GAIN
 from shoal.serve.messages import Attach, Attached
 from shoal.serve.pictures import check_preprocess
+from shoal.serve.precision import Precision
+from shoal.serve.sample_rows import sample_rows
+from shoal.serve.shelf import numbers_of
 from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
+from shoal.serve.tolerance import Tolerance
 
 _LEAST_RUNS, _MOST_RUNS = 2, 50
 # Slow models may take so many times the time that is meant for measuring: a batch size that was not tried is never used.
@@ -38,19 +42,24 @@ _OVER_BUDGET = 3.0
 _USUAL_LENGTH = 32
 _LAYOUT_S = 0.1
 AS_IT_IS, CHANNELS_LAST = "as it is", "channels last"
+# A batch that stands for the usual ones where cheaper ways of computing are compared.
+_USUAL_ROWS = 8
+_TORCH_TYPES = {"FP32": torch.float32, "FP64": torch.float64, "FP16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """What the template loads: a bundle's directory, the name to serve it under (None: the job's), the version to call it.
 
-    ``checkpoint``: a checkpoint of the same model, whose weights are taken instead of the bundle's.
+    ``checkpoint``: a checkpoint of the same model, whose weights are taken instead of the bundle's. ``tolerance``: how far
+    answers may be off; None for what the bundle says.
     """
 
     path: Path
     name: str | None = None
     version: str = "1"
     checkpoint: Path | None = None
+    tolerance: Tolerance | None = None
 
 
 class ReplicaHost:
@@ -71,6 +80,9 @@ class ReplicaHost:
         with user_code("building the model"):
             self.model: nn.Module = _load(source)
         self._layout = AS_IT_IS
+        self._exact = True
+        self._tolerance = source.tolerance or Tolerance.of(description.get("tolerance"))
+        self._samples = partial(sample_rows, directory, description, self.signature)
         gc.collect()
         gc.freeze()
 
@@ -104,6 +116,24 @@ class ReplicaHost:
             given = CHANNELS_LAST if min(found) == found[-1] < (1 - GAIN) * found[0] else AS_IT_IS
         self._lay_out(given)
         return given
+
+    def choose_precision(self, given: str | None) -> Precision:
+        """Find the quickest way to compute the model within its tolerance. ``given``: what an older version uses."""
+        if self._tolerance.exact or given == precision.AS_IT_IS:
+            return Precision(tolerance=str(self._tolerance))
+        rows, what = self._samples()
+        usual = _sample(self.signature, _USUAL_ROWS, _USUAL_LENGTH)
+
+        def run(model: nn.Module, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [numbers_of(s, a) for s, a in zip(self.signature.outputs, self._run(inputs, model), strict=True)]
+
+        # As long as it is not said to be exact, outputs are brought to the types that the signature says.
+        self._exact = False
+        self.model, found = precision.choose(self.model, run, self._tolerance, rows, what, usual, given)
+        self._exact = found.name == precision.AS_IT_IS
+        gc.collect()
+        gc.freeze()
+        return found
 
     def _lay_out(self, layout: str) -> None:
         last = layout == CHANNELS_LAST
@@ -161,14 +191,17 @@ class ReplicaHost:
             measured[rows * self.signature.units(length)] = float(typical(times))
         return measured
 
-    def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Outputs of a batch, in the signature's order."""
+    def _run(self, inputs: Sequence[np.ndarray], model: nn.Module | None = None) -> list[np.ndarray]:
+        """Outputs of a batch, in the signature's order. ``model``: another way to compute it than the one that was chosen."""
         with torch.inference_mode():
             tensors = [_tensor(array, spec) for array, spec in zip(inputs, self.signature.inputs, strict=True)]
             if self._layout == CHANNELS_LAST:
                 tensors = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
-            output = _call(self.model, tensors, self.signature.inputs)
-            return [_array(value) for value in _flat(output)]
+            values = _flat(_call(model or self.model, tensors, self.signature.inputs))
+            if not self._exact:
+                specs = self.signature.outputs
+                values = [v.to(_TORCH_TYPES.get(s.datatype, v.dtype)) for v, s in zip(values, specs, strict=True)]
+            return [_array(value) for value in values]
 
 
 def describe(path: Path) -> dict[str, Any]:

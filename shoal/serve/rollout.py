@@ -111,7 +111,7 @@ class Rollout:
 
     def _load(self) -> None:
         try:
-            self.crew.load(None if self._old is None else self._old.memory_layout)
+            self.crew.load(like=self._old)
             if self._old is not None:
                 self._must_fit(self._old)
             self.crew.choose(like=self._old)

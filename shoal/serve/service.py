@@ -39,6 +39,7 @@ from shoal.serve.messages import (
 )
 from shoal.serve.replica import describe
 from shoal.serve.rollout import Trial
+from shoal.serve.tolerance import Tolerance
 
 _POLL_S = 0.05
 _OPEN_S = 30.0
@@ -61,6 +62,7 @@ class ServiceOptions:
         api_key_file: who may ask: a key a line, ``key`` or ``name:key``; None: everybody.
         rate_limit: requests a second for each key, or without keys for each address; None: any number.
         tls_cert, tls_key: PEM files to speak TLS with; both, or none for plain HTTP.
+        tolerance: how far answers may be off; None for what each bundle says.
     """
 
     slo_ms: float = 50.0
@@ -75,6 +77,7 @@ class ServiceOptions:
     rate_limit: float | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tolerance: Tolerance | None = None
 
     def check(self) -> None:
         """RequestError where a value makes no sense."""
@@ -136,7 +139,7 @@ class Service:
             raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")
         self._options = options
         self._access, self._tls = options.access(), options.tls()
-        self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt)
+        self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt, options.tolerance)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.grpc_url: str | None = None
         # Keeps gRPC's address while no gateway has it.
@@ -406,7 +409,7 @@ def serve(
     *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
     grpc_port: int | None = None, drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
     api_key_file: str | Path | None = None, rate_limit: float | None = None, tls_cert: str | Path | None = None,
-    tls_key: str | Path | None = None,
+    tls_key: str | Path | None = None, tolerance: str | None = None,
 ) -> RunningService:  # fmt: skip
     """Serve bundles (or run directories) from this process's children; returns when they answer.
 
@@ -422,6 +425,7 @@ def serve(
         api_key_file: who may ask: a key a line, ``key`` or ``name:key``; None: everybody who reaches the host.
         rate_limit: requests a second for each key, or without keys for each address; None: any number.
         tls_cert, tls_key: PEM files to speak TLS with; both, or none for plain HTTP.
+        tolerance: how far answers may be off, such as "cosine=0.99" or "max_error=0.01"; None for what each bundle says.
 
     Raises:
         TargetError: a directory that is no bundle, or a bundle that cannot be served.
@@ -433,6 +437,7 @@ def serve(
         slo_ms=slo_ms, replicas=replicas, host=host, port=port, grpc_port=grpc_port,
         drain_s=drain_s, cache_mb=caches, cache_ttl_s=cache_ttl_s,
         api_key_file=_path(api_key_file), rate_limit=rate_limit, tls_cert=_path(tls_cert), tls_key=_path(tls_key),
+        tolerance=None if tolerance is None else Tolerance.parse(tolerance),
     )  # fmt: skip
     if options.warning is not None:
         warnings.warn(options.warning, stacklevel=2)
