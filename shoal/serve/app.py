@@ -17,6 +17,7 @@ from shoal.serve.asgi import JSON, Receive, Scope, Send, headers_of, refuse, res
 from shoal.serve.common import Common
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
+from shoal.serve.origins import check_origin
 from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.shelf import numbers_of
@@ -85,10 +86,7 @@ class App:
             self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
         except Refusal as refusal:
-            if desk is not None and refusal.status < 429:
-                desk.slots.count(Outcome.INVALID)
-            elif desk is None:
-                self._metrics.turned_away("nothing")
+            self._count_bad(desk, refusal)
             raise
         held = len(body) if len(body) > _LONG_BYTES else 0
         self._bodies.bytes += held
@@ -103,6 +101,13 @@ class App:
         else:
             await respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
                                                 (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
+
+    def _count_bad(self, desk: Desk | None, refusal: Refusal) -> None:
+        """Count a request that makes no sense; what a desk has taken in or refused is counted there."""
+        if desk is None:
+            self._metrics.turned_away("nothing")
+        elif refusal.status < 429:
+            desk.slots.count(Outcome.INVALID)
 
     def overload(self, method: bytes, url: bytes) -> Callable[[], Refusal] | None:
         """Whether an inference that was just read is to be refused as it is, see ``shoal.serve.connection.Overload``."""
@@ -202,9 +207,9 @@ class App:
 
     async def _classify(self, name: str, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         """What is in a picture: a line for people, or JSON for who asks for that."""
-        desk = self.catalogue.desk(name, version)
-        arrived_s = time.monotonic()
+        desk, arrived_s = None, time.monotonic()
         try:
+            desk = self.catalogue.desk(name, version)
             headers = headers_of(scope)
             body = await self._body(headers, receive, _PICTURE_BYTES)
             raw = pictures.of_body(headers.get(b"content-type", b"").decode("latin-1"), body)
@@ -215,8 +220,7 @@ class App:
                 raise desk.refused()
             row = await asyncio.to_thread(pictures.decode, raw, signature, desk.preprocess)
         except Refusal as refusal:
-            if refusal.status < 429:
-                desk.slots.count(Outcome.INVALID)
+            self._count_bad(desk, refusal)
             raise
         request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
         gone = lambda: state(receive, "disconnected")  # noqa: E731
@@ -230,6 +234,7 @@ class App:
 
     async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""
+        desk = None
         try:
             body = await self._body(dict(scope["headers"]), receive)
             name, given, as_base64 = embeddings.decode(body)
@@ -250,12 +255,16 @@ class App:
                     raise one
             vectors = [one[0] for one in found if not isinstance(one, BaseException)]
         except Refusal as refusal:
+            self._count_bad(desk, refusal)
             return await refuse(receive, send, refusal, embeddings.error_body(refusal))
         used = sum(map(len, tokens))
         await respond(send, 200, embeddings.encode(name, vectors, used, as_base64), JSON)
 
     async def _repository(self, name: str, load: bool, scope: Scope, receive: Receive, send: Send) -> None:
         """Load a model anew from where it came from, or unload it."""
+        if not self._limits.access.keys:
+            # Who has a key was let in by it; without keys, any page in a browser on this machine could ask.
+            check_origin(dict(scope["headers"]))
         body = await self._body(dict(scope["headers"]), receive)
         await self.catalogue.change(name, load, v2.decode_parameters(body))
         await respond(send, 200, b"", [])

@@ -6,6 +6,8 @@ import base64
 import concurrent.futures
 import http.client
 import json
+import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def _post(url: str, path: str, value: Any) -> tuple[int, Any]:
         connection.close()
 
 
+def _bad(service: Any) -> int:
+    """Requests that made no sense, for a model or for none."""
+    with urllib.request.urlopen(f"{service.url}/metrics") as page:
+        nothing = re.search(r'shoal_turned_away_total{reason="nothing"} (\d+)', page.read().decode())
+    return sum(numbers["invalid"] for numbers in service.numbers().values()) + (int(nothing[1]) if nothing else 0)
+
+
 class TestEmbeddings:
     def test_are_those_of_each_text_alone(self, service: Any, folder: Path) -> None:
         texts = _texts(60)
@@ -110,8 +119,10 @@ class TestEmbeddings:
         ],
     )
     def test_bad_requests(self, service: Any, asked: Any, status: int) -> None:
+        before = _bad(service)
         found, answer = _post(service.url, "/v1/embeddings", asked)
         assert found == status and answer["error"]["message"].endswith(".")
+        assert _bad(service) == before + 1
 
     def test_public_client(self, service: Any, folder: Path) -> None:
         openai = pytest.importorskip("openai")

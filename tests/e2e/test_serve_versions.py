@@ -209,7 +209,10 @@ def test_what_cannot_come_in_changes_nothing(service: Any, first: Path, tmp_path
 
 def test_public_client_loads_and_unloads(service: Any, first: Path, tmp_path: Path) -> None:
     client = triton.InferenceServerClient(service.url.removeprefix("http://"))
-    client.unload_model("odd")
+    # As a page in a browser on this machine would ask.
+    with pytest.raises(triton.InferenceServerException, match="A page of another place"):
+        client.unload_model("odd", headers={"Origin": "https://evil.example"})
+    client.unload_model("odd", headers={"Origin": service.url})
     assert [(row["name"], row["state"]) for row in _index(service.url)] == [("odd", "UNAVAILABLE")]
     assert not client.is_model_ready("odd") and not client.is_server_ready()
     shutil.copy(_changed(first, tmp_path / "second", 1.0) / bundle.WEIGHTS, service.home / bundle.WEIGHTS)
