@@ -1,0 +1,336 @@
+"""A table of rows by 64-bit key, shared by the processes of a machine.
+
+Rows are pulled by the different keys of a batch and pushed as gradients summed by key. A row comes into being with its first
+push; until then its key reads as what it would begin with, a function of (seed, key) alone. So reading changes nothing, and
+who comes first does not matter. A push has an id and is applied once to every shard, as a whole or not at all, whoever is
+killed meanwhile: see ``rows.c``. What goes beyond ``memory_bytes`` is written to a store on disk (``cold.py``) and comes back
+with its next push.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shoal.errors import JobError, JobFailed
+from shoal.ps.cold import ColdStore
+from shoal.ps.kernel import MAYBE_COLD, Batch, Kernel, Part, Push, TableHandle, load
+from shoal.ps.memory import TableMemory, Word
+from shoal.ps.spec import HEAD_BYTES, TableSpec
+
+# Of a shard that is over its limit, so much goes to disk at once.
+_EVICTED = 1 / 8
+_NO_ROWS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they are kept in a checkpoint, sorted by key.
+
+    Attributes:
+        keys: int64 (n,).
+        values: (n, width + state): weights, then what the optimizer keeps.
+        counts: uint32 (n,): how often each was seen.
+        last: int64 (n,): the step of its last push.
+    """
+
+    keys: np.ndarray
+    values: torch.Tensor
+    counts: np.ndarray
+    last: np.ndarray
+
+
+class Table:
+    """One process's hold of a table."""
+
+    def __init__(self, spec: TableSpec, memory: TableMemory, cold_dir: Path | None = None, kernel: Kernel | None = None) -> None:
+        """``cold_dir``: where rows beyond the memory limit go; needed where the spec has one."""
+        self.spec = spec
+        self.memory = memory
+        self.kernel = kernel or load()
+        self._handle = TableHandle(spec, memory)
+        self._words = [memory.words(shard) for shard in range(spec.shards)]
+        self._cold = None if spec.memory_bytes is None else ColdStore(cold_dir, spec)
+
+    @classmethod
+    def create(cls, spec: TableSpec, cold_dir: Path | None = None, kernel: Kernel | None = None) -> Table:
+        """Make an empty table in new memory."""
+        table = cls(spec, TableMemory.create(spec), cold_dir, kernel)
+        table.kernel.create(table._handle)
+        return table
+
+    @classmethod
+    def attach(cls, spec: TableSpec, fd: int, cold_dir: Path | None = None) -> Table:
+        """Take up the table behind a descriptor."""
+        return cls(spec, TableMemory.attach(spec, fd), cold_dir)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Rows in memory; those that are only on disk are not counted."""
+        return sum(int(words[Word.LIVE]) for words in self._words)
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows in memory take."""
+        return len(self) * self.spec.row_bytes
+
+    @property
+    def repairs(self) -> int:
+        """How often a shard was mended after its writer had been killed."""
+        return sum(int(words[Word.REPAIRS]) for words in self._words)
+
+    def unique(self, keys: np.ndarray, skipped: int | None = None) -> Batch:
+        """Find the different keys of a batch (int64, 1-D); ``skipped`` is left out."""
+        return self.kernel.unique(np.ascontiguousarray(keys), skipped)
+
+    def pull(self, keys: np.ndarray, step: int = 0) -> torch.Tensor:
+        """Weights of different keys, (n, width): never half of a push."""
+        rows, flags = self.kernel.pull(self._handle, np.ascontiguousarray(keys), step)
+        if self._cold is not None and (flags == MAYBE_COLD).any():
+            asked = np.flatnonzero(flags == MAYBE_COLD)
+            at, found = self._cold.read(keys[asked], self._shards_of(keys[asked]))
+            fresh = self._not_aged(found.last, step)
+            rows[torch.from_numpy(asked[at[fresh]])] = found.values[torch.from_numpy(fresh), : self.spec.width]
+        return rows
+
+    def _not_aged(self, last: np.ndarray, step: int) -> np.ndarray:
+        age = self.spec.max_age
+        return np.flatnonzero(step - last <= age) if age is not None else np.arange(len(last))
+
+    def _shards_of(self, keys: np.ndarray) -> np.ndarray:
+        order, starts = self.kernel.partition(np.ascontiguousarray(keys), self.spec.shards)
+        shards = np.empty(len(keys), np.int64)
+        shards[order] = np.repeat(np.arange(self.spec.shards), np.diff(starts))
+        return shards
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def push(
+        self, keys: np.ndarray, gradients: torch.Tensor, counts: np.ndarray | None = None, *, push_id: int = -1,
+        step: int = 0, scale: float = 1.0, shards: Iterable[int] | None = None,
+    ) -> int:  # fmt: skip
+        """Apply gradients (n, width) of different keys; return to how many shards they were new.
+
+        Args:
+            counts: how often each key was seen, for admission; once by default.
+            push_id: from 0; a shard that has applied it already leaves it out. The last 65,536 are remembered.
+            step: for ageing, and for optimizers that count steps; from 0.
+            scale: what gradients are multiplied by.
+            shards: only these.
+        """
+        keys = np.ascontiguousarray(keys, dtype=np.int64)
+        check_gradients(self.spec.name, keys, gradients, self.spec.width)
+        seen = np.ones(len(keys), np.uint32) if counts is None else np.ascontiguousarray(counts, dtype=np.uint32)
+        order, starts = self.kernel.partition(keys, self.spec.shards)
+        rows = gradients.detach().contiguous()
+        applied = 0
+        for shard in range(self.spec.shards) if shards is None else shards:
+            own = order[starts[shard] : starts[shard + 1]]
+            if not len(own) and push_id < 0:
+                continue
+            push = Push(keys=keys, counts=seen, rows=rows, order=own, id=push_id, step=step, scale=scale)
+            applied += self._apply(shard, keys[own], push)
+        return applied
+
+    def push_part(self, part: Part, first_shard: int, *, push_id: int, step: int, scale: float = 1.0) -> int:
+        """The same for gradients that are sorted by shard already, the first of them being ``first_shard``."""
+        applied = 0
+        for k in range(len(part.starts) - 1):
+            own = slice(int(part.starts[k]), int(part.starts[k + 1]))
+            push = Push(
+                keys=part.keys[own], counts=part.counts[own], rows=part.rows[own], id=push_id, step=step, scale=scale
+            )
+            applied += self._apply(first_shard + k, push.keys, push)
+        return applied
+
+    def _apply(self, shard: int, keys: np.ndarray, push: Push) -> bool:
+        if self._cold is not None and self._words[shard][Word.SPILLED]:
+            self._bring_back(shard, keys, push.step)
+        done = self.kernel.apply(self._handle, shard, push)
+        self._tend(shard)
+        return done
+
+    def put(self, rows: Rows, overwrite: bool = True) -> None:
+        """Put whole rows there, as a checkpoint has them."""
+        order, starts = self.kernel.partition(rows.keys, self.spec.shards)
+        values = rows.values.to(self.spec.dtype).contiguous()
+        piece = 1 << 16
+        for shard in range(self.spec.shards):
+            for low in range(int(starts[shard]), int(starts[shard + 1]), piece):
+                own = order[low : min(low + piece, int(starts[shard + 1]))]
+                push = Push(
+                    keys=rows.keys, counts=rows.counts, rows=values, last=rows.last, order=own, raw=True, overwrite=overwrite
+                )
+                self.kernel.apply(self._handle, shard, push)
+                self._tend(shard)
+
+    def begin_at(self, push_id: int) -> None:
+        """Take all pushes before this one for applied: the table was filled from a checkpoint."""
+        for shard in range(self.spec.shards):
+            self.kernel.lock(self._handle, shard)
+            try:
+                self.kernel.begin_at(self._handle, shard, push_id)
+            finally:
+                self.kernel.unlock(self._handle, shard)
+
+    # -- age and memory ------------------------------------------------------------------------------------------
+
+    def sweep(self, step: int, shards: Iterable[int] | None = None) -> int:
+        """Give back the rows that are too old, and return how many; they read as absent before that, too."""
+        if self.spec.max_age is None:
+            return 0
+        gone = 0
+        for shard in range(self.spec.shards) if shards is None else shards:
+            self.kernel.lock(self._handle, shard)
+            try:
+                live, _, _, last = self._heads(shard)
+                old = live & (step - last > self.spec.max_age)
+                numbers = np.flatnonzero(old).astype(np.uint32)
+                if len(numbers):
+                    self.kernel.remove(self._handle, shard, numbers)
+                gone += len(numbers)
+            finally:
+                self.kernel.unlock(self._handle, shard)
+        return gone
+
+    def _heads(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of every row of a shard: whether there is one, its key, count and last use."""
+        rows = self._raw(shard)
+        head = np.dtype(
+            {"names": ["key", "live", "count", "last"], "formats": ["<i8", "<u4", "<u4", "<i8"],
+             "offsets": [0, 12, 16, 24], "itemsize": self.spec.row_bytes}
+        )  # fmt: skip
+        heads = rows.reshape(-1).view(head)
+        return heads["live"] != 0, heads["key"], heads["count"], heads["last"]
+
+    def _raw(self, shard: int) -> np.ndarray:
+        return self.memory.rows(shard, int(self._words[shard][Word.ROWS_USED]), self.spec.row_bytes)
+
+    def _tend(self, shard: int) -> None:
+        """Write the rows that were used longest ago to disk where a shard takes more memory than it may."""
+        limit, words = self.spec.memory_bytes, self._words[shard]
+        if self._cold is None or limit is None:
+            return
+        most = max(1, limit // self.spec.shards // self.spec.row_bytes)
+        if int(words[Word.LIVE]) <= most:
+            return
+        self.kernel.lock(self._handle, shard)
+        try:
+            live, keys, _, last = self._heads(shard)
+            numbers = np.flatnonzero(live)
+            count = len(numbers) - most + int(most * _EVICTED)
+            if len(numbers) <= most:
+                return
+            cold = numbers[np.argpartition(last[numbers], count - 1)[:count]]
+            cold = cold[np.argsort(keys[cold].view(np.uint64))]
+            self._cold.write(shard, keys[cold], self._take(shard, cold))
+            self.kernel.mark_cold(self._handle, shard, np.ascontiguousarray(keys[cold]))
+            self.kernel.remove(self._handle, shard, cold.astype(np.uint32))
+        finally:
+            self.kernel.unlock(self._handle, shard)
+
+    def _bring_back(self, shard: int, keys: np.ndarray, step: int) -> None:
+        """Put those rows into memory again that are on disk only."""
+        assert self._cold is not None
+        _, flags = self.kernel.pull(self._handle, np.ascontiguousarray(keys), step)
+        asked = keys[flags == MAYBE_COLD]
+        if not len(asked):
+            return
+        _, found = self._cold.read(asked, np.full(len(asked), shard))
+        fresh = self._not_aged(found.last, step)
+        if len(fresh):
+            push = Push(
+                keys=found.keys[fresh], counts=found.counts[fresh], rows=found.values[torch.from_numpy(fresh)].contiguous(),
+                last=found.last[fresh], raw=True,
+            )  # fmt: skip
+            self.kernel.apply(self._handle, shard, push)
+
+    def _take(self, shard: int, numbers: np.ndarray) -> Rows:
+        raw = self._raw(shard)[numbers]
+        _, keys, counts, last = self._heads(shard)
+        size = (self.spec.width + self.spec.state) * self.spec.dtype.itemsize
+        values = self.spec.values(raw[:, HEAD_BYTES : HEAD_BYTES + size])
+        return Rows(keys[numbers].copy(), values, counts[numbers].copy(), last[numbers].copy())
+
+    # -- keeping -------------------------------------------------------------------------------------------------
+
+    def export(self, shards: Iterable[int] | None = None) -> Rows:
+        """All rows of these shards, those on disk too, sorted by key. Nobody may be writing to them meanwhile."""
+        found: list[Rows] = []
+        for shard in range(self.spec.shards) if shards is None else shards:
+            self.kernel.lock(self._handle, shard)
+            try:
+                rows = self._take(shard, np.flatnonzero(self._heads(shard)[0]))
+                found.append(rows)
+                if self._cold is not None and self._words[shard][Word.SPILLED]:
+                    found.append(_without(self._cold.all(shard), rows.keys))
+            finally:
+                self.kernel.unlock(self._handle, shard)
+        return _sorted(found, self.spec)
+
+    def export_sketch(self) -> np.ndarray | None:
+        """What was counted of keys without a row, as it must be kept for going on exactly; None where nothing is counted."""
+        return None if self.spec.admission <= 1 else self.memory.sketch().copy()
+
+    def put_sketch(self, counts: np.ndarray) -> None:
+        self.memory.sketch()[:] = counts
+
+    def close(self) -> None:
+        """Give the descriptor back, and close the store of cold rows."""
+        if self._cold is not None:
+            self._cold.close()
+        self.memory.block.close()
+
+
+def check_gradients(name: str, keys: np.ndarray, gradients: torch.Tensor, width: int) -> None:
+    """JobError where gradients do not belong to the keys; JobFailed, with the key, where one is no finite number."""
+    if tuple(gradients.shape) != (len(keys), width):
+        raise JobError(f"The table {name} got gradients of shape {tuple(gradients.shape)} for {len(keys)} keys of width {width}.")
+    # A sum may overflow where no gradient does; only then is every number looked at.
+    if len(keys) and not bool(torch.isfinite(gradients.sum())):
+        bad = torch.nonzero(~torch.isfinite(gradients).all(dim=1)).reshape(-1)
+        if len(bad):
+            raise JobFailed(
+                f"The gradient of key {int(keys[int(bad[0])])} of the table {name} is not finite, so it was not applied; "
+                "look at the samples with this key, or lower the learning rate."
+            )
+
+
+def _without(rows: Rows, keys: np.ndarray) -> Rows:
+    """Rows but for those with these keys."""
+    kept = np.flatnonzero(~np.isin(rows.keys, keys))
+    return Rows(rows.keys[kept], rows.values[torch.from_numpy(kept)], rows.counts[kept], rows.last[kept])
+
+
+def _sorted(parts: list[Rows], spec: TableSpec) -> Rows:
+    keys = np.concatenate([p.keys for p in parts] or [_NO_ROWS])
+    order = np.argsort(keys, kind="stable")
+    values = torch.cat([p.values for p in parts] or [torch.empty(0, spec.width + spec.state, dtype=spec.dtype)])
+    counts = np.concatenate([p.counts for p in parts] or [np.empty(0, np.uint32)])
+    last = np.concatenate([p.last for p in parts] or [_NO_ROWS])
+    return Rows(keys[order], values[torch.from_numpy(order)], counts[order], last[order])
+
+
+def to_tensors(rows: Rows, sketch: np.ndarray | None) -> dict[str, torch.Tensor]:
+    """Rows as the tensors of a safetensors file."""
+    found = {
+        "keys": torch.from_numpy(rows.keys), "values": rows.values, "counts": torch.from_numpy(rows.counts.astype(np.int64)),
+        "last": torch.from_numpy(rows.last),
+    }  # fmt: skip
+    if sketch is not None:
+        found["sketch"] = torch.from_numpy(sketch.view(np.int16))
+    return found
+
+
+def from_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[Rows, np.ndarray | None]:
+    """The other way."""
+    sketch = tensors.get("sketch")
+    rows = Rows(
+        tensors["keys"].numpy(), tensors["values"], tensors["counts"].numpy().astype(np.uint32), tensors["last"].numpy()
+    )
+    return rows, None if sketch is None else sketch.numpy().view(np.uint16)
