@@ -20,20 +20,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["GLOSSARY", "Plan"]
+__all__ = ["GLOSSARY", "SERVER_KEYS", "Plan"]
 
 _RUNS: Mapping[str, tuple[Any, ...]] = {
-    "cp": (1,), "ep": (1,), "ps": (), "workers": (),
+    "cp": (1,), "ep": (1,), "mode": ("sync",), "push_every": (1,), "pull_every": (1,), "backup": (0,), "replicas": (0,),
     "device": ("cpu",), "compile": (False,), "rewrites": ("none",), "sub_batch": (0,), "codec": ("none",),
     "adapt": (False,),
 }  # fmt: skip
 """The values that this version runs, for each key of which it does not run all. The one place to change."""
 
-_SERVER_KEYS = ("workers", "mode", "staleness", "push_every", "pull_every", "backup", "replicas")
+SERVER_KEYS = ("workers", "mode", "staleness", "push_every", "pull_every", "backup", "replicas")
 _AXES = ("dp", "tp", "pp", "cp", "ep", "ps")
 _DEFAULTS: Mapping[str, Any] = {
     "dp": 1, "tp": 1, "pp": 1, "zero": 0, "workers": 1,
-    "mode": "sync", "push_every": 1, "pull_every": 1, "backup": 0, "replicas": 1,
+    "mode": "sync", "push_every": 1, "pull_every": 1, "backup": 0, "replicas": 0,
     "sequence_parallel": False, "recompute": "none", "accumulate": 1,
     "device": "cpu", "precision": "fp32", "layout": "contiguous", "compile": False, "rewrites": "none",
     "sub_batch": 0, "local_steps": 0, "codec": "none", "batchnorm": "global", "adapt": False,
@@ -194,8 +194,8 @@ class Plan:
 
     @property
     def servers(self) -> int:
-        """How many processes hold parameters for others: ``ps`` × ``replicas``; 0 without a parameter server."""
-        return (self.ps or 0) * (self.replicas or 1)
+        """How many processes hold parameters for others: ``ps``; 0 without a parameter server."""
+        return self.ps or 0
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -260,7 +260,7 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     """Give a sentence for each pair of keys that cannot both be meant."""
     said = {key: name_value(key, value) for key, value in plan.values().items()}
     if plan.ps is None:
-        for key in _SERVER_KEYS:
+        for key in SERVER_KEYS:
             if key in said and not (key == "mode" and plan.staleness is not None):
                 yield f"{said[key]} belongs to a parameter server; add ps=1, or leave {said[key]} out."
     else:

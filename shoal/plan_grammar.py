@@ -174,7 +174,7 @@ KEYS: Mapping[str, Key] = {
     "push_every": Key(Count(), "with ps: steps between two sendings of gradients", "1"),
     "pull_every": Key(Count(), "with ps: steps between two fetchings of weights", "1"),
     "backup": Key(Count(0), "with ps and sync: so many of the workers a step need not wait for", "1"),
-    "replicas": Key(Count(), "with ps: copies of each server's weights, the first one counted", "2"),
+    "replicas": Key(Count(0), "with ps: other servers that have a copy of each server's weights; 0 none", "1"),
     "microbatches": Key(Count(), "pieces of a worker's share, sent through the pipeline or computed in turn", "4"),
     "schedule": Key(Choice(("gpipe", "1f1b", "interleaved", "zbv")), "with pp: order of forward and backward", "1f1b"),
     "interleave": Key(Count(), "with pp and schedule=interleaved or zbv: pieces of the model on each stage", "2"),

@@ -22,80 +22,31 @@ its slice is finished, from the chunk in its undo log. After UPDATED: it joins t
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from shoal.comm.arena import Note, Order, Phase, Signal
-from shoal.comm.store import Columns, Store
+from shoal.axes.updating import SliceUpdater, Totals, Updates
+from shoal.axes.waiting import Waiting
+from shoal.comm.arena import Signal
+from shoal.comm.store import Store
 from shoal.comm.table import chunks_of, slice_bounds
 from shoal.comm.team import Team
-from shoal.errors import DeadlineError, ShoalError
+from shoal.errors import ShoalError
 
 # Two for each BatchNorm layer and microbatch.
 COLLECTIVES_A_STEP = 1 << 16
 
 
-class Aborted(ShoalError):
-    """The supervisor has ended the run."""
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What all workers found in a step: the loss over the global batch, and what the gradients' sum is multiplied by."""
-
-    loss: float
-    factor: float
-
-
-class SliceUpdater(Protocol):
-    """What updates a worker's slice: see ``shoal.train.update``."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def starts_over(self) -> bool: ...
-    def sum_gradients(self, chunk: int, factor: float) -> None: ...
-    def norm_squared(self) -> float: ...
-    def apply(self, chunk: int, scale: float) -> None: ...
-    def save(self, chunk: int) -> None: ...
-    def restore(self, chunk: int) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Waiting:
-    """How long a worker waits for its peers, and how."""
-
-    spin_s: float
-    deadline_s: float = 3600.0
-    slice_s: float = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What happens at certain points of an update: a fault on purpose, a chunk for a checkpoint."""
-
-    reach: Callable[[str, int], None]
-    before_chunk: Callable[[int, int], None]
-
-
-class ArenaData:
+class ArenaData(Updates):
     """The data axis on one machine, over the arena; see the module's docstring for the protocol."""
 
     def __init__(self, store: Store, rank: int, updater: SliceUpdater, waiting: Waiting, guard: bool = True) -> None:
-        self.store = store
-        self.arena = store.arena
+        super().__init__(store, rank, updater, waiting, guard)
         self.rank = rank
         self.world_size = store.arena.world_size
-        self.slot = store.arena.slots[rank]
-        self.updater = updater
-        self._waiting = waiting
-        self._guard = guard
         self._stripe = store.stripe_of(rank)
         self._along_data = store.grid.along_data(rank) if store.grid.world_size > 1 else range(self.world_size)
         owner = store.grid.owner(store.part_of(rank))
@@ -103,7 +54,6 @@ class ArenaData:
         self._collective = 0
         self._collective_at = 0
         self._step = 0
-        self.waited_s = 0.0
         # Asked while waiting for batch statistics: raises where this rank's team has to begin the step again.
         self.check: Callable[[], None] | None = None
 
@@ -151,43 +101,13 @@ class ArenaData:
 
     def publish(self, step: int) -> None:
         """Say that this worker's stripe and record are complete."""
-        self.slot.write(Note.CHUNK_DONE, -1)
-        self.slot.write(Note.CHUNK_SAVED, -1)
+        self.begin_update()
         self.slot.post(Signal.GRADIENTS, step + 1)
 
     def gather(self, step: int) -> Totals:
         """Wait for everybody's gradients; return the global loss and the factor of the gradients' sum."""
         self.wait(Signal.GRADIENTS, step + 1)
-        loss = weight = 0.0
-        measured = False
-        for rank in range(self.world_size):
-            record = self.store.record(rank, step)
-            loss += record[Columns.LOSS]
-            weight += record[Columns.WEIGHT]
-            measured = measured or record[Columns.MEASURED] > 0
-        mean = float(loss / weight) if weight else 0.0
-        if self.store.local:
-            weight = self.store.record(self.rank, step)[Columns.WEIGHT]
-        return Totals(mean, float(1.0 / weight) if measured and weight else 1.0)
-
-    def update(self, step: int, totals: Totals, grad_clip: float | None, hooks: Hooks) -> None:
-        """Update this worker's slice, or what is left of it."""
-        scale = self._clip_scale(step, totals, grad_clip) if grad_clip is not None else 1.0
-        updater, slot = self.updater, self.slot
-        first, saved = int(slot.note(Note.CHUNK_DONE)) + 1, int(slot.note(Note.CHUNK_SAVED))
-        if updater.starts_over and saved == 0:
-            first = 0
-        if first < updater.count and saved == first:
-            updater.restore(first)
-        for chunk in range(first, updater.count):
-            hooks.before_chunk(chunk, step)
-            updater.sum_gradients(chunk, totals.factor)
-            if self._guard:
-                updater.save(chunk)
-                slot.write(Note.CHUNK_SAVED, chunk)
-            updater.apply(chunk, scale)
-            hooks.reach("update", step)
-            slot.write(Note.CHUNK_DONE, chunk)
+        return self.totals(step, range(self.world_size), self.rank if self.store.local else None)
 
     def commit(self, step: int) -> None:
         """Say that this worker's slice is updated."""
@@ -220,76 +140,18 @@ class ArenaData:
             own = store.weight_range(0, table.trained_bytes, torch.uint8, self.rank)
             own.copy_(store.weight_range(0, table.trained_bytes, torch.uint8))
 
-    def _clip_scale(self, step: int, totals: Totals, grad_clip: float) -> float:
-        """Clip by the global norm, as torch.nn.utils.clip_grad_norm_ does."""
-        if self.slot.signal(Signal.NORM) <= step or self.store.local:
-            squared = 0.0
-            for chunk in range(self.updater.count):
-                self.updater.sum_gradients(chunk, totals.factor)
-                squared += self.updater.norm_squared()
-            self.slot.write(Note.GRADIENT_NORM_SQUARED, squared)
-            if self.store.local:
-                return min(1.0, grad_clip / (math.sqrt(squared) + 1e-6))
-            self.slot.post(Signal.NORM, step + 1)
-        self.wait(Signal.NORM, step + 1)
-        norm = math.sqrt(sum(slot.note(Note.GRADIENT_NORM_SQUARED) for slot in self.arena.slots))
-        return min(1.0, grad_clip / (norm + 1e-6))
-
     @property
     def keeps(self) -> Sequence[int]:
         """The ranks whose notes this worker writes into a checkpoint; none where it writes nothing."""
         return (self.rank,)
 
+    @property
+    def tells_metrics(self) -> bool:
+        """Whether another rank writes this one's notes into a checkpoint without being able to read them."""
+        return False
+
     def carry_buffers(self, publisher: int, written: Sequence[int]) -> None:
         """Say which rank has written which buffers for the next step: here, all read them where they lie."""
-
-    # -- waiting -------------------------------------------------------------------------------------------------
-
-    def await_supervisor(self, order: Order, target: int, what: str, check: Callable[[], None] | None = None) -> None:
-        """Wait for the supervisor's word."""
-        supervisor = self.arena.supervisor
-        self.wait_for(lambda times: -1 if supervisor.wait(order, target, times[1]) else self.world_size, what, check)
-
-    def await_end(self) -> None:
-        """Wait until the supervisor ends the run: Aborted."""
-
-        def attempt(times: tuple[float, float]) -> int:
-            time.sleep(times[1])
-            return self.world_size
-
-        self.wait_for(attempt, "the end of the run")
-
-    def wait(self, signal: Signal, target: int) -> None:
-        """Wait until all ranks have posted; Aborted when the run ends, DeadlineError with the missing rank's name."""
-        self.wait_for(lambda s: self.arena.wait_all(signal, target, *s), f"{signal.name.lower()} of step {target}")
-
-    def wait_for(
-        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None
-    ) -> None:
-        """Repeat a short wait (its argument: spin and timeout in s; its result: -1 or the missing rank) until it succeeds.
-
-        ``check`` is asked between the attempts, and may raise.
-        """
-        waiting = self._waiting
-        began = time.monotonic()
-        missing = attempt((waiting.spin_s, waiting.slice_s))
-        while missing >= 0:
-            self.slot.write(Note.WAITS_FOR, missing)
-            # A worker that waits is alive: it says so at each round, and the supervisor looks for those who do not.
-            self.slot.write(Note.PHASE_SINCE, time.monotonic())
-            if self.arena.supervisor.signal(Order.ABORT):
-                raise Aborted("The run was ended.")
-            if check is not None:
-                check()
-            if time.monotonic() - began > waiting.deadline_s:
-                other = self.arena.slots[missing] if missing < self.world_size else self.arena.supervisor
-                doing = Phase(int(other.note(Note.PHASE))).name.lower()
-                raise DeadlineError(
-                    f"Rank {self.rank} waited {waiting.deadline_s:.0f} s for {what} from rank {missing}, which was at {doing}."
-                )
-            missing = attempt((0.0, waiting.slice_s))
-        self.slot.write(Note.WAITS_FOR, -1)
-        self.waited_s += time.monotonic() - began
 
     # -- small collectives inside a step -------------------------------------------------------------------------
 

@@ -28,7 +28,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from shoal.axes.data import ArenaData, Hooks, SliceUpdater, Totals, Waiting
+from shoal.axes.data import ArenaData
+from shoal.axes.updating import Hooks, SliceUpdater, Totals
+from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.group import Group
 from shoal.comm.store import Columns, Store
@@ -99,6 +101,10 @@ class GroupData(ArenaData):
     @property
     def keeps(self) -> Sequence[int]:
         return range(self.world_size) if self.rank == 0 else ()
+
+    @property
+    def tells_metrics(self) -> bool:
+        return self.rank != 0
 
     def carry_buffers(self, publisher: int, written: Sequence[int]) -> None:
         self._buffers = (publisher, written)

@@ -5,6 +5,7 @@ The supervisor makes it and hands it down; workers come and go. It is cut into n
 
 * every worker has a *slot*. Only that worker (or, once it is dead, its replacement) writes there, so a killed process
   can leave no lock behind and no half-done read-modify-write;
+* so has every parameter server, behind those of the workers;
 * the supervisor has one slot of its own, written by the supervisor alone.
 
 A slot's *signals* are 32-bit counters on cache lines of their own. Posting a signal publishes everything written before
@@ -106,15 +107,21 @@ class ArenaLayout:
     world_size: int
     grid: Grid
 
+    @property
+    def places(self) -> int:
+        """Workers and servers: everybody whose process can be replaced."""
+        return self.world_size + self.grid.servers
+
     @classmethod
     def plan(cls, world_size: int, sizes: Mapping[str, int], grid: Grid | None = None) -> ArenaLayout:
         """Lay the regions out one after the other, each on a page of its own."""
         regions: dict[str, tuple[int, int]] = {}
+        grid = grid or Grid(dp=world_size)
         at = 0
-        for name, size in {"control": _SLOT * (world_size + 1), **sizes}.items():
+        for name, size in {"control": _SLOT * (world_size + grid.servers + 1), **sizes}.items():
             regions[name] = (at, size)
             at += -(-size // _PAGE) * _PAGE
-        return cls(regions, max(at, _PAGE), world_size, grid or Grid(dp=world_size))
+        return cls(regions, max(at, _PAGE), world_size, grid)
 
 
 class Arena:
@@ -124,8 +131,11 @@ class Arena:
         self.memory = memory
         self.layout = layout
         self.native = native or load()
-        self.slots = [Slot(self, rank) for rank in range(layout.world_size)]
-        self.supervisor = Slot(self, layout.world_size)
+        # Workers, then servers: the order in which everything is counted that either may have.
+        self.places = [Slot(self, place) for place in range(layout.places)]
+        self.slots = self.places[: layout.world_size]
+        self.servers = self.places[layout.world_size :]
+        self.supervisor = Slot(self, layout.places)
 
     @classmethod
     def create(cls, layout: ArenaLayout) -> Arena:
@@ -146,6 +156,22 @@ class Arena:
     def world_size(self) -> int:
         return self.layout.world_size
 
+    @property
+    def updaters(self) -> list[Slot]:
+        """The slots of those who update weights: the servers, or the workers where there are none."""
+        return self.servers or self.slots
+
+    @property
+    def leader(self) -> Slot:
+        """The slot of the one who decides what happens after a step."""
+        return self.updaters[0]
+
+    def place_name(self, place: int) -> str:
+        """What a sentence calls a place."""
+        if place < self.world_size:
+            return f"rank {place}"
+        return f"server {place - self.world_size}" if place < self.layout.places else "the supervisor"
+
     def region(self, name: str) -> torch.Tensor:
         """The bytes of a region, 1-D uint8."""
         offset, size = self.layout.regions[name]
@@ -157,8 +183,18 @@ class Arena:
 
     def wait_all(self, signal: Signal, target: int, spin_s: float, timeout_s: float) -> int:
         """Wait until every worker's signal has reached target; -1, or the rank that had not after timeout_s."""
-        address = self.memory.address + self.layout.regions["control"][0] + int(signal) * _LINE
-        return self.native.wait_all(address, _SLOT, self.world_size, target, spin_s, timeout_s)
+        return self._wait(0, self.world_size, signal, target, spin_s, timeout_s)
+
+    def wait_updaters(self, signal: Signal, target: int, spin_s: float, timeout_s: float) -> int:
+        """The same for all who update weights; -1, or the place that had not."""
+        if not self.servers:
+            return self.wait_all(signal, target, spin_s, timeout_s)
+        return self._wait(self.world_size, len(self.servers), signal, target, spin_s, timeout_s)
+
+    def _wait(self, first: int, count: int, signal: Signal, target: int, spin_s: float, timeout_s: float) -> int:
+        address = self.memory.address + self.layout.regions["control"][0] + first * _SLOT + int(signal) * _LINE
+        late = self.native.wait_all(address, _SLOT, count, target, spin_s, timeout_s)
+        return late if late < 0 else first + late
 
 
 class Slot:

@@ -25,23 +25,31 @@ class Place:
 class Grid:
     """dp × pp × tp ranks; the tensor axis is the innermost, since its ranks speak most often.
 
-    ``sharded``: weights and gradients are cut along the data axis, too.
+    ``sharded``: weights and gradients are cut along the data axis, too. ``servers``: processes beside the ranks that update
+    the weights in their place.
     """
 
     dp: int = 1
     pp: int = 1
     tp: int = 1
     sharded: bool = False
+    servers: int = 0
 
     @classmethod
     def of(cls, plan: Plan) -> Grid:
         """The grid that a plan names."""
         # A single worker on the data axis has nobody to share with.
-        return cls(plan.data_ways, plan.pp or 1, plan.tp or 1, plan.zero == 3 and plan.data_ways > 1)
+        sharded = plan.zero == 3 and plan.data_ways > 1
+        return cls(plan.data_ways, plan.pp or 1, plan.tp or 1, sharded, plan.ps or 0)
 
     @property
     def world_size(self) -> int:
         return self.dp * self.pp * self.tp
+
+    @property
+    def updaters(self) -> int:
+        """How many processes divide the updates among themselves: the servers, or all ranks where there are none."""
+        return self.servers or self.world_size
 
     @property
     def splits_model(self) -> bool:

@@ -64,14 +64,14 @@ def slice_layout(table: ParameterTable, grid: Grid, local: bool = False) -> Slic
     """The most that any worker's part needs."""
     row = scalar_row_bytes(table)
     if table.elementwise:
-        lanes = [lane_of(table, part, grid, local) for part in range(grid.world_size)]
+        lanes = [lane_of(table, part, grid, local) for part in range(grid.updaters)]
         chunks = [chunks_of(table, lane.start, lane.stop) for lane in lanes]
         pieces = max((sum(len(c.pieces) for c in own) for own in chunks), default=0)
         longest = max((len(c.pieces) for own in chunks for c in own), default=0)
         undo = align(CHUNK_BYTES) * (1 + len(table.state_keys)) + longest * row
         return SliceLayout(align(pieces * row), align(undo))
     held = []
-    for hand in deal_tensors(table, 1 if local else grid.world_size):
+    for hand in deal_tensors(table, 1 if local else grid.updaters):
         own = set(hand)
         state = sum(align(s.nbytes) for s in table.states if s.parameter in own)
         held.append(state + sum(align(table.trained[i].nbytes) for i in hand) + row * len(table.trained))
@@ -95,7 +95,7 @@ def arena_layout(
     """
     world_size = ranks.world_size
     grid = Grid() if private else ranks
-    parts = grid.world_size
+    parts = grid.updaters
     own = slice_layout(table, grid, local)
     replicas = world_size if local else 0
     state = len(table.state_keys) * table.trained_bytes if table.elementwise else table.state_bytes
@@ -103,7 +103,7 @@ def arena_layout(
         world_size,
         {
             "records": world_size * RING_STEPS * Columns.COUNT * 8,
-            "notebooks": world_size * 2 * NOTEBOOK_BYTES,
+            "notebooks": (world_size + grid.servers) * 2 * NOTEBOOK_BYTES,
             "touched": grid.stripes * max(1, len(table.trained)),
             "echoed": grid.stripes * max(1, len(table.echoes)),
             "scalars": parts * own.scalar_bytes,
@@ -143,11 +143,11 @@ class Store:
     @property
     def parts(self) -> int:
         """Into how many parts updates are cut."""
-        return self.grid.world_size
+        return self.grid.updaters
 
     def part_of(self, rank: int) -> int:
-        """The part of the updates that is a worker's: its own, or the only one that this memory has."""
-        return rank if self.parts == self.arena.world_size else 0
+        """The place in the grid that is a worker's: its own, or the only one that this memory has."""
+        return rank if self.grid.world_size == self.arena.world_size else 0
 
     def stripe_of(self, rank: int) -> int:
         """The stripe that a worker's gradients go to."""
@@ -178,7 +178,7 @@ class Store:
         return self.arena.view("buffers", offset, spec.numel, spec.dtype).view(spec.shape)
 
     def lane(self, rank: int) -> Lane:
-        """What a worker updates."""
+        """What a worker, or a server, updates."""
         return lane_of(self.table, rank, self.grid, self.local)
 
     @property
@@ -240,27 +240,30 @@ class Store:
         size = region.numel() // self.arena.world_size
         return region[rank * size : (rank + 1) * size]
 
-    def write_notebook(self, rank: int, step: int, value: Any) -> None:
-        """Keep a small value that holds at the beginning of ``step``; the one of ``step - 1`` stays readable."""
+    def write_notebook(self, place: int, step: int, value: Any) -> None:
+        """Keep a small value of a worker or server that holds at the beginning of ``step``.
+
+        The one of ``step - 1`` stays readable.
+        """
         data = pickle.dumps(value, protocol=5)
         if len(data) > NOTEBOOK_BYTES - 8:
             raise JobError(
                 f"The scheduler and the optimizer's groups take {len(data)} bytes to remember and {NOTEBOOK_BYTES - 8} "
                 "fit; keep large values out of them."
             )
-        page = self._notebook(rank, step)
+        page = self._notebook(place, step)
         page[8 : 8 + len(data)] = np.frombuffer(data, dtype=np.uint8)
         page[:8].view(np.int64)[0] = len(data)
 
-    def read_notebook(self, rank: int, step: int) -> Any:
+    def read_notebook(self, place: int, step: int) -> Any:
         """What ``write_notebook`` kept for that step, or None."""
-        page = self._notebook(rank, step)
+        page = self._notebook(place, step)
         size = int(page[:8].view(np.int64)[0])
         return pickle.loads(page[8 : 8 + size].tobytes()) if size else None
 
-    def _notebook(self, rank: int, step: int) -> np.ndarray:
+    def _notebook(self, place: int, step: int) -> np.ndarray:
         region = self.arena.region("notebooks").numpy()
-        at = (rank * 2 + step % 2) * NOTEBOOK_BYTES
+        at = (place * 2 + step % 2) * NOTEBOOK_BYTES
         page: np.ndarray = region[at : at + NOTEBOOK_BYTES]
         return page
 

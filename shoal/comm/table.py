@@ -181,9 +181,12 @@ class Lane:
 
 
 def lane_of(table: ParameterTable, part: int, grid: Grid, local: bool) -> Lane:
-    """The lane of a worker: a slice of what its owner has."""
+    """The lane of a worker: a slice of what its owner has; or of a server: a slice of everything."""
     if local:
         return Lane(part, 0, table.trained_bytes, (part,), part)
+    if grid.servers:
+        start, stop = slice_bounds(table.trained_bytes, grid.servers)[part]
+        return Lane(part, start, stop, tuple(range(grid.stripes)))
     owner = grid.owner(part)
     members = grid.ranks_of(owner)
     begin, end = table.span(owner) if grid.owners > 1 else (0, table.trained_bytes)

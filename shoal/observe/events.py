@@ -30,9 +30,11 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "checkpoint": ("step", "path", "bytes", "write_s"),
         "checkpoint_failed": ("step", "reason"),
         "checkpoint_damaged": ("path", "reason"),
-        "death": ("rank", "pid", "step", "phase", "cause"),
-        "recovered": ("rank", "pid", "step", "after_s", "action"),
-        "stall": ("rank", "pid", "step", "phase", "waited_s", "waits_for", "stack", "replaced_after_s"),
+        "death": ("rank", "pid", "step", "phase", "cause", "role"),
+        "recovered": ("rank", "pid", "step", "after_s", "action", "role"),
+        "stall": ("rank", "pid", "step", "phase", "waited_s", "waits_for", "stack", "replaced_after_s", "role"),
+        "clock": ("rank", "clock", "slowest"),
+        "push_ack": ("rank", "epoch", "batch", "shard", "versions", "staleness"),
         "warning": ("text",),
         "stop": ("step", "reason"),
         "error": ("sentence", "rank", "traceback"),
@@ -47,7 +49,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 OPEN_KINDS = frozenset({"epoch"})
 """Kinds whose fields are partly named by the job."""
 
-FREQUENT_KINDS = frozenset({"step"})
+FREQUENT_KINDS = frozenset({"step", "clock", "push_ack"})
 """Kinds that wait for ``flush``; all others are handed to the file at once."""
 
 _FLUSH_BYTES = 1 << 16

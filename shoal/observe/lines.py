@@ -110,7 +110,7 @@ def _epoch(event: Event) -> list[str]:
 
 def _death(event: Event) -> list[str]:
     return [
-        f"worker {event.get('rank')} (pid {event.get('pid')}) died in step {event.get('step')}"
+        f"{_who(event)} (pid {event.get('pid')}) died in step {event.get('step')}"
         f"{_phase(event)}: {event.get('cause')}"
     ]
 
@@ -118,14 +118,14 @@ def _death(event: Event) -> list[str]:
 def _recovered(event: Event) -> list[str]:
     action = str(event.get("action"))
     return [
-        f"worker {event.get('rank')} is back (pid {event.get('pid')}) in step {event.get('step')}"
+        f"{_who(event)} is back (pid {event.get('pid')}) in step {event.get('step')}"
         f" after {event.get('after_s') or 0.0:.2f} s: {_ACTIONS.get(action, action)}"
     ]
 
 
 def _stall(event: Event) -> list[str]:
     line = (
-        f"worker {event.get('rank')} (pid {event.get('pid')}) has not answered for {event.get('waited_s') or 0.0:.1f} s"
+        f"{_who(event)} (pid {event.get('pid')}) has not answered for {event.get('waited_s') or 0.0:.1f} s"
         f" in step {event.get('step')}{_phase(event)}"
     )
     if event.get("waits_for"):
@@ -155,6 +155,10 @@ def _run_end(event: Event) -> list[str]:
     if event.get("model"):
         lines.append(f"model: {event['model']}")
     return lines
+
+
+def _who(event: Event) -> str:
+    return f"{event.get('role') or 'worker'} {event.get('rank')}"
 
 
 def _phase(event: Event) -> str:

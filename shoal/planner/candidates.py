@@ -24,7 +24,8 @@ def local_candidates(
     """
     found: list[Plan] = []
     for dp in _ways(wanted, cores, batch):
-        asked = in_microbatches(wanted.replace(dp=dp), batch if divisible is None else divisible)
+        ways = {"dp": dp} if wanted.ps is None else {"workers": dp}
+        asked = in_microbatches(wanted.replace(**ways), batch if divisible is None else divisible)
         threads = [wanted.threads] if wanted.threads is not None else _threads(cores, asked)
         for count in threads:
             for layout in _layouts(asked, images):

@@ -10,6 +10,9 @@ tensor axis splits), s optimizer tensors, and N workers on the data axis::
     activations  what is saved for the backward pass of each microbatch in flight, and the peak of the last one
     process      Python, torch and the arena's small regions
 
+With a parameter server (``ps=S``) the workers have their weights and their own stripe, and each server W/S of weights, of
+each optimizer tensor, and of every worker's stripe. A worker that waits for nobody (bounded, async) has a copy of W.
+
 Sources: ZeRO (Rajbhandari et al. 2020, section 3) for the shares, Korthikanti et al. 2022 (equations 1 to 4) for what of the
 activations the tensor axis splits, Narayanan et al. 2021 for microbatches in flight.
 """
@@ -23,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from shoal.axes.owners import owning_stages
 from shoal.axes.zero import held
 from shoal.errors import PlanError
-from shoal.plan import Plan
+from shoal.plan import SERVER_KEYS, Plan
 from shoal.planner.candidates import in_microbatches
 
 PROCESS_BYTES = 330_000_000
@@ -156,6 +159,8 @@ def worker_need(model: ModelMemory, plan: Plan, stages: Sequence[Sequence[int]] 
     ranks = [[u for c in _chunks_of_stage(stage, pp, len(cut), plan.schedule) for u in cut[c]] for stage in range(pp)]
     owners = _owners(model, ranks)
     needs = [_stage_need(model, plan, ranks, owners, stage) for stage in range(pp)]
+    if plan.ps is not None:
+        needs.append(_server_need(model, plan))
     return max(needs, key=lambda need: need.total)
 
 
@@ -166,7 +171,11 @@ def machine_need(model: ModelMemory, plan: Plan, need: Need) -> int:
     trained = sum(w.nbytes for w in model.weights if w.trained)
     stripes = 1 if plan.zero == 3 else (plan.data_ways if plan.names_axes else 1)
     private = need.activations + need.gathered + need.process
-    return weights + trained * (stripes + model.state_tensors) + 2 * model.buffer_bytes + world * private
+    # A server is a process, too, without activations; workers that wait for nobody have weights of their own.
+    copies = 0 if plan.mode in (None, "sync") else world
+    servers = plan.servers * model.process_bytes
+    shared = weights + trained * (stripes + model.state_tensors + copies) + 2 * model.buffer_bytes
+    return shared + world * private + servers
 
 
 def cut_stages(model: ModelMemory, count: int) -> list[list[int]]:
@@ -236,7 +245,8 @@ def _chunks_of_stage(stage: int, pp: int, chunks: int, schedule: str | None) -> 
 def _stage_need(
     model: ModelMemory, plan: Plan, cut: Sequence[Sequence[int]], owners: Mapping[str, int], stage: int
 ) -> Need:
-    dp, tp = plan.dp or 1, plan.tp or 1
+    dp, tp = plan.data_ways if plan.names_axes else 1, plan.tp or 1
+    serves = plan.ps is not None
     units = cut[stage]
     own = set(units)
     mine = [(w, w.nbytes / (tp if w.split else 1)) for w in model.weights if {w.unit, *w.also} & own]
@@ -254,14 +264,29 @@ def _stage_need(
         gathered = held([int(size) for size in blocks], int(rest), dp, 0).gathered
         weights, gradients = weights / dp, trained / dp
     else:
-        # Its own stripe, and of each other one the slice that it adds up.
-        gradients = trained * (1 + (dp - 1) / dp) + echoes
+        # Its own stripe, and of each other one the slice that it adds up: that is the servers' work where there are some.
+        gradients = trained * (1 + (0 if serves else (dp - 1) / dp)) + echoes
+        weights *= 2 if serves and plan.mode not in (None, "sync") else 1
     return Need(
         weights=math.ceil(weights),
         gradients=math.ceil(gradients),
-        state=math.ceil(model.state_tensors * trained / dp),
+        state=0 if serves else math.ceil(model.state_tensors * trained / dp),
         activations=math.ceil(_activations(model, plan, units, stage)),
         gathered=gathered,
+        buffers=2 * model.buffer_bytes,
+        process=model.process_bytes,
+    )
+
+
+def _server_need(model: ModelMemory, plan: Plan) -> Need:
+    """What a parameter server has, or reads, of everybody's."""
+    trained = sum(w.nbytes for w in model.weights if w.trained) / plan.servers
+    return Need(
+        weights=math.ceil(trained),
+        gradients=math.ceil(trained * plan.data_ways),
+        state=math.ceil(model.state_tensors * trained),
+        activations=0,
+        gathered=0,
         buffers=2 * model.buffer_bytes,
         process=model.process_bytes,
     )
@@ -286,7 +311,7 @@ def _activations(model: ModelMemory, plan: Plan, units: Sequence[int], stage: in
     mode = plan.recompute or "none"
     tp = plan.tp or 1
     divided = 1.0 / tp if plan.sequence_parallel else 1 - SPLIT_SHARE + SPLIT_SHARE / tp
-    share = -(-model.batch // (plan.dp or 1))
+    share = -(-model.batch // (plan.data_ways if plan.names_axes else 1))
     if plan.shares:
         share = math.ceil(model.batch * max(plan.shares) / sum(plan.shares))
     samples = -(-share // ((plan.accumulate or 1) * (plan.microbatches or 1)))
@@ -391,7 +416,7 @@ def propose(
 
 def _plans_of(wanted: Plan, workers: int, mode: str, model: ModelMemory) -> Iterable[Plan]:
     """Every way to use exactly so many workers."""
-    dropped = ("shares", "microbatches", "schedule", "interleave", "sequence_parallel", "batchnorm")
+    dropped = ("ps", *SERVER_KEYS, "shares", "microbatches", "schedule", "interleave", "sequence_parallel", "batchnorm")
     kept = wanted.replace(**dict.fromkeys(dropped), explanation=())
     for tp in _divisors(workers):
         for pp in _divisors(workers // tp):
@@ -425,6 +450,7 @@ def _axes_used(plan: Plan) -> int:
 def axes_text(plan: Plan) -> str:
     """The part of a plan that memory depends on, as a plan string, without what follows from the rest."""
     said = {k: v for k, v in plan.values().items() if k in ("dp", "tp", "pp", "accumulate") and v != 1}
+    said.update({k: v for k, v in plan.values().items() if k in ("ps", "workers", "mode", "staleness")})
     said.update({k: v for k, v in plan.values().items() if k == "zero" and v})
     said.update({k: v for k, v in plan.values().items() if k == "recompute" and v != "none"})
     said.update({k: v for k, v in plan.values().items() if k == "precision" and v != "fp32"})

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+WORKER, SERVER = "worker", "server"
+"""The roles of a training run's processes."""
+
 
 @dataclass(frozen=True)
 class Load:

@@ -131,7 +131,10 @@ class PartWriter:
                 self._write_at(data[part], offset)
 
     def write_rest(self, *ranks: int) -> None:
-        """Write what is no chunk: these ranks' notes, and for rank 0 the header, frozen weights and buffers."""
+        """Write what is no chunk: these ranks' notes, and for rank 0 the header, frozen weights and buffers.
+
+        Servers are counted behind the workers.
+        """
         self.write(())
         step, store = self.step, self._store
         if 0 in ranks:
@@ -149,17 +152,20 @@ class PartWriter:
             self._write_notes(rank)
 
     def _write_notes(self, rank: int) -> None:
-        record = self._store.record(rank, self.step - 1)
-        sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
+        sums: list[float] = []
+        metrics: list[Piece] = []
+        if rank < self._store.arena.world_size:
+            record = self._store.record(rank, self.step - 1)
+            sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
+            metrics = read_pieces(Journal(self._store.arena, rank), self.step)
         # Into memory first: torch tells a full disk by a RuntimeError.
-        metrics = read_pieces(Journal(self._store.arena, rank), self.step)
         kept = {"notebook": self._store.read_notebook(rank, self.step), "sums": sums, "metrics": metrics}
         (self._path / f"rank-{rank}.pt").write_bytes(notes.to_bytes(kept))
 
     def write_all(self) -> None:
         """Write everything, while no worker is at work."""
         store, table = self._store, self._store.table
-        for rank in range(store.arena.world_size):
+        for rank in range(store.arena.layout.places):
             self.write_rest(rank)
         rows = ScalarRows(store)
         for index, spec in enumerate(table.trained):
@@ -354,8 +360,10 @@ def _restore_notes(checkpoint: Checkpoint) -> Restored:
     metrics: list[list[Piece]] = []
     for path in sorted(checkpoint.path.glob("rank-*.pt"), key=lambda p: int(p.stem.split("-")[1])):
         kept = notes.read(path)
-        sums = sums + np.array(kept["sums"])
-        metrics.append(kept.get("metrics", []))
+        # A server has computed nothing and keeps no metrics.
+        if kept["sums"]:
+            sums = sums + np.array(kept["sums"])
+            metrics.append(kept.get("metrics", []))
         page = kept["notebook"]
         if notebook is None:
             notebook = page

@@ -17,6 +17,7 @@ from shoal.cluster.measure import fingerprint
 from shoal.comm.arena import Arena, Note, Signal
 from shoal.comm.grid import Grid
 from shoal.comm.store import Columns, Store
+from shoal.comm.table import ALIGNMENT
 from shoal.errors import NotBuiltError, PlanError
 from shoal.job import Job
 from shoal.plan import Plan
@@ -162,8 +163,10 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
     batch = min(job.batch_size, facts.samples)
     if plan.data_ways > batch:
         raise PlanError(
-            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use dp={batch} or fewer, or a larger batch."
+            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use {'dp' if plan.ps is None else 'workers'}={batch} "
+            "or fewer, or a larger batch."
         )
+    check_servers(plan, facts)
     if plan.shares is not None and sum(plan.shares) == 0:
         raise PlanError("All shares are 0; give at least one worker a part of the batch.")
     for key in ("tp", "pp"):
@@ -176,6 +179,20 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
         raise PlanError(
             f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer."
         )
+
+
+def check_servers(plan: Plan, facts: JobFacts) -> None:
+    """Refuse more servers than there is anything to serve for."""
+    table = facts.table
+    elements = sum(spec.numel for spec in table.trained)
+    if table.elementwise:
+        most = min(elements, -(-table.trained_bytes // ALIGNMENT))
+        what = f"{elements:,} parameters, {ALIGNMENT} bytes of them at least for each"
+    else:
+        most = len(table.trained) if table.splittable else 1
+        what = f"{len(table.trained)} parameter tensors that the optimizer takes as wholes"
+    if plan.servers > most:
+        raise PlanError(f"ps={plan.servers} is more servers than parameters ({what}); use ps={most} or fewer.")
 
 
 def split_of(plan: Plan, supervisor: Supervisor) -> Split | None:

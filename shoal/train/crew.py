@@ -1,4 +1,4 @@
-"""The workers of a run, seen from the supervisor: starting them, noticing deaths and stalls, putting workers back."""
+"""The workers and servers of a run, seen from the supervisor: starting them, noticing deaths and stalls, putting workers back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shoal.comm.team import Recovery
 from shoal.errors import RequestError, WorkerLostError
 from shoal.process.channel import ChannelClosed
 from shoal.process.failure import Failure
+from shoal.process.messages import SERVER, WORKER
 from shoal.process.supervisor import Child, Supervisor, TemplateLost
 from shoal.train.settings import RunSettings
 
@@ -56,7 +57,7 @@ class Patience:
 
 @dataclass
 class _Replaced:
-    rank: int
+    place: int
     pid: int
     step: int
     died_at: float
@@ -82,7 +83,7 @@ def bind(supervisor: Supervisor, settings: RunSettings, fd: int, last: bool) -> 
 
 
 class Crew:
-    """The workers of one arena."""
+    """The workers of one arena, and its servers."""
 
     def __init__(self, supervisor: Supervisor, arena: Arena, settings: RunSettings, emit: Emit, fd: int) -> None:
         self.supervisor = supervisor
@@ -92,9 +93,9 @@ class Crew:
         self._fd = fd
         self._patience = Patience.from_environment()
         self._workers: dict[int, Child] = {}
-        # From 1: a slot that nobody has written to says 0.
-        self._incarnations = [0] * arena.world_size
-        self._put_at = [0.0] * arena.world_size
+        # All by place: workers, then servers. From 1: a slot that nobody has written to says 0.
+        self._incarnations = [0] * len(arena.places)
+        self._put_at = [0.0] * len(arena.places)
         self._spare = True
         self._deaths: dict[tuple[int, int], int] = {}
         self._recoveries: list[_Replaced] = []
@@ -105,7 +106,7 @@ class Crew:
         self._team_size = grid.team_size
         firsts = range(0, grid.world_size, grid.team_size) if grid.splits_model else ()
         self._teams = [Recovery(arena, grid.team(first)) for first in firsts]
-        self.first_steps = [arena.slots[r].signal(Signal.UPDATED) for r in range(arena.world_size)]
+        self.first_steps = [slot.signal(Signal.UPDATED) for slot in arena.places]
 
     def start(self, spare: bool = True) -> None:
         """Fork and assign all workers, and a standby to replace the first that dies; none for a run that is only tried."""
@@ -116,24 +117,32 @@ class Crew:
 
     def _fill(self) -> None:
         """Put a process in every place that is empty. ChannelClosed where the template is gone."""
-        for rank in range(self._arena.world_size):
-            if rank not in self._workers and rank not in self._done:
+        for place in range(len(self._arena.places)):
+            if place not in self._workers and place not in self._done:
                 child = self.supervisor.standby()
-                self._incarnations[rank] += 1
-                self._put_at[rank] = time.monotonic()
-                self._workers[rank] = child
-                self.supervisor.assign(child, "worker", rank, self._incarnations[rank])
+                self._incarnations[place] += 1
+                self._put_at[place] = time.monotonic()
+                self._workers[place] = child
+                self.supervisor.assign(child, *self._role(place), self._incarnations[place])
                 for recovery in self._recoveries:
-                    if recovery.rank == rank:
+                    if recovery.place == place:
                         recovery.pid = child.pid
         children = self.supervisor.children.values()
         if self._spare and not any(c.role == "standby" and c.status is None for c in children):
             self.supervisor.fork()
 
+    def _role(self, place: int) -> tuple[str, int]:
+        """The role that a place is for, and the number among those who have it."""
+        workers = self._arena.world_size
+        return (WORKER, place) if place < workers else (SERVER, place - workers)
+
+    def _place(self, child: Child) -> int:
+        return child.rank + (self._arena.world_size if child.role == SERVER else 0)
+
     @property
     def finished(self) -> bool:
-        """Whether every worker has done its last step and left."""
-        return len(self._done) == self._arena.world_size
+        """Whether every worker and server has done its last step and left."""
+        return len(self._done) == len(self._arena.places)
 
     def poll(self, timeout_s: float, longest_step_s: float, last_checkpoint: Callable[[], str]) -> list[Any]:
         """Wait for news; put dead workers back; return the messages of workers, oldest first.
@@ -158,39 +167,41 @@ class Crew:
 
     # -- deaths --------------------------------------------------------------------------------------------------
 
-    def _phase(self, rank: int) -> Phase:
-        """What a worker does; its slot speaks of its predecessor until it has begun."""
-        slot = self._arena.slots[rank]
-        return Phase(int(slot.note(Note.PHASE))) if self._has_begun(rank) else Phase.STARTING
+    def _phase(self, place: int) -> Phase:
+        """What a process does; its slot speaks of its predecessor until it has begun."""
+        slot = self._arena.places[place]
+        return Phase(int(slot.note(Note.PHASE))) if self._has_begun(place) else Phase.STARTING
 
-    def _has_begun(self, rank: int) -> bool:
-        return int(self._arena.slots[rank].note(Note.INCARNATION)) == self._incarnations[rank]
+    def _has_begun(self, place: int) -> bool:
+        return int(self._arena.places[place].note(Note.INCARNATION)) == self._incarnations[place]
 
     def _bury(self, child: Child, cause: str, last_checkpoint: Callable[[], str]) -> None:
         """Take note of a child's death; nothing more where it was no worker, or had finished."""
-        if self._workers.get(child.rank) is not child:
+        place = self._place(child)
+        if self._workers.get(place) is not child:
             return
-        del self._workers[child.rank]
-        if self._phase(child.rank) == Phase.DONE:
-            self._done.add(child.rank)
+        del self._workers[place]
+        if self._phase(place) == Phase.DONE:
+            self._done.add(place)
             return
-        rank, slot = child.rank, self._arena.slots[child.rank]
+        (role, rank), slot = self._role(place), self._arena.places[place]
         step = slot.signal(Signal.UPDATED)
         if child.pid in self._stalled:
             cause = "stalled"
-        self._emit("death", rank=rank, pid=child.pid, step=step + 1, phase=self._phase(rank).name.lower(), cause=cause)
-        self._deaths[rank, step] = self._deaths.get((rank, step), 0) + 1
-        if self._deaths[rank, step] >= MOST_DEATHS_A_STEP:
+        phase = self._phase(place).name.lower()
+        self._emit("death", rank=rank, pid=child.pid, step=step + 1, phase=phase, cause=cause, role=role)
+        self._deaths[place, step] = self._deaths.get((place, step), 0) + 1
+        if self._deaths[place, step] >= MOST_DEATHS_A_STEP:
             raise WorkerLostError(
-                f"Worker {rank} died {MOST_DEATHS_A_STEP} times in step {step + 1} (last by {cause}), so something in that "
-                f"step kills it; {last_checkpoint()}"
+                f"{role.capitalize()} {rank} died {MOST_DEATHS_A_STEP} times in step {step + 1} (last by {cause}), so "
+                f"something in that step kills it; {last_checkpoint()}"
             )
         computed = slot.signal(Signal.GRADIENTS)
-        if self._teams:
+        if self._teams and role == WORKER:
             computed = self._teams[rank // self._team_size].lose(rank % self._team_size)
         action = "rolled_forward" if computed > step else "recomputed"
-        self._recoveries.append(_Replaced(rank, 0, step, time.monotonic(), action))
-        self._reported.pop(rank, None)
+        self._recoveries.append(_Replaced(place, 0, step, time.monotonic(), action))
+        self._reported.pop(place, None)
 
     def _begin_again(self, last_checkpoint: Callable[[], str]) -> list[Any]:
         """The template was killed, and its children with it: make another and go on from the arena.
@@ -198,8 +209,8 @@ class Crew:
         Returns the messages that the children had sent before they died.
         """
         messages = _messages(self.supervisor.end_children())
-        for rank in sorted(self._workers):
-            self._bury(self._workers[rank], "SIGKILL", last_checkpoint)
+        for place in sorted(self._workers):
+            self._bury(self._workers[place], "SIGKILL", last_checkpoint)
         for attempt in range(MOST_TEMPLATES):
             if self.finished:
                 break
@@ -223,42 +234,41 @@ class Crew:
 
     def _look_for_recovered(self) -> None:
         for recovery in list(self._recoveries):
-            slot = self._arena.slots[recovery.rank]
-            if slot.signal(Signal.UPDATED) > recovery.step or self._phase(recovery.rank) == Phase.DONE:
+            slot = self._arena.places[recovery.place]
+            if slot.signal(Signal.UPDATED) > recovery.step or self._phase(recovery.place) == Phase.DONE:
                 self._recoveries.remove(recovery)
+                role, rank = self._role(recovery.place)
                 self._emit(
-                    "recovered", rank=recovery.rank, pid=recovery.pid, step=recovery.step + 1,
-                    after_s=time.monotonic() - recovery.died_at, action=recovery.action,
+                    "recovered", rank=rank, pid=recovery.pid, step=recovery.step + 1,
+                    after_s=time.monotonic() - recovery.died_at, action=recovery.action, role=role,
                 )  # fmt: skip
 
     # -- stalls --------------------------------------------------------------------------------------------------
 
     def _look_for_stalled(self, longest_step_s: float) -> None:
         now = time.monotonic()
-        for rank, child in self._workers.items():
-            slot = self._arena.slots[rank]
-            phase = self._phase(rank)
+        for place, child in self._workers.items():
+            slot = self._arena.places[place]
+            phase = self._phase(place)
             # A waiting worker beats its heart; any other phase is entered anew at every step.
-            silent_s = now - (slot.note(Note.PHASE_SINCE) if self._has_begun(rank) else self._put_at[rank])
-            first = slot.signal(Signal.UPDATED) == self.first_steps[rank] and phase != Phase.WAITING
+            silent_s = now - (slot.note(Note.PHASE_SINCE) if self._has_begun(place) else self._put_at[place])
+            first = slot.signal(Signal.UPDATED) == self.first_steps[place] and phase != Phase.WAITING
             report_s, replace_s = self._patience.limits(longest_step_s, first)
             if silent_s > replace_s and child.pid not in self._stalled:
                 self._stalled.add(child.pid)
                 self.supervisor.kill(child)
-            elif silent_s > report_s and rank not in self._reported:
-                self._reported[rank] = now
-                self._report_stall(rank, child, phase, silent_s, replace_s)
+            elif silent_s > report_s and place not in self._reported:
+                self._reported[place] = now
+                self._report_stall(place, child, phase, silent_s, replace_s)
             elif silent_s < report_s:
-                self._reported.pop(rank, None)
+                self._reported.pop(place, None)
 
-    def _report_stall(self, rank: int, child: Child, phase: Phase, silent_s: float, replace_s: float) -> None:
-        slot = self._arena.slots[rank]
+    def _report_stall(self, place: int, child: Child, phase: Phase, silent_s: float, replace_s: float) -> None:
+        slot, (role, rank) = self._arena.places[place], self._role(place)
         missing = int(slot.note(Note.WAITS_FOR))
-        waits_for = (
-            "the supervisor" if missing >= self._arena.world_size else f"rank {missing}" if missing >= 0 else None
-        )
+        waits_for = self._arena.place_name(missing) if missing >= 0 else None
         self._emit(
-            "stall", rank=rank, pid=child.pid, step=slot.signal(Signal.UPDATED) + 1, phase=phase.name.lower(),
+            "stall", role=role, rank=rank, pid=child.pid, step=slot.signal(Signal.UPDATED) + 1, phase=phase.name.lower(),
             waited_s=silent_s, waits_for=waits_for, stack=child.stack(), replaced_after_s=replace_s,
         )  # fmt: skip
 

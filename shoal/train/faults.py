@@ -2,7 +2,8 @@
 
 ``SHOAL_FAULTS="kill(rank=1,step=3,phase=backward);slow(rank=0,factor=4)"`` in the environment of ``shoal train``:
 
-* ``kill(rank, step, phase[, times])``: SIGKILL to itself at that point, ``times`` times (1);
+* ``kill(rank, step, phase[, times])``: SIGKILL to itself at that point, ``times`` times (1); ``server=0`` instead of ``rank``
+  for a parameter server;
 * ``stall(rank, step, phase[, times])``: stops answering (SIGSTOP), so that it has to be replaced;
 * ``slow(rank, factor[, step])``: computes ``factor`` times as long, from ``step`` on.
 
@@ -42,7 +43,7 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Fault:
-    """One disturbance; ``times`` is how often it strikes."""
+    """One disturbance; ``times`` is how often it strikes, ``rank`` the worker's or, where ``server`` says so, the server's."""
 
     kind: str
     rank: int
@@ -50,6 +51,7 @@ class Fault:
     phase: str = ""
     times: int = 1
     factor: float = 1.0
+    server: bool = False
 
 
 def parse_faults(text: str) -> list[Fault]:
@@ -64,8 +66,8 @@ def parse_faults(text: str) -> list[Fault]:
         fields = dict(re.findall(r"(\w+)\s*=\s*([\w.]+)", match[2]))
         try:
             fault = Fault(
-                match[1], int(fields["rank"]), int(fields.get("step", 0)), fields.get("phase", ""),
-                int(fields.get("times", 1)), float(fields.get("factor", 1)),
+                match[1], int(fields["server" if "server" in fields else "rank"]), int(fields.get("step", 0)),
+                fields.get("phase", ""), int(fields.get("times", 1)), float(fields.get("factor", 1)), "server" in fields,
             )  # fmt: skip
         except (KeyError, ValueError):
             raise RequestError(f'SHOAL_FAULTS has "{part}", which lacks a rank or has a number that is none.') from None
@@ -76,10 +78,11 @@ def parse_faults(text: str) -> list[Fault]:
 
 
 class Faults:
-    """The faults of one worker, whose slot outlives it."""
+    """The faults of one worker or server, whose slot outlives it."""
 
-    def __init__(self, rank: int, slot: Slot, text: str | None = None) -> None:
-        own = [f for f in parse_faults(os.environ.get("SHOAL_FAULTS", "") if text is None else text) if f.rank == rank]
+    def __init__(self, rank: int, slot: Slot, text: str | None = None, server: bool = False) -> None:
+        found = parse_faults(os.environ.get("SHOAL_FAULTS", "") if text is None else text)
+        own = [f for f in found if f.rank == rank and f.server == server]
         self._sudden = [f for f in own if f.kind != "slow"]
         self._slow = [f for f in own if f.kind == "slow"]
         self._slot = slot

@@ -98,7 +98,7 @@ class Forecast:
         """Whether a plan has to be looked at: there is a limit, or what it certainly takes comes near what the machine has."""
         if self.limits.worker_bytes is not None:
             return True
-        certain = arena_layout(self._facts.table, Grid.of(plan), 0).size + plan.world_size * PROCESS_BYTES
+        certain = arena_layout(self._facts.table, Grid.of(plan), 0).size + (plan.world_size + plan.servers) * PROCESS_BYTES
         return certain > _NEAR * self._machine.memory_bytes
 
     def need(self, plan: Plan, split: Split | None) -> tuple[ModelMemory, Need]:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from shoal.axes import recompute
-from shoal.axes.data import ArenaData, Waiting
+from shoal.axes.data import ArenaData
+from shoal.axes.server import ServedWorker, Server
+from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Arena, Note, Phase, Signal
 from shoal.comm.store import Store
 from shoal.comm.team import Team
@@ -23,7 +25,7 @@ from shoal.plan import Plan
 from shoal.process.aside import aside
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
-from shoal.process.messages import Assign
+from shoal.process.messages import SERVER, Assign
 from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
@@ -38,7 +40,8 @@ from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.part import cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
-from shoal.train.schedule import Schedule
+from shoal.train.schedule import NoSchedule, Schedule
+from shoal.train.server import ServerLoop, ServerParts
 from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
 from shoal.train.update import Updater, make_updater
@@ -118,7 +121,7 @@ class TrainHost:
 
     def split(self, plan: Plan) -> Split | None:
         """How the model is divided under a plan, found out aside; None where every worker has all of it."""
-        keys = ("dp", "tp", "pp", "zero", "schedule", "interleave", "microbatches", "sequence_parallel")
+        keys = ("dp", "ps", "workers", "tp", "pp", "zero", "schedule", "interleave", "microbatches", "sequence_parallel")
         asked = plan.replace(**dict.fromkeys(set(plan.values()) - set(keys)))
         if asked not in self._splits:
             # Stages are cut by measured times: asked again, another cut may come out, and it takes seconds.
@@ -162,7 +165,7 @@ class TrainHost:
         return describe_model(self._built, program)
 
     def run(self, role: Assign, channel: Channel) -> None:
-        """A worker's whole life."""
+        """A worker's or a server's whole life."""
         store, settings = self._store, self._settings
         assert store is not None and settings is not None
         if settings.grid.sharded:
@@ -172,16 +175,48 @@ class TrainHost:
             keep_freed_memory()
         torch.set_num_threads(settings.plan.threads or 1)
         self._embeddings = quicken_embeddings()
-        store.arena.slots[role.rank].write(Note.INCARNATION, role.incarnation)
+        place = role.rank + (store.arena.world_size if role.role == SERVER else 0)
+        store.arena.places[place].write(Note.INCARNATION, role.incarnation)
         waiting = Waiting(spin_s=settings.spin_s)
-        loop = self.loop(
-            role.rank, channel, lambda updater: ArenaData(store, role.rank, updater, waiting, settings.guard)
+
+        def make_axis(updater: Updater | None) -> ArenaData:
+            if updater is None:
+                return ServedWorker(store, role.rank, waiting)
+            return ArenaData(store, role.rank, updater, waiting, settings.guard)
+
+        serves = role.role == SERVER
+        loop: Loop | ServerLoop = (
+            self.server(role.rank, channel, waiting) if serves else self.loop(role.rank, channel, make_axis)
         )
         with contextlib.suppress(KeyboardInterrupt):
             loop.run()
 
-    def loop(self, rank: int, channel: Sender, make_axis: Callable[[Updater], ArenaData]) -> Loop:
-        """The loop of one worker in the run that was taken up."""
+    def server(self, number: int, channel: Sender, waiting: Waiting) -> ServerLoop:
+        """The loop of one parameter server in the run that was taken up."""
+        store, settings, built = self._store, self._settings, self._built
+        assert store is not None and settings is not None
+        place = store.arena.world_size + number
+        slot = store.arena.places[place]
+        slot.enter(Phase.STARTING, slot.signal(Signal.UPDATED))
+        parameters = [nn.Parameter(store.weights[index]) for index in range(len(store.table.trained))]
+        give_parameters(built.optimizer, parameters, store.table)
+        updater = make_updater(store, number, built.optimizer, lambda: parameters)
+        with user_code("scheduler"):
+            schedule = Schedule(built.job, built.optimizer, store, place, updater)
+        return ServerLoop(
+            ServerParts(
+                job=built.job,
+                axis=Server(store, number, updater, waiting, settings.guard),
+                updater=updater,
+                schedule=schedule,
+                faults=Faults(number, slot, server=True),
+                settings=settings,
+                channel=channel,
+            )
+        )
+
+    def loop(self, rank: int, channel: Sender, make_axis: Callable[[Updater | None], ArenaData]) -> Loop:
+        """The loop of one worker in the run that was taken up; it is told no updater where servers update."""
         store, settings, built = self._store, self._settings, self._built
         assert store is not None and settings is not None
         plan, job, grid = settings.plan, built.job, settings.grid
@@ -207,7 +242,9 @@ class TrainHost:
             )  # fmt: skip
             part = take_part(built, settings.split, plan, store, rank, prepare)
             give_parameters(built.optimizer, part.parameters, store.table)
-        updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
+        updater: Updater | None = None
+        if not grid.servers:
+            updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
         axis = make_axis(updater)
         axis.check = team.check if team is not None else None
         for source in (built.train, built.evaluation):
@@ -215,8 +252,10 @@ class TrainHost:
                 source.prefer_layout(plan.layout == "channels_last")
         if batchnorm is not None:
             batchnorm.add_up = axis.sum_small
-        with user_code("scheduler", rank):
-            schedule = Schedule(job, built.optimizer, store, rank, updater)
+        schedule: Schedule | NoSchedule = NoSchedule()
+        if updater is not None:
+            with user_code("scheduler", rank):
+                schedule = Schedule(job, built.optimizer, store, rank, updater)
         feed = Feed(built.train, division_of(job, plan), grid.place(rank).data, job.collate, plan.layout == "channels_last")
         faults = Faults(rank, slot)
         around = Surroundings(
@@ -232,6 +271,7 @@ class TrainHost:
             gradients=Gradients(store, store.stripe_of(rank), part.targets, part.shards),
             store=store,
             axis=axis,
+            updater=updater,
             team=team,
             feed=feed,
             eval_source=built.evaluation,

@@ -55,6 +55,7 @@ from shoal.train.run import Run
 from shoal.train.rundir import RunDirectory
 from shoal.train.session import Session, run_settings
 from shoal.train.settings import JobFacts, RunSettings
+from shoal.train.update import Updater
 
 _SHARED_REGIONS = ("weights", "buffers", "buffer_steps", "state", "scalars")
 # torchrun hands a terminal's Ctrl-C on to processes that the terminal has told already.
@@ -100,6 +101,11 @@ def work_for(job: Job, options: TrainOptions, meeting: str, rank: int, world_siz
 
 def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
     """The whole plan for a job of so many processes; PlanError where it is for another number."""
+    if plan.ps is not None:
+        raise NotBuiltError(
+            f"ps={plan.ps} is built for workers that share memory, on one machine; write dp={world_size} for processes that "
+            "do not."
+        )
     if plan.local_steps:
         raise NotBuiltError(
             f"local_steps={plan.local_steps} is not built for workers that share no memory; leave it out of the plan."
@@ -341,7 +347,7 @@ class _Process:
         loop = host.loop(
             group.rank,
             outbox,
-            lambda updater: GroupData(store, updater, group, outbox, course, lambda: self._interrupts.wanted, lead),
+            lambda updater: GroupData(store, _required(updater), group, outbox, course, lambda: self._interrupts.wanted, lead),
         )
         if host.facts().batchnorm:
             # A ragged batch leaves some without samples: these do not take part in its statistics.
@@ -349,6 +355,11 @@ class _Process:
             shares = [share for step in steps for share in loop.parts.feed.shares(step)]
             group.prepare([tuple(rank for rank, n in enumerate(share.counts) if n) for share in shares])
         return loop
+
+
+def _required(updater: Updater | None) -> Updater:
+    assert updater is not None, "plans with servers are refused"
+    return updater
 
 
 class _Host:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
-from shoal.axes.data import ArenaData, Hooks
+from shoal.axes.data import ArenaData
+from shoal.axes.updating import Hooks
 from shoal.comm.arena import Note, Order, Phase, Signal
 from shoal.comm.journal import Journal
 from shoal.comm.store import VALUE_COLUMNS, Columns, Store
@@ -24,9 +25,7 @@ from shoal.data.source import Source
 from shoal.errors import JobError
 from shoal.job import Job
 from shoal.process.failure import user_code
-from shoal.train import streams
 from shoal.train.buffers import Buffers
-from shoal.train.checkpoint import PartWriter
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed
@@ -34,9 +33,10 @@ from shoal.train.gradients import Gradients
 from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.objective import Outcome
 from shoal.train.passes import Passes
-from shoal.train.schedule import Schedule
-from shoal.train.settings import CheckpointTrouble, EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
-from shoal.train.update import WholeUpdater
+from shoal.train.saving import StepSaver, decide
+from shoal.train.schedule import NoSchedule, Schedule
+from shoal.train.settings import EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
+from shoal.train.update import Updater
 
 
 class Sender(Protocol):
@@ -52,6 +52,7 @@ class Parts:
     Attributes:
         model: what this worker has of the model.
         buffered: the module that has its buffers; ``publishes``: the names of those that it tells the others of, None for all.
+        updater: what updates its slice; None where servers update.
         team: the ranks that it computes a share with; None where it computes alone.
     """
 
@@ -63,10 +64,11 @@ class Parts:
     gradients: Gradients
     store: Store
     axis: ArenaData
+    updater: Updater | None
     team: Team | None
     feed: Feed
     eval_source: Source | None
-    schedule: Schedule
+    schedule: Schedule | NoSchedule
     faults: Faults
     settings: RunSettings
     channel: Sender
@@ -103,17 +105,18 @@ class Loop:
         self._journal = Journal(parts.store.arena, self.rank)
         self._metric_notes = MetricNotes(self._metrics.stateful, parts.job.metrics, self._journal)
         self._names: tuple[str, ...] | None = None
-        self._part = parts.store.part_of(self.rank)
         grid = parts.settings.grid
         place = grid.place(self.rank)
         self._replica = place.data
         # One rank of a replica speaks for its loss and its metrics, the first along the tensor axis for what all there have.
         self._leads = place.tensor == 0
         self._reports = parts.passes.knows_loss and self._leads
-        # An optimizer of the user's own may add noise; torch's elementwise ones do not.
-        self._may_draw = isinstance(parts.axis.updater, WholeUpdater)
-        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
-        self._part_writer: PartWriter | None = None
+        self._saver = StepSaver(
+            parts.axis, parts.updater, parts.axis.keeps, [parts.store.arena.slots[rank] for rank in parts.axis.keeps],
+            parts.settings.checkpoint_dir, parts.channel.send, parts.faults,
+            (parts.job.seed, parts.store.part_of(self.rank)),
+        )  # fmt: skip
+        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._saver.before_chunk)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -131,19 +134,11 @@ class Loop:
         while True:
             if step and step % settings.steps_per_epoch == 0 and self._epoch_ends(step):
                 break
-            if step >= settings.total_steps or self._must_stop(step):
+            if step >= settings.total_steps or axis.must_stop(step):
                 break
             self._step(step)
             step += 1
         self.slot.enter(Phase.DONE, step)
-
-    def _must_stop(self, step: int) -> bool:
-        """Whether the run ends here: rank 0 said so with its last gradients, or an observer when all had done the step."""
-        arena = self.parts.axis.arena
-        return step > 0 and step in (
-            int(arena.slots[0].note(Note.STOP_AFTER)),
-            int(arena.supervisor.note(Note.STOP_AT)),
-        )
 
     def _step(self, step: int) -> None:
         axis, slot, parts = self.parts.axis, self.slot, self.parts
@@ -170,12 +165,12 @@ class Loop:
             parts.channel.send(NotFinite(step + 1, self.rank, totals.loss, tuple(int(s) for s in samples)))
             axis.await_end()
         reduce_began, waited_s = time.monotonic(), axis.waited_s
-        self._begin_checkpoint(step)
+        self._saver.begin(step)
         slot.enter(Phase.UPDATE, step)
         with user_code("optimizer", self.rank):
             axis.update(step, totals, parts.job.grad_clip, self._hooks)
         parts.faults.reach("updated", step)
-        self._end_checkpoint(step)
+        self._saver.end(step)
         with user_code("scheduler", self.rank):
             parts.schedule.after_step(step)
         ended = time.monotonic()
@@ -219,16 +214,9 @@ class Loop:
 
     def _decide(self, step: int) -> None:
         """Rank 0 alone decides what happens after a step, before anybody can get past its barrier."""
-        if self.rank or (self.parts.store.local and not self._ends_round(step)):
+        if self.rank or (self.parts.store.local and not self._ends_round(step)) or self.parts.updater is None:
             return
-        supervisor, slot = self.parts.axis.arena.supervisor, self.slot
-        if supervisor.note(Note.STOP_WANTED):
-            slot.write(Note.STOP_AFTER, step + 1)
-        wanted = supervisor.note(Note.CHECKPOINT_WANTED)
-        # The one that this very step is to write must not be put off again.
-        if wanted > slot.note(Note.CHECKPOINT_SEEN) and slot.note(Note.CHECKPOINT_AT) != step:
-            slot.write(Note.CHECKPOINT_AT, step + 1)
-            slot.write(Note.CHECKPOINT_SEEN, wanted)
+        decide(self.slot, self.parts.axis.arena.supervisor, step)
 
     # -- computing -----------------------------------------------------------------------------------------------
 
@@ -328,49 +316,11 @@ class Loop:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _begin_checkpoint(self, step: int) -> None:
-        slots = self.parts.axis.arena.slots
-        self._part_writer = None
-        settled = (self.slot.note(Note.CHECKPOINT_DONE), self.slot.note(Note.CHECKPOINT_FAILED))
-        if self.parts.axis.keeps and int(slots[0].note(Note.CHECKPOINT_AT)) == step and step and step not in settled:
-            self.slot.enter(Phase.CHECKPOINT, step)
-            self.parts.faults.reach("checkpoint", step)
-            writer = PartWriter(self.parts.store, self.parts.settings.checkpoint_dir, step)
-            self._attempt(writer, lambda: writer.write_rest(*self.parts.axis.keeps))
-
     def _hand_over_metrics(self, step: int) -> None:
         """Where another rank writes this one's notes into the checkpoint, it has to be told the metrics' state."""
         axis = self.parts.axis
-        if self._metrics.stateful and not axis.keeps and int(axis.arena.slots[0].note(Note.CHECKPOINT_AT)) == step:
+        if self._metrics.stateful and axis.tells_metrics and int(axis.arena.slots[0].note(Note.CHECKPOINT_AT)) == step:
             self.parts.channel.send(MetricPieces(self.rank, step, read_pieces(self._journal, step)))
-
-    def _before_chunk(self, chunk: int, step: int) -> None:
-        """Copy a chunk into the checkpoint before its update: it is still that of the step's beginning."""
-        writer = self._part_writer
-        if self._may_draw:
-            streams.reseed(streams.UPDATE, self.parts.job.seed, step, self._part)
-        if writer is not None:
-            # A slow disk is no stall.
-            self.slot.write(Note.PHASE_SINCE, time.monotonic())
-            self._attempt(writer, lambda: writer.write(self.parts.axis.updater.saved(chunk)))  # type: ignore[attr-defined]
-
-    def _attempt(self, writer: PartWriter, action: Any) -> None:
-        try:
-            action()
-            self._part_writer = writer
-        except OSError as error:
-            self._part_writer = None
-            writer.close()
-            # What is missing in the file now must not be taken for written by a replacement.
-            self.slot.write(Note.CHECKPOINT_FAILED, writer.step)
-            self.parts.channel.send(CheckpointTrouble(writer.step, error.strerror or str(error)))
-
-    def _end_checkpoint(self, step: int) -> None:
-        if self._part_writer is not None:
-            self._part_writer.close()
-            self._part_writer = None
-            for rank in self.parts.axis.keeps:
-                self.parts.axis.arena.slots[rank].write(Note.CHECKPOINT_DONE, step)
 
     # -- the edge of an epoch ------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ class Recorder:
         self.samples += samples
         self._epoch_train_s += step_s
         self._epoch_samples += samples
+        self._tell_pushes(step, rows)
         self._emit(
             "step",
             step=step + 1,
@@ -88,6 +89,22 @@ class Recorder:
                 for rank, row in enumerate(rows)
             ],
         )
+
+    def _tell_pushes(self, step: int, rows: Sequence[np.ndarray]) -> None:
+        """Where servers have taken the pushes of a step: whose they were, and each worker's clock."""
+        grid = self._store.grid
+        if not grid.servers:
+            return
+        epoch, batch = divmod(step, self._steps_per_epoch)
+        for replica in range(grid.dp):
+            team = grid.team(grid.rank(replica))
+            self._emit("clock", rank=team[0], clock=step + 1, slowest=step + 1)
+            # A share of no samples is no push.
+            if any(rows[rank][Columns.SAMPLES] for rank in team):
+                self._emit(
+                    "push_ack", rank=team[0], epoch=epoch + 1, batch=batch + 1, shard=replica,
+                    versions=[step + 1] * grid.servers, staleness=0,
+                )  # fmt: skip
 
     def _values(self, sums: np.ndarray) -> dict[str, float]:
         count = float(sums[Columns.SAMPLES_SUM])

@@ -1,7 +1,8 @@
 """Learning-rate schedules, and remembering them for a replacement.
 
-Every worker steps a scheduler of its own; all of them come to the same values. What a scheduler and the optimizer's groups
-hold is kept in the arena's notebook at each step, so that a replacement goes on from there.
+Every process that updates weights, worker or server, steps a scheduler of its own; all of them come to the same values.
+What a scheduler and the optimizer's groups hold is kept in the arena's notebook at each step, so that a replacement goes on
+from there.
 """
 
 from __future__ import annotations
@@ -18,13 +19,26 @@ from shoal.train.describe import hyperparameters
 from shoal.train.update import Updater, WholeUpdater
 
 
-class Schedule:
-    """The scheduler of one worker over the job's own optimizer, whose groups the updater is told."""
+class NoSchedule:
+    """For a worker that updates nothing: the servers have the schedulers."""
 
-    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, store: Store, rank: int, updater: Updater) -> None:
+    def recall(self, step: int) -> None:
+        """Nothing was kept."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing changes."""
+
+    def after_epoch(self, eval_loss: float) -> None:
+        """Nothing changes."""
+
+
+class Schedule:
+    """The scheduler of one worker, or server, over the job's own optimizer, whose groups the updater is told."""
+
+    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, store: Store, place: int, updater: Updater) -> None:
         self._optimizer = optimizer
         self._store = store
-        self._rank = rank
+        self._place = place
         self._updater = updater
         self._every = job.scheduler_every
         self._scheduler: Any = job.scheduler(optimizer) if job.scheduler is not None else None
@@ -38,7 +52,7 @@ class Schedule:
 
     def recall(self, step: int) -> None:
         """Take up what was kept at the beginning of ``step``, or keep the beginning."""
-        page = self._store.read_notebook(self._rank, step) if step else None
+        page = self._store.read_notebook(self._place, step) if step else None
         if page is not None:
             if self._scheduler is not None and page["scheduler"] is not None:
                 self._scheduler.load_state_dict(page["scheduler"])
@@ -81,4 +95,4 @@ class Schedule:
         if check:
             # Better now than when somebody wants to go on with the run.
             notes.to_bytes(page)
-        self._store.write_notebook(self._rank, step, page)
+        self._store.write_notebook(self._place, step, page)

@@ -140,13 +140,13 @@ class Session:
         refuse_another_job(found, self._job)
         restored = checkpoints.restore(found, store)
         step = found.step
-        for rank, slot in enumerate(self._arena.slots):
+        for place, slot in enumerate(self._arena.places):
             for signal in (Signal.COMPUTED, Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
                 slot.post(signal, step)
             slot.post(Signal.EVALUATED, found.meta["epochs_done"])
             slot.post(Signal.COLLECTIVE, step * COLLECTIVES_A_STEP)
             if restored.notebook is not None:
-                store.write_notebook(rank, step, restored.notebook)
+                store.write_notebook(place, step, restored.notebook)
         for rank, pieces in enumerate(deal_pieces(restored.metrics, self._arena.world_size)):
             write_pieces(Journal(self._arena, rank), step, pieces)
         row = store.record(0, step - 1)
@@ -342,15 +342,15 @@ class Session:
 
     def _being_written(self) -> bool:
         """Whether workers have yet to write the one that they were asked for; a whole one goes on to be completed."""
-        slots = self._arena.slots
-        if slots[0].note(Note.CHECKPOINT_SEEN) < self._checkpoint_wanted:
+        leader = self._arena.leader
+        if leader.note(Note.CHECKPOINT_SEEN) < self._checkpoint_wanted:
             return True
-        step = int(slots[0].note(Note.CHECKPOINT_AT))
+        step = int(leader.note(Note.CHECKPOINT_AT))
         if step <= self._checkpoint_settled:
             return False
         # Looked at first: who has finished that step has written its part or never will.
         over = self._recorder.committed() > step
-        if all(int(slot.note(Note.CHECKPOINT_DONE)) == step for slot in slots):
+        if all(int(slot.note(Note.CHECKPOINT_DONE)) == step for slot in self._arena.updaters):
             self._checkpoint_settled = step
             self._start_completing(step)
             return True

@@ -143,7 +143,7 @@ class ElementwiseUpdater(Updater):
         longest = max((c.chunk.stop - c.chunk.start for c in self.chunks), default=0)
         self._scratch = torch.empty(longest, dtype=torch.uint8)
         self._lines = LineWork(longest, 1 + len(table.state_keys))
-        self._slot = store.arena.slots[rank]
+        self._slot = store.arena.updaters[rank]
         self._current = 0
 
     @property

@@ -33,7 +33,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "push_every": COUNT,
     "pull_every": COUNT,
     "backup": FROM_ZERO,
-    "replicas": COUNT,
+    "replicas": FROM_ZERO,
     "microbatches": COUNT,
     "schedule": st.sampled_from(["gpipe", "1f1b", "interleaved", "zbv"]),
     "interleave": COUNT,
@@ -193,7 +193,7 @@ def test_complete_needs_every_choice_that_matters() -> None:
         ("tp=2", 1, 2, 0),
         ("dp=2,tp=2,pp=3,zero=1", 2, 12, 0),
         ("ps=2,workers=4,async", 4, 4, 2),
-        ("ps=2,workers=4,replicas=3", 4, 4, 6),
+        ("ps=2,workers=4,replicas=1", 4, 4, 2),
         ("tp=2,ps=1,sync", 1, 2, 1),
         ("dp=2,cp=2", 2, 4, 0),
     ],
@@ -343,7 +343,7 @@ def test_what_is_built_passes(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["ps=1", "cp=2", "ep=2", "compile=on", "rewrites=a", "sub_batch=25", "codec=topk", "adapt=on", "device=cuda"],
+    ["ps=1,replicas=1", "cp=2", "ep=2", "compile=on", "rewrites=a", "sub_batch=25", "codec=topk", "adapt=on", "device=cuda"],
 )  # fmt: skip
 def test_what_is_not_built_says_so_in_one_sentence(text: str) -> None:
     with pytest.raises(NotBuiltError) as caught:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from small_store import MakeOptimizer, Ranks, every_bit
 
-from shoal.axes.data import ArenaData, Hooks, Totals, Waiting
+from shoal.axes.data import ArenaData
+from shoal.axes.updating import Hooks, Totals
+from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Note
 from shoal.train import sparse_lines
 

@@ -1,0 +1,111 @@
+"""A parameter server's life: taking pushes, updating its slice, saving it where a checkpoint is due.
+
+Like a worker's loop it can be entered at any point: what was done is read from the arena.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shoal.axes.server import Server
+from shoal.axes.updating import Hooks
+from shoal.comm.arena import Note, Order, Phase
+from shoal.job import Job
+from shoal.process.failure import user_code
+from shoal.train.faults import Faults
+from shoal.train.loop import Sender
+from shoal.train.saving import StepSaver, decide
+from shoal.train.schedule import Schedule
+from shoal.train.settings import RunSettings
+from shoal.train.update import Updater
+
+
+class _RunEnds(Exception):
+    """No further push will come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerParts:
+    """What a server works with, put together by its host."""
+
+    job: Job
+    axis: Server
+    updater: Updater
+    schedule: Schedule
+    faults: Faults
+    settings: RunSettings
+    channel: Sender
+
+
+class ServerLoop:
+    """Runs the updates of one server under ``sync``."""
+
+    def __init__(self, parts: ServerParts) -> None:
+        self.parts = parts
+        axis, settings = parts.axis, parts.settings
+        workers = axis.arena.world_size
+        # The first one also writes what the workers have to remember: it lies in the arena.
+        ranks = [*range(workers if axis.number == 0 else 0), workers + axis.number]
+        self._saver = StepSaver(
+            axis, parts.updater, ranks, [axis.slot], settings.checkpoint_dir, parts.channel.send, parts.faults,
+            (parts.job.seed, axis.number),
+        )  # fmt: skip
+        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._saver.before_chunk)
+
+    def run(self) -> None:
+        """Serve until the last step, or until the run is stopped."""
+        axis, settings, slot = self.parts.axis, self.parts.settings, self.parts.axis.slot
+        step = axis.steps_done()
+        self.parts.schedule.recall(step)
+        while True:
+            if step and step % settings.steps_per_epoch == 0 and self._epoch_ends(step):
+                break
+            if step >= settings.total_steps or axis.must_stop(step):
+                break
+            try:
+                self._step(step)
+            except _RunEnds:
+                break
+            step += 1
+        slot.enter(Phase.DONE, step)
+
+    def _step(self, step: int) -> None:
+        parts, axis, slot = self.parts, self.parts.axis, self.parts.axis.slot
+
+        def check() -> None:
+            if axis.must_stop(step):
+                raise _RunEnds
+
+        slot.enter(Phase.WAITING, step)
+        axis.await_pushes(step, check)
+        if axis.number == 0:
+            decide(slot, axis.arena.supervisor, step)
+        totals = axis.sum_up(step)
+        if not math.isfinite(totals.loss):
+            # The workers see it, too, and know the samples.
+            axis.await_end()
+        parts.faults.reach("taken", step)
+        axis.take(step)
+        parts.faults.reach("reduce", step)
+        self._saver.begin(step)
+        slot.enter(Phase.UPDATE, step)
+        with user_code("optimizer"):
+            axis.update(step, totals, parts.job.grad_clip, self._hooks)
+        parts.faults.reach("updated", step)
+        self._saver.end(step)
+        with user_code("scheduler"):
+            parts.schedule.after_step(step)
+        axis.commit(step)
+        parts.faults.reach("committed", step)
+
+    def _epoch_ends(self, step: int) -> bool:
+        """Wait while the workers evaluate; whether the run ends here."""
+        parts, axis = self.parts, self.parts.axis
+        epoch = step // parts.settings.steps_per_epoch
+        supervisor = axis.arena.supervisor
+        axis.slot.enter(Phase.WAITING, step)
+        axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch")
+        with user_code("scheduler"):
+            parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
+        return int(supervisor.note(Note.STOP_EPOCH)) == epoch
