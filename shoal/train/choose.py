@@ -163,8 +163,8 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
     batch = min(job.batch_size, facts.samples)
     if plan.data_ways > batch:
         raise PlanError(
-            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use {'dp' if plan.ps is None else 'workers'}={batch} "
-            "or fewer, or a larger batch."
+            f"{plan.data_ways} workers cannot share a batch of {batch} samples; use "
+            f"{'dp' if plan.ps is None else 'workers'}={batch} or fewer, or a larger batch."
         )
     check_servers(plan, facts)
     if plan.shares is not None and sum(plan.shares) == 0:

@@ -334,6 +334,7 @@ def test_a_plan_file_begins_with_the_string_to_copy() -> None:
     "text",
     ["auto", "dp=7", "dp=2,threads=3,layout=channels_last,precision=bf16", "dp=2,accumulate=4,batchnorm=micro",
      "dp=2,local_steps=3", "dp=2,shares=3+1,batchnorm=local,device=cpu", "tp=1,pp=1,dp=2,zero=0",
+     "ps=2,workers=3,sync", "tp=2,ps=1,workers=2",
      "dp=2,tp=2,sequence_parallel=on", "pp=2,microbatches=4,schedule=zbv", "dp=2,zero=3,recompute=full"],
 )  # fmt: skip
 def test_what_is_built_passes(text: str) -> None:
