@@ -26,7 +26,7 @@ BundlesArgument = Annotated[
     ),
 ]
 SloOption = Annotated[float, typer.Option("--slo-ms", metavar="MS", help="The deadline of a request that brings none.")]
-ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model; auto measures.")]
+ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model: 2, 1-4, or auto.")]
 HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")]
 PortOption = Annotated[int, typer.Option("--port", metavar="PORT", help="0 takes a free one.")]
 GrpcPortOption = Annotated[
@@ -89,7 +89,7 @@ def serve(
     from shoal.serve.tolerance import Tolerance
 
     options = ServiceOptions(
-        slo_ms=slo_ms, replicas=_count(replicas), host=host, port=port, grpc_port=grpc_port,
+        slo_ms=slo_ms, replicas=replicas, host=host, port=port, grpc_port=grpc_port,
         drain_s=drain_s, cache_mb=_caches(cache_mb or []), cache_ttl_s=cache_ttl_s,
         api_key_file=api_key_file, rate_limit=rate_limit, tls_cert=tls_cert, tls_key=tls_key,
         tolerance=None if tolerance is None else Tolerance.parse(tolerance),
@@ -102,6 +102,7 @@ def serve(
         _say(options.warning)
     if follow is not None:
         service.fleet.follow(next(iter(models)), follow, _say)
+    service.fleet.say = _say
     service.start()
     where: dict[str, Any] = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}
     if service.grpc_url is not None:
@@ -150,14 +151,6 @@ def _say(*lines: str) -> None:
 def _outcomes(numbers: dict[str, Any]) -> dict[str, int]:
     words = ("accepted", "answered", "expired", "failed", "cancelled", "lost", "refused", "invalid")
     return {word: numbers[word] for word in words}
-
-
-def _count(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise RequestError(f"--replicas is {text}; give a whole number of at least 1, or auto.")
-    return int(text)
 
 
 def _caches(texts: list[str]) -> dict[str, float]:

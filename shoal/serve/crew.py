@@ -18,6 +18,7 @@ from shoal.process.supervisor import Child, Supervisor
 from shoal.serve.messages import AddModel, Attach, Attached, Edition
 from shoal.serve.precision import Precision
 from shoal.serve.replica import AS_IT_IS, ModelSource
+from shoal.serve.scaling import ReplicaRange
 from shoal.serve.signature import UNIT, ModelSignature
 from shoal.serve.slots import SlotLayout, Slots, row_bytes
 
@@ -46,6 +47,8 @@ class _Place:
     up: bool = False
     deaths: int = 0
     fruitless: int = 0
+    # It gets nothing more, and ends when it has finished what it had.
+    leaving: bool = False
     posted_at_death: int = -1
     done_seen: int = 0
     done_at: float = field(default_factory=time.monotonic)
@@ -54,11 +57,14 @@ class _Place:
 class Crew:
     """One model's template and replicas."""
 
-    def __init__(self, source: ModelSource, cores: int, replicas: int | None, gentle: bool = False) -> None:
+    def __init__(
+        self, source: ModelSource, cores: int, replicas: int | ReplicaRange | None, gentle: bool = False
+    ) -> None:
         """``replicas``: how many, or None to find out by measurement. ``gentle``: load and measure at the lowest priority."""
         self.source = source
         self._cores = cores
-        self._wanted = replicas
+        self.range = ReplicaRange.of(replicas)
+        self.threads = 1
         self._gentle = gentle
         self._supervisor = Supervisor(preload=("shoal.serve.replica",), gentle=gentle)
         self._places: dict[int, _Place] = {}
@@ -86,11 +92,10 @@ class Crew:
         self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
         self._preprocess: dict[str, Any] | None = self._supervisor.call("preprocess", timeout_s=10.0)
         slot_bytes = sum(row_bytes(t) for t in (*self.signature.inputs, *self.signature.outputs))
+        most = max(self._cores, self.range.most or 1)
         slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
         # One ring more than replicas: two ways of sharing the cores are tried beside each other.
-        self.layout = SlotLayout.of(
-            self.signature, slots, rings=max(self._cores, self._wanted or 1) + 1, max_batch=_MOST_BATCH
-        )
+        self.layout = SlotLayout.of(self.signature, slots, rings=most + 1, max_batch=_MOST_BATCH)
         self.slots = Slots.create(self.layout)
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -107,18 +112,21 @@ class Crew:
         """
         most = _MOST_BATCH if self.signature.longest is None else _MOST_UNITS
         batches = tuple(2**k for k in range(most.bit_length()))
+        least, at_most = self.range.least, self.range.most
         if like is not None:
-            options = [(len(like._places), next(iter(like._places.values())).threads)]
-        elif self._wanted:
-            options = [(self._wanted, max(1, self._cores // self._wanted))]
+            options = [(like.replicas, like.threads)]
+        elif self.range.fixed:
+            options = [(least, max(1, self._cores // least))]
         else:
-            options = [(self._cores, 1)] + [(1, self._cores)] * (self._cores > 1)
+            many = max(least, min(self._cores, at_most or self._cores))
+            options = [(many, max(1, self._cores // many))] + [(1, self._cores)] * (many > 1 and least == 1)
         tried = [self._try(count, threads, batches) for count, threads in options]
         best = max(tried, key=lambda option: option.rows_per_s)
         for option in tried:
             if option is not best:
                 self._dismiss(option.places)
         self.measured_s = best.measured_s
+        self.threads = best.places[0].threads
         unit = "rows" if self.signature.longest is None else f"pieces of {UNIT}"
         self.why = (
             "; ".join(f"{option.text}: {option.rows_per_s:.0f} {unit}/s" for option in tried)
@@ -161,6 +169,21 @@ class Crew:
         )  # fmt: skip
 
     @property
+    def replicas(self) -> int:
+        """How many there are to be; those that leave do not count."""
+        return sum(not place.leaving for place in self._places.values())
+
+    @property
+    def most_replicas(self) -> int:
+        """How many there may be: each thread has a core, unless it was said how many."""
+        return max(self.range.least, self.range.most or self._cores // self.threads)
+
+    @property
+    def settled(self) -> bool:
+        """Whether everybody is at work, and nobody is coming or leaving."""
+        return all(place.up and not place.leaving for place in self._places.values())
+
+    @property
     def edition(self) -> Edition:
         """The model's name and version."""
         return Edition(self.signature.name, self.signature.version)
@@ -168,6 +191,35 @@ class Crew:
     def ready(self) -> list[tuple[int, int]]:
         """(rank, the eventfd that wakes it) of every replica that takes batches."""
         return [(place.rank, place.wake) for place in self._places.values() if place.up]
+
+    # -- more and less -------------------------------------------------------------------------------------------
+
+    def add(self) -> None:
+        """One replica more, from the process in reserve; ``on_up`` follows when it takes batches."""
+        rank = min(set(range(len(self.slots.rings))) - set(self._places))
+        place = self._places[rank] = _Place(rank, self.threads, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE))
+        self._assign(place, (1,), _WARM_S)
+        self._supervisor.fork()
+
+    def remove(self) -> int:
+        """Choose who leaves; the gateway has to be told, and ``end`` to be called when it uses that one no more."""
+        place = max((place for place in self._places.values() if place.up), key=lambda place: place.rank)
+        place.leaving = True
+        return place.rank
+
+    def end(self, rank: int) -> None:
+        """End a replica that leaves."""
+        place = self._places.get(rank)
+        if place is not None and place.leaving:
+            del self._places[rank]
+            if place.child is not None:
+                self._supervisor.kill(place.child)
+            os.close(place.wake)
+
+    def stay(self) -> None:
+        """There is a new gateway: who was leaving is needed again."""
+        for place in self._places.values():
+            place.leaving = False
 
     # -- a replica's life ----------------------------------------------------------------------------------------
 
@@ -214,7 +266,7 @@ class Crew:
             dead = self._supervisor.poll(timeout_s)
         except ChannelClosed:
             return self._begin_again()
-        for place in self._places.values():
+        for place in list(self._places.values()):
             if place.child in dead:
                 self._bury(place)
             else:
@@ -237,7 +289,7 @@ class Crew:
 
     def _begin_again(self) -> None:
         """The template is gone, and every replica with it."""
-        for place in self._places.values():
+        for place in list(self._places.values()):
             if place.child is not None:
                 self._bury(place)
         self._supervisor.restart(_LOAD_S)
@@ -246,13 +298,15 @@ class Crew:
     def release(self, rank: int) -> None:
         """The gateway uses nothing of a dead replica's ring any more: the next one may have it."""
         place = self._places.get(rank)
-        if place is not None and place.child is None:
+        if place is not None and place.leaving:
+            self.end(rank)
+        elif place is not None and place.child is None:
             self._assign(place, (1,), _WARM_S)
             self._supervisor.fork()
 
     def release_all(self) -> None:
         """There is no gateway: dead replicas' rings are reset here."""
-        for place in self._places.values():
+        for place in list(self._places.values()):
             if place.child is None:
                 self.slots.rings[place.rank].reset()
                 self.release(place.rank)

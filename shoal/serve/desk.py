@@ -63,8 +63,15 @@ class _Replica:
     rank: int
     wake: int
     up: bool = True
+    # Told, once it has finished what it has, that it is not needed any more; None: it stays.
+    leaving: Callable[[], None] | None = None
     # (batch number, rows), oldest first; rows is empty for a batch of a gateway that is gone.
     batches: deque[tuple[int, list[Row], list[int]]] = field(default_factory=deque)
+
+    @property
+    def takes(self) -> bool:
+        """Whether it may be given batches."""
+        return self.up and self.leaving is None
 
 
 @dataclass
@@ -74,6 +81,7 @@ class Times:
     requests: int = 0
     rows: int = 0
     batches: int = 0
+    busy_s: float = 0.0
     queue_ns: int = 0
     compute_ns: int = 0
     by_batch: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -305,7 +313,7 @@ class Desk:
     def pump(self, now: float) -> None:
         """Hand out batches as long as a replica can take one."""
         for replica in self._replicas.values():
-            while replica.up and len(replica.batches) < self._ahead() and self._hand_out(replica, now):
+            while replica.takes and len(replica.batches) < self._ahead() and self._hand_out(replica, now):
                 pass
 
     def _ahead(self) -> int:
@@ -353,8 +361,9 @@ class Desk:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._done_fd)
         now = time.monotonic()
-        for replica in self._replicas.values():
+        for replica in list(self._replicas.values()):
             self._collect_from(replica, now)
+            self._let_go(replica)
         self.pump(now)
 
     def _collect_from(self, replica: _Replica, now: float) -> None:
@@ -391,6 +400,7 @@ class Desk:
         times = self.times
         times.batches += 1
         times.rows += rows
+        times.busy_s += took_s
         count, spent = times.by_batch.get(rows, (0, 0))
         times.by_batch[rows] = (count + 1, spent + int(took_s * 1e9))
 
@@ -411,9 +421,25 @@ class Desk:
             self._replicas[rank] = _Replica(rank, wake)
         else:
             os.close(old.wake)
-            old.wake, old.up = wake, True
+            old.wake, old.up, old.leaving = wake, True, None
         self.dispatcher.replicas = self.replicas_up
         self.pump(time.monotonic())
+
+    def replica_leave(self, rank: int, left: Callable[[], None]) -> None:
+        """Give a replica nothing more; ``left`` is called when it has finished what it had. Not for the last one."""
+        replica = self._replicas.get(rank)
+        if replica is None or not replica.up:
+            return
+        replica.leaving = left
+        self.dispatcher.replicas = max(1, self.replicas_up)
+        self._let_go(replica)
+
+    def _let_go(self, replica: _Replica) -> None:
+        if replica.leaving is None or replica.batches or not replica.up:
+            return
+        del self._replicas[replica.rank]
+        os.close(replica.wake)
+        replica.leaving()
 
     def replica_down(self, rank: int) -> None:
         """A replica is dead: what it had not finished goes back to the front of the queue, for inference is pure."""
@@ -511,7 +537,7 @@ class Desk:
 
     @property
     def replicas_up(self) -> int:
-        return sum(replica.up for replica in self._replicas.values())
+        return sum(replica.takes for replica in self._replicas.values())
 
     def numbers(self) -> dict[str, Any]:
         """Counts of outcomes, what waits, the latest latencies: for the display and the statistics."""
@@ -520,7 +546,7 @@ class Desk:
         return {
             **{outcome.name.lower(): int(self.slots.counts[outcome]) for outcome in Outcome},
             "queued": self.dispatcher.queued, "open": self.open_requests, "replicas": self.replicas_up,
-            "batches": self.times.batches, "rows": self.times.rows,
+            "batches": self.times.batches, "rows": self.times.rows, "busy_s": self.times.busy_s,
             "cache": self._cache and {
                 "hits": self.times.hits, "misses": self.times.misses, "coalesced": self.times.coalesced,
                 "entries": self._cache.entries, "bytes": self._cache.bytes,

@@ -265,4 +265,5 @@ class Dispatcher:
         return {
             "batching": limit > 1, "why": why, "batch_limit": limit,
             "row_ms": self._seconds_a_unit() * 1e3, "margin_ms": self._margin_s * 1e3,
+            "wait_ms": sum(self._queued_by_priority.values()) * self._seconds_a_unit() * 1e3,
         }  # fmt: skip

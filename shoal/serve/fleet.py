@@ -7,6 +7,7 @@ happens here, the gateway is told by messages, and nothing here ever waits.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from shoal.serve.messages import (
     Probed,
     Released,
     ReplicaDown,
+    ReplicaLeave,
+    ReplicaLeft,
     ReplicaUp,
     Retire,
     Retired,
@@ -32,8 +35,11 @@ from shoal.serve.messages import (
 )
 from shoal.serve.replica import ModelSource
 from shoal.serve.rollout import Rollout, Stage, Trial
+from shoal.serve.scaling import Change, Load, ReplicaRange, Scaler
 from shoal.serve.slots import Outcome
 from shoal.serve.tolerance import Tolerance
+
+_CHANGES_KEPT = 32
 
 Send = Callable[[Any, tuple[int, ...]], None]
 
@@ -42,8 +48,8 @@ class Fleet:
     """All crews. ``step`` is the heart; ``take_in`` is for what the gateway says."""
 
     def __init__(
-        self, models: Mapping[str, Path], cores: int, replicas: int | None, send: Send,
-        adapt: Callable[[AddModel], AddModel], tolerance: Tolerance | None = None,
+        self, models: Mapping[str, Path], cores: int, replicas: ReplicaRange, send: Send,
+        adapt: Callable[[AddModel], AddModel], tolerance: Tolerance | None = None, slo_s: float = 0.05,
     ) -> None:  # fmt: skip
         """``send``: to the gateway that answers, if there is one. ``adapt``: puts the service's options into an introduction."""
         self._send = send
@@ -60,6 +66,12 @@ class Fleet:
         self._followers: list[Follower] = []
         self._unloading: dict[Edition, Callable[[str | None], None]] = {}
         self._versions = dict.fromkeys(models, 1)
+        self._slo_s = slo_s
+        self._scalers: dict[Edition, Scaler] = {}
+        # By the model's name, the latest changes of how many replicas it has: when (seconds since 1970), how many, why.
+        self._changes: dict[str, deque[dict[str, Any]]] = {}
+        # Told of each of them, in a sentence.
+        self.say: Callable[[str], None] = lambda sentence: None
         # What the gateway said last, by the model's name.
         self.gateway_numbers: dict[str, dict[str, Any]] = {}
 
@@ -119,6 +131,10 @@ class Fleet:
             for crew in self._crews:
                 if crew.edition == message.edition:
                     crew.release(message.rank)
+        elif isinstance(message, ReplicaLeft):
+            for crew in self._crews:
+                if crew.edition == message.edition:
+                    crew.end(message.rank)
         elif isinstance(message, Probed):
             self._probed(message)
         elif isinstance(message, Retired):
@@ -130,6 +146,7 @@ class Fleet:
         """While there is no gateway: its open requests are lost, dead replicas' rings are free, who was leaving has left."""
         for crew in self._crews:
             crew.slots.count(Outcome.LOST, crew.slots.open_requests())
+            crew.stay()
             crew.release_all()
         for crew in list(self._leaving):
             self._move_counts(crew)
@@ -168,9 +185,43 @@ class Fleet:
                 sharing.append(rollout.crew)
             counts = {o.name.lower(): sum(int(one.slots.counts[o]) for one in sharing) for o in Outcome}
             found[name] = {**self.gateway_numbers.get(name, {}), **counts, "replica_deaths": crew.deaths}
+            found[name]["scaling"] = {
+                "least": crew.range.least, "most": crew.most_replicas, "changes": list(self._changes.get(name, ())),
+            }  # fmt: skip
             if rollout is not None:
                 found[name]["rollout"] = rollout.stage.value
         return found
+
+    # -- more and fewer replicas ---------------------------------------------------------------------------------
+
+    def hear(self, numbers: dict[str, dict[str, Any]], now: float) -> None:
+        """What the gateway says of each model, twice a second: where it says so, there is one replica more or less."""
+        self.gateway_numbers = numbers
+        for name, crew in self._active.items():
+            # While a version comes or goes, two of them share the cores.
+            if name in numbers and not crew.range.fixed and name not in self._rollouts and not self._leaving:
+                self._scale(name, crew, numbers[name], now)
+
+    def _scale(self, name: str, crew: Crew, said: Mapping[str, Any], now: float) -> None:
+        scaler = self._scalers.get(crew.edition)
+        if scaler is None:
+            scaler = self._scalers[crew.edition] = Scaler(crew.range.least, crew.most_replicas)
+        load = Load(said["refused"], said["busy_s"], said["wait_ms"] / 1e3 / self._slo_s)
+        change = scaler.decide(now, load, crew.replicas) if crew.settled else None
+        if change is not None:
+            self.resize(name, change)
+
+    def resize(self, name: str, change: Change) -> None:
+        """Give a model one replica more, or have one leave when it has finished what it has; the last one stays."""
+        crew = self._active[name]
+        if change.by > 0:
+            crew.add()
+        elif crew.replicas > 1:
+            self._tell(ReplicaLeave(crew.edition, crew.remove()))
+        count = crew.replicas
+        changes = self._changes.setdefault(name, deque(maxlen=_CHANGES_KEPT))
+        changes.append({"t": time.time(), "replicas": count, "why": change.why})
+        self.say(f"{name}: {count} replica{'s' * (count > 1)} now: {change.why}")
 
     # -- versions ------------------------------------------------------------------------------------------------
 
@@ -295,6 +346,7 @@ class Fleet:
         for crew in [crew for crew in self._leaving if crew.edition == edition]:
             self._leaving.remove(crew)
             self._crews.remove(crew)
+            self._scalers.pop(edition, None)
             crew.close()
         done = self._unloading.pop(edition, None)
         if done is not None:

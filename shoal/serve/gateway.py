@@ -44,6 +44,8 @@ from shoal.serve.messages import (
     Processes,
     Released,
     ReplicaDown,
+    ReplicaLeave,
+    ReplicaLeft,
     ReplicaUp,
     Retire,
     Retired,
@@ -125,6 +127,9 @@ class Gateway:
             desk.watch(asyncio.get_running_loop())
         elif isinstance(message, ReplicaUp):
             self._desk(message.edition).replica_up(message.rank, fds[0])
+        elif isinstance(message, ReplicaLeave):
+            left = ReplicaLeft(message.edition, message.rank)
+            self._desk(message.edition).replica_leave(message.rank, lambda: self._say(left))
         elif isinstance(message, ReplicaDown):
             self._desk(message.edition).replica_down(message.rank)
             self._say(Released(message.edition, message.rank))

@@ -159,6 +159,22 @@ class ReplicaDown:
 
 
 @dataclass(frozen=True)
+class ReplicaLeave:
+    """Supervisor to gateway: give this replica nothing more. Answered by ``ReplicaLeft`` when it has finished what it had."""
+
+    edition: Edition
+    rank: int
+
+
+@dataclass(frozen=True)
+class ReplicaLeft:
+    """Gateway to supervisor: nobody uses this replica any more."""
+
+    edition: Edition
+    rank: int
+
+
+@dataclass(frozen=True)
 class Released:
     """Gateway to supervisor: nothing of the dead replica's ring is in use any more."""
 

@@ -39,6 +39,7 @@ from shoal.serve.messages import (
 )
 from shoal.serve.replica import describe
 from shoal.serve.rollout import Trial
+from shoal.serve.scaling import ReplicaRange
 from shoal.serve.tolerance import Tolerance
 
 _POLL_S = 0.05
@@ -53,7 +54,7 @@ class ServiceOptions:
 
     Attributes:
         slo_ms: the deadline of a request that brings none of its own.
-        replicas: how many for each model; None to find out by measurement.
+        replicas: how many for each model, or from how many to how many ("1-4"); None: as many as there are cores for.
         host, port: where to listen; port 0 takes a free one.
         grpc_port: where to speak gRPC too; None: nowhere.
         drain_s: how long accepted requests may take at the end.
@@ -66,7 +67,7 @@ class ServiceOptions:
     """
 
     slo_ms: float = 50.0
-    replicas: int | None = None
+    replicas: int | str | None = None
     host: str = "127.0.0.1"
     port: int = 0
     grpc_port: int | None = None
@@ -83,8 +84,7 @@ class ServiceOptions:
         """RequestError where a value makes no sense."""
         if not self.slo_ms > 0:
             raise RequestError(f"The SLO is {self.slo_ms:g} ms; give a time above 0, such as 50.")
-        if self.replicas is not None and self.replicas < 1:
-            raise RequestError(f"{self.replicas} replicas cannot answer anything; give at least 1, or auto.")
+        ReplicaRange.of(self.replicas)
         for port in (self.port, self.grpc_port or 0):
             if not 0 <= port <= 65535:
                 raise RequestError(f"There is no port {port}; give 0 for a free one, or 1 to 65535.")
@@ -139,7 +139,10 @@ class Service:
             raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")
         self._options = options
         self._access, self._tls = options.access(), options.tls()
-        self.fleet = Fleet(models, Cluster.local().cores, options.replicas, self._tell, self._adapt, options.tolerance)
+        self.fleet = Fleet(
+            models, Cluster.local().cores, ReplicaRange.of(options.replicas), self._tell, self._adapt, options.tolerance,
+            options.slo_ms / 1e3,
+        )  # fmt: skip
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.grpc_url: str | None = None
         # Keeps gRPC's address while no gateway has it.
@@ -217,7 +220,7 @@ class Service:
     def _take_in(self, message: Any) -> None:
         self._heard = time.monotonic()
         if isinstance(message, Numbers):
-            self.fleet.gateway_numbers = message.models
+            self.fleet.hear(message.models, self._heard)
         elif isinstance(message, Drained):
             self._drained = True
         elif isinstance(message, Opened):
@@ -406,7 +409,7 @@ class RunningService:
 
 
 def serve(
-    *bundles: str | Path, slo_ms: float = 50.0, replicas: int | None = None, host: str = "127.0.0.1", port: int = 0,
+    *bundles: str | Path, slo_ms: float = 50.0, replicas: int | str | None = None, host: str = "127.0.0.1", port: int = 0,
     grpc_port: int | None = None, drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
     api_key_file: str | Path | None = None, rate_limit: float | None = None, tls_cert: str | Path | None = None,
     tls_key: str | Path | None = None, tolerance: str | None = None,
@@ -416,7 +419,8 @@ def serve(
     Args:
         bundles: directories; "name=path" serves one under another name than its job's.
         slo_ms: the deadline of a request that brings none of its own, in milliseconds.
-        replicas: processes for each model; None finds out by measurement.
+        replicas: processes for each model: a number, a range such as "1-4", or None for as many as there are cores for. How
+            many of a range is measured at the start, and changes with the load.
         host, port: where to listen; port 0 takes a free one.
         grpc_port: where to speak gRPC too; 0 takes a free one, None: nowhere.
         drain_s: how long accepted requests may take when the service is closed.
