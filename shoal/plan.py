@@ -24,7 +24,7 @@ __all__ = ["GLOSSARY", "SERVER_KEYS", "Plan"]
 
 _RUNS: Mapping[str, tuple[Any, ...]] = {
     "cp": (1,), "ep": (1,), "mode": ("sync",), "push_every": (1,), "pull_every": (1,), "backup": (0,), "replicas": (0,),
-    "device": ("cpu",), "compile": (False,), "rewrites": ("none",), "sub_batch": (0,), "codec": ("none",),
+    "device": ("cpu",), "compile": (False,), "codec": ("none",),
     "adapt": (False,),
 }  # fmt: skip
 """The values that this version runs, for each key of which it does not run all. The one place to change."""
@@ -253,6 +253,8 @@ def _needed(plan: Plan) -> Iterator[str]:
 
 def _in_pieces(plan: Plan) -> str | None:
     """Return the key by which a worker's share is computed in several pieces, or None."""
+    if plan.sub_batch:
+        return "sub_batch"
     return next((key for key in ("accumulate", "microbatches") if (getattr(plan, key) or 1) > 1), None)
 
 
@@ -271,6 +273,8 @@ def _contradictions(plan: Plan) -> Iterator[str]:
             yield f"{said[key]} belongs to a pipeline; add pp=2, say, or leave {key} out."
     if (plan.interleave or 1) > 1 and plan.schedule in ("gpipe", "1f1b"):
         yield f"{said['interleave']} does not go with {said['schedule']}; write schedule=interleaved instead."
+    if plan.sub_batch and (plan.pp or 1) > 1:
+        yield f"{said['sub_batch']} does not go with a pipeline, whose pieces are microbatches; leave sub_batch out."
     if plan.sequence_parallel and plan.tp is None:
         yield "sequence_parallel=on belongs to tensor parallelism; add tp=2, say, or leave sequence_parallel out."
     if plan.local_steps and plan.zero:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from shoal.plan import Plan
 
+_LEAST_SUB_BATCH, _MOST_SUB_BATCHES = 8, 3
+
 
 def local_candidates(
     wanted: Plan, cores: int, batch: int, images: bool, divisible: int | None = None
@@ -33,6 +35,16 @@ def local_candidates(
                 if plan not in found:
                     found.append(plan)
     return found
+
+
+def sub_batches(samples: int) -> tuple[int, ...]:
+    """Sizes worth trying for a worker that has so many samples, the largest first: halves, while a vector's worth is left."""
+    sizes: list[int] = []
+    size = samples
+    while size >= 2 * _LEAST_SUB_BATCH and len(sizes) < _MOST_SUB_BATCHES:
+        size = -(-size // 2)
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def in_microbatches(plan: Plan, batch: int) -> Plan:

@@ -26,6 +26,7 @@ from shoal.planner.memory import Need, axes_text, size_text
 from shoal.planner.search import Tried, rank, search
 from shoal.process.supervisor import Supervisor
 from shoal.train.crew import Crew, bind
+from shoal.train.fitting import Fitting
 from shoal.train.forecast import Forecast, limit_text
 from shoal.train.memory import memory_of
 from shoal.train.settings import JobFacts, RunSettings, layout_of, table_of
@@ -60,6 +61,12 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
     batch = min(job.batch_size, facts.samples)
     candidates = local_candidates(plan, machine.cores, batch, facts.images, _divisible(job, facts))
     check_plan(candidates[0], job, facts)
+    fitting = Fitting(
+        plan, facts, supervisor,
+        recall=lambda key: _entries(job, facts).get(key),
+        remember=lambda key, found: _remember(key, job, facts, found),
+    )  # fmt: skip
+    candidates = fitting.fit(candidates)
     forecast = Forecast(job, facts, supervisor, machine)
     first = candidates[0]
     need: Need | None = None
@@ -77,6 +84,7 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
     elif not why:
         first = candidates[0]
         why = [f"{first.brief()} is the only plan worth trying here."]
+    why += fitting.why(first)
     split = split_of(first, supervisor)
     if need is None and forecast.doubtful(first):
         need = forecast.need(first, split)[1]
@@ -335,8 +343,12 @@ def _entries(job: Job, facts: JobFacts) -> dict[str, dict[str, Any]]:
 
 def remember(plan: Plan, job: Job, facts: JobFacts, measured: Mapping[str, float | None]) -> None:
     """Keep measurements of a plan: ``trial_step_s`` of a trial, ``step_s`` of a full run, which counts for more."""
+    _remember(str(plan), job, facts, measured)
+
+
+def _remember(key: str, job: Job, facts: JobFacts, found: Mapping[str, Any]) -> None:
     known = _entries(job, facts)
-    known.setdefault(str(plan), {}).update(measured)
+    known.setdefault(key, {}).update(found)
     # A cache that cannot be written costs the next run a trial, nothing else.
     with contextlib.suppress(OSError):
         write_json(_file(job, facts), known)

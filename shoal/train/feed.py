@@ -37,7 +37,7 @@ class Division:
     """How batches are divided: all of it follows from the job and the plan.
 
     A batch is cut into ``accumulate`` pieces, each of these into ``microbatches``, and each of these among the replicas by
-    ``shares``.
+    ``shares``. What a replica has then is computed ``sub_batch`` samples at a time, all at once where it is 0.
     """
 
     batch_size: int
@@ -45,6 +45,7 @@ class Division:
     accumulate: int
     seed: int
     microbatches: int = 1
+    sub_batch: int = 0
 
     def shares_of(self, order: np.ndarray, index: int, replica: int) -> list[Share]:
         """A replica's shares of batch ``index`` of an epoch: one for each microbatch that is not empty for all."""
@@ -56,14 +57,24 @@ class Division:
                     bounds = share_bounds(b - a, self.shares)
                     start, stop = bounds[replica]
                     own = batch[low + a + start : low + a + stop]
-                    found.append(Share(own, tuple(last - first for first, last in bounds)))
+                    found += self._in_sub_batches(own, tuple(last - first for first, last in bounds))
         return found
+
+    def _in_sub_batches(self, own: np.ndarray, counts: tuple[int, ...]) -> list[Share]:
+        """A microbatch in pieces; replicas have equally many of them, though the last ones of some may be empty."""
+        if not self.sub_batch:
+            return [Share(own, counts)]
+        size = self.sub_batch
+        return [
+            Share(own[at : at + size], tuple(min(size, max(0, count - at)) for count in counts))
+            for at in range(0, max(counts), size)
+        ]
 
 
 def division_of(job: Job, plan: Plan) -> Division:
     """How a plan divides a job's batches."""
     shares = plan.shares or (1,) * plan.data_ways
-    return Division(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1)
+    return Division(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1, plan.sub_batch or 0)
 
 
 class Feed:

@@ -26,6 +26,7 @@ from shoal.process.aside import aside
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import SERVER, Assign
+from shoal.rewrites.install import Installed, install
 from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
@@ -44,6 +45,7 @@ from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.server import ServerLoop, ServerParts
 from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
+from shoal.train.tune import Question, Tuned, rewrites_of, tune
 from shoal.train.update import Updater, make_updater
 
 
@@ -97,6 +99,7 @@ class TrainHost:
             statistics_bytes=statistics,
             images=_has_images(built),
             build_s=time.monotonic() - began,
+            batch_size=min(job.batch_size, len(built.train)),
         )
         # The first values, to begin again from when several runs are tried. Parameters are never changed where they lie:
         # a run moves them elsewhere.
@@ -106,6 +109,7 @@ class TrainHost:
         self._store: Store | None = None
         self._settings: RunSettings | None = None
         self._embeddings: torch.library.Library | None = None
+        self._rewrites: Installed | None = None
 
     def facts(self) -> JobFacts:
         return self._facts
@@ -134,6 +138,10 @@ class TrainHost:
         """What decides the memory that a plan needs, found out aside; ``cut``: the parameters that the tensor axis cuts."""
         return aside(lambda: measure(self._built, self._facts, plan, cut), "find out how much memory the model needs")
 
+    def tune(self, question: Question) -> Tuned:
+        """What a rewritten model gains, measured aside."""
+        return aside(lambda: tune(self._built, question), "find out what rewriting the model gains")
+
     def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
         """Write the first weights into an arena where ``write`` says so, and bind the model to it where it is not split."""
         store = Store(arena, table_of(self._facts, settings.split))
@@ -154,6 +162,9 @@ class TrainHost:
         """What the trained model takes and gives, for bundle.json; export it to ``program`` where torch can."""
         assert self._store is not None and self._settings is not None
         model = self._built.model
+        if self._rewrites is not None:
+            # Where workers are no forks of this process, this is the model that was trained.
+            self._rewrites.remove()
         if self._settings.split is not None:
             from shoal.axes import tensor
 
@@ -233,6 +244,7 @@ class TrainHost:
         if settings.split is None:
             part = whole_part(built, self._facts.table, store, rank)
             prepare(part.model)
+            self._rewrites = install(part.model, rewrites_of(plan))
         else:
             to_meta(built.model)
             # A worker that waits is alive, and says so.

@@ -25,6 +25,7 @@ class JobFacts:
         statistics_bytes: what a worker gives to the small collectives of one pass through the model (BatchNorm's).
         images: the first batch holds 4-D floating tensors, so that memory layout matters.
         build_s: how long building took.
+        batch_size: of the job, or all samples where there are fewer.
     """
 
     table: ParameterTable
@@ -34,12 +35,16 @@ class JobFacts:
     statistics_bytes: int
     images: bool
     build_s: float
+    batch_size: int = 1
 
     def collective_bytes(self, plan: Plan) -> int:
         """Room for a worker's part in a step's small collectives: all microbatches, each layer used twice, and some."""
         if not self.statistics_bytes:
             return 0
-        return (1 << 20) + 2 * (plan.accumulate or 1) * (plan.microbatches or 1) * self.statistics_bytes
+        pieces = (plan.accumulate or 1) * (plan.microbatches or 1)
+        if plan.sub_batch:
+            pieces *= -(-self.batch_size // plan.sub_batch)
+        return (1 << 20) + 2 * pieces * self.statistics_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

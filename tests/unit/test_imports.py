@@ -17,7 +17,7 @@ PACKAGE = ROOT / "shoal"
 ROOMS = (
     "errors", "job", "plan_grammar", "plan", "tensorfile", "bundle",
     "cluster", "data", "observe", "kernels", "comm", "process", "ps", "axes",
-    "planner", "train", "compress", "serve", "jobs", "cli",
+    "rewrites", "planner", "train", "compress", "serve", "jobs", "cli",
 )  # fmt: skip
 # They meet at the bundle: not even the later one may import the earlier one.
 STRANGERS = {("train", "serve"), ("serve", "train")}

@@ -1,0 +1,234 @@
+"""Turning a module's forward into a graph, or saying no where the graph would not do everything that the code does.
+
+torch.fx runs the code once on stand-ins for the tensors. What the code does beside computing on them would be done then and
+never again, so a graph is made only where nothing of that kind is seen: no attribute of a module changes, no random stream
+moves, no container has hooks, and every branch hangs on values that are compared at each call (``Guard``).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+_PLAIN = (bool, int, float, str, type(None))
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module was called: the names of the arguments that were tensors, and the values of the others.
+
+    The order of ``tensors`` is that of the signature.
+    """
+
+    tensors: tuple[str, ...]
+    constants: tuple[tuple[str, Any], ...]
+
+
+class Signature:
+    """Takes calls of a module apart."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._signature = inspect.signature(type(module).forward)
+        parameters = list(self._signature.parameters.values())[1:]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self.simple = all(p.kind in kinds for p in parameters)
+        self._names = tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._only = len(parameters) == 1
+
+    def take_apart(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
+        """(call, tensors); None where an argument is neither a tensor nor a plain value."""
+        if self._only and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            return Call(self._names[:1], ()), tuple(args)
+        try:
+            bound = self._signature.bind(None, *args, **kwargs)
+        except TypeError:
+            # The author's own code says what is wrong.
+            return None
+        bound.apply_defaults()
+        tensors: dict[str, torch.Tensor] = {}
+        constants: list[tuple[str, Any]] = []
+        for name, value in list(bound.arguments.items())[1:]:
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif isinstance(value, _PLAIN):
+                constants.append((name, value))
+            else:
+                return None
+        return Call(tuple(tensors), tuple(constants)), tuple(tensors.values())
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, call: Call) -> None:
+        super().__init__(autowrap_modules=(math,))
+        # A buffer that were taken as it is would stay what it was.
+        self.proxy_buffer_attributes = True
+        self._call = call
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        names, constants = self._call.tensors, dict(self._call.constants)
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def function(root: nn.Module, *given: Any) -> Any:
+            return root_fn(root, **constants, **dict(zip(names, given, strict=True)))
+
+        return function, [self.root, *inputs]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is called as one: torch's own, but not the containers that run others in turn."""
+    own = type(module).__module__.startswith(("torch.nn", "torch.ao", "torch.quantization"))
+    return own and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what goes through a module."""
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing but its class decides what a module does: no hooks, no forward of the instance, no parametrization."""
+    return not has_hooks(module) and "forward" not in vars(module) and not hasattr(module, "parametrizations")
+
+
+def _seen_attributes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """The attributes of modules that code may branch on or change."""
+    skipped = set(_HOOKS)
+    return [{k: _shallow(v) for k, v in vars(m).items() if k not in skipped} for m in modules]
+
+
+def _shallow(value: Any) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(id(v) if not isinstance(v, _PLAIN) else v for v in value))
+    if isinstance(value, dict):
+        return (dict, tuple((str(k), v if isinstance(v, _PLAIN) else id(v)) for k, v in value.items()))
+    return id(value)
+
+
+class _Held:
+    """The attributes of modules and the random streams, to be put back when the code was run once too often."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._contents = [
+            (value, copy.copy(value))
+            for attributes, _ in self._attributes
+            for value in attributes.values()
+            if type(value) in (list, dict, set)
+        ]
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        numpy_random = sys.modules.get("numpy.random")
+        self._numpy = numpy_random.get_state() if numpy_random is not None else None
+
+    def put_back(self) -> None:
+        for attributes, values in self._attributes:
+            attributes.clear()
+            attributes.update(values)
+        for value, content in self._contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(self._numpy)
+
+
+def _random_states() -> tuple[Any, ...]:
+    numpy_random = sys.modules.get("numpy.random")
+    held = numpy_random.get_state()[1].tobytes() if numpy_random is not None else None
+    return random.getstate(), held, bytes(torch.get_rng_state().numpy())
+
+
+class Guard:
+    """Whether the plain attributes of a module and its containers are still what they were when it was traced."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._held = [
+            (vars(module), tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN)))
+            for module in modules
+        ]
+
+    def holds(self) -> bool:
+        for attributes, known in self._held:
+            for name, value in known:
+                if attributes.get(name, self) != value:
+                    return False
+        return True
+
+
+@dataclass
+class Region:
+    """A traced module: the graph of its forward for one way of calling it.
+
+    Attributes:
+        graph: what rewrites change; its ``call_module`` and ``get_attr`` nodes name the author's own modules and tensors.
+        training: whether it is for training.
+        guard: whether the graph may still be used.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    training: bool
+    guard: Guard
+
+    def module(self, node: fx.Node) -> nn.Module:
+        """The module that a ``call_module`` node calls."""
+        return self.root.get_submodule(str(node.target))
+
+    def compile(self) -> Callable[..., Any]:
+        """The graph as a function of the tensors of a call."""
+        self.graph.lint()
+        made: Callable[..., Any] = fx.GraphModule(self.root, self.graph).forward
+        return made
+
+
+def trace(module: nn.Module, call: Call) -> Region | None:
+    """The graph of a module's forward in its present mode, or None where a graph would not do all that the code does."""
+    inner = [m for m in module.modules() if not is_leaf(m)]
+    if any(has_hooks(m) or hasattr(m, "parametrizations") for m in inner if m is not module):
+        return None
+    if any("forward" in vars(m) for m in inner if m is not module) or type(module).__call__ is not nn.Module.__call__:
+        return None
+    everything = list(module.modules())
+    before, streams, held = _seen_attributes(everything), _random_states(), _Held(everything)
+    try:
+        graph = _Tracer(call).trace(module)
+    except Exception:
+        # Whatever goes wrong is left to the author's own code, which knows how to run.
+        graph = None
+    changed = _random_states() != streams or _seen_attributes(everything) != before
+    # Also the tensors that the code makes anew, which torch.fx would keep for ever.
+    held.put_back()
+    if graph is None or changed:
+        return None
+    if any(node.op == "get_attr" and not _belongs(module, str(node.target)) for node in graph.nodes):
+        return None
+    return Region(module, graph, module.training, Guard(inner))
+
+
+def _belongs(module: nn.Module, name: str) -> bool:
+    """Whether a name is one of the module's own parameters, buffers or modules, not a tensor that tracing has made."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return False
+    return attribute in owner._parameters or attribute in owner._buffers or attribute in owner._modules

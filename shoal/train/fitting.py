@@ -1,0 +1,115 @@
+"""Fitting plans to the job's model: which rewrites and which sub-batch go with each memory layout, as the template measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from shoal.comm.grid import Grid
+from shoal.errors import PlanError
+from shoal.plan import Plan
+from shoal.planner.candidates import sub_batches
+from shoal.process.supervisor import Supervisor
+from shoal.rewrites import registry
+from shoal.train.settings import JobFacts
+from shoal.train.tune import Finding, Question, Tuned
+
+_SECONDS = 4.0
+_TIMEOUT_S = 600.0
+
+Recall = Callable[[str], Any]
+Remember = Callable[[str, Mapping[str, Any]], None]
+
+
+class Fitting:
+    """Asks the template what rewriting gains, once for each layout, and remembers the answers.
+
+    Args:
+        recall, remember: the memory of this job on this machine, by a key.
+    """
+
+    def __init__(
+        self, wanted: Plan, facts: JobFacts, supervisor: Supervisor, recall: Recall, remember: Remember
+    ) -> None:
+        self._wanted, self._facts, self._supervisor = wanted, facts, supervisor
+        self._recall, self._remember = recall, remember
+        self._found: dict[str, Tuned] = {}
+        if isinstance(wanted.rewrites, tuple):
+            registry.check_names(wanted.rewrites)
+
+    def fit(self, candidates: Sequence[Plan]) -> list[Plan]:
+        """The plans with their rewrites and sub-batch; PlanError where ones that were asked for cannot be used."""
+        layouts = {plan.layout for plan in candidates}
+        most = max(plan.data_ways for plan in candidates)
+        return [self._fit(plan, most, len(layouts)) for plan in candidates]
+
+    def why(self, plan: Plan) -> list[str]:
+        """What each change gains, or why it was not made, in sentences."""
+        hindrance = _hindrance(plan)
+        if hindrance is not None:
+            return [f"No rewrites: {hindrance}."] if self._wanted.rewrites == "auto" else []
+        tuned = self._found.get(str(plan.layout))
+        return [] if tuned is None else [_sentence(finding, tuned) for finding in tuned.findings]
+
+    def _fit(self, plan: Plan, most: int, layouts: int) -> Plan:
+        wanted = self._wanted.rewrites
+        hindrance = _hindrance(plan)
+        if isinstance(wanted, tuple) and hindrance is not None:
+            raise PlanError(f"rewrites={'+'.join(wanted)} cannot be used: {hindrance}; write rewrites=none.")
+        if hindrance is not None or wanted == "none":
+            return plan.replace(rewrites="none")
+        if str(plan.layout) not in self._found:
+            self._found[str(plan.layout)] = self._ask(plan, most, layouts)
+        tuned = self._found[str(plan.layout)]
+        fitted = plan.replace(rewrites=tuned.names or "none")
+        if tuned.sub_batch and tuned.sub_batch < self._facts.batch_size // plan.data_ways:
+            fitted = fitted.replace(sub_batch=tuned.sub_batch, batchnorm="micro")
+        return fitted
+
+    def _ask(self, plan: Plan, most: int, layouts: int) -> Tuned:
+        wanted = self._wanted.rewrites
+        names = wanted if isinstance(wanted, tuple) else None
+        pieces = (plan.accumulate or 1) * (plan.microbatches or 1)
+        samples = max(1, self._facts.batch_size // (max(most, plan.data_ways) * pieces))
+        open_sizes = self._wanted.sub_batch is None and self._wanted.batchnorm in (None, "micro")
+        sizes = sub_batches(samples) if open_sizes and not self._facts.batchnorm and names is None else ()
+        question = Question(
+            names=names, forced=names is not None, sub_batches=sizes, layout=str(plan.layout), precision=str(plan.precision),
+            samples=samples, seconds=_SECONDS / layouts,
+        )  # fmt: skip
+        key = f"tuned {sorted(asdict(question).items())} {sorted(registry.all_rewrites())}"
+        known = self._recall(key)
+        if known is None:
+            tuned: Tuned = self._supervisor.call("tune", question, timeout_s=_TIMEOUT_S)
+            self._remember(key, asdict(tuned))
+        else:
+            findings = tuple(Finding(**entry) for entry in known["findings"])
+            tuned = Tuned(tuple(known["names"]), known["sub_batch"], findings, known["samples"])
+        for finding in tuned.findings if names is not None else ():
+            if finding.trouble is not None:
+                raise PlanError(f"The rewrite {finding.name} {finding.trouble}; leave it out of the plan.")
+        return tuned
+
+
+def _hindrance(plan: Plan) -> str | None:
+    """Why a model cannot be rewritten under a plan."""
+    if Grid.of(plan).splits_model:
+        return "they change whole models, and this plan cuts it"
+    if plan.recompute not in (None, "none"):
+        return f"recompute={plan.recompute} runs the author's blocks again as they are"
+    return None
+
+
+def _sentence(finding: Finding, tuned: Tuned) -> str:
+    """What a change gains, or why it was not made."""
+    key, _, _ = finding.name.partition("=")
+    what = "samples pass the network so many at a time" if key == "sub_batch" else registry.describe(key)
+    said = f"{finding.name} ({what.rstrip('.')})"
+    if finding.trouble is not None:
+        return f"{said} is not used: it {finding.trouble}."
+    if finding.before_s is None or finding.after_s is None:
+        return f"{said} was given."
+    used = finding.name in tuned.names or finding.name == f"sub_batch={tuned.sub_batch}"
+    times = f"{finding.before_s * 1e3:.2f} → {finding.after_s * 1e3:.2f} ms for {tuned.samples} samples on one thread"
+    return f"{said}: {finding.gain:.2f} × as fast ({times})." if used else f"{said} is not used: not faster here ({times})."

@@ -1,0 +1,336 @@
+"""Finding out what rewrites and sub-batches gain on a job's own batch: checked first, then measured in turn.
+
+All of it runs aside, in a child of the template that computes on one thread, and nothing of it is left. A rewrite is used only
+where outputs, gradients and buffers are the author's within rounding, in float64 where the model can be run in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.plan import Plan
+from shoal.rewrites import registry
+from shoal.rewrites.install import install
+from shoal.train import objective, streams
+from shoal.train.built import Built
+from shoal.train.embedding import quicken_embeddings
+from shoal.train.feed import to_layout
+
+GAIN = 1.02
+"""A rewrite is taken where it is at least so many times as fast."""
+SUB_BATCH_GAIN = 1.1
+"""Pieces cost what is not measured here: more batches to gather, gradients to add up."""
+_CLOSE_DOUBLE, _CLOSE_SINGLE = 1e-9, 1e-4
+_CHECKED_SAMPLES = 8
+_MOST_DOUBLED_BYTES = 400 << 20
+_ROUNDS, _LEAST_ROUNDS = 30, 4
+Tensors = list[torch.Tensor | None]
+_PLACE = (streams.STEP, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be found out.
+
+    Attributes:
+        names: the rewrites to look at, all that there are where it is None.
+        forced: they were asked for: only check them.
+        sub_batches: sizes to try; none where the plan says one, or may not have any.
+        layout, precision: the plan's.
+        samples: in the batch that is measured: what a worker computes in a step.
+        seconds: for measuring.
+    """
+
+    names: tuple[str, ...] | None
+    forced: bool
+    sub_batches: tuple[int, ...]
+    layout: str
+    precision: str
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a change: the seconds of a pass without it and with it, or why it cannot be used."""
+
+    name: str
+    before_s: float | None = None
+    after_s: float | None = None
+    trouble: str | None = None
+
+    @property
+    def gain(self) -> float:
+        return self.before_s / self.after_s if self.before_s and self.after_s else 1.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The rewrites and the sub-batch to use, and what was found of each that applies."""
+
+    names: tuple[str, ...]
+    sub_batch: int
+    findings: tuple[Finding, ...]
+    samples: int
+
+
+def rewrites_of(plan: Plan) -> tuple[str, ...]:
+    """The names of the rewrites that a complete plan uses."""
+    return plan.rewrites if isinstance(plan.rewrites, tuple) else ()
+
+
+def tune(built: Built, question: Question) -> Tuned:
+    """Check and measure. Whatever the author's own code raises here it will raise in training too, so nothing is found then."""
+    try:
+        return _Tuning(built, question).run()
+    except Exception:
+        return Tuned((), 0, (), question.samples)
+
+
+class _Tuning:
+    def __init__(self, built: Built, question: Question) -> None:
+        self._job, self._model, self._question = built.job, built.model, question
+        self._kept = quicken_embeddings()
+        streams.reseed(*_PLACE)
+        indices = np.arange(question.samples, dtype=np.int64)
+        self._batch = to_layout(built.train.fetch(indices, built.job.collate, None), question.layout == "channels_last")
+        self._model.train()
+
+    def run(self) -> Tuned:
+        question, model = self._question, self._model
+        names = registry.names(True) if question.names is None else registry.in_order(question.names)
+        few = min(_CHECKED_SAMPLES, question.samples)
+        check = _Check(self._job, model, _samples(self._batch, 0, few), few)
+        findings: list[Finding] = []
+        sound: list[str] = []
+        for name in names:
+            trouble = check.trouble((name,))
+            if trouble != NOT_FOUND or question.forced:
+                findings.append(Finding(name, trouble=trouble))
+            if trouble is None:
+                sound.append(name)
+        check.close()
+        if question.forced:
+            return Tuned(tuple(sound), 0, tuple(findings), question.samples)
+        chosen, measured = self._measure(sound, check)
+        sub_batch = self._measure_sub_batches(chosen, measured) if question.sub_batches else 0
+        unsound = [finding for finding in findings if finding.trouble is not None]
+        return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), question.samples)
+
+    def _measure(self, sound: Sequence[str], check: _Check) -> tuple[list[str], list[Finding]]:
+        """Take one after the other, each beside those that were taken before, where it is faster so."""
+        chosen: list[str] = []
+        findings: list[Finding] = []
+        for name in sound:
+            before, after = self._alternate(self._pass, tuple(chosen), self._pass, (*chosen, name), len(sound) + 1)
+            findings.append(Finding(name, before, after))
+            if before > after * GAIN:
+                chosen.append(name)
+        return chosen, findings
+
+    def _measure_sub_batches(self, chosen: Sequence[str], findings: list[Finding]) -> int:
+        best = 0
+        names = tuple(chosen)
+        sizes = [size for size in self._question.sub_batches if size < self._question.samples]
+        if not sizes or not self._sum_is_the_same(sizes[0]):
+            return 0
+        for size in sizes:
+            before, after = self._alternate(
+                functools.partial(self._pass, best), names, functools.partial(self._pass, size), names, 2 * len(sizes)
+            )
+            if before > after * SUB_BATCH_GAIN:
+                findings.append(Finding(f"sub_batch={size}", before, after))
+                best = size
+            else:
+                break
+        return best
+
+    def _sum_is_the_same(self, size: int) -> bool:
+        """Whether pieces add up to the whole: not where samples know of each other, or random numbers are drawn."""
+        found = []
+        for pieces in (0, size):
+            streams.reseed(*_PLACE)
+            self._pass(pieces, keep=True)
+            found.append([None if p.grad is None else p.grad.clone() for p in self._model.parameters()])
+            self._forget()
+        return all(_close(a, b, _CLOSE_SINGLE) for a, b in zip(*found, strict=True))
+
+    def _pass(self, size: int = 0, keep: bool = False) -> None:
+        """A worker's forward and backward pass over its samples, so many at a time."""
+        samples = self._question.samples
+        for start in range(0, samples, size or samples):
+            stop = min(samples, start + (size or samples))
+            batch = self._batch if stop - start == samples else _samples(self._batch, start, stop)
+            bf16 = self._question.precision == "bf16"
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+                outcome = objective.compute(self._job, self._model, batch, stop - start)
+            outcome.to_backward(samples).backward()  # type: ignore[no-untyped-call]
+        if not keep:
+            self._forget()
+
+    def _forget(self) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def _alternate(
+        self, one: Callable[[], None], names: tuple[str, ...], other: Callable[[], None], others: tuple[str, ...], parts: int
+    ) -> tuple[float, float]:
+        """Seconds of two ways to compute, in turn, so that what else the machine does disturbs both.
+
+        Processor time of this thread, which others cannot take, and only as much of a gain as both the shortest times and
+        the typical pair of neighbours show.
+        """
+        ways = [(install(self._model, names), one)]
+        ways[0][0].remove()
+        ways.append((install(self._model, others), other))
+        ways[1][0].remove()
+        times: list[list[float]] = [[], []]
+        until = time.monotonic() + self._question.seconds / parts
+        for number in range(_ROUNDS + 1):
+            for k, (installed, compute) in enumerate(ways):
+                installed.resume()
+                start = time.thread_time()
+                compute()
+                # The first of each traces, and warms caches up.
+                if number:
+                    times[k].append(time.thread_time() - start)
+                installed.remove()
+            if number >= _LEAST_ROUNDS and time.monotonic() > until:
+                break
+        best = min(times[0]), min(times[1])
+        typical = statistics.median(a / b for a, b in zip(*times, strict=True))
+        return best[0], max(best[1], best[0] / max(typical, 1e-9)) if best[0] > best[1] else best[1]
+
+
+NOT_FOUND = "finds nothing to change in this model"
+
+
+class _Check:
+    """Compares a rewritten model with the author's on a few samples."""
+
+    def __init__(self, job: Any, model: nn.Module, batch: Any, count: int) -> None:
+        self._job, self._count = job, count
+        self._model, self._batch, self._close = model, batch, _CLOSE_SINGLE
+        self._truth: Any = None
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        if size <= _MOST_DOUBLED_BYTES and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+            # A copy in which every number is exact to nine digits; where it cannot be run, the model as it is decides.
+            with contextlib.suppress(Exception):
+                self._model, self._batch = copy.deepcopy(model).double(), _doubled(batch)
+                self._truth = self._compute()
+                self._close = _CLOSE_DOUBLE
+        if self._truth is None:
+            self._model, self._batch = model, batch
+            self._truth = self._compute()
+
+    def close(self) -> None:
+        self._truth = None
+
+    def trouble(self, names: tuple[str, ...]) -> str | None:
+        """Why rewrites cannot be used; None where they do the same."""
+        installed = install(self._model, names)
+        try:
+            found = self._compute()
+        except Exception as error:
+            return f"fails in this model ({type(error).__name__})"
+        finally:
+            installed.remove()
+        if not installed.applied.places:
+            return NOT_FOUND
+        same = len(found) == len(self._truth) and all(
+            _close(a, b, self._close) for a, b in zip(self._truth, found, strict=True)
+        )
+        return None if same else "does not give the same results in this model"
+
+    def _compute(self) -> Tensors:
+        """Loss, outputs, gradients, and buffers in training; outputs where nothing is trained; the model stays as it was."""
+        model = self._model
+        with _unchanged(model):
+            streams.reseed(*_PLACE)
+            outcome = objective.compute(self._job, model, self._batch, self._count)
+            outcome.to_backward(self._count).backward()  # type: ignore[no-untyped-call]
+            found: Tensors = [outcome.loss.detach(), *_tensors(outcome.output)]
+            found += [None if p.grad is None else _dense(p.grad) for p in model.parameters()]
+            found += [buffer.clone() for buffer in model.buffers()]
+            for parameter in model.parameters():
+                parameter.grad = None
+            model.eval()
+            with torch.no_grad():
+                outcome = objective.compute(self._job, model, self._batch, self._count)
+                found += [outcome.loss, *_tensors(outcome.output)]
+            model.train()
+        return found
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient.clone()
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers back afterwards."""
+    held = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in held:
+                buffer.copy_(value)
+
+
+def _close(a: torch.Tensor | None, b: torch.Tensor | None, tolerance: float) -> bool:
+    """Whether two tensors differ by rounding only, by the largest of their values."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    if not a.numel():
+        return True
+    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+        return False
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-3)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of an output, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach()]
+    if isinstance(value, Mapping):
+        return [tensor for entry in value.values() for tensor in _tensors(entry)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for entry in value for tensor in _tensors(entry)]
+    return []
+
+
+def _doubled(batch: Any) -> Any:
+    return _map(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def _samples(batch: Any, start: int, stop: int) -> Any:
+    """Some samples of a batch; ValueError where it cannot be cut."""
+    return _map(batch, lambda tensor: tensor[start:stop])
+
+
+def _map(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: _map(value, change) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [_map(value, change) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
