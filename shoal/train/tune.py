@@ -36,6 +36,7 @@ _CHECKED_SAMPLES = 8
 _MOST_DOUBLED_BYTES = 400 << 20
 _ROUNDS, _LEAST_ROUNDS = 30, 4
 Tensors = list[torch.Tensor | None]
+_LEAST_CUT_S = 0.002
 _PLACE = (streams.STEP, 0, 0, 0, 0)
 
 
@@ -111,28 +112,55 @@ class _Tuning:
         question, model = self._question, self._model
         names = registry.names(True) if question.names is None else registry.in_order(question.names)
         few = min(_CHECKED_SAMPLES, question.samples)
-        check = _Check(self._job, model, _samples(self._batch, 0, few), few)
+        if not question.forced:
+            # Most models have nothing to rewrite, and are soon done with.
+            names = names if self._finds_anything(names, few) else ()
         findings: list[Finding] = []
         sound: list[str] = []
+        check = _Check(self._job, model, _samples(self._batch, 0, few), few) if names else None
         for name in names:
-            trouble = check.trouble((name,))
+            trouble = check.trouble((name,)) if check is not None else None
             if trouble != NOT_FOUND or question.forced:
                 findings.append(Finding(name, trouble=trouble))
             if trouble is None:
                 sound.append(name)
-        check.close()
+        del check
         if question.forced:
             return Tuned(tuple(sound), 0, tuple(findings), question.samples)
-        chosen, measured = self._measure(sound, check)
+        chosen, measured = self._measure(sound)
         sub_batch = self._measure_sub_batches(chosen, measured) if question.sub_batches else 0
         unsound = [finding for finding in findings if finding.trouble is not None]
         return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), question.samples)
 
-    def _measure(self, sound: Sequence[str], check: _Check) -> tuple[list[str], list[Finding]]:
+    def _finds_anything(self, names: Sequence[str], few: int) -> bool:
+        """Whether any of these rewrites finds a place, taken all together."""
+        installed = install(self._model, names)
+        try:
+            with _unchanged(self._model):
+                self._pass(few=few)
+                return bool(installed.applied.places)
+        except Exception:
+            # One of them fails: which one, the checks will say.
+            return True
+        finally:
+            installed.remove()
+
+    def _still_finds(self, name: str, names: tuple[str, ...]) -> bool:
+        installed = install(self._model, names)
+        try:
+            self._pass()
+            return name in installed.applied.places
+        finally:
+            installed.remove()
+
+    def _measure(self, sound: Sequence[str]) -> tuple[list[str], list[Finding]]:
         """Take one after the other, each beside those that were taken before, where it is faster so."""
         chosen: list[str] = []
         findings: list[Finding] = []
         for name in sound:
+            if chosen and not self._still_finds(name, (*chosen, name)):
+                # Another one has taken its places.
+                continue
             before, after = self._alternate(self._pass, tuple(chosen), self._pass, (*chosen, name), len(sound) + 1)
             findings.append(Finding(name, before, after))
             if before > after * GAIN:
@@ -143,7 +171,7 @@ class _Tuning:
         best = 0
         names = tuple(chosen)
         sizes = [size for size in self._question.sub_batches if size < self._question.samples]
-        if not sizes or not self._sum_is_the_same(sizes[0]):
+        if not sizes or not self._is_worth_cutting() or not self._sum_is_the_same(sizes[0]):
             return 0
         for size in sizes:
             before, after = self._alternate(
@@ -156,6 +184,13 @@ class _Tuning:
                 break
         return best
 
+    def _is_worth_cutting(self) -> bool:
+        """Whether a pass takes long enough for several to be no slower."""
+        self._pass()
+        start = time.thread_time()
+        self._pass()
+        return time.thread_time() - start > _LEAST_CUT_S
+
     def _sum_is_the_same(self, size: int) -> bool:
         """Whether pieces add up to the whole: not where samples know of each other, or random numbers are drawn."""
         found = []
@@ -166,12 +201,12 @@ class _Tuning:
             self._forget()
         return all(_close(a, b, _CLOSE_SINGLE) for a, b in zip(*found, strict=True))
 
-    def _pass(self, size: int = 0, keep: bool = False) -> None:
-        """A worker's forward and backward pass over its samples, so many at a time."""
-        samples = self._question.samples
+    def _pass(self, size: int = 0, keep: bool = False, few: int | None = None) -> None:
+        """A worker's forward and backward pass over its samples, or a few of them, so many at a time."""
+        samples = few or self._question.samples
         for start in range(0, samples, size or samples):
             stop = min(samples, start + (size or samples))
-            batch = self._batch if stop - start == samples else _samples(self._batch, start, stop)
+            batch = self._batch if stop - start == self._question.samples else _samples(self._batch, start, stop)
             bf16 = self._question.precision == "bf16"
             with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
                 outcome = objective.compute(self._job, self._model, batch, stop - start)
@@ -233,9 +268,6 @@ class _Check:
         if self._truth is None:
             self._model, self._batch = model, batch
             self._truth = self._compute()
-
-    def close(self) -> None:
-        self._truth = None
 
     def trouble(self, names: tuple[str, ...]) -> str | None:
         """Why rewrites cannot be used; None where they do the same."""

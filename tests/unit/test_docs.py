@@ -290,3 +290,12 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     assert make.main(["split", "--out", str(tmp_path / "split.png")]) == 0
     for name in ("curve.png", "step.png", "split.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rewrites_are_all_described() -> None:
+    from shoal.rewrites import registry
+
+    rows = tables(text_of(DOCS / "rewrites.md"))[0]
+    described = {name: registry.describe(name) for name in registry.all_rewrites()}
+    assert {name: rows[name][1] for name in described} == described
+    assert len(rows) == len(described) + 2

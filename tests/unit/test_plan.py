@@ -80,6 +80,10 @@ def plans(draw: st.DrawFn) -> Plan:
         dropped |= {"interleave"}
     if "tp" not in values:
         dropped |= {"sequence_parallel"}
+    if values.get("pp", 1) > 1:
+        dropped |= {"sub_batch"}
+    elif values.get("sub_batch"):
+        dropped |= {"batchnorm"} if values.get("batchnorm") == "global" else set()
     if values.get("accumulate", 1) > 1 or values.get("microbatches", 1) > 1:
         dropped |= {"batchnorm"} if values.get("batchnorm") == "global" else set()
     if "shares" in values:
