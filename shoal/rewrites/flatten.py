@@ -6,6 +6,8 @@ pictures of a batch. Where pictures come in another layout, nothing is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,18 +31,38 @@ def rewrite(region: Region) -> int:
         if user is None or module_of(region, user, nn.Linear) is None or user.args[0] is not node:
             continue
         weight, bias = attribute(region, user, "weight"), attribute(region, user, "bias")
-        replace(user, linear_of_flat, (source, weight, bias))
+        function = once(linear_of_flat) if region.frozen else linear_of_flat
+        replace(user, function, (source, weight, bias))
         region.graph.erase_node(node)
         places += 1
     return places
 
 
-def linear_of_flat(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear(x.flatten(1), weight, bias)``, without a copy of pictures that are channels last."""
+def once(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function for a weight that stays: it is permuted once."""
+    permuted: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def linear_of_flat_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return function(x, weight, bias, permuted)
+
+    return linear_of_flat_once
+
+
+def linear_of_flat(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kept: dict[tuple[int, ...], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """``F.linear(x.flatten(1), weight, bias)``, without a copy of pictures that are channels last.
+
+    ``kept`` holds permuted weights by the shape of a picture, where the weight stays what it is.
+    """
     if x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return F.linear(x.flatten(1), weight, bias)
     count, *shape = x.shape
     if shape[0] * shape[1] * shape[2] != weight.shape[1]:
         return F.linear(x.flatten(1), weight, bias)
-    permuted = weight.view(-1, *shape).permute(0, 2, 3, 1).reshape(len(weight), -1)
+    permuted = None if kept is None else kept.get(tuple(shape))
+    if permuted is None:
+        permuted = weight.reshape(-1, *shape).permute(0, 2, 3, 1).reshape(len(weight), -1)
+        if kept is not None:
+            kept[tuple(shape)] = permuted
     return F.linear(x.permute(0, 2, 3, 1).reshape(count, -1), permuted, bias)

@@ -37,8 +37,9 @@ class Applied:
 class Installed:
     """The rewrites of one model in this process; ``remove`` gives the author's code back."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], frozen: bool = False) -> None:
         self.names = registry.in_order(names)
+        self.frozen = frozen
         self._forwards: dict[nn.Module, _Forward] = {}
         self.applied = Applied()
 
@@ -70,6 +71,7 @@ class Installed:
             region = trace(module, call)
             if region is None:
                 return None
+            region.frozen = self.frozen
             places = 0
             for name in self.names:
                 one = registry.all_rewrites()[name]
@@ -117,7 +119,7 @@ class _Forward:
         return type(module).forward(module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
-        installed = Installed(self._installed.names)
+        installed = Installed(self._installed.names, self._installed.frozen)
         module = copy.deepcopy(self._module, memo)
         installed._forwards[module] = made = _Forward(module, installed)
         return made
@@ -142,8 +144,8 @@ def _children(module: nn.Module) -> Iterable[nn.Module]:
             yield child
 
 
-def install(model: nn.Module, names: Iterable[str]) -> Installed:
-    """Let a model compute with these rewrites, from its next call on."""
-    installed = Installed(names)
+def install(model: nn.Module, names: Iterable[str], frozen: bool = False) -> Installed:
+    """Let a model compute with these rewrites, from its next call on; ``frozen``: its weights do not change any more."""
+    installed = Installed(names, frozen)
     installed.put(model)
     return installed

@@ -182,12 +182,14 @@ class Region:
         graph: what rewrites change; its ``call_module`` and ``get_attr`` nodes name the author's own modules and tensors.
         training: whether it is for training.
         guard: whether the graph may still be used.
+        frozen: weights do not change any more, so what is made of them alone may be kept.
     """
 
     root: nn.Module
     graph: fx.Graph
     training: bool
     guard: Guard
+    frozen: bool = False
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a ``call_module`` node calls."""

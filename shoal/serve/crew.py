@@ -104,6 +104,9 @@ class Crew:
         layout, name = (None, None) if like is None else (like.memory_layout, like.precision.name)
         self.memory_layout: str = self._supervisor.call("choose_layout", layout, timeout_s=_LOAD_S)
         self.precision: Precision = self._supervisor.call("choose_precision", name, timeout_s=_LOAD_S)
+        # Another version may be another network, which has to be checked anew.
+        names = self.rewrites if like is self else None
+        self.rewrites: tuple[str, ...] = self._supervisor.call("choose_rewrites", names, timeout_s=_LOAD_S)
 
     def choose(self, like: Crew | None = None) -> None:
         """Find out whether many replicas of one thread or one of all cores answers more, and keep the better.
@@ -133,6 +136,7 @@ class Crew:
             + f"; took {best.text}"
             + (f", pictures {self.memory_layout}" if self.memory_layout != AS_IT_IS else "")
             + (f"; {self.precision}" if self.precision.tried else "")
+            + (f", rewritten by {' and '.join(self.rewrites)}" if self.rewrites else "")
         )
         self._supervisor.fork()
 

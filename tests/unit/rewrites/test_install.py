@@ -108,6 +108,28 @@ def test_a_small_convolution_takes_its_pool_along(middle: str) -> None:
     assert found == ({"conv_pool": 1, "flatten": 1} if middle in ("modules", "functions") else {"flatten": 1})
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batchnorm_is_folded_where_nothing_is_trained(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(400, 5), nn.BatchNorm1d(5),
+    ).double()  # fmt: skip
+    x = pictures()
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        installed = install(model, ("fold_batchnorm", "flatten"), frozen)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-12)
+        assert installed.applied.places["fold_batchnorm"] == 3
+        model[1].running_mean.add_(1.0)
+        assert torch.allclose(model(x), expected) == frozen
+    model.train()
+    torch.testing.assert_close(model(x), copy.deepcopy(model)(x))
+
+
 def test_a_call_with_other_arguments_is_traced_for_itself() -> None:
     model = Net(MIDDLE["modules"], FLAT["flatten"])
     assert same(model, pictures(torch.contiguous_format), 2.0)["flatten"] == 1
