@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as it comes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -33,6 +34,8 @@ def main() -> None:
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = job.optimizer(model.parameters())
+    if options.compile:
+        model = torch.compile(model)
     data = tensors(job, options.channels_last)
     model.train()
 

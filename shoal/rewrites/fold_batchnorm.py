@@ -1,4 +1,4 @@
-"""BatchNorm behind a convolution or a linear layer is folded into its weights where nothing is trained.
+"""A BatchNorm behind a convolution or a linear layer is folded into its weights where nothing is trained.
 
 In evaluation BatchNorm multiplies each channel by one number and adds another, which the layer before it can do itself. The
 folded weights are made at each call while weights may still change, and once where they are frozen, as in serving.

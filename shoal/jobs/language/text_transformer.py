@@ -48,13 +48,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model: word numbers (N, T) -> logits (N, T, vocabulary) of the words that follow."""
+    """A language model of so many blocks: word numbers (N, T) -> logits (N, T, vocabulary) of the words that follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = _BLOCKS) -> None:
         super().__init__()
         self.words = nn.Embedding(VOCABULARY, _WIDTH, padding_idx=PAD)
         self.positions = nn.Embedding(LONGEST, _WIDTH)
-        self.blocks = nn.Sequential(*(Block(_WIDTH, _HEADS) for _ in range(_BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(_WIDTH, _HEADS) for _ in range(blocks)))
         self.norm = nn.LayerNorm(_WIDTH)
         self.head = nn.Linear(_WIDTH, VOCABULARY, bias=False)
         nn.init.normal_(self.words.weight, std=0.02)
