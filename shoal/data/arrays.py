@@ -85,17 +85,20 @@ class Images:
             True costs least: the pictures lie that way already, the batch is a permuted view of the gathered
             rows. False, the default, gives contiguous tensors, so that ``view`` works in any model. May be set at
             any time; the values are the same bits.
+        resized: whether pictures of other sizes were resized to this one, whatever their aspect.
 
     Raises DataError where shapes, types or lengths do not fit.
     """
 
     def __init__(
-        self, images: np.ndarray | Pictures, labels: Any, classes: Sequence[str], channels_last: bool = False
-    ) -> None:
+        self, images: np.ndarray | Pictures, labels: Any, classes: Sequence[str], channels_last: bool = False,
+        resized: bool = False,
+    ) -> None:  # fmt: skip
         self.images = images
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         self.classes = tuple(classes)
         self.channels_last = channels_last
+        self.resized = resized
         if len(images.shape) != 4 or (isinstance(images, np.ndarray) and images.dtype != np.uint8):
             raise DataError("Images must be a uint8 array of shape (number, height, width, channels).")
         if self.labels.shape != images.shape[:1]:
@@ -109,6 +112,12 @@ class Images:
     def size(self) -> tuple[int, int]:
         """(height, width) of every picture."""
         return self.images.shape[1], self.images.shape[2]
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """How a picture becomes an input here, as bundle.json says it."""
+        size = {"size": list(self.size)} if self.resized else {}
+        return {"kind": "image", "mode": "L" if self.images.shape[3] == 1 else "RGB", "scale": 1 / 255, **size}
 
     def __len__(self) -> int:
         return len(self.labels)

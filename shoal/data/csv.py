@@ -57,7 +57,7 @@ def csv(
     rows = _read_rows(file, image, label)
     labels, names = _classify(rows, classes)
     pictures = [picture_in(row.image, row.where, file.parent) for row in rows]
-    return Images(read_pictures(pictures, size, in_memory_mb), labels, names)
+    return Images(read_pictures(pictures, size, in_memory_mb), labels, names, resized=True)
 
 
 @dataclass(frozen=True)

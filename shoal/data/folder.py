@@ -49,7 +49,7 @@ def folder(
             raise DataError(f"{root / name} holds no pictures; put some there or remove it.")
         pictures += [Picture(file, str(root)) for file in files]
         labels += [names.index(name)] * len(files)
-    return Images(read_pictures(pictures, size, in_memory_mb), labels, names)
+    return Images(read_pictures(pictures, size, in_memory_mb), labels, names, resized=True)
 
 
 def picture_files(directory: Path) -> list[Path]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Above this much decoded data, pictures stay in their files and are decoded whenever a batch wants them.
 IN_MEMORY_MB = 2048
+_MOST_16 = (1 << 16) - 1
+_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ class Picture:
         return self._read(None, mode)
 
     def _read(self, size: tuple[int, int] | None, mode: str = "RGB") -> NDArray[np.uint8]:
+        return self.opened(lambda image: np.asarray(_fit(upright(image, mode), size)))
+
+    def opened(self, work: Callable[[Image], NDArray[Any]]) -> NDArray[Any]:
+        """What ``work`` makes of the opened picture; DataError where it cannot be decoded."""
         from PIL import Image
 
         try:
             with Image.open(self.content if isinstance(self.content, Path) else io.BytesIO(self.content)) as image:
-                return np.asarray(_fit(image.convert(mode), size))
-        except MemoryError:
+                return work(image)
+        except (MemoryError, DataError):
             raise
         except FileNotFoundError:
             raise DataError(f"{self.where}: there is no file {self.content!s}.") from None
@@ -55,6 +61,24 @@ class Picture:
             raise DataError(
                 f"{self.where}: the picture{name} cannot be decoded ({_first_line(error)}); repair it or leave it out."
             ) from error
+
+
+def upright(image: Image, mode: str) -> Image:
+    """A picture turned as its EXIF says, in a mode: RGB, or L for shades of grey. 16 bits a pixel are scaled to 8."""
+    from PIL import Image, ImageOps
+
+    turned = image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    if turned.mode == "I" or turned.mode.startswith("I;16"):
+        # Pillow would cut off all that is above 255.
+        values = np.clip(np.asarray(turned.convert("I")), 0, _MOST_16)
+        turned = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return turned if turned.mode == mode else turned.convert(mode)
+
+
+def upright_size(image: Image) -> tuple[int, int]:
+    """(height, width) of a picture when it is turned as its EXIF says."""
+    lies = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size if lies else (image.height, image.width)
 
 
 def _fit(image: Image, size: tuple[int, int] | None) -> Image:

@@ -18,6 +18,7 @@ from shoal.serve.common import Common
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
 from shoal.serve.origins import check_origin
+from shoal.serve.prepare import prepared
 from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.shelf import numbers_of
@@ -85,6 +86,8 @@ class App:
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
             self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
+            if request.encoded:
+                request = await prepared(desk, request)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             raise
@@ -218,7 +221,7 @@ class App:
                 raise Refusal(400, f"{name} gives no scores of classes.")
             if desk.hopeless(arrived_s + self._limits.slo_s, time.monotonic()):
                 raise desk.refused()
-            row = await asyncio.to_thread(pictures.decode, raw, signature, desk.preprocess)
+            row = await asyncio.to_thread(pictures.decode, [raw], signature)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             raise
@@ -248,12 +251,9 @@ class App:
             def left() -> bool:
                 return state(receive, "disconnected")
 
-            asked = [desk.infer(desk.text.request(row), self._limits.slo_s, left) for row in tokens]
-            found = await asyncio.gather(*asked, return_exceptions=True)
-            for one in found:
-                if isinstance(one, BaseException):
-                    raise one
-            vectors = [one[0] for one in found if not isinstance(one, BaseException)]
+            parts = tuple(map(desk.text.request, tokens))
+            request = v2.InferRequest("", (), len(parts), (), None, v2.USUAL_PRIORITY, parts=parts)
+            (vectors,) = await self.catalogue.infer(desk, request, self._limits.slo_s, left)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             return await refuse(receive, send, refusal, embeddings.error_body(refusal))

@@ -57,12 +57,28 @@ class Catalogue:
         arrived_s: float | None = None,
     ) -> list[np.ndarray]:  # fmt: skip
         """Outputs of a request, see ``Desk.infer``; where another version is tried as a shadow, it is asked the same."""
+        if request.parts:
+            return await self._infer_parts(desk, request.parts, slo_s, abandoned, arrived_s)
         began_s = time.monotonic() if arrived_s is None else arrived_s
         outputs = await desk.infer(request, slo_s, abandoned, arrived_s)
         shelf = self.shelves.get(desk.signature.name)
         if shelf is not None and shelf.trial is not None:
             shelf.mirror(desk, request, outputs, time.monotonic() - began_s)
         return outputs
+
+    async def _infer_parts(
+        self, desk: Desk, parts: Sequence[v2.InferRequest], slo_s: float, abandoned: Callable[[], bool],
+        arrived_s: float | None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Each part is a request of its own to the model, so that equal lengths are computed together."""
+        asked = (self.infer(desk, part, slo_s, abandoned, arrived_s) for part in parts)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        answers: list[list[np.ndarray]] = []
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+            answers.append(one)
+        return [np.concatenate(arrays) for arrays in zip(*answers, strict=True)]
 
     def desks(self) -> dict[str, Desk]:
         """Who answers for each model."""

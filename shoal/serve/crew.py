@@ -90,7 +90,6 @@ class Crew:
         self._choose_computing(like)
         self._sample, self._expected = self._supervisor.call("sample", timeout_s=10.0)
         self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
-        self._preprocess: dict[str, Any] | None = self._supervisor.call("preprocess", timeout_s=10.0)
         slot_bytes = sum(row_bytes(t) for t in (*self.signature.inputs, *self.signature.outputs))
         most = max(self._cores, self.range.most or 1)
         slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
@@ -168,7 +167,7 @@ class Crew:
         """What a gateway has to know of the model."""
         return AddModel(
             signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample,
-            expected=self._expected, tokenizer=self._tokenizer, preprocess=self._preprocess,
+            expected=self._expected, tokenizer=self._tokenizer,
             precision=self.precision.describe(),
         )  # fmt: skip
 

@@ -100,7 +100,6 @@ class Desk:
     ) -> None:
         self.signature = model.signature
         self.sample = model.sample
-        self.preprocess = model.preprocess
         self._fixed = model.signature.longest is None
         self._free_inputs = [spec.free for spec in model.signature.inputs]
         self.expected = model.expected

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from shoal.serve.common import Common
 from shoal.serve.credentials import TlsFiles
 from shoal.serve.guard import key_of
+from shoal.serve.prepare import prepared
 from shoal.serve.protocols import proto, v2, v2_grpc
 from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.slots import Outcome
@@ -152,14 +153,16 @@ class GrpcServer:
             if not timed and (common.pace.behind(seen_s) or desk.hopeless(deadline_s, seen_s)):
                 raise desk.refused()
             request = v2_grpc.decode(desk.signature, message, desk.max_rows)
+            if until_s is not None:
+                request = request.within(until_s)
+            if request.encoded:
+                request = await prepared(desk, request)
         except Refusal as refusal:
             if desk is not None and refusal.status < 429:
                 desk.slots.count(Outcome.INVALID)
             elif desk is None:
                 common.metrics.turned_away("nothing")
             raise
-        if until_s is not None:
-            request = request.within(until_s)
         size = message.ByteSize()
         held = size if size > _LONG_BYTES else 0
         common.bodies.bytes += held
@@ -237,7 +240,7 @@ class GrpcServer:
         return {"ready": await _works(ready())}
 
     async def _model_metadata(self, message: Any, context: Context) -> dict[str, Any]:
-        return self._catalogue.desk(message.name, message.version or None).signature.metadata()
+        return v2_grpc.metadata(self._catalogue.desk(message.name, message.version or None).signature)
 
     async def _model_config(self, message: Any, context: Context) -> dict[str, Any]:
         desk = self._catalogue.desk(message.name, message.version or None)

@@ -56,7 +56,7 @@ class AddModel:
 
     Descriptors: the slots, the eventfd of what is done. ``measured_s``: seconds for a batch, by its size. ``sample``: one row of
     each input, to ask with whether it works; ``expected``: the row of each output that has to come back.
-    ``tokenizer``: path of what turns texts into rows. ``preprocess``: how pictures are scaled.
+    ``tokenizer``: path of what turns texts into rows.
     ``precision``: how it is computed, and what else was tried (``Precision.describe``).
     ``cache_bytes``: how much of its answers to remember, for ``cache_ttl_s`` seconds each; 0: nothing.
     """
@@ -68,7 +68,6 @@ class AddModel:
     sample: tuple[bytes, ...]
     expected: tuple[bytes, ...]
     tokenizer: str | None = None
-    preprocess: dict[str, Any] | None = None
     precision: dict[str, Any] = field(default_factory=dict)
     cache_bytes: int = 0
     cache_ttl_s: float = 300.0

@@ -2,88 +2,125 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from email.message import Message
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from shoal.data.pictures import upright
+from shoal.serve.preprocess import Preprocess
 from shoal.serve.refusals import Refusal
-from shoal.serve.signature import ModelSignature, TensorSignature
+from shoal.serve.signature import CHANNELS, ModelSignature, TensorSignature, layout_of
 from shoal.serve.tables.rows import bfloat16_bits
 
-CHANNELS = {1: "L", 3: "RGB"}
+if TYPE_CHECKING:
+    from PIL import Image
+
+_Made = TypeVar("_Made")
 _FORMATS = ("PNG", "JPEG", "WEBP")
 TYPES = ("image/png", "image/jpeg", "image/webp")
 _MOST_PIXELS = 64_000_000
 _MOST_BOUNDARY, _MOST_PARTS, _MOST_HEAD = 200, 18, 4096
 
 
-def layout_of(spec: TensorSignature) -> tuple[int, int, int, bool] | None:
-    """(channels, height, width, channels first) of an input that is pictures, as floats or as bytes; None for any other."""
-    shape = spec.shape[1:]
-    if len(shape) != 3 or min(shape) < 1 or not (spec.dtype.kind == "f" or spec.datatype in ("BF16", "UINT8")):
-        return None
-    if shape[0] in CHANNELS:
-        return shape[0], shape[1], shape[2], True
-    return (shape[2], shape[0], shape[1], False) if shape[2] in CHANNELS else None
-
-
 def as_input(values: np.ndarray, spec: TensorSignature) -> np.ndarray:
-    """Bytes of pictures as the model's datatype, floats from 0 to 1 as ``shoal.data.Images`` gives them."""
+    """Bytes of pictures ``[..., height, width, channels]`` as rows of the model's input.
+
+    Floats from 0 to 1, as ``shoal.data.Images`` gives them, where the bundle says nothing else; bytes as they are.
+    """
+    layout = layout_of(spec)
+    if layout is not None and layout[3]:
+        values = np.moveaxis(values, -1, -3)
     if spec.datatype == "UINT8":
         return values
-    if spec.datatype == "FP64":
-        return values.astype(np.float64) / 255
-    scaled: np.ndarray = values.astype(np.float32) / np.float32(255)
+    scaled = _scaled(values, spec, layout is not None and layout[3])
     return bfloat16_bits(scaled) if spec.datatype == "BF16" else scaled.astype(spec.dtype, copy=False)
 
 
-def normalize(values: np.ndarray, preprocess: Mapping[str, Any] | None) -> np.ndarray:
-    """Floats of one picture ``[height, width, channels]``, ``mean`` taken off and divided by ``std`` where a bundle has them."""
-    if not preprocess:
-        return values
-    mean, std = np.float32(preprocess.get("mean", 0.0)), np.float32(preprocess.get("std", 1.0))
-    found: np.ndarray = (values - mean) / std
-    return found
+def _scaled(values: np.ndarray, spec: TensorSignature, first: bool) -> np.ndarray:
+    how, kind = spec.pictures or Preprocess(), np.dtype("f8" if spec.datatype == "FP64" else "f4").type
+    numbers: np.ndarray = values.astype(kind)
+    # Divided and not multiplied: the same bits as in training.
+    numbers = numbers / kind(255) if math.isclose(how.scale, 1 / 255, rel_tol=1e-6) else numbers * kind(how.scale)
+    if how.mean or how.std:
+        shape = (-1, 1, 1) if first else (-1,)
+        mean, std = (np.array(given or (usual,), kind).reshape(shape) for given, usual in ((how.mean, 0), (how.std, 1)))
+        numbers = (numbers - mean) / std
+    return numbers
 
 
-def decode(raw: bytes, signature: ModelSignature, preprocess: Mapping[str, Any] | None) -> np.ndarray:
-    """One row ``[1, *shape]`` from an encoded picture: cut to the model's aspect around its middle, resized, scaled.
+def fitted(image: Image.Image, spec: TensorSignature) -> np.ndarray:
+    """One row ``[*shape]`` from an opened picture: turned as its EXIF says, resized, cut, scaled, as the bundle says.
+
+    What Pillow raises for damaged pictures goes through.
+    """
+    from PIL.Image import Resampling
+    from PIL.ImageOps import fit
+
+    layout = layout_of(spec)
+    assert layout is not None
+    channels, height, width, _ = layout
+    how = spec.pictures or Preprocess()
+    size, mode = how.size, how.mode or CHANNELS[channels]
+    large = (size, size) if isinstance(size, int) else size or (height, width)
+    image.draft(mode, (4 * large[1], 4 * large[0]))
+    image = upright(image, mode)
+    if size is None:
+        image = fit(image, (width, height), Resampling.BILINEAR)
+    else:
+        if isinstance(size, int):
+            shorter = min(image.size)
+            large = (max(size, round(image.height * size / shorter)), max(size, round(image.width * size / shorter)))
+        if image.size != (large[1], large[0]):
+            image = image.resize((large[1], large[0]), Resampling.BILINEAR)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    values = np.asarray(image if channels == 1 or mode == "RGB" else image.convert("RGB")).reshape(height, width, channels)
+    return np.ascontiguousarray(as_input(values, spec))
+
+
+def decode(raws: Sequence[bytes], signature: ModelSignature) -> np.ndarray:
+    """Rows ``[n, *shape]`` from encoded pictures.
 
     Raises:
-        Refusal: 400 for what is no picture, 413 for one of too many pixels, found out before it is decoded.
+        Refusal: 400 for what is no picture, 413 for too many pixels in all of them, found out before any is decoded.
     """
-    from PIL import Image, ImageOps
-
-    spec = signature.inputs[0]
-    layout = layout_of(spec) if len(signature.inputs) == 1 else None
-    if layout is None:
+    if not signature.takes_pictures:
         raise Refusal(400, f"{signature.name} takes no pictures; send its inputs to /v2/models/{signature.name}/infer.")
-    channels, height, width, first = layout
+    spec, total = signature.inputs[0], 0
+    for raw in raws:
+        across, down = _opened(raw, lambda image: image.size)
+        total += across * down
+        if total > _MOST_PIXELS:
+            words = f"The picture has {across} × {down}" if len(raws) == 1 else "The pictures have too many"
+            raise Refusal(413, f"{words} pixels; at most {_MOST_PIXELS:,} are read for a request.")
+    return np.stack([_opened(raw, lambda image: fitted(image, spec)) for raw in raws])
+
+
+def _opened(raw: bytes, work: Callable[[Image.Image], _Made]) -> _Made:
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(raw), formats=_FORMATS) as image:
-            across, down = image.size
-            if across * down > _MOST_PIXELS:
-                raise Refusal(413, f"The picture has {across} × {down} pixels; at most {_MOST_PIXELS:,} are read.")
-            image.draft(CHANNELS[channels], (4 * width, 4 * height))
-            fitted = ImageOps.fit(
-                ImageOps.exif_transpose(image).convert(CHANNELS[channels]), (width, height), Image.Resampling.BILINEAR
-            )
-    except Refusal:
-        raise
+            return work(image)
     # Pillow's decoders raise a dozen unrelated types for damaged pictures.
     except Exception:
         raise Refusal(400, "The picture cannot be decoded; send a whole PNG, JPEG or WebP.") from None
-    values = np.asarray(fitted).reshape(height, width, channels)
-    if spec.datatype != "UINT8" and preprocess:
-        scaled = normalize(values.astype(np.float32) / np.float32(255), preprocess)
-        values = bfloat16_bits(scaled) if spec.datatype == "BF16" else scaled.astype(spec.dtype)
-    else:
-        values = as_input(values, spec)
-    return np.ascontiguousarray(values.transpose(2, 0, 1) if first else values)[None]
+
+
+def of_base64(raw: bytes) -> bytes:
+    """A picture as it is, decoded where it is in base64, as JSON has to have it. What is neither is returned as it is."""
+    if not raw[:4].isalnum():
+        return raw
+    try:
+        return base64.b64decode(raw, validate=True)
+    except binascii.Error:
+        return raw
 
 
 def of_body(content_type: str, body: bytes) -> bytes:
@@ -119,18 +156,3 @@ def _file_of_form(content_type: str, body: bytes) -> bytes | None:
         if b"filename" in disposition and found is None:
             found = part[len(head) + 4 :]
     return found
-
-
-def check_preprocess(preprocess: Any) -> None:
-    """ValueError, with one sentence, where a bundle's ``preprocess`` cannot be followed."""
-    if preprocess is None:
-        return
-    if not isinstance(preprocess, Mapping):
-        raise ValueError("preprocess is no mapping.")
-    for name in ("mean", "std"):
-        value = preprocess.get(name, 1.0)
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values) or len(values) not in CHANNELS:
-            raise ValueError(f"{name} in preprocess is a number, or one for each channel.")
-        if name == "std" and not all(v > 0 for v in values):
-            raise ValueError("std in preprocess is above 0.")

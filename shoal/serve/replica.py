@@ -30,7 +30,6 @@ from shoal.rewrites.install import install
 from shoal.serve import hugging_face, precision
 from shoal.serve.latency import GAIN
 from shoal.serve.messages import Attach, Attached
-from shoal.serve.pictures import check_preprocess
 from shoal.serve.precision import Precision
 from shoal.serve.sample_rows import sample_rows
 from shoal.serve.shelf import numbers_of
@@ -72,11 +71,6 @@ class ReplicaHost:
         directory = source.path
         description = describe(directory)
         self._tokenizer = description.get("tokenizer")
-        self._preprocess = description.get("preprocess")
-        try:
-            check_preprocess(self._preprocess)
-        except ValueError as error:
-            raise TargetError(f"The bundle {directory.name} cannot be served: {error}") from None
         name = source.name or str(description.get("name", directory.name))
         self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         can_be_served(self.signature)
@@ -96,10 +90,6 @@ class ReplicaHost:
     def tokenizer(self) -> str | None:
         """Path of the tokenizer that turns texts into rows, where there is one."""
         return None if self._tokenizer is None else str(self._tokenizer)
-
-    def preprocess(self) -> dict[str, Any] | None:
-        """How pictures are scaled beyond 0 to 1, as the bundle says."""
-        return dict(self._preprocess) if isinstance(self._preprocess, Mapping) else None
 
     def try_out(self) -> None:
         """Run the model once on a sample; TargetError where the answer is not what the bundle says."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from shoal.errors import TargetError
+from shoal.serve.preprocess import Preprocess
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
@@ -23,6 +24,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 """The protocol's name of a datatype -> how its elements lie in memory. What torch has no type for is not here."""
 
 PLATFORM = "shoal_pytorch"
+CHANNELS = MappingProxyType({1: "L", 3: "RGB"})
+"""How many numbers a pixel has -> what Pillow calls such pictures."""
 UNIT = 8
 """Rows whose lengths are equal when rounded up to so many places share batches: the less they differ, the less is padding."""
 
@@ -36,6 +39,7 @@ class TensorSignature:
         padding: what fills up a row that is shorter than others in its batch.
         absent: what the whole input is where a client leaves it out; None where it may not.
         finite: whether NaN and infinite numbers are refused.
+        pictures: how pictures become it; None where the bundle does not say.
     """
 
     name: str
@@ -45,6 +49,7 @@ class TensorSignature:
     padding: int = 0
     absent: int | None = None
     finite: bool = True
+    pictures: Preprocess | None = field(default=None, compare=False)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -78,7 +83,8 @@ class TensorSignature:
 class ModelSignature:
     """A model as clients see it. ``labels``: names of the classes, or None.
 
-    ``masked``: an input says which places of a row are padding, so rows of unequal lengths may share a batch.
+    ``masked``: an input says which places of a row are padding, so rows of unequal lengths may share a batch. ``takes_texts``: a
+    tokenizer makes its inputs of texts.
     """
 
     name: str
@@ -87,6 +93,19 @@ class ModelSignature:
     labels: tuple[str, ...] | None = None
     version: str = "1"
     masked: bool = False
+    takes_texts: bool = False
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether its one input is pictures."""
+        return len(self.inputs) == 1 and layout_of(self.inputs[0]) is not None
+
+    @property
+    def encoded(self) -> dict[str, Any] | None:
+        """What may be sent in place of its inputs: texts, or pictures as PNG, JPEG or WebP; None where there is nothing."""
+        if not (self.takes_texts or self.takes_pictures):
+            return None
+        return {"name": "text" if self.takes_texts else "image", "datatype": "BYTES", "shape": [-1]}
 
     @property
     def longest(self) -> int | None:
@@ -106,12 +125,14 @@ class ModelSignature:
     def from_description(cls, name: str, description: Mapping[str, Any]) -> ModelSignature:
         """From what bundle.json says. TargetError where that does not describe tensors."""
         labels = description.get("labels")
+        inputs = _tensors(name, description.get("inputs") or ())
         return cls(
             name,
-            _tensors(name, description.get("inputs") or ()),
+            _with_pictures(name, inputs, description.get("preprocess")),
             _tensors(name, description.get("outputs") or ()),
             tuple(str(label) for label in labels) if labels else None,
             masked=description.get("mask") is not None,
+            takes_texts=description.get("tokenizer") is not None,
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -120,7 +141,31 @@ class ModelSignature:
             "name": self.name, "versions": [self.version], "platform": PLATFORM,
             "inputs": [tensor.metadata() for tensor in self.inputs],
             "outputs": [tensor.metadata() for tensor in self.outputs],
+            **({} if self.encoded is None else {"alternative_inputs": [self.encoded]}),
         }  # fmt: skip
+
+
+def layout_of(spec: TensorSignature) -> tuple[int, int, int, bool] | None:
+    """(channels, height, width, channels first) of an input that is pictures, as floats or as bytes; None for any other."""
+    shape = spec.shape[1:]
+    if len(shape) != 3 or min(shape) < 1 or not (spec.dtype.kind == "f" or spec.datatype in ("BF16", "UINT8")):
+        return None
+    if shape[0] in CHANNELS:
+        return shape[0], shape[1], shape[2], True
+    return (shape[2], shape[0], shape[1], False) if shape[2] in CHANNELS else None
+
+
+def _with_pictures(model: str, inputs: tuple[TensorSignature, ...], described: Any) -> tuple[TensorSignature, ...]:
+    """The inputs, the one that is pictures knowing how pictures become it."""
+    try:
+        how = Preprocess.read(described)
+        layout = layout_of(inputs[0]) if len(inputs) == 1 else None
+        if how is None or layout is None:
+            return inputs
+        how.check(*layout[:3])
+    except ValueError as error:
+        raise TargetError(f"The bundle {model} cannot be served: {error}") from None
+    return (replace(inputs[0], pictures=how),)
 
 
 def _tensors(model: str, described: Iterable[Mapping[str, Any]]) -> tuple[TensorSignature, ...]:

@@ -39,8 +39,7 @@ def describe_model(built: Built, program: str | None) -> dict[str, Any]:
         described["inputs"] = _tensors(inputs, "input", count)
         described["outputs"] = _tensors(output, "output", count)
         if isinstance(built.train, Images) and built.job.collate is None:
-            # Floats from 0 to 1, and nothing else: what ``shoal.data.Images`` gives a model.
-            described["preprocess"] = {"kind": "image", "scale": 1 / 255}
+            described["preprocess"] = built.train.preprocess
         if program is not None:
             described["program"] = _export(model, inputs, count, program)
     finally:

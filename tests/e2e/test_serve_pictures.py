@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import json
+import re
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -18,7 +20,6 @@ from PIL import Image
 
 import shoal
 from shoal import bundle
-from shoal.serve.pictures import check_preprocess
 
 _LABELS = ["aeroplane", "bird", "cat"]
 _MEAN, _STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
@@ -47,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(place: Path) -> Iterator[Any]:
-    with shoal.serve(place / "seer", slo_ms=20_000, replicas=1) as running:
+    with shoal.serve(place / "seer", slo_ms=20_000, replicas=1, grpc_port=0) as running:
         yield running
 
 
@@ -74,6 +75,26 @@ def _post(service: Any, body: bytes, kind: str, accept: str = "application/json"
         answer = connection.getresponse()
         raw = answer.read()
         return answer.status, json.loads(raw) if accept == "application/json" or answer.status != 200 else raw.decode()
+    finally:
+        connection.close()
+
+
+def _infer(service: Any, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    return _ask(service, "POST", "/v2/models/seer/infer", body, headers)
+
+
+def _get(service: Any, path: str) -> tuple[int, Any]:
+    return _ask(service, "GET", path)
+
+
+def _ask(
+    service: Any, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=60)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
     finally:
         connection.close()
 
@@ -139,7 +160,53 @@ def test_what_is_no_picture(service: Any, body: bytes, kind: str, status: tuple[
     assert service.numbers()["seer"]["invalid"] == before + 1
 
 
-@pytest.mark.parametrize("wrong", [{"std": 0}, {"mean": [1, 2]}, {"mean": "a"}, [1]])
-def test_preprocessing_that_cannot_be_followed(wrong: object) -> None:
-    with pytest.raises(ValueError, match=r"preprocess.*\.$"):
-        check_preprocess(wrong)
+_SIZES = ((12, 8), (24, 16), (40, 9), (7, 30))
+
+
+def test_pictures_as_bytes_are_answered_as_predict_answers_them(service: Any, place: Path, tmp_path: Path) -> None:
+    """One way from a picture to an input: over JSON, binary HTTP and gRPC, and offline."""
+    raws = [_picture(k, size) for k, size in enumerate(_SIZES)]
+    for k, raw in enumerate(raws):
+        (tmp_path / f"{k}.png").write_bytes(raw)
+    right = shoal.predict(place / "seer", tmp_path, replicas=1)["output"]
+    entry = {"name": "image", "datatype": "BYTES", "shape": [len(raws)]}
+    asked = {"inputs": [{**entry, "data": [base64.b64encode(raw).decode() for raw in raws]}]}
+    status, answer = _infer(service, json.dumps(asked).encode())
+    assert status == 200 and answer["outputs"][0]["shape"] == [len(raws), 3]
+    np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (-1, 3)), right, rtol=1e-5, atol=1e-5)
+    binary = b"".join(len(raw).to_bytes(4, "little") + raw for raw in raws)
+    head = {"inputs": [{**entry, "name": "input", "parameters": {"binary_data_size": len(binary)}}]}
+    header = json.dumps(head).encode()
+    status, answer = _infer(service, header + binary, {"inference-header-content-length": str(len(header))})
+    assert status == 200
+    np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (-1, 3)), right, rtol=1e-5, atol=1e-5)
+    status, metadata = _get(service, "/v2/models/seer")
+    assert metadata["alternative_inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+    # As the public client sends them.
+    triton = pytest.importorskip("tritonclient.grpc")
+    with triton.InferenceServerClient(service.grpc_url) as client:
+        pictures = triton.InferInput("image", [len(raws), 1], "BYTES")
+        pictures.set_data_from_numpy(np.array(raws, np.object_).reshape(-1, 1))
+        np.testing.assert_allclose(client.infer("seer", [pictures]).as_numpy("output"), right, rtol=1e-5, atol=1e-5)
+        assert client.get_model_config("seer").config.parameters["alternative_inputs"].string_value
+        assert len(client.get_model_metadata("seer").inputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"data": ["no picture"]}, "cannot be decoded"),
+        ({"data": ["a", "b"]}, "2 elements"),
+        ({"data": [1]}, "not texts"),
+        ({"shape": [1, 3], "data": ["a"]}, r"\[rows\]"),
+        ({"shape": [0], "data": []}, "no rows"),
+        ({"name": "text", "data": ["a"]}, "takes BYTES as image"),
+        ({"parameters": {"binary_data_size": 4}}, "ends within"),
+    ],
+)
+def test_bytes_that_make_no_sense(service: Any, entry: dict[str, Any], said: str) -> None:
+    before = service.numbers()["seer"]["invalid"]
+    asked = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], **entry}]}
+    status, answer = _infer(service, json.dumps(asked).encode())
+    assert status == 400 and re.search(said, answer["error"])
+    assert service.numbers()["seer"]["invalid"] == before + 1

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     plain = _folder(tmp_path_factory.mktemp("hub") / "plain", pooling=None)
     judge = _folder(tmp_path_factory.mktemp("hub") / "judge", pooling=None, labels=3)
-    with shoal.serve(folder, plain, judge, slo_ms=20_000, replicas=2) as running:
+    with shoal.serve(folder, plain, judge, slo_ms=20_000, replicas=2, grpc_port=0) as running:
         yield running
 
 
@@ -123,6 +123,37 @@ class TestEmbeddings:
         found, answer = _post(service.url, "/v1/embeddings", asked)
         assert found == status and answer["error"]["message"].endswith(".")
         assert _bad(service) == before + 1
+
+    def test_texts_as_bytes_over_v2(self, service: Any, folder: Path) -> None:
+        """Each is a request of its own, over HTTP and over gRPC."""
+        texts = _texts(5, seed=3)
+        right = _right(folder, texts)
+        for name in ("text", "input_ids"):
+            entry = {"name": name, "datatype": "BYTES", "shape": [5], "data": texts}
+            status, answer = _post(service.url, "/v2/models/tiny/infer", {"inputs": [entry]})
+            assert status == 200 and answer["outputs"][0]["shape"] == [5, 32]
+            np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (5, 32)), right, rtol=0, atol=1e-5)
+        for kind, url in (("http", service.url.removeprefix("http://")), ("grpc", service.grpc_url)):
+            triton = pytest.importorskip(f"tritonclient.{kind}")
+            with triton.InferenceServerClient(url) as client:
+                given = triton.InferInput("text", [5], "BYTES")
+                given.set_data_from_numpy(np.array([text.encode() for text in texts], np.object_))
+                found = client.infer("tiny", [given]).as_numpy(answer["outputs"][0]["name"])
+            np.testing.assert_allclose(found, right, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("model", "data", "said"),
+        [
+            ("tiny", [""], "1 to"),
+            ("tiny", [["a"], 3], "not texts"),
+            ("plain", ["w1", "w1 w2"], "one by one"),
+        ],
+    )
+    def test_texts_that_make_no_sense(self, service: Any, model: str, data: list[Any], said: str) -> None:
+        before = _bad(service)
+        entry = {"name": "text", "datatype": "BYTES", "shape": [len(data)], "data": data}
+        status, answer = _post(service.url, f"/v2/models/{model}/infer", {"inputs": [entry]})
+        assert status == 400 and said in answer["error"] and _bad(service) == before + 1
 
     def test_public_client(self, service: Any, folder: Path) -> None:
         openai = pytest.importorskip("openai")

@@ -18,7 +18,7 @@ from shoal.serve.refusals import Refusal
 from shoal.serve.signature import ModelSignature
 
 _MOST_TEXTS = 2048
-_MOST_CHARACTERS = 1 << 20
+MOST_CHARACTERS = 1 << 20
 
 
 class _Request(msgspec.Struct):
@@ -77,8 +77,8 @@ def _inputs(given: Any) -> list[str] | list[list[int]]:
     if not isinstance(given, list) or not given or len(given) > _MOST_TEXTS:
         raise Refusal(400, f"The input is a text, or a list of 1 to {_MOST_TEXTS} texts or lists of tokens.")
     if _are(given, str):
-        if any(not text or len(text) > _MOST_CHARACTERS for text in given):
-            raise Refusal(400, f"A text has 1 to {_MOST_CHARACTERS} characters.")
+        if any(not text or len(text) > MOST_CHARACTERS for text in given):
+            raise Refusal(400, f"A text has 1 to {MOST_CHARACTERS} characters.")
         return given
     if all(isinstance(tokens, list) and tokens and _are(tokens, int) for tokens in given):
         if any(not 0 <= token < 1 << 31 for tokens in given for token in tokens):
@@ -91,10 +91,10 @@ def _are(values: list[Any], kind: type) -> bool:
     return all(type(value) is kind for value in values)
 
 
-def encode(model: str, vectors: Sequence[np.ndarray], tokens: int, as_base64: bool) -> bytes:
-    """The body of the answer; ``vectors``: ``[1, width]`` each."""
+def encode(model: str, vectors: np.ndarray, tokens: int, as_base64: bool) -> bytes:
+    """The body of the answer; ``vectors``: ``[texts, width]``."""
     data = [
-        {"object": "embedding", "index": k, "embedding": _vector(vector[0], as_base64)} for k, vector in enumerate(vectors)
+        {"object": "embedding", "index": k, "embedding": _vector(vector, as_base64)} for k, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return msgspec.json.encode({"object": "list", "data": data, "model": model, "usage": usage})

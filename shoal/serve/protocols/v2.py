@@ -8,9 +8,9 @@ trusted: whatever is wrong with it is a ``Refusal`` with one sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -30,6 +30,8 @@ _MOST_SIZE = 1 << 40
 _AROUND_BYTES = 64 << 10
 # A number in JSON, all its digits, and the spaces before it.
 _ELEMENT_BYTES = 40
+# Pictures are decoded by size: more of them than this are not worth sending at once.
+_PICTURES_BYTES = 16 << 20
 _EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
 
 
@@ -70,12 +72,23 @@ class _Asked(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-Read = Callable[[TensorSignature, Input, int], np.ndarray]
-"""What makes the array of an input: its signature, what was said of it, how many elements it has by its shape."""
+
+class Data(Protocol):
+    """Where the data of a request's inputs lie; the shape of an entry was found to be right before either is asked."""
+
+    def numbers(self, spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
+        """An input of ``count`` elements, in its shape."""
+        ...
+
+    def elements(self, entry: Input, count: int) -> list[bytes]:
+        """``count`` texts or pictures."""
+        ...
+
 
 _DECODER = msgspec.json.Decoder(Said)
 _ASKED = msgspec.json.Decoder(_Asked)
 _NESTED = msgspec.json.Decoder(_Numbers)
+_TEXTS = msgspec.json.Decoder(list[str | list[str]])
 # Its memory is used again by the next request, so nothing of a request may outlive the function that reads it.
 _NUMBERS = simdjson.Parser()
 
@@ -93,6 +106,8 @@ class InferRequest:
         priority: higher goes first; the client's, where 1 is the most urgent, with its sign turned.
         length: of its rows, where those have one of their own.
         uncached: has to be computed, whatever is remembered.
+        encoded: texts or pictures that the inputs are still to be made of.
+        parts: what to compute instead, one by one, where rows have lengths of their own.
     """
 
     id: str
@@ -103,6 +118,8 @@ class InferRequest:
     priority: int
     length: int = 0
     uncached: bool = False
+    encoded: tuple[bytes, ...] = ()
+    parts: tuple[InferRequest, ...] = ()
 
     def within(self, timeout_s: float) -> InferRequest:
         """The same, to be answered within so many seconds at the latest."""
@@ -121,26 +138,15 @@ def decode(
     if header_length is not None and header_length > len(view):
         raise Refusal(400, f"The header is said to be {header_length} bytes long and the body has {len(view)}.")
     request = _parse(view if header_length is None else view[:header_length])
-    binary = view[len(view) if header_length is None else header_length :]
-    at = 0
-
-    def read(spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
-        nonlocal at
-        size = entry.parameters.get("binary_data_size")
-        if size is None:
-            return _from_json(spec, entry, count)
-        values = from_binary(spec, entry, count, size, binary[at:])
-        at += size
-        return values
-
-    found = assemble(signature, request, read, max_rows)
-    if at != len(binary):
-        raise Refusal(400, f"{len(binary)} bytes follow the header and the inputs account for {at}.")
+    data = _Body(view[len(view) if header_length is None else header_length :])
+    found = assemble(signature, request, data, max_rows)
+    if data.at != len(data.binary):
+        raise Refusal(400, f"{len(data.binary)} bytes follow the header and the inputs account for {data.at}.")
     return found
 
 
-def assemble(signature: ModelSignature, said: Said, read: Read, max_rows: int) -> InferRequest:
-    """What a client wants, from what it said; ``read`` makes an input's array of its entry, whose shape was found to be right.
+def assemble(signature: ModelSignature, said: Said, data: Data, max_rows: int) -> InferRequest:
+    """What a client wants, from what it said.
 
     Raises:
         Refusal: 400 for what makes no sense, 413 for more than ``max_rows`` rows.
@@ -151,14 +157,17 @@ def assemble(signature: ModelSignature, said: Said, read: Read, max_rows: int) -
         # Before anything is made of it.
         if entry.shape and max_rows < entry.shape[0] <= _MOST_SIZE:
             raise Refusal(413, f"The request has {entry.shape[0]} rows and at most {max_rows} fit in one; send several.")
-    inputs = _inputs(signature, said.inputs, read)
+    wanted, (timeout_s, priority) = _wanted(signature, said), _urgency(said.parameters)
+    if len(said.inputs) == 1 and said.inputs[0].datatype == "BYTES":
+        encoded = _encoded(signature, said.inputs[0], data)
+        return InferRequest(said.id, (), len(encoded), wanted, timeout_s, priority, encoded=encoded)
+    inputs = _inputs(signature, said.inputs, data)
     rows = {len(array) for array in inputs}
     if len(rows) > 1:
         raise Refusal(400, f"The inputs have unequal numbers of rows ({', '.join(map(str, sorted(rows)))}).")
     (count,) = rows
     if count == 0:
         raise Refusal(400, "The request has no rows.")
-    wanted, (timeout_s, priority) = _wanted(signature, said), _urgency(said.parameters)
     return InferRequest(said.id, inputs, count, wanted, timeout_s, priority, length_of(signature, inputs))
 
 
@@ -168,8 +177,9 @@ def longest_body(signature: ModelSignature, max_rows: int) -> int | None:
     Reading numbers takes far longer than receiving them, so bodies are as short as they can be.
     """
     sizes = [spec.row_shape for spec in signature.inputs]
+    least = _PICTURES_BYTES if signature.takes_pictures else 0
     elements = sum(math.prod(size) for size in sizes if size is not None)
-    return None if None in sizes else _AROUND_BYTES + max_rows * elements * _ELEMENT_BYTES
+    return None if None in sizes else max(least, _AROUND_BYTES + max_rows * elements * _ELEMENT_BYTES)
 
 
 def length_of(signature: ModelSignature, inputs: Sequence[np.ndarray]) -> int:
@@ -231,6 +241,47 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "shoal", "version": __version__, "extensions": _EXTENSIONS}
 
 
+class _Body:
+    """Data of JSON, and binary ones behind it, ``at`` which of them the next begins."""
+
+    def __init__(self, binary: memoryview) -> None:
+        self.binary = binary
+        self.at = 0
+
+    def numbers(self, spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
+        size = entry.parameters.get("binary_data_size")
+        if size is None:
+            return _from_json(spec, entry, count)
+        values = from_binary(spec, entry, count, size, self.binary[self.at :])
+        self.at += size
+        return values
+
+    def elements(self, entry: Input, count: int) -> list[bytes]:
+        size = entry.parameters.get("binary_data_size")
+        if size is None:
+            return _texts_of_json(entry)
+        if not _is_whole(size) or not 0 <= size <= len(self.binary) - self.at:
+            raise Refusal(400, f"The body ends within the input {entry.name}.")
+        found = elements_of(entry.name, self.binary[self.at : self.at + size], count)
+        self.at += size
+        return found
+
+
+def elements_of(name: str, raw: memoryview, count: int) -> list[bytes]:
+    """``count`` elements as BYTES travel: four bytes with its length, little-endian, then itself. Refusal where it is not so."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(raw):
+        if len(found) == count:
+            raise Refusal(400, f"The input {name} has more than the {count} elements of its shape.")
+        size = int.from_bytes(raw[at : at + 4], "little")
+        if at + 4 + size > len(raw):
+            raise Refusal(400, f"The input {name} ends within its element {len(found)}.")
+        found.append(bytes(raw[at + 4 : at + 4 + size]))
+        at += 4 + size
+    return found
+
+
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +296,7 @@ def _parse(header: memoryview) -> Said:
         raise Refusal(400, "The JSON is nested too deep.") from None
 
 
-def _inputs(signature: ModelSignature, given: Sequence[Input], read: Read) -> tuple[np.ndarray, ...]:
+def _inputs(signature: ModelSignature, given: Sequence[Input], data: Data) -> tuple[np.ndarray, ...]:
     specs = {spec.name: spec for spec in signature.inputs}
     found: dict[str, np.ndarray] = {}
     for entry in given:
@@ -257,7 +308,7 @@ def _inputs(signature: ModelSignature, given: Sequence[Input], read: Read) -> tu
             )
         if entry.name in found:
             raise Refusal(400, f"The input {entry.name} is there twice.")
-        found[entry.name] = read(spec, entry, _check_shape(spec, entry))
+        found[entry.name] = data.numbers(spec, entry, _check_shape(spec, entry))
     missing = [name for name in specs if name not in found]
     for name in [name for name in missing if specs[name].absent is not None and found]:
         missing.remove(name)
@@ -265,6 +316,32 @@ def _inputs(signature: ModelSignature, given: Sequence[Input], read: Read) -> tu
     if missing:
         raise Refusal(400, f"The input {missing[0]} is missing.")
     return tuple(found[name] for name in specs)
+
+
+def _encoded(signature: ModelSignature, entry: Input, data: Data) -> tuple[bytes, ...]:
+    """The texts or pictures that are sent in place of the inputs."""
+    takes = signature.encoded
+    if takes is None or entry.name not in (takes["name"], signature.inputs[0].name):
+        sent = "no BYTES" if takes is None else f"BYTES as {takes['name']}"
+        raise Refusal(400, f"The input {entry.name[:80]} is BYTES; {signature.name} takes {sent}.")
+    shape = entry.shape
+    if len(shape) not in (1, 2) or shape[1:] not in ([], [1]) or not 0 <= shape[0] <= _MOST_SIZE:
+        raise Refusal(400, f"The input {entry.name} has the shape {_short(shape[:_MOST_DIMS])}; BYTES have [rows] or [rows, 1].")
+    if shape[0] == 0:
+        raise Refusal(400, "The request has no rows.")
+    found = data.elements(entry, shape[0])
+    if len(found) != shape[0]:
+        raise Refusal(400, f"The input {entry.name} has {len(found)} elements and the shape {shape}.")
+    return tuple(found)
+
+
+def _texts_of_json(entry: Input) -> list[bytes]:
+    """Texts as they are; pictures are base64 there, for JSON has no bytes."""
+    try:
+        found = _TEXTS.decode(bytes(entry.data) or b"null")
+        return [text.encode() for one in found for text in ([one] if isinstance(one, str) else one)]
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise Refusal(400, f"The data of the input {entry.name} are not texts of its shape.") from None
 
 
 def _left_out(
@@ -323,6 +400,8 @@ def _from_json(spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
     wrong = Refusal(
         400, f"The data of the input {spec.name} are not {spec.datatype} numbers of its shape {entry.shape[:10]}."
     )
+    if len(raw) > _AROUND_BYTES + count * _ELEMENT_BYTES:
+        raise wrong
     values = _flat_numbers(raw, spec)
     if values is None:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from shoal.serve.protocols import proto, v2
@@ -52,21 +53,35 @@ def decode(signature: ModelSignature, request: Any, max_rows: int) -> v2.InferRe
     contents = {entry.name: entry.contents for entry in request.inputs if entry.HasField("contents")}
     if raws and contents:
         raise Refusal(400, "The request has both contents and raw_input_contents; send one of them.")
-    raw_of = dict(zip((entry.name for entry in request.inputs), raws, strict=False))
-
-    def read(spec: TensorSignature, entry: v2.Input, count: int) -> np.ndarray:
-        if entry.name in raw_of:
-            raw = raw_of[entry.name]
-            return v2.from_binary(spec, entry, count, len(raw), memoryview(raw))
-        return _typed(spec, entry, count, contents.get(entry.name))
-
     said = v2.Said(
         inputs=[v2.Input(entry.name, list(entry.shape), entry.datatype) for entry in request.inputs],
         id=request.id,
         outputs=[v2.Output(entry.name, parameters(entry.parameters)) for entry in request.outputs],
         parameters=parameters(request.parameters),
     )
-    return v2.assemble(signature, said, read, max_rows)
+    raw_of = dict(zip((entry.name for entry in request.inputs), raws, strict=False))
+    return v2.assemble(signature, said, _Message(raw_of, contents), max_rows)
+
+
+class _Message:
+    """Data that lie in a message, by the input's name: raw bytes, or typed contents."""
+
+    def __init__(self, raws: Mapping[str, bytes], contents: Mapping[str, Any]) -> None:
+        self._raws = raws
+        self._contents = contents
+
+    def numbers(self, spec: TensorSignature, entry: v2.Input, count: int) -> np.ndarray:
+        raw = self._raws.get(entry.name)
+        if raw is None:
+            return _typed(spec, entry, count, self._contents.get(entry.name))
+        return v2.from_binary(spec, entry, count, len(raw), memoryview(raw))
+
+    def elements(self, entry: v2.Input, count: int) -> list[bytes]:
+        raw = self._raws.get(entry.name)
+        if raw is not None:
+            return v2.elements_of(entry.name, memoryview(raw), count)
+        contents = self._contents.get(entry.name)
+        return [] if contents is None else list(contents.bytes_contents)
 
 
 def _typed(spec: TensorSignature, entry: v2.Input, count: int, contents: Any) -> np.ndarray:
@@ -114,13 +129,20 @@ def encode(signature: ModelSignature, request: v2.InferRequest, outputs: Sequenc
     return response
 
 
+def metadata(signature: ModelSignature) -> dict[str, Any]:
+    """What ModelMetadata says; it has no place for alternative inputs, which ``config`` names."""
+    return {key: value for key, value in signature.metadata().items() if key != "alternative_inputs"}
+
+
 def config(signature: ModelSignature, max_rows: int) -> dict[str, Any]:
     """What ModelConfig says: as Triton, dims without the batch's."""
-    metadata = signature.metadata()
+    said = signature.metadata()
     return {
-        "name": signature.name, "platform": metadata["platform"], "max_batch_size": max_rows,
+        "name": signature.name, "platform": said["platform"], "max_batch_size": max_rows,
         "input": [_configured(spec) for spec in signature.inputs],
         "output": [_configured(spec) for spec in signature.outputs],
+        "parameters": {name: {"string_value": msgspec.json.encode(said[name]).decode()}
+                       for name in ("alternative_inputs",) if name in said},
     }  # fmt: skip
 
 

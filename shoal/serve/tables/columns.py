@@ -121,4 +121,4 @@ class TrainingPictures:
 
     def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
         raw = self._column.take(first, stop, self._raw)
-        return as_input(raw.reshape(stop - first, *raw.shape[1:3], -1).transpose(0, 3, 1, 2), spec)
+        return as_input(raw.reshape(stop - first, *raw.shape[1:3], -1), spec)

@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import Image
 
 from shoal.data.folder import picture_files
-from shoal.data.pictures import Picture
+from shoal.data.pictures import Picture, upright_size
 from shoal.errors import DataError
-from shoal.serve.pictures import CHANNELS, as_input, layout_of
-from shoal.serve.signature import TensorSignature
+from shoal.serve.pictures import fitted
+from shoal.serve.signature import TensorSignature, layout_of
 from shoal.serve.tables.rows import RowByRow
 
 
@@ -21,24 +22,26 @@ def is_picture(spec: TensorSignature) -> bool:
 
 
 def pixels(picture: Picture, spec: TensorSignature) -> np.ndarray:
-    """Return a picture as one row: bytes as they are, floats scaled to 0…1 as ``shoal.data.Images`` gives them.
+    """Return a picture as one row, as it becomes one where it is served (``shoal.serve.pictures.fitted``).
 
-    DataError where it cannot be decoded, or has another size than the model takes: it is never resized here.
+    DataError where it cannot be decoded; also where it has another size than the model takes and the bundle does not say how
+    pictures become inputs: then nothing is resized silently.
     """
     layout = layout_of(spec)
     assert layout is not None
-    channels, height, width, first = layout
-    values = picture.pixels(CHANNELS[channels])
-    if values.shape[:2] != (height, width):
-        name = f" {picture.content.name}" if isinstance(picture.content, Path) else ""
-        raise DataError(
-            f"{picture.where}: the picture{name} is {values.shape[1]} × {values.shape[0]} pixels and the model takes "
-            f"{width} × {height}; resize it as the training pictures were."
-        )
-    values = values.reshape(height, width, channels)
-    if first:
-        values = values.transpose(2, 0, 1)
-    return as_input(values, spec)
+    _, height, width, _ = layout
+
+    def work(image: Image) -> np.ndarray:
+        down, across = upright_size(image)
+        if spec.pictures is None and (down, across) != (height, width):
+            name = f" {picture.content.name}" if isinstance(picture.content, Path) else ""
+            raise DataError(
+                f"{picture.where}: the picture{name} is {across} × {down} pixels and the model takes {width} × {height}; "
+                "resize it as the training pictures were."
+            )
+        return fitted(image, spec)
+
+    return picture.opened(work)
 
 
 class FolderRows(RowByRow):

@@ -16,10 +16,9 @@ from shoal.data.source import Source, open_source
 from shoal.errors import DataError, ShoalError, did_you_mean
 from shoal.process.failure import user_code
 from shoal.serve.pictures import as_input
-from shoal.serve.signature import TensorSignature
+from shoal.serve.signature import TensorSignature, layout_of
 from shoal.serve.tables.columns import Column, NumpyColumn, TorchColumn, TrainingPictures, ZippedColumn, fits_rows
-from shoal.serve.tables.pictures import is_picture
-from shoal.serve.tables.rows import Rows, row_shape
+from shoal.serve.tables.rows import Rows, floats, row_shape
 
 
 class ArrayRows(Rows):
@@ -105,11 +104,10 @@ class SourceRows(Rows):
 
     def _inputs(self, indices: np.ndarray, where: str) -> list[tuple[Any, TensorSignature]]:
         spec = self._specs[0]
-        if self._pictures is not None and len(self._specs) == 1 and is_picture(spec) and spec.datatype == "UINT8":
+        if self._pictures is not None and self._pictures.images.shape[1:] == self._pixels(spec):
             images = self._pictures.images
             taken = np.take(images, indices, axis=0) if isinstance(images, np.ndarray) else images.gather(indices)
-            first = spec.shape[1] in (1, 3)
-            return [(as_input(taken.transpose(0, 3, 1, 2) if first else taken, spec), spec)]
+            return [(floats(as_input(taken, spec), spec), spec)]
         with user_code("the data set"):
             batch = self._source.fetch(indices)
         inputs = batch
@@ -126,6 +124,11 @@ class SourceRows(Rows):
         if len(given) != len(self._specs):
             raise DataError(f"{where}: there are {len(given)} inputs and the model takes {len(self._specs)}.")
         return list(zip(given, self._specs, strict=True))
+
+    def _pixels(self, spec: TensorSignature) -> tuple[int, ...] | None:
+        """(height, width, channels) of a model that takes pictures and nothing else."""
+        layout = layout_of(spec) if len(self._specs) == 1 else None
+        return None if layout is None else (*layout[1:3], layout[0])
 
     @staticmethod
     def _one(value: Any, spec: TensorSignature, where: str) -> np.ndarray:
