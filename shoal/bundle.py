@@ -79,6 +79,27 @@ def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
                     found[name] = file.get_tensor(key)
     except (OSError, ValueError):
         raise TargetError(f"{directory} is not a checkpoint, or no longer there.") from None
+    found.update(_rows(directory))
+    return found
+
+
+def _rows(directory: Path) -> dict[str, torch.Tensor]:
+    """The tables in a checkpoint as a state_dict has them: ``keys``, ascending, and ``rows``."""
+    import torch
+    from safetensors import safe_open
+
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for path in sorted(directory.glob("rows-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+            rows = file.get_tensor("values")[:, : int(meta["width"])]
+            parts.setdefault(meta["prefix"], []).append((file.get_tensor("keys"), rows))
+    found = {}
+    for prefix, pieces in parts.items():
+        keys = torch.cat([k for k, _ in pieces])
+        order = keys.argsort()
+        found[prefix + "keys"] = keys[order]
+        found[prefix + "rows"] = torch.cat([r for _, r in pieces])[order]
     return found
 
 
@@ -87,6 +108,8 @@ def load_with(path: Path, checkpoint: Path) -> nn.Module:
 
     TargetError where they do not fit.
     """
+    import torch
+
     model = _built(path, read_description(path))
     if model is None:
         raise TargetError(f"The code of the model in {path} cannot be found; make the module that defines it importable.")
@@ -95,7 +118,11 @@ def load_with(path: Path, checkpoint: Path) -> nn.Module:
     known = {id(own[name]) for name in state if name in own}
     lost = [name for name, tensor in own.items() if name not in state and id(tensor) not in known]
     strange = [name for name in state if name not in own and name not in dict(model.named_buffers())]
-    wrong = lost or strange or [name for name, t in state.items() if name in own and t.shape != own[name].shape]
+    # Of rows by key there are as many as there are.
+    grows = {name for name in own if name.endswith(("keys", "rows")) and not isinstance(own[name], torch.nn.Parameter)}
+    wrong = lost or strange or [
+        name for name, t in state.items() if name in own and t.shape != own[name].shape and name not in grows
+    ]
     if wrong:
         raise TargetError(f"The checkpoint {checkpoint} is of another model than {path}: {wrong[0]} does not fit.")
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)

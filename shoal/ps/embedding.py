@@ -84,8 +84,9 @@ class Embedding(nn.Module):
         self.padding_key = padding_key
         self._table: Table | None = None
         self._gathered: list[Gathered] = []
-        # Steps that are done: what ageing and Adam count by.
+        # Steps that are done: what ageing and Adam count by. In a run it is the run that counts.
         self.steps = 0
+        self.clock: Callable[[], int] | None = None
 
     # -- computing -----------------------------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class Embedding(nn.Module):
         table = self.table
         flat = keys.detach().to(torch.int64).reshape(-1).contiguous().numpy()
         batch = table.unique(flat, self.padding_key)
-        rows = table.pull(batch.keys, self.steps)
+        rows = table.pull(batch.keys, self.steps if self.clock is None else self.clock())
         if torch.is_grad_enabled():
             rows.requires_grad_()
             rows.register_post_accumulate_grad_hook(self._keeper(batch))
@@ -209,7 +210,7 @@ class Embedding(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_table"] = self.export() if self._table is not None else None
-        state["_gathered"] = []
+        state["_gathered"], state["clock"] = [], None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

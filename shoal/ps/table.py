@@ -273,12 +273,18 @@ class Table:
                 self.kernel.unlock(self._handle, shard)
         return _sorted(found, self.spec)
 
-    def export_sketch(self) -> np.ndarray | None:
-        """What was counted of keys without a row, as it must be kept for going on exactly; None where nothing is counted."""
-        return None if self.spec.admission <= 1 else self.memory.sketch().copy()
+    def export_sketch(self, first: int = 0, last: int | None = None) -> np.ndarray | None:
+        """What these shards have counted of keys without a row: kept for going on exactly. None without admission."""
+        if self.spec.admission <= 1:
+            return None
+        sketch = self.memory.sketch()
+        cells = sketch.shape[1] // self.spec.shards
+        return sketch[:, first * cells : (self.spec.shards if last is None else last) * cells].copy()
 
-    def put_sketch(self, counts: np.ndarray) -> None:
-        self.memory.sketch()[:] = counts
+    def put_sketch(self, counts: np.ndarray, begin: float = 0.0) -> None:
+        """Put it back; ``begin``: at which part of the whole it began."""
+        at = round(begin * self.memory.sketch().shape[1])
+        self.memory.sketch()[:, at : at + counts.shape[1]] = counts
 
     def close(self) -> None:
         """Give the descriptor back, and close the store of cold rows."""

@@ -38,6 +38,7 @@ from shoal.errors import RequestError
 from shoal.tensorfile import Entry, dtype_name
 from shoal.train import notes
 from shoal.train.metric_state import Piece, read_pieces
+from shoal.train.row_tables import SavedRows
 from shoal.train.update import Saved, as_bytes, lane_kind
 
 KEPT = 2
@@ -120,12 +121,15 @@ class PartWriter:
         self._path = part_path(directory, step)
         self._fd = -1
 
-    def write(self, parts: Iterable[Saved]) -> None:
+    def write(self, parts: Iterable[Saved | SavedRows]) -> None:
         """Write pieces; OSError where the disk does not take them."""
         if self._fd < 0:
             self._path.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._path / "state.safetensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         for saved in parts:
+            if isinstance(saved, SavedRows):
+                saved.write(self._path)
+                continue
             data = saved.data.numpy()
             for part, offset in self._layout.places(saved):
                 self._write_at(data[part], offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from shoal.train.crew import Crew, bind
 from shoal.train.fitting import Fitting
 from shoal.train.forecast import Forecast, limit_text
 from shoal.train.memory import memory_of
+from shoal.train.row_tables import RunTables, check_tables
 from shoal.train.settings import JobFacts, RunSettings, layout_of, table_of
 from shoal.train.split import Split
 
@@ -183,6 +185,7 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
                 f"local_steps={plan.local_steps} lets each worker train alone and {key}={getattr(plan, key)} lets several "
                 "compute together; that is not built, so keep one of them."
             )
+    check_tables(plan, facts.tables)
     if (plan.accumulate or 1) > batch:
         raise PlanError(
             f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer."
@@ -240,24 +243,28 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
         steps_per_epoch=_MOST_TRIAL_STEPS + 1 if facts.samples > job.batch_size else 1,
         spin_s=spin_seconds(plan),
         evaluate=False,
+        cold_dir=str(cache_dir() / "trials" / str(os.getpid())),
     )
     arena = Arena.create(settings.layout)
+    tables = RunTables(facts.tables, settings.cold_dir)
     try:
-        result = _run_trial(arena, settings, supervisor, facts, seconds)
+        result = _run_trial(arena, tables, settings, supervisor, facts, seconds)
     finally:
         arena.memory.close()
+        tables.close()
     details = {"compute_s": result.compute_s, "comm_s": result.comm_s, "memory_mb": result.memory_mb}
     remember(plan, job, facts, {"trial_step_s": statistics.median(result.step_times_s), **details})
     return result
 
 
 def _run_trial(
-    arena: Arena, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
+    arena: Arena, tables: RunTables, settings: RunSettings, supervisor: Supervisor, facts: JobFacts, seconds: float
 ) -> TrialResult:
-    bind(supervisor, settings, arena.memory.fd, last=False)
+    fds = (arena.memory.fd, *tables.fds)
+    bind(supervisor, settings, fds, last=False)
     table = table_of(facts, settings.split)
     Store(arena, table).spread()
-    crew = Crew(supervisor, arena, settings, lambda *_, **__: None, arena.memory.fd)
+    crew = Crew(supervisor, arena, settings, lambda *_, **__: None, fds)
     crew.start(spare=False)
     began = time.monotonic()
     started: tuple[float, int] | None = None

@@ -64,16 +64,16 @@ class _Replaced:
     action: str
 
 
-def bind(supervisor: Supervisor, settings: RunSettings, fd: int, last: bool) -> None:
+def bind(supervisor: Supervisor, settings: RunSettings, fds: tuple[int, ...], last: bool) -> None:
     """Let the template take up the arena of a run and write the first weights there; a killed template is made again.
 
-    ``last``: no other run begins with the first weights after this one.
+    ``fds``: of the arena and the tables; ``last``: no other run begins with the first weights after this one.
     """
     for attempt in range(MOST_TEMPLATES):
         try:
             if attempt:
                 supervisor.restart(timeout_s=600.0)
-            supervisor.call("bind", settings, True, fds=(fd,))
+            supervisor.call("bind", settings, True, fds=fds)
             if last:
                 supervisor.call("forget_first_weights")
             return
@@ -85,12 +85,12 @@ def bind(supervisor: Supervisor, settings: RunSettings, fd: int, last: bool) -> 
 class Crew:
     """The workers of one arena, and its servers."""
 
-    def __init__(self, supervisor: Supervisor, arena: Arena, settings: RunSettings, emit: Emit, fd: int) -> None:
+    def __init__(self, supervisor: Supervisor, arena: Arena, settings: RunSettings, emit: Emit, fds: tuple[int, ...]) -> None:
         self.supervisor = supervisor
         self._arena = arena
         self._settings = settings
         self._emit = emit
-        self._fd = fd
+        self._fds = fds
         self._patience = Patience.from_environment()
         self._workers: dict[int, Child] = {}
         # All by place: workers, then servers. From 1: a slot that nobody has written to says 0.
@@ -216,7 +216,7 @@ class Crew:
                 break
             try:
                 self.supervisor.restart(timeout_s=600.0)
-                self.supervisor.call("bind", self._settings, False, fds=(self._fd,))
+                self.supervisor.call("bind", self._settings, False, fds=self._fds)
                 if self._spare:
                     # A run that is only tried (see ``start``) is followed by others, which begin with them.
                     self.supervisor.call("forget_first_weights")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shoal.comm.store import Store
+from shoal.train.row_tables import RowGradients
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class Shards:
 class Gradients:
     """The gradients of one worker. Hooks take each one as it comes, so that no second copy of them builds up."""
 
-    def __init__(self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None) -> None:
+    def __init__(
+        self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None, rows: RowGradients | None = None
+    ) -> None:
+        """``rows``: what takes the gradients of embeddings whose rows are no parameters."""
         self._touched = store.touched[stripe]
         self._echoed = store.echoed[stripe]
         self._store, self._stripe = store, stripe
         self._shards = shards
+        self._rows = rows
         self._own_echoes = [t.echo for t in targets if t.echo is not None]
         for target in targets:
             self._hook(target)
@@ -68,6 +73,8 @@ class Gradients:
         self._echoed[self._own_echoes] = 0
         if self._shards is not None:
             self._shards.sharded.begin()
+        if self._rows is not None:
+            self._rows.begin()
 
     def _hook(self, target: Target) -> None:
         if target.index is not None:
@@ -98,6 +105,8 @@ class Gradients:
 
     def collect(self) -> None:
         """Take what no hook could: sharded gradients are complete only when the backward pass is over."""
+        if self._rows is not None:
+            self._rows.publish()
         if self._shards is None:
             return
         from shoal.axes.zero import local_gradient

@@ -15,7 +15,7 @@ from shoal.axes import recompute
 from shoal.axes.data import ArenaData
 from shoal.axes.server import ServedWorker, Server
 from shoal.axes.waiting import Waiting
-from shoal.comm.arena import Arena, Note, Phase, Signal
+from shoal.comm.arena import Arena, Note, Phase, Signal, Slot
 from shoal.comm.store import Store
 from shoal.comm.team import Team
 from shoal.data.source import Source, open_source
@@ -26,6 +26,7 @@ from shoal.process.aside import aside
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import SERVER, Assign
+from shoal.ps.table import Table
 from shoal.rewrites.install import Installed, install
 from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
@@ -41,6 +42,7 @@ from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.part import cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
+from shoal.train.row_tables import Owner, RowGradients, TableUpdater, attach_tables, first_rows, name_tables
 from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.server import ServerLoop, ServerParts
 from shoal.train.settings import JobFacts, RunSettings, table_of
@@ -93,6 +95,7 @@ class TrainHost:
         statistics = statistics_bytes(built.model)
         self._facts = JobFacts(
             table=table,
+            tables=name_tables(built.model),
             samples=len(built.train),
             eval_samples=len(built.evaluation) if built.evaluation is not None else 0,
             batchnorm=statistics > 0,
@@ -105,6 +108,8 @@ class TrainHost:
         # a run moves them elsewhere.
         self._first = {name: p.detach() for name, p in built.model.named_parameters(remove_duplicate=False)}
         self._first_buffers = {n: b.detach().clone() for n, b in built.model.named_buffers(remove_duplicate=False)}
+        self._first_rows = first_rows(built.model)
+        self._tables: list[Table] = []
         self._splits: dict[Plan, Split | None] = {}
         self._store: Store | None = None
         self._settings: RunSettings | None = None
@@ -119,7 +124,11 @@ class TrainHost:
         if self._store is not None:
             # Of a run that was only tried: the memory lives as long as its descriptor.
             self._store.arena.memory.close()
+        for table in self._tables:
+            table.close()
         self.take_up(Arena.attach(fds[0], settings.layout), settings, write)
+        first = self._first_rows if write else {}
+        self._tables = attach_tables(self._built.model, fds[1:], settings.cold_dir, first)
         gc.collect()
         gc.freeze()
 
@@ -154,7 +163,7 @@ class TrainHost:
 
     def forget_first_weights(self) -> None:
         """No further run will begin anew: give back the memory of the first weights."""
-        self._first = {}
+        self._first, self._first_rows = {}, {}
         if self._settings is not None and self._settings.split is not None:
             to_meta(self._built.model)
 
@@ -202,6 +211,12 @@ class TrainHost:
         with contextlib.suppress(KeyboardInterrupt):
             loop.run()
 
+    def _with_tables(self, updater: Updater, own: Owner, slot: Slot) -> Updater:
+        """The same updater, which also updates its part of the model's tables."""
+        if not self._tables:
+            return updater
+        return TableUpdater(updater, self._tables, own, lambda: slot.signal(Signal.UPDATED))
+
     def server(self, number: int, channel: Sender, waiting: Waiting) -> ServerLoop:
         """The loop of one parameter server in the run that was taken up."""
         store, settings, built = self._store, self._settings, self._built
@@ -214,6 +229,8 @@ class TrainHost:
         updater = make_updater(store, number, built.optimizer, lambda: parameters)
         with user_code("scheduler"):
             schedule = Schedule(built.job, built.optimizer, store, place, updater)
+        grid = settings.grid
+        updater = self._with_tables(updater, Owner(number, grid.servers, grid.dp), slot)
         return ServerLoop(
             ServerParts(
                 job=built.job,
@@ -257,7 +274,9 @@ class TrainHost:
         updater: Updater | None = None
         if not grid.servers:
             updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
-        axis = make_axis(updater)
+        own = Owner(rank, grid.dp, grid.dp)
+        whole = None if updater is None else self._with_tables(updater, own, slot)
+        axis = make_axis(whole)
         axis.check = team.check if team is not None else None
         for source in (built.train, built.evaluation):
             if source is not None:
@@ -280,10 +299,13 @@ class TrainHost:
             buffered=built.model,
             publishes=part.publishes,
             passes=make_passes(part, around, feed, plan),
-            gradients=Gradients(store, store.stripe_of(rank), part.targets, part.shards),
+            gradients=Gradients(
+                store, store.stripe_of(rank), part.targets, part.shards,
+                RowGradients(part.model, rank, lambda: slot.signal(Signal.UPDATED)) if self._tables else None,
+            ),
             store=store,
             axis=axis,
-            updater=updater,
+            updater=whole,
             team=team,
             feed=feed,
             eval_source=built.evaluation,

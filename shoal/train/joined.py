@@ -255,6 +255,11 @@ class _Process:
         host = TrainHost(job)
         facts = host.facts()
         check_plan(plan, job, facts)
+        if facts.tables:
+            raise NotBuiltError(
+                f"The rows of {facts.tables[0].name} are shared in the memory of one machine; train this job with shoal train "
+                "there, not under torchrun or Slurm."
+            )
         self._compare(facts)
         done = finished_run(directory, job, options, facts) if directory is not None else None
         before = (done.path, done.summary()) if done is not None else None

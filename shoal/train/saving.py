@@ -39,7 +39,7 @@ class StepSaver:
         self._where = where
         self._writer: PartWriter | None = None
         # An optimizer of the user's own may add noise; torch's elementwise ones do not.
-        self._may_draw = isinstance(updater, WholeUpdater)
+        self._may_draw = isinstance(getattr(updater, "inner", updater), WholeUpdater)
 
     def begin(self, step: int) -> None:
         """Begin to write, where a checkpoint is made of this step's beginning."""

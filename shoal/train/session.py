@@ -32,6 +32,7 @@ from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import deal_pieces, write_pieces
 from shoal.train.recorder import Goal, Recorder
+from shoal.train.row_tables import RunTables
 from shoal.train.run import SUMMARY, Run
 from shoal.train.rundir import RunDirectory
 from shoal.train.settings import (
@@ -100,24 +101,26 @@ class Session:
         self._predicted_mb = None if choice.need is None else round(choice.need.total / 1e6, 1)
         self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints, split)
         arena = Arena.create(self._settings.layout)
+        self._tables = RunTables(facts.tables, self._settings.cold_dir)
         try:
             return self._run_in(arena, began)
         finally:
             self._finish_completing()
             self._supervisor.close()
             arena.memory.close()
+            self._tables.close()
             with contextlib.suppress(OSError):
                 self._directory.release([])
 
     def _run_in(self, arena: Arena, began: float) -> Run:
         store = Store(arena, table_of(self._facts, self._settings.split))
         self._store, self._arena = store, arena
-        fd = arena.memory.fd
-        bind(self._supervisor, self._settings, fd, last=True)
+        fds = (arena.memory.fd, *self._tables.fds)
+        bind(self._supervisor, self._settings, fds, last=True)
         first = self._restore(store)
         store.spread()
         self._write_beginning(first)
-        self._crew = Crew(self._supervisor, arena, self._settings, self._emit, fd)
+        self._crew = Crew(self._supervisor, arena, self._settings, self._emit, fds)
         self._recorder = Recorder(store, self._emit, self._settings.steps_per_epoch, first)
         self._first_step = first
         self._interrupts.armed = True
@@ -140,6 +143,7 @@ class Session:
         refuse_another_job(found, self._job)
         restored = checkpoints.restore(found, store)
         step = found.step
+        self._tables.restore(found.path, step)
         for place, slot in enumerate(self._arena.places):
             for signal in (Signal.COMPUTED, Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
                 slot.post(signal, step)
@@ -416,6 +420,7 @@ class Session:
         checkpoints.discard_parts(self._directory.checkpoints)
         try:
             checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
+            self._tables.write(checkpoints.part_path(self._directory.checkpoints, step))
             found = checkpoints.complete(self._directory.checkpoints, step, self._meta())
         except OSError as error:
             self._make_room()
@@ -449,7 +454,7 @@ class Session:
         history = self._history
         self._history = [entry for entry in history if not entry.get("partial")]
         self._last_one(step)
-        state = self._store.state_dict(step % 2)
+        state = {**self._store.state_dict(step % 2), **self._tables.state()}
         self._write_bundle(state, step, history)
         digest = weights_sha256(state)
         if recorder.step_s is not None and len(recorder.step_times_s) >= 20:
@@ -517,6 +522,7 @@ def run_settings(
         total_steps=total,
         steps_per_epoch=per_epoch,
         checkpoint_dir=str(directory.resolve()),
+        cold_dir=str(directory.resolve().parent / "cold-rows"),
         spin_s=spin_seconds(plan),
         # What has no peer to take over after it needs no undo log either.
         guard=not private and os.environ.get("SHOAL_GUARD", "1") != "0",

@@ -11,6 +11,7 @@ from shoal.comm.store import arena_layout
 from shoal.comm.table import ParameterTable
 from shoal.comm.team import team_bytes
 from shoal.plan import Plan
+from shoal.ps.spec import TableSpec
 from shoal.train.split import Split
 
 
@@ -20,6 +21,7 @@ class JobFacts:
 
     Attributes:
         table: the model's tensors and the optimizer's state.
+        tables: the rows of its ``shoal.ps.Embedding``.
         samples, eval_samples: sizes of the data sets (0 without evaluation data).
         batchnorm: the model has layers that normalise over the batch.
         statistics_bytes: what a worker gives to the small collectives of one pass through the model (BatchNorm's).
@@ -29,6 +31,7 @@ class JobFacts:
     """
 
     table: ParameterTable
+    tables: tuple[TableSpec, ...]
     samples: int
     eval_samples: int
     batchnorm: bool
@@ -49,7 +52,7 @@ class JobFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run of a job under a plan; ``split``: how the model is divided, where it is."""
+    """One run of a job under a plan; ``split``: how the model is divided, where it is; ``cold_dir``: for tables' cold rows."""
 
     plan: Plan
     layout: ArenaLayout
@@ -61,6 +64,7 @@ class RunSettings:
     wait_for_observer: bool = False
     evaluate: bool = True
     split: Split | None = None
+    cold_dir: str = ""
 
     @property
     def grid(self) -> Grid:

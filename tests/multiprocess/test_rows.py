@@ -1,0 +1,117 @@
+"""Runs with ``shoal.ps.Embedding``: equal to a plain loop under any plan, through kills, and on from a checkpoint (float64)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_torch import assert_equal
+from torch import nn
+from torch.nn import functional as F
+
+import shoal
+from shoal.data.order import epoch_order
+from shoal.errors import JobFailed
+from shoal.ps.embedding import embeddings
+
+SAMPLES, BATCH, EPOCHS, CLIP = 203, 48, 4, 0.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_export() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_EXPORT", "0")
+        yield
+
+
+class Keyed(nn.Module):
+    """One row a sample, and the sum of a bag whose keys are admitted late and dropped early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = shoal.ps.Embedding(6)
+        self.bag = shoal.ps.Embedding(
+            6, optimizer=shoal.ps.Adam(lr=0.01), mode="sum", padding_key=0, admission=2, max_age=6, memory=40_000
+        )
+        self.out = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.double()
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        first = self.rows(keys[:, 0] * (2**40 + 3) - 5)
+        return self.out(torch.cat([first, self.bag(keys)], dim=1))[:, 0]
+
+
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
+    """(keys, target): a few keys are in most samples."""
+    generator = torch.Generator().manual_seed(3)
+    keys = (torch.rand(SAMPLES, 4, generator=generator) ** 3 * 120).long()
+    return keys, torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+
+
+def make_job(**changes: Any) -> shoal.Job:
+    job = shoal.Job(
+        name="keyed", model=Keyed, train_data=samples, eval_data=samples, loss=F.mse_loss, batch_size=BATCH, epochs=EPOCHS,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9), grad_clip=CLIP,
+    )  # fmt: skip
+    return job.replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    """What a plain loop comes to."""
+    torch.manual_seed(0)
+    model = Keyed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    keys, target = samples()
+    for epoch in range(EPOCHS):
+        for batch in torch.from_numpy(epoch_order(SAMPLES, 0, epoch)).split(BATCH):
+            optimizer.zero_grad()
+            F.mse_loss(model(keys[batch]), target[batch]).backward()
+            found = [(module, module.take_gathered()) for _, module in embeddings(model)]
+            gradients = [p.grad for p in model.parameters()] + [gathered.rows for _, gathered in found if gathered]
+            scale = min(1.0, CLIP / (float(torch.sqrt(sum(g.square().sum() for g in gradients))) + 1e-6))
+            for gradient in gradients:
+                gradient.mul_(scale)
+            for module, gathered in found:
+                assert gathered is not None
+                module.table.push(gathered.keys, gathered.rows, gathered.counts, step=module.steps)
+                module.steps += 1
+            optimizer.step()
+    return model.state_dict()
+
+
+def test_killed_workers_and_two_of_them_end_as_the_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, torch.Tensor]
+) -> None:
+    monkeypatch.setenv("SHOAL_FAULTS", "kill(rank=1,step=3,phase=published);kill(rank=0,step=9,phase=updated)")
+    run = shoal.train(make_job(), plan="dp=2", run_dir=tmp_path / "run")
+    deaths = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "death" for event in deaths) == 2
+    assert_equal(run.weights(), expected, 1e-9)
+    # The bundle has the rows.
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.history[-1]["eval_loss"], rel=1e-9)
+    assert not (tmp_path / "run" / "cold-rows").exists()
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_another_number_of_workers(
+    tmp_path: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    for plan, steps in (("dp=2", 13), ("ps=1,workers=2,sync", None)):
+        run = shoal.train(make_job(), plan=plan, run_dir=tmp_path, resume=True, steps=steps)
+    assert_equal(run.weights(), expected, 1e-9)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    class Poisoned(Keyed):
+        def forward(self, keys: torch.Tensor) -> torch.Tensor:
+            out = super().forward(keys)
+            bad = self.rows(torch.tensor([77]))
+            # The loss is finite, its gradient is not.
+            return out + torch.where(bad > 1e9, bad, torch.sqrt(bad * 0)).sum() * 0
+
+    with pytest.raises(JobFailed, match="gradient of key 77 of the table rows is not finite"):
+        shoal.train(make_job(model=Poisoned), plan="dp=1", run_dir=tmp_path)
