@@ -77,7 +77,7 @@ def test_what_is_stopped_or_killed_is_replaced(supervisor: Supervisor, monkeypat
     arena = Arena.create(settings.layout)
     seen: list[dict[str, Any]] = []
     supervisor.call("bind", settings, True, fds=(arena.memory.fd,))
-    crew = Crew(supervisor, arena, settings, lambda kind, **e: seen.append({"kind": kind, **e}), arena.memory.fd)
+    crew = Crew(supervisor, arena, settings, lambda kind, **e: seen.append({"kind": kind, **e}), (arena.memory.fd,))
     crew.start()
     worker, other = (next(c for c in supervisor.children.values() if c.rank == rank) for rank in (0, 1))
     standby = next(c for c in supervisor.children.values() if c.role == "standby")
