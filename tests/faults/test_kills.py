@@ -205,7 +205,7 @@ def test_template_killed_while_plans_are_tried(tmp_path: Path, monkeypatch: pyte
         kill(supervisor.template_pid)
         settings = run_settings(plan, LONG, facts, TrainOptions(), tmp_path)
         arena = Arena.create(settings.layout)
-        bind(supervisor, settings, arena.memory.fd, last=True)
+        bind(supervisor, settings, (arena.memory.fd,), last=True)
         first = Store(arena, facts.table).weights[0].clone()
         torch.manual_seed(0)
         wanted = {tuple(p.shape): p for p in noisy_job.model().parameters() if p.dim() == 2}

@@ -99,7 +99,7 @@ def work(supervisor: Supervisor, job: shoal.Job, folder: Path) -> list[dict[str,
     seen: list[dict[str, Any]] = []
     try:
         supervisor.call("bind", settings, True, fds=(arena.memory.fd,))
-        crew = Crew(supervisor, arena, settings, lambda kind, **e: seen.append({"kind": kind, **e}), arena.memory.fd)
+        crew = Crew(supervisor, arena, settings, lambda kind, **e: seen.append({"kind": kind, **e}), (arena.memory.fd,))
         crew.start(spare=False)
         while not crew.finished:
             crew.poll(0.05, 0.0, lambda: "there is no checkpoint yet.")
