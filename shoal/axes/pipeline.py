@@ -24,7 +24,9 @@ optimizer state), and the activations of as many microbatches as are under way (
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +72,8 @@ __all__ = [
 
 Compute = Callable[[nn.Module, Any, int, int], Any]
 """(module, microbatch, its number, the stage) -> the scalar to differentiate (training) or any result (evaluation)."""
+
+Passing = Callable[[int], AbstractContextManager[None]]
 
 _HEADER = 128
 _DTYPES = (
@@ -120,7 +124,7 @@ class Pipeline:
             stages: this rank's, in ascending order (``stages_of_rank``).
             group: a torch process group of the pipeline's ranks, in their order; None for the default one.
             whole_backward: with zbv, compute each backward pass in one part: wanted with recomputing, which the second
-                part would do once more.
+                part would do once more, and with sharded weights.
         """
         self.stages = {stage.index: stage for stage in stages}
         self.schedule, self.interleave = schedule, interleave
@@ -140,13 +144,16 @@ class Pipeline:
         """Whether results are computed here."""
         return self._last in self.stages
 
-    def train(self, batches: Sequence[Any], compute: Compute) -> list[torch.Tensor]:
+    def train(
+        self, batches: Sequence[Any], compute: Compute, passing: Passing = lambda micro: contextlib.nullcontext()
+    ) -> list[torch.Tensor]:
         """Go forward and backward through all microbatches; return their losses where the last stage is, else [].
 
         Args:
             batches: the microbatches, the same on all ranks.
             compute: called for each microbatch in each stage of this rank. Everywhere but in the last stage the call
                 never returns to it from the model.
+            passing: a microbatch's number -> a context in which its passes are computed.
         """
         order = orders(self.schedule, self.ranks, self.interleave, len(batches), self._whole_backward)
         losses: dict[int, torch.Tensor] = {}
@@ -157,7 +164,8 @@ class Pipeline:
             if action.kind is Kind.RECEIVE_FORWARD:
                 self._receive(action.stage, flight, match_key)
             elif action.kind is Kind.FORWARD:
-                self._forward(action, flight, batches[action.micro], compute)
+                with passing(action.micro):
+                    self._forward(action, flight, batches[action.micro], compute)
                 if flight.loss is not None:
                     losses[action.micro] = flight.loss.detach()
             elif action.kind is Kind.SEND_FORWARD:
@@ -169,10 +177,12 @@ class Pipeline:
                 flight.input_gradients = ()
             elif action.kind is Kind.BACKWARD_WEIGHT:
                 assert flight.weights is not None
-                flight.weights()
+                with passing(action.micro):
+                    flight.weights()
                 flight.weights = None
             else:
-                self._backward(action, flight)
+                with passing(action.micro):
+                    self._backward(action, flight)
         self._finish()
         return [losses[micro] for micro in sorted(losses)]
 

@@ -89,6 +89,8 @@ class Stage:
     Attributes:
         module: the model with this stage's parameters; what other stages hold is empty there.
         index: which stage this is, of ``count``.
+        leaving: is given what goes on to the next stage, and may give something in its place: the end of a forward pass
+            for whoever has hooks on the module's.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Stage:
             prepare: changes the module before it is made a stage.
         """
         self.index, self.count = index, len(boundaries) + 1
+        self.leaving: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] = lambda taken: taken
         shared: list[torch.Tensor] = [*model.parameters(), *(model.buffers() if share_buffers else ())]
         self.module: nn.Module = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         self._entry = boundaries[index - 1] if index else None
@@ -149,7 +152,7 @@ class Stage:
             with torch.set_grad_enabled(self._grad and self._arrived), self._modes:
                 result = action(self.module)
         except Left as left:
-            return Ran(self._places, left.taken, None)
+            return Ran(self._places, self.leaving(left.taken), None)
         finally:
             places = self._places
             self.clear()

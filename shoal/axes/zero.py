@@ -279,6 +279,19 @@ def apply(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module] | None
     return Sharded(model, sorted(whole), touched)
 
 
+def leave(model: nn.Module, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """End a forward pass that was left by an exception; ``outputs`` are what its backward pass will begin with.
+
+    Returns what to take in their place.
+    """
+    from shoal.axes.opened import closed, opened
+
+    state: Any = model._get_fsdp_state()  # type: ignore[operator]
+    found = closed(state._post_forward(model, (), _no_views(opened(tuple(outputs)))))
+    _drop_after_evaluation(model, (), found)
+    return tuple(found)
+
+
 def local_of(parameter: torch.Tensor) -> torch.Tensor:
     """The part of a parameter (or gradient) that this worker holds, without a copy."""
     from torch.distributed.tensor import DTensor
@@ -323,7 +336,7 @@ def _shard(module: nn.Module, **options: Any) -> None:
     module.register_forward_pre_hook(
         lambda _, args, kwargs: (closed(args), closed(kwargs)), prepend=True, with_kwargs=True
     )
-    module.register_forward_hook(lambda _module, _inputs, output: opened(_no_views(output)))
+    module.register_forward_hook(lambda _module, _inputs, output: _no_views(opened(output)))
     fully_shard(module, **options)
     module.register_forward_pre_hook(
         lambda _, args, kwargs: (opened(args), opened(kwargs)), prepend=True, with_kwargs=True

@@ -262,7 +262,7 @@ def _stage_need(
         blocks = [sum(s for w, s in mine if w.unit == u and not w.also) for u in units if model.units[u].block]
         rest = weights - sum(blocks)
         gathered = held([int(size) for size in blocks], int(rest), dp, 0).gathered
-        weights, gradients = weights / dp, trained / dp
+        weights, gradients = weights / dp, (trained + echoes) / dp
     else:
         # Its own stripe, and of each other one the slice that it adds up: that is the servers' work where there are some.
         gradients = trained * (1 + (0 if serves else (dp - 1) / dp)) + echoes
@@ -423,7 +423,7 @@ def _plans_of(wanted: Plan, workers: int, mode: str, model: ModelMemory) -> Iter
             dp = workers // tp // pp
             if dp > model.batch or pp > len(model.units):
                 continue
-            for zero in (0, 3) if dp > 1 and pp == 1 else (0,):
+            for zero in (0, 3) if dp > 1 else (0,):
                 changes: dict[str, object] = {"dp": dp, "tp": tp, "pp": pp, "zero": zero, "recompute": mode}
                 if pp > 1:
                     names = ("microbatches", "schedule", "interleave", "batchnorm")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,13 +43,18 @@ class Shards:
 
     Attributes:
         sharded: what knows which of them a backward pass has reached.
-        own: (index in the table, parameter) of each one's part that is this worker's.
+        own: (index in the table, parameter) of each one's part that is this worker's; several parameters where a weight
+            has a place in several stages of this worker.
         parts: name -> indices in the table of all its parts.
+        echoes: (index of the echo, parameter) of each one whose part another worker owns.
+        echo_parts: name -> indices of the echoes of all its parts.
     """
 
     sharded: Sharded
-    own: Sequence[tuple[int, nn.Parameter]]
+    own: list[tuple[int, nn.Parameter]]
     parts: dict[str, Sequence[int]]
+    echoes: list[tuple[int, nn.Parameter]] = field(default_factory=list)
+    echo_parts: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
 class Gradients:
@@ -65,6 +70,7 @@ class Gradients:
         self._shards = shards
         self._rows = rows
         self._own_echoes = [t.echo for t in targets if t.echo is not None]
+        self._own_echoes += [echo for echo, _ in shards.echoes] if shards is not None else []
         for target in targets:
             self._hook(target)
 
@@ -109,13 +115,25 @@ class Gradients:
             self._rows.publish()
         if self._shards is None:
             return
-        from shoal.axes.zero import local_gradient
-
-        for index, parameter in self._shards.own:
-            gradient = local_gradient(parameter)
-            if gradient is not None and gradient.numel():
-                self._store.gradient(self._stripe, index).copy_(gradient)
+        own, echoes = self._shards.own, self._shards.echoes
+        self._take((self._store.gradient(self._stripe, index), index, parameter) for index, parameter in own)
+        self._take((self._store.echo(self._stripe, echo), echo, parameter) for echo, parameter in echoes)
         for name, reached in self._shards.sharded.touched().items():
             if reached:
                 # Whoever reached it speaks for all: the sum is complete on every rank, and the mark is the same byte.
-                self._touched[list(self._shards.parts[name])] = 1
+                self._touched[list(self._shards.parts.get(name, ()))] = 1
+                self._echoed[list(self._shards.echo_parts.get(name, ()))] = 1
+
+    @staticmethod
+    def _take(entries: Iterable[tuple[torch.Tensor, int, nn.Parameter]]) -> None:
+        from shoal.axes.zero import local_gradient
+
+        taken: set[int] = set()
+        for place, at, parameter in entries:
+            gradient = local_gradient(parameter)
+            if gradient is not None and gradient.numel():
+                if at in taken:
+                    place.add_(gradient)
+                else:
+                    place.copy_(gradient)
+                taken.add(at)

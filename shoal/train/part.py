@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,6 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
     grid = Grid.of(plan)
     if not grid.splits_model:
         return None
-    if grid.pp > 1 and grid.sharded:
-        raise PlanError(
-            "pp and zero=3 do not go together: microbatches need a stage's weights all the time; use zero=2 with pp."
-        )
     job, model = built.job, built.model
     samples = _samples_tried(built, plan)
     with user_code("train_data"):
@@ -94,6 +91,11 @@ def cut_model(built: Built, table: ParameterTable, plan: Plan) -> Split | None:
     if grid.pp > 1:
         stages, users = _cut_stages(built, plan, batch, samples)
         explanation += stages.explanation
+        if grid.sharded and any(boundary.function is not None for boundary in stages.boundaries):
+            raise PlanError(
+                "pp and zero=3 need a model whose stages begin at a module, and this one is cut between two functions; "
+                "use zero=2 with pp, or give the model's layers as modules of their own."
+            )
     if grid.sharded:
         explanation.append(_explain_shards(model, table, grid.dp))
     shards = layout.shards if layout is not None else {}
@@ -183,9 +185,7 @@ def whole_part(built: Built, table: ParameterTable, store: Store, rank: int) -> 
 Prepare = Callable[[nn.Module], None]
 
 
-def take_part(
-    built: Built, split: Split, plan: Plan, store: Store, rank: int, prepare: Prepare
-) -> Part:
+def take_part(built: Built, split: Split, plan: Plan, store: Store, rank: int, prepare: Prepare) -> Part:
     """Shape this process's copy of the model, whose parameters are on the meta device, into the part of a rank.
 
     ``prepare`` is called with each module that the user's code will run, before its parameters are put in their place.
@@ -210,7 +210,7 @@ def take_part(
 
     parameters = [nn.Parameter(store.weights[index]) for index in range(len(split.table.trained))]
     if grid.pp > 1:
-        return _take_stages(built, split, plan, owner, mesh["pp"].get_group(), local, shape_module, parameters)
+        return _take_stages(built, split, plan, owner, mesh, local, shape_module, parameters)
     model, sharded = built.model, None
     shape_module(model)
     if grid.sharded:
@@ -225,24 +225,42 @@ def take_part(
 
 
 def _take_stages(
-    built: Built, split: Split, plan: Plan, owner: int, group: Any, local: Callable[[str], torch.Tensor],
+    built: Built, split: Split, plan: Plan, owner: int, mesh: Any, local: Callable[[str], torch.Tensor],
     shape_module: Prepare, parameters: Sequence[nn.Parameter],
 ) -> Part:  # fmt: skip
-    from shoal.axes import pipeline, tensor
+    from shoal.axes import pipeline, tensor, zero_stages
 
-    schedule, cut = plan.schedule or "1f1b", split.stages
+    schedule, cut, group = plan.schedule or "1f1b", split.stages, mesh["pp"].get_group()
     rank = torch.distributed.get_rank(group)
     own = pipeline.stages_of_rank(schedule, split.grid.pp, plan.interleave, rank)
-    stages = [pipeline.build_stage(built.model, cut, index, prepare=shape_module) for index in own]
+    shared: list[Any] = []
+
+    def prepared(index: int) -> Prepare:
+        def shape(module: nn.Module) -> None:
+            shape_module(module)
+            if split.grid.sharded:
+                shared.append(zero_stages.shard_stage(module, mesh["dp"], cut.blocks[index]))
+
+        return shape
+
+    stages = [pipeline.build_stage(built.model, cut, index, prepare=prepared(index)) for index in own]
+    sharded = zero_stages.ShardedStages(shared) if shared else None
     for stage in stages:
-        tensor.materialise(stage.module, local)
-    line = pipeline.Pipeline(stages, group, schedule, plan.interleave, whole_backward=(plan.recompute or "none") != "none")
-    targets, _ = _targets([stage.module for stage in stages], split, owner, None)
+        if sharded is None:
+            tensor.materialise(stage.module, local)
+        else:
+            stage.leaving = functools.partial(zero_stages.leave, stage.module)
+    if sharded is not None:
+        sharded.materialise(local)
+    # A recomputed backward pass would be computed twice, and a sharded one must be whole.
+    whole = sharded is not None or (plan.recompute or "none") != "none"
+    line = pipeline.Pipeline(stages, group, schedule, plan.interleave, whole_backward=whole)
+    targets, shards = _targets([stage.module for stage in stages], split, owner, sharded)
     publishes = frozenset(name for index in own for name in cut.buffers[index])
     parts = tuple(path for blocks in cut.blocks for path in blocks if path)
     return Part(
-        nn.ModuleList([stage.module for stage in stages]), parameters, targets, pipeline=line, publishes=publishes,
-        parts=parts,
+        nn.ModuleList([stage.module for stage in stages]), parameters, targets, shards, sharded, pipeline=line,
+        publishes=publishes, parts=parts,
     )  # fmt: skip
 
 
@@ -250,27 +268,33 @@ def _targets(
     modules: Sequence[nn.Module], split: Split, owner: int, sharded: Any
 ) -> tuple[list[Target], Shards | None]:
     """Where the gradient of each parameter of a worker's part goes."""
-    table = split.table
+    table, grid = split.table, split.grid
     echoes = {(echo.parameter, echo.owner): at for at, echo in enumerate(table.echoes)}
     trained = len(table.trained)
     targets: list[Target] = []
-    own: list[tuple[int, nn.Parameter]] = []
-    names: dict[str, Sequence[int]] = {}
+    shards = Shards(sharded, [], {}, [], {})
     for name, parameter in (entry for module in modules for entry in module.named_parameters()):
         if not parameter.requires_grad or (owner, name) not in split.holds:
             continue
         index = split.holds[owner, name]
-        if sharded is not None and name not in sharded.kept_whole:
-            if index < trained:
-                own.append((index, parameter))
-                names[name] = [k for k, spec in enumerate(table.trained) if spec.names == table.parameters[index].names]
-        elif index >= trained:
-            targets.append(Target(parameter))
+        is_cut = sharded is not None and name not in sharded.kept_whole
+        if index >= trained:
+            targets.extend([] if is_cut else [Target(parameter)])
+        elif not is_cut:
+            mine = table.parameters[index].owner == owner
+            targets.append(Target(parameter, index) if mine else Target(parameter, echo=echoes.get((index, owner))))
         elif table.parameters[index].owner == owner:
-            targets.append(Target(parameter, index))
-        else:
-            targets.append(Target(parameter, echo=echoes.get((index, owner))))
-    return targets, Shards(sharded, own, names) if sharded is not None else None
+            shards.own.append((index, parameter))
+            shards.parts[name] = [split.holds[other, name] for other in _peers(grid, owner)]
+        elif (index, owner) in echoes:
+            shards.echoes.append((echoes[index, owner], parameter))
+            shards.echo_parts[name] = [echoes[split.holds[other, name], other] for other in _peers(grid, owner)]
+    return targets, shards if sharded is not None else None
+
+
+def _peers(grid: Grid, owner: int) -> list[int]:
+    """The owners that share a part with this one: those of the same stage and tensor part, along the data axis."""
+    return [grid.owner(rank) for rank in grid.along_data(grid.ranks_of(owner)[0])]
 
 
 # -- parameters that are elsewhere -------------------------------------------------------------------------------------

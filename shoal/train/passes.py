@@ -144,12 +144,21 @@ class WholeModel:
 
 
 class Pipelined:
-    """Passes through a rank's stages of a pipeline: see ``shoal.axes.pipeline`` for how a batch travels."""
+    """Passes through a rank's stages of a pipeline: see ``shoal.axes.pipeline`` for how a batch travels.
 
-    def __init__(self, pipeline: Pipeline, around: Surroundings, microbatches: int, parts: Collection[str]) -> None:
-        """Take up a pipeline; ``parts`` are the paths of the parts between which it may be cut."""
+    Args:
+        parts: the paths of the parts between which it may be cut.
+        sharded: the sharded axis' hold of the stages. With it all replicas have to go through the same microbatches.
+        spare: makes a batch for a replica that has none and must go through its microbatch all the same.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, around: Surroundings, microbatches: int, parts: Collection[str],
+        sharded: Any = None, spare: Callable[[], Any] | None = None,
+    ) -> None:  # fmt: skip
         self._pipeline = pipeline
         self._around = around
+        self._sharded, self._spare = sharded, spare
         self._streams = streams.PartStreams()
         for stage in pipeline.stages.values():
             for path in parts:
@@ -163,35 +172,44 @@ class Pipelined:
     def train(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Iterator[tuple[Outcome, int]]:
         for first in range(0, len(batches), self._microbatches):
             round_ = [
-                (first + k, *entry)
-                for k, entry in enumerate(batches[first : first + self._microbatches])
-                if len(entry[0].indices)
+                (first + k, share, batch)
+                for k, (share, batch) in enumerate(batches[first : first + self._microbatches])
+                if len(share.indices) or (self._spare is not None and any(share.counts))
             ]
             if round_:
                 yield from self._go_through(step, round_, total)
 
-    def _go_through(
-        self, step: int, round_: Sequence[tuple[int, Share, Any]], total: int
-    ) -> list[tuple[Outcome, int]]:
+    def _go_through(self, step: int, round_: Sequence[tuple[int, Share, Any]], total: int) -> list[tuple[Outcome, int]]:
         around, outcomes = self._around, {}
+
+        def is_spare(at: int) -> bool:
+            return not len(round_[at][1].indices)
 
         def compute(stage_module: nn.Module, batch: Any, at: int, stage: int) -> torch.Tensor:
             micro, share, _ = round_[at]
             around.slot.enter(Phase.FORWARD, step)
-            around.announce(share.counts)
+            around.announce(() if is_spare(at) else share.counts)
             self._streams.at(*around.place(step, micro))
-            with around.autocast():
-                outcome = objective.compute(around.job, stage_module, batch, len(share.indices))
+            quiet = without_statistics(stage_module) if is_spare(at) else contextlib.nullcontext()
+            with around.autocast(), quiet:
+                outcome = objective.compute(around.job, stage_module, batch, len(share.indices) or SPARE)
             check_learnable(outcome)
             outcomes[at] = outcome
             around.slot.enter(Phase.BACKWARD, step)
-            return outcome.to_backward(total)
+            scaled = outcome.to_backward(total)
+            return scaled * 0 if is_spare(at) else scaled
+
+        def passing(at: int) -> AbstractContextManager[None]:
+            return self._sharded.unnoticed() if is_spare(at) else contextlib.nullcontext()
 
         with user_code("the model or its loss", around.rank):
             around.faults.reach("forward", step)
-            self._pipeline.train([batch for _, _, batch in round_], compute)
+            batches = [self._spare() if batch is None and self._spare else batch for _, _, batch in round_]
+            self._pipeline.train(batches, compute, passing)
         around.faults.reach("backward", step)
-        return [(self._detached(outcomes[at]), len(round_[at][1].indices)) for at in sorted(outcomes)]
+        return [
+            (self._detached(outcomes[at]), len(round_[at][1].indices)) for at in sorted(outcomes) if not is_spare(at)
+        ]
 
     def _detached(self, outcome: Outcome) -> Outcome:
         outcome.output = plain(outcome.output) if self._around.job.metrics else None
@@ -210,6 +228,8 @@ class Pipelined:
 
     def clear(self) -> None:
         self._pipeline.clear()
+        if self._sharded is not None:
+            self._sharded.abandon()
 
 
 def check_learnable(outcome: Outcome) -> None:
@@ -221,7 +241,8 @@ def check_learnable(outcome: Outcome) -> None:
 def make_passes(part: Part, around: Surroundings, feed: Feed, plan: Plan) -> Passes:
     """The passes that fit a worker's part of the model."""
     if part.pipeline is not None:
-        return Pipelined(part.pipeline, around, plan.microbatches or 1, part.parts)
+        spare = None if part.sharded is None else feed.spare
+        return Pipelined(part.pipeline, around, plan.microbatches or 1, part.parts, part.sharded, spare)
     if part.sharded is not None:
         return WholeModel(part.model, around, part.sharded, feed.spare)
     return WholeModel(part.model, around)

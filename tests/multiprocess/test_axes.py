@@ -85,7 +85,7 @@ def train(job: shoal.Job, plan: str, directory: Path, steps: int = STEPS) -> Run
         ("odd", "tp=3,accumulate=2", torch.float32, 1),
         # Of the last batch's three samples one worker of four gets none.
         ("odd", "dp=4,zero=3", torch.float64, 1),
-        ("odd", "dp=2,shares=3+1,pp=2,microbatches=3,schedule=gpipe,zero=2", torch.float32, 1),
+        ("odd", "dp=2,shares=3+1,pp=2,microbatches=3,schedule=gpipe,zero=3", torch.float64, 1),
         ("vit", "tp=2,pp=2,microbatches=3,schedule=interleaved,recompute=selective", torch.float64, 1),
         ("resnet", "dp=2,pp=2,microbatches=3,schedule=1f1b", torch.float64, 3),
         ("resnet", "dp=4,zero=3", torch.float64, 1),
@@ -95,7 +95,7 @@ def train(job: shoal.Job, plan: str, directory: Path, steps: int = STEPS) -> Run
         ("clicks", "dp=2,tp=2", torch.float64, 1),
         ("clicks", "dp=2,zero=3", torch.float64, 1),
         ("padded", "dp=2,zero=3,accumulate=2", torch.float64, 1),
-        ("padded", "dp=2,pp=2,microbatches=5,schedule=gpipe,zero=1", torch.float64, 1),
+        ("padded", "dp=2,pp=2,microbatches=5,schedule=gpipe,zero=2", torch.float32, 1),
     ],
 )
 def test_weights_are_one_workers(name: str, plan: str, dtype: torch.dtype, pieces: int, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
     [
         "tp=4,sequence_parallel=on",
         "pp=4,microbatches=3,schedule=1f1b",
-        "pp=2,microbatches=5,schedule=interleaved,accumulate=2,recompute=full",
+        "dp=2,pp=2,zero=3,microbatches=5,schedule=interleaved,accumulate=2,recompute=full",
         "dp=2,tp=2,zero=3,recompute=full",
         "dp=2,tp=2,pp=2,microbatches=3,schedule=zbv",
     ],
@@ -229,7 +229,7 @@ def test_the_second_textbook_formula(tmp_path: Path) -> None:
 
 plans = st.sampled_from(
     ["tp=2", "tp=3,dp=2", "pp=2,microbatches=3", "pp=3,microbatches=2,schedule=gpipe", "dp=3,zero=3", "dp=2,tp=2,zero=3",
-     "dp=2,pp=2,microbatches=2", "tp=2,pp=2,microbatches=3,accumulate=2"]
+     "dp=2,pp=2,microbatches=2", "dp=2,pp=2,zero=3,microbatches=2,schedule=1f1b", "tp=2,pp=2,microbatches=3,accumulate=2"]
 )  # fmt: skip
 
 

@@ -63,6 +63,12 @@ def test_sharding_shares_everything_and_gathers() -> None:
     assert found.gathered == 4 * 100 * MB + 2 * 40 * MB
     # What is freed goes back at once: the heap has no holes.
     assert found.activations == pytest.approx(8 * 6.1 * MB)
+    # In a pipeline each stage is shared by those who have it; a tied weight's gradient of another stage, too.
+    stage, alone = need("dp=4,pp=2,zero=3,microbatches=4,schedule=1f1b"), need("pp=2,microbatches=4,schedule=1f1b")
+    assert (stage.weights, stage.gradients, stage.state) == (
+        alone.weights // 4, alone.gradients // 4, alone.state // 4,
+    )  # fmt: skip
+    assert stage.gathered == 4 * 100 * MB + 2 * 40 * MB
     assert need("dp=4,zero=2") == need("dp=4")
     assert need("dp=1,zero=3") == need("dp=1")
 
@@ -218,10 +224,11 @@ def test_what_the_model_cannot_do_is_not_proposed() -> None:
     assert large is None
 
 
-def test_a_pipeline_is_not_sharded() -> None:
+def test_a_pipeline_may_be_sharded_but_the_fewest_axes_come_first() -> None:
     found: list[Plan] = []
-    propose(make(), Plan(), Limits(10**9, most_workers=8), lambda plan: found.append(plan))
-    assert found and not any((plan.pp or 1) > 1 and plan.zero for plan in found)
+    propose(make(), Plan(), Limits(1400 * MB, most_workers=4), lambda plan: found.append(plan))
+    texts = [axes_text(plan) for plan in found if plan.recompute == "none" and plan.world_size == 4]
+    assert texts.index("pp=4") < texts.index("dp=2,pp=2,zero=3")
 
 
 def test_recomputing_is_proposed_where_nothing_fits_without() -> None:

@@ -26,6 +26,22 @@ def normalised() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(37), nn.Linear(37, 10), nn.LayerNorm(10)).double()
 
 
+class Functions(nn.Module):
+    """Its layers are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (37, 30, 20, 10)
+        self.weights = nn.ParameterList(
+            torch.randn(b, a, dtype=torch.float64) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            x = torch.tanh(nn.functional.linear(x, weight))
+        return x
+
+
 @pytest.mark.parametrize(
     ("job", "plan", "says", "remedy"),
     [
@@ -33,7 +49,7 @@ def normalised() -> nn.Module:
         (zoo.job("gpt"), "tp=3", "works on 4 heads", "tp=2 or tp=4 would fit"),
         (zoo.job("gpt"), "pp=9,microbatches=2", "pp=9 needs 9 stages", "such as pp="),
         (zoo.job("odd"), "pp=2,microbatches=2,schedule=zbv", "pp=2,schedule=zbv needs 4 stages", "such as pp=3,schedule=1f1b"),
-        (zoo.job("odd"), "dp=2,pp=2,microbatches=2,zero=3", "pp and zero=3 do not go together", "use zero=2 with pp"),
+        (zoo.job("odd", model=Functions), "dp=2,pp=2,microbatches=2,zero=3", "cut between two functions", "use zero=2 with pp"),
         (zoo.job("odd", model=normalised), "tp=2", "tp=2 splits nothing in this model", "no linear"),
         (zoo.job("odd", optimizer=torch.optim.Adafactor), "tp=2", "Adafactor needs whole tensors", "use dp and pp only"),
     ],
