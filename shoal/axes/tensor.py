@@ -14,10 +14,12 @@ How a batch travels, in a transformer's block with two workers::
 What moves, a microbatch: for each such pair of layers one all-reduce of the activations forward and one backward. A
 vocabulary-parallel embedding adds one forward, a vocabulary-parallel head one backward and four numbers a token for its
 cross-entropy. A layer that is split alone (convolutions, by output channels) is put together at once: one all-gather
-forward, one all-reduce backward. With ``sequence_parallel`` an all-reduce becomes a reduce-scatter and an all-gather,
-and what lies between (norms, residuals) is computed and held by 1/t. What is held: 1/t of each split weight, of its
-gradient and of the optimizer's state, and 1/t of the activations between column and row; all of what is replicated,
-whose gradients come out whole and alike on every worker. ``traffic`` gives the bytes.
+forward, one all-reduce backward. Experts of a mixture, where two tensors hold all of them, are split inside each expert
+as a pair of layers is: whoever routes where, all workers compute a part of the same. With ``sequence_parallel`` an
+all-reduce becomes a reduce-scatter and an all-gather, and what lies between (norms, residuals) is computed and held by
+1/t. What is held: 1/t of each split weight, of its gradient and of the optimizer's state, and 1/t of the activations
+between column and row; all of what is replicated, whose gradients come out whole and alike on every worker. ``traffic``
+gives the bytes.
 
 How it is done. Parameters are replaced by their local part, under the same names; to the model's code each looks whole
 (``tensor_cut.Cut``), and the code of the model itself runs: heads, views, splits and masks of models that nobody here
@@ -105,6 +107,9 @@ def find_layout(
             search.run()
         if any(c.role != "whole" for c in found.values()):
             difference = differs(model, search)
+            if difference is not None and search.leave_experts(f"split, the model computed {difference}"):
+                search.run()
+                difference = differs(model, search)
         loss_parallel, exchanges, sequence_parallel = search.loss_parallel, search.exchanges, search.sequence
     if difference is not None:
         for candidate in found.values():
@@ -124,7 +129,8 @@ def _layout(
         if not splits:
             continue
         styles[path] = Style(candidate.role, splits, candidate.gather)
-        words = {"column": "by outputs", "row": "by inputs", "embedding": "by vocabulary", "heads": "by heads"}
+        words = {"column": "by outputs", "row": "by inputs", "embedding": "by vocabulary", "heads": "by heads",
+                 "experts": "inside each expert"}  # fmt: skip
         split.append(
             f"{path or type(model).__name__}: {words[candidate.role]}{', then put together' if candidate.gather else ''}"
         )

@@ -21,7 +21,7 @@ LEAST_ALONE = 1 << 14
 LEAST_SIDE = 64
 LEAST_EMBEDDING = 1 << 18
 
-ROLES = ("column", "row", "embedding", "heads", "whole")
+ROLES = ("column", "row", "embedding", "heads", "experts", "whole")
 _STYLES = {
     "colwise": "column", "column": "column", "rowwise": "row", "row": "row", "embedding": "embedding", "vocabulary": "embedding",
     "embedding_rowwise": "embedding", "replicate": "whole", "replicated": "whole", "whole": "whole",
@@ -112,7 +112,14 @@ class Candidate:
 
     @property
     def weight(self) -> torch.Tensor:
+        if self.kind == "experts":
+            return self.module.down_proj  # type: ignore[return-value]
         return self.module.weight if self.kind != "heads" else self.module.out_proj.weight  # type: ignore[return-value, union-attr]
+
+    @property
+    def does_its_own_exchanges(self) -> bool:
+        """Whether it gives whole tensors, by whatever happens inside of it."""
+        return self.kind in ("heads", "experts")
 
     @property
     def outputs(self) -> int:
@@ -122,6 +129,9 @@ class Candidate:
         """Its parameters' splits in its role."""
         if self.role == "heads":
             return _heads_splits(self.module, ways)  # type: ignore[arg-type]
+        if self.role == "experts":
+            own = even_widths(self.weight.shape[2], ways)
+            return Split("gate_up_proj", 1, (own, own)), Split("down_proj", 2, (own,))
         if self.role == "row":
             return (Split("weight", self.in_dim, (even_widths(self.weight.shape[self.in_dim], ways),)),)
         if self.role == "embedding":
@@ -146,6 +156,21 @@ def _heads_splits(module: nn.MultiheadAttention, ways: int) -> tuple[Split, ...]
     return tuple(found)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is what Hugging Face's mixtures of experts have: the experts' networks, all in two tensors.
+
+    ``gate_up_proj`` (experts, 2 × hidden units, width), gates first, and ``down_proj`` (experts, width, hidden units).
+    """
+    parameters = module._parameters
+    if set(parameters) != {"gate_up_proj", "down_proj"} or not type(module).__module__.startswith("transformers."):
+        return False
+    wanted = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    if any(getattr(module, name, None) is not value for name, value in wanted.items()):
+        return False
+    up, down = parameters["gate_up_proj"], parameters["down_proj"]
+    return up is not None and down is not None and up.shape == (down.shape[0], 2 * down.shape[2], down.shape[1])
+
+
 def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
     """Every module that could be split ``ways`` ways, by path."""
     found: dict[str, Candidate] = {}
@@ -159,6 +184,9 @@ def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
             own = type(module).forward is nn.MultiheadAttention.forward
             if own and module.bias_k is None and not module.add_zero_attn:
                 candidate = Candidate(path, module, "heads", role="heads")
+        elif is_experts(module):
+            if module.down_proj.shape[2] >= ways:  # type: ignore[union-attr, index, operator]
+                candidate = Candidate(path, module, "experts", role="experts")
         elif "weight" not in module._parameters or module._parameters["weight"] is None:
             continue
         elif isinstance(module, nn.Linear):
@@ -169,7 +197,7 @@ def candidates(model: nn.Module, ways: int) -> dict[str, Candidate]:
             candidate = Candidate(path, module, "convolution", feature=1)
         elif isinstance(module, nn.Embedding) and not (module.max_norm or module.sparse or module.scale_grad_by_freq):
             candidate = Candidate(path, module, "embedding", role="embedding")
-        if candidate is not None and (candidate.kind == "heads" or max(candidate.weight.shape[:2]) >= ways):
+        if candidate is not None and (candidate.does_its_own_exchanges or max(candidate.weight.shape[:2]) >= ways):
             found[path] = candidate
     return found
 
@@ -224,7 +252,7 @@ def apply_hugging_face_plan(found: dict[str, Candidate], plan: Mapping[str, str]
 
 
 def fits_role(candidate: Candidate, role: str) -> bool:
-    allowed = {"heads": ("heads", "whole"), "embedding": ("embedding", "whole")}
+    allowed = {kind: (kind, "whole") for kind in ("heads", "experts", "embedding")}
     return role in allowed.get(candidate.kind, ("column", "row", "whole"))
 
 
@@ -283,10 +311,10 @@ def apply_override(model: nn.Module, found: dict[str, Candidate], override: Any)
 
 
 def _of(candidate: Candidate, role: str) -> str:
-    """torch's RowwiseParallel on an embedding means its rows; any split of attention is by heads."""
+    """torch's RowwiseParallel on an embedding means its rows; any split of attention is by heads, and of experts inside."""
     if role == "whole":
         return role
-    return candidate.kind if candidate.kind in ("embedding", "heads") else role
+    return candidate.kind if candidate.kind in ("embedding", "heads", "experts") else role
 
 
 def reasons(model: nn.Module, found: Mapping[str, Candidate], split: Sequence[str]) -> Iterator[tuple[str, str]]:

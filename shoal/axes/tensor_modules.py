@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from shoal.axes.tensor_cut import Cut, Team, plain, ranges_of
 from shoal.axes.tensor_layout import Split, Style, TensorLayout
@@ -25,6 +26,7 @@ class Swapped:
         self.team = team
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._handles: list[Any] = []
+        self._partial: list[nn.Module] = []
 
     def parameters(self, module: nn.Module, splits: tuple[Split, ...], origin: str = "") -> None:
         """Split some of a module's own parameters."""
@@ -44,10 +46,40 @@ class Swapped:
             inner, _, leaf = split.parameter.rpartition(".")
             by_owner.setdefault(inner, []).append(Split(leaf, split.dim, split.widths))
         module = model.get_submodule(path)
+        if style.role == "experts":
+            self.partial(module, style.splits)
+            return
         for inner, splits in by_owner.items():
             self.parameters(module.get_submodule(inner), tuple(splits), path)
         if style.gather:
             self.hook(module.register_forward_hook(_gather_output))
+
+    def partial(self, module: nn.Module, splits: tuple[Split, ...]) -> None:
+        """Let a module's own code compute with a part of its weights, and add up what the team's parts give."""
+        team, whole = self.team, module.forward
+
+        def entering(value: Any) -> Any:
+            value = plain(value)
+            learns = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return team.enter(value) if learns else value
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = pytree.tree_map(entering, (args, kwargs))
+            if not team.rehearsal:
+                return team.reduce([whole(*args, **kwargs)])
+            parts, own = [], {split.parameter: module.get_parameter(split.parameter) for split in splits}
+            try:
+                for t in team.members:
+                    for split in splits:
+                        part = take_ranges(own[split.parameter], split.dim, ranges_of(split.widths, t))
+                        module._parameters[split.parameter] = part  # type: ignore[assignment]
+                    parts.append(whole(*args, **kwargs))
+            finally:
+                module._parameters.update(own)
+            return team.reduce(parts)
+
+        module.forward = forward  # type: ignore[method-assign]
+        self._partial.append(module)
 
     def hook(self, handle: Any) -> None:
         self._handles.append(handle)
@@ -57,8 +89,11 @@ class Swapped:
             module.__class__ = kind
         for handle in self._handles:
             handle.remove()
+        for module in self._partial:
+            del module.forward
         self._classes.clear()
         self._handles.clear()
+        self._partial.clear()
 
 
 def _as_cut(split: Split, team: Team, origin: str) -> property:
@@ -86,8 +121,6 @@ def _gather_output(module: nn.Module, args: Any, output: Any) -> Any:
 
 def gather_all_but_classes(module: nn.Module, args: Any, output: Any) -> Any:
     """A model's output as plain tensors, but for logits that are split by class."""
-    from torch.utils import _pytree as pytree
-
     def whole(value: Any) -> Any:
         by_class = isinstance(value, Cut) and value.split_dim == value.ndim - 1
         return value if by_class or not isinstance(value, Cut) else value.whole()

@@ -114,6 +114,9 @@ class Search:
             return
 
         def decide(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if candidate.kind == "experts":
+                self._used.add(path)
+                return
             x = args[0] if args else next(iter(kwargs.values()), None)
             feature = candidate.feature % x.dim() if isinstance(x, torch.Tensor) and x.dim() else 0
             meets = isinstance(x, Cut) and x.split_dim == feature
@@ -188,17 +191,24 @@ class Search:
         if self.sequence:
             self.sequence = False
             return True
+        why = f"split, the model's own code fails ({type(error).__name__})"
+        if self.leave_experts(why):
+            return True
         split = [c for c in self.found.values() if c.role != "whole"]
         for candidate in split:
-            self._leave(candidate, f"split, the model's own code fails ({type(error).__name__})")
+            self._leave(candidate, why)
         return bool(split)
+
+    def leave_experts(self, why: str) -> bool:
+        """Take back what is split inside of modules that nobody here has looked into; whether there is any."""
+        return any([self._leave(c, why) for c in self.found.values() if c.kind == "experts"])
 
     def _about_candidates(self, *kinds: str) -> Iterator[tuple[str, str, Candidate, tuple[int, ...]]]:
         """The events of these kinds, by the candidates that they are about."""
         for kind, what, origins, sizes in self._events:
             about = [self.found[p] for p in sorted(origins) if kind in kinds and p in self.found]
             # A module with heads does its own exchanges: it is at fault only where its input was whole.
-            others = [c for c in about if c.kind != "heads" and c.role != "whole"]
+            others = [c for c in about if not c.does_its_own_exchanges and c.role != "whole"]
             for candidate in others or about:
                 if candidate.role != "whole":
                     yield kind, what, candidate, sizes
@@ -259,7 +269,7 @@ class Search:
             return False
         role = candidate.role or self._decided.get(candidate.path, "")
         candidate.blocks = ()
-        if candidate.kind == "heads" or role != "column" or self._too_small(candidate):
+        if candidate.does_its_own_exchanges or role != "column" or self._too_small(candidate):
             small = " and it is too small to be worth an exchange" if role == "column" else ""
             return self._leave(candidate, f"its output is needed whole by {what}{small}")
         candidate.role, candidate.gather = "column", True

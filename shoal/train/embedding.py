@@ -8,6 +8,7 @@ tables and second derivatives see nothing of it.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import warnings
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from shoal.comm import native
 
 _OPERATOR = "embedding_dense_backward"
+_HEAP_BYTES = 32 << 20
+"""Up to here memory comes from the heap, and is kept there (see ``allocator.py``); beyond, it is mapped anew each time anyway."""
 
 
 def quicken_embeddings() -> torch.library.Library | None:
@@ -40,7 +43,7 @@ def quicken_embeddings() -> torch.library.Library | None:
             return original.call_boxed(keys, gradient, indices, count, skipped, by_frequency)  # type: ignore[no-any-return]
         width = gradient.size(-1)
         rows, added = indices.contiguous(), gradient.contiguous()
-        table = torch.zeros((count, width), dtype=gradient.dtype)
+        table = _zeros(count, width, gradient.dtype)
         adder(table.data_ptr(), added.data_ptr(), rows.data_ptr(), rows.numel(), width, count, skipped)
         return table
 
@@ -50,3 +53,12 @@ def quicken_embeddings() -> torch.library.Library | None:
         warnings.simplefilter("ignore", UserWarning)
         held.impl(_OPERATOR, backward, "CPU", with_keyset=True, allow_override=True)
     return held
+
+
+def _zeros(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A table of zeros. Of a large one, rows that nobody writes to take no memory: the batch reaches few of them."""
+    nbytes = count * width * dtype.itemsize
+    if nbytes <= _HEAP_BYTES:
+        return torch.zeros((count, width), dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(count, width)

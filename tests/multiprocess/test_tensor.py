@@ -178,6 +178,16 @@ def llama() -> nn.Module:
     )  # fmt: skip
 
 
+def mixtral() -> nn.Module:
+    """Four experts, of which two compute each word."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=99, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, num_local_experts=4, bos_token_id=0, eos_token_id=1)
+    )  # fmt: skip
+
+
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -242,7 +252,7 @@ class Check:
     @property
     def missing(self) -> str | None:
         """The package that it needs and that is not there."""
-        needs = {"vit": "timm", "llama": "transformers", "gpt2": "transformers"}.get(self.name)
+        needs = {"vit": "timm", "llama": "transformers", "gpt2": "transformers", "mixtral": "transformers"}.get(self.name)
         return needs if needs is not None and importlib.util.find_spec(needs) is None else None
 
     @property
@@ -279,6 +289,7 @@ CHECKS = [
     Check("llama", 3, llama, tokens(9, 99), own_loss, double=False, least=16),
     Check("llama", 3, llama, tokens(9, 99), own_loss, double=False, sequence=True, least=16),
     Check("llama", 3, llama, tokens(9, 99), own_loss, double=False, static=True, least=16),
+    Check("mixtral", 2, mixtral, tokens(9, 99), own_loss, double=False, least=10),
     Check("gpt2", 2, gpt2, tokens(9, 99), own_logits, least=10),
     Check("odd-mlp", 2, odd_mlp, vectors(37)),
     Check("odd-mlp", 3, odd_mlp, vectors(37)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -51,3 +52,20 @@ def test_bits_are_those_of_torch(plain: list[list[torch.Tensor]]) -> None:
         held._destroy()
     for ours, theirs in zip(gradients(torch.float32, torch.int64), plain[0], strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_rows_that_the_batch_does_not_reach_take_no_memory() -> None:
+    held = quicken_embeddings()
+    if held is None:
+        pytest.skip("no compiler, or a torch without get_kernel")
+    try:
+        table = torch.empty(1 << 16, 256).requires_grad_()
+        rows = torch.tensor([5, 1 << 15, 5])
+        found = torch.nn.functional.embedding(rows, table)
+        before = psutil.Process().memory_info().rss
+        (gradient,) = torch.autograd.grad(found.sum(), table)
+        assert psutil.Process().memory_info().rss - before < gradient.nbytes / 4
+    finally:
+        held._destroy()
+    assert torch.equal(gradient.sum(1).nonzero()[:, 0], torch.tensor([5, 1 << 15]))
+    assert gradient[5].tolist() == [2.0] * 256
