@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from shoal.cli import compare, data, doctor, evaluate, load, not_built, plan, predict, runs, serve, train
+from shoal.cli import compare, data, doctor, evaluate, load, not_built, plan, predict, route, runs, serve, train
 from shoal.cli.answer import Answer
 
 HELP = "Train and serve a PyTorch model on all the cores you have: shoal plans it, says why, and does it."
@@ -44,6 +44,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(name="compare", function=compare.compare),
     Command(name="compress", function=not_built.compress, built=False),
     Command(name="serve", function=serve.serve),
+    Command(name="route", function=route.route),
     Command(name="load", function=load.load),
     Command(name="runs", function=runs.runs),
     Command(name="data", function=data.data),

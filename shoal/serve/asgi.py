@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import msgspec
@@ -20,6 +20,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 JSON = [(b"content-type", b"application/json")]
 # A request in which one of these is there twice means two things; nobody says which.
 _ONCE = frozenset({b"authorization", b"x-api-key", b"content-encoding", b"inference-header-content-length"})
+TIMEOUT_HEADER = b"x-shoal-timeout-ms"
+"""How long a client, or a route on its behalf, still waits for the answer."""
 _DISCARD_S = 2.0
 _DISCARD_BYTES = 128 << 20
 
@@ -66,6 +68,16 @@ def headers_of(scope: Scope) -> dict[bytes, bytes]:
             if names.count(name) > 1:
                 raise Refusal(400, f"The header {name.decode()} is there twice.")
     return headers
+
+
+def timeout_of(headers: Mapping[bytes, bytes]) -> float | None:
+    """Seconds that a request's header allows, None where it has none; Refusal where that is no number of milliseconds."""
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 9 or int(text) == 0:
+        raise Refusal(400, "X-Shoal-Timeout-Ms is a whole number of milliseconds from 1.")
+    return int(text) / 1e3
 
 
 def state(receive: Receive, word: str) -> bool:

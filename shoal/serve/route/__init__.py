@@ -1,0 +1,1 @@
+"""``shoal route``: a front that spreads requests over several services."""

@@ -1,0 +1,149 @@
+"""``shoal route``: the process. It listens, watches the services, answers, and drains when it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from shoal.errors import RequestError
+from shoal.serve import wire
+from shoal.serve.connection import quietly
+from shoal.serve.credentials import TlsFiles, client_context, read_tls, server_context
+from shoal.serve.http_server import HttpServer
+from shoal.serve.listening import listen
+from shoal.serve.route.balance import Balancer
+from shoal.serve.route.front import Front
+from shoal.serve.route.health import Health
+from shoal.serve.route.link import Links
+from shoal.serve.route.metrics import RouteMetrics
+
+_COLLECT_AFTER = 50_000
+_FIRST_LOOK_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteOptions:
+    """How to route.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        timeout_s: the deadline of a request that brings none of its own, and the longest of any.
+        drain_s: how long accepted requests may take at the end.
+        affinity_header: requests with equal values of it go to the same service.
+        ca_file: for https services: trust whom this PEM file vouches for; None for whom this machine trusts.
+        tls_cert, tls_key: PEM files to speak TLS with; both, or none for plain HTTP.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    timeout_s: float = 30.0
+    drain_s: float = 30.0
+    affinity_header: str = "X-Affinity-Key"
+    ca_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def check(self) -> None:
+        """RequestError where a value makes no sense."""
+        if not 0 < self.timeout_s < 1e6:
+            raise RequestError(f"Requests may take {1e3 * self.timeout_s:g} ms; give a time above 0, such as 30000.")
+        if not self.drain_s >= 0:
+            raise RequestError(f"The time to drain is {self.drain_s:g} s; give 0 or more.")
+        name = self.affinity_header
+        if not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
+            raise RequestError(f"{name!r} is no name of a header; write it as in X-Affinity-Key.")
+
+    def tls(self) -> TlsFiles | None:
+        """What to speak TLS with. RequestError where the files are of no use."""
+        if self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_cert is None or self.tls_key is None:
+            raise RequestError("TLS needs a certificate and its key; give --tls-cert and --tls-key, or neither.")
+        return read_tls(self.tls_cert, self.tls_key)
+
+
+class Route:
+    """A front over several services. ``url``: where it listens, from the beginning; ``run`` answers until it is interrupted."""
+
+    def __init__(self, urls: Sequence[str], options: RouteOptions) -> None:
+        """RequestError where an address is none, is there twice, or an option makes no sense."""
+        options.check()
+        if not urls:
+            raise RequestError("There is nothing to route to; give the urls that shoal serve prints.")
+        addresses = [wire.parse_url(url) for url in urls]
+        for k, address in enumerate(addresses):
+            if address in addresses[:k]:
+                raise RequestError(f"{address.url} is there twice; give each service once.")
+        self._options = options
+        tls = options.tls()
+        self._tls = None if tls is None else server_context(tls)
+        client = client_context(options.ca_file) if any(address.tls for address in addresses) else None
+        self._links = [Links(address, client if address.tls else None) for address in addresses]
+        self._balancer = Balancer([address.url for address in addresses])
+        self._metrics = RouteMetrics()
+        self._front = Front(
+            self._balancer, self._links, self._metrics, options.timeout_s, options.affinity_header
+        )
+        self._listening: socket.socket = listen(options.host, options.port)
+        host, port = self._listening.getsockname()[:2]
+        self.url = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self._signals = 0
+
+    def run(self, say: Callable[[str], None]) -> bool:
+        """Answer until SIGINT or SIGTERM, then finish what was accepted; False where that took longer than it may."""
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_COLLECT_AFTER)
+        clean: bool = uvloop.run(self._run(say))
+        return clean
+
+    def close(self) -> None:
+        """Stop listening; for who never calls ``run``."""
+        self._listening.close()
+
+    def numbers(self) -> dict[str, object]:
+        """Outcomes, and what is known of each service."""
+        return self._front.numbers()
+
+    async def _run(self, say: Callable[[str], None]) -> bool:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(quietly)
+        ending = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt, ending)
+        watches = [Health(self._balancer, k, links, self._front.down, say) for k, links in enumerate(self._links)]
+        # So that the first request finds somebody.
+        await asyncio.wait([loop.create_task(watch.look()) for watch in watches], timeout=_FIRST_LOOK_S)
+        tasks = [loop.create_task(watch.watch()) for watch in watches] + [loop.create_task(self._front.look())]
+        server = HttpServer(self._front, asyncio.Event(), self._tls, self._metrics.turned_away)
+        serving = loop.create_task(server.serve(sockets=[self._listening]))
+        await asyncio.wait([loop.create_task(ending.wait()), serving], return_when=asyncio.FIRST_COMPLETED)
+        self._front.draining = True
+        say("Finishing what was accepted; Ctrl-C once more leaves at once.")
+        until = time.monotonic() + self._options.drain_s
+        while self._front.open_requests and time.monotonic() < until and self._signals < 2:
+            await asyncio.sleep(0.01)
+        clean = not self._front.open_requests
+        server.should_exit = True
+        if not clean:
+            server.force_exit = True
+        await serving
+        for task in tasks:
+            task.cancel()
+        for links in self._links:
+            links.close()
+        return clean
+
+    def _interrupt(self, ending: asyncio.Event) -> None:
+        self._signals += 1
+        ending.set()
+
+
