@@ -10,10 +10,11 @@ import ipaddress
 import re
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shoal.serve import labels, pictures
-from shoal.serve.asgi import JSON, Receive, Scope, Send, headers_of, refuse, respond, say, state
+from shoal.serve.asgi import JSON, Receive, Scope, Send, headers_of, refuse, respond, say, state, timeout_of
 from shoal.serve.common import Common
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
@@ -84,8 +85,12 @@ class App:
             desk = self.catalogue.desk(name, version)
             headers = headers_of(scope)
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
-            self._refuse_early(desk, body, seen_s, arrived_s)
+            limit_s = timeout_of(headers)
+            if limit_s is None:
+                self._refuse_early(desk, body, seen_s, arrived_s)
             request = v2.decode(desk.signature, body, _header_length(headers), desk.max_rows)
+            if limit_s is not None:
+                request = replace(request, timeout_s=min(limit_s, request.timeout_s or limit_s))
             if request.encoded:
                 request = await prepared(desk, request)
         except Refusal as refusal:
@@ -219,7 +224,8 @@ class App:
             signature = desk.signature
             if len(signature.outputs) != 1 or len(signature.outputs[0].shape) != 2 or signature.outputs[0].free:
                 raise Refusal(400, f"{name} gives no scores of classes.")
-            if desk.hopeless(arrived_s + self._limits.slo_s, time.monotonic()):
+            limit_s = timeout_of(headers) or self._limits.slo_s
+            if desk.hopeless(arrived_s + limit_s, time.monotonic()):
                 raise desk.refused()
             row = await asyncio.to_thread(pictures.decode, [raw], signature)
         except Refusal as refusal:
@@ -227,7 +233,7 @@ class App:
             raise
         request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
         gone = lambda: state(receive, "disconnected")  # noqa: E731
-        (scores,) = await desk.infer(request, self._limits.slo_s, gone, arrived_s)
+        (scores,) = await desk.infer(request, limit_s, gone, arrived_s)
         found = labels.top(numbers_of(signature.outputs[0], scores)[0], signature.labels, _TOP)
         label, score = found[0]
         if b"application/json" in headers.get(b"accept", b""):
@@ -253,7 +259,8 @@ class App:
 
             parts = tuple(map(desk.text.request, tokens))
             request = v2.InferRequest("", (), len(parts), (), None, v2.USUAL_PRIORITY, parts=parts)
-            (vectors,) = await self.catalogue.infer(desk, request, self._limits.slo_s, left)
+            limit_s = timeout_of(dict(scope["headers"])) or self._limits.slo_s
+            (vectors,) = await self.catalogue.infer(desk, request, limit_s, left)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             return await refuse(receive, send, refusal, embeddings.error_body(refusal))

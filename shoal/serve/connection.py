@@ -18,6 +18,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from shoal.serve.asgi import TIMEOUT_HEADER
 from shoal.serve.protocols.v2 import error_body
 from shoal.serve.refusals import Refusal
 
@@ -174,7 +175,7 @@ class Connection(HttpToolsProtocol):
             raise _Broken(429, f"More than {self._limits.ahead} requests wait on this connection; read the answers first.")
         if self.cycle is None or self.cycle.response_complete:
             self._refuse = self._overload(self.parser.get_method(), self.url)
-            if self._refuse is not None and not self.expect_100_continue:
+            if self._refuse is not None and not (self.expect_100_continue or TIMEOUT_HEADER in dict(self.headers)):
                 return
             self._refuse = None
         super().on_headers_complete()

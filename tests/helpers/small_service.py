@@ -86,6 +86,7 @@ class Service:
     otherwise: Reply = double
     connections: int = 0
     ready: bool = True
+    hangs_up: bool = False
 
     @property
     def url(self) -> str:
@@ -124,6 +125,8 @@ async def _talk(service: Service, reader: asyncio.StreamReader, writer: asyncio.
                 break
             writer.write(response)
             await writer.drain()
+            if service.hangs_up:
+                break
     writer.close()
 
 

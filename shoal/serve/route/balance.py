@@ -7,7 +7,6 @@ hangs is left alone before anybody has said that it does.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +88,7 @@ class Balancer:
     def __init__(self, names: Sequence[str]) -> None:
         self.upstreams = [Upstream(name) for name in names]
         self._ring = Ring(names)
-        self._numbers = itertools.count(1)
+        self._turn = 0
         self._again = _ASK_AGAIN_MOST
 
     def choose(self, ask: Ask, now_s: float, tried: Collection[int] = ()) -> int | None:
@@ -112,7 +111,7 @@ class Balancer:
         upstream = self.upstreams[index]
         load = upstream.outstanding
         latency = upstream.latencies.get(ask.kind)
-        trust = 0.0 if latency is None else latency.trust(now_s)
+        trust = 0.0 if latency is None else latency.trust(now_s, self._turn)
         # What is not known, or no longer, is hoped to be as good as the best of the others.
         expected = (1 - trust) * (1 + load) * self._best_alone(ask) if trust < 1 else 0.0
         if latency is not None:
@@ -127,7 +126,8 @@ class Balancer:
 
     def begin(self, index: int, ask: Ask, now_s: float) -> int:
         """A service is asked; returns a number to say ``end`` with."""
-        upstream, number = self.upstreams[index], next(self._numbers)
+        self._turn += 1
+        upstream, number = self.upstreams[index], self._turn
         due_s = now_s + self.predict(index, ask, now_s)
         upstream.breaker.begin(now_s)
         upstream.asked[number] = (now_s, due_s, upstream.outstanding)
@@ -152,7 +152,7 @@ class Balancer:
             upstream.pressure.refused(retry_after_s, now_s)
         elif ended in (Ended.ANSWERED, Ended.LATE):
             upstream.pressure.answered(now_s)
-            self._latency(upstream, ask).learn(load, now_s - began_s, now_s)
+            self._latency(upstream, ask).learn(load, now_s - began_s, began_s, number)
 
     def _latency(self, upstream: Upstream, ask: Ask) -> Latency:
         found = upstream.latencies.get(ask.kind)

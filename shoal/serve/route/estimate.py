@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-# An answer counts for so much at least, and for more the longer there was none before it.
+# An answer counts for so much at least, and for more the less what was learned before is still worth.
 _GAIN = 0.1
-_FORGET_S = 5.0
-# After so long without an answer what was learned counts for a third, so that a service which was slow is tried again.
-_STALE_S = 10.0
+# After so long, or so many requests that went elsewhere, what was learned counts for a third: so a service that was slow, or
+# only unlucky, is tried again, and the sooner the less there is to lose.
+_STALE_S, _STALE_REQUESTS = 10.0, 100
 # How many squared requests on their way the assumption is worth that twice as many take twice as long.
 _ASSUMED = 1.0
 _LEAST = 0.1
@@ -25,28 +25,30 @@ class Latency:
     def __init__(self) -> None:
         self._count = 0
         self._mean_s = self._mean_load = self._variance = self._covariance = 0.0
-        self._heard_s = -math.inf
+        self._asked_s, self._turn = -math.inf, 0
 
-    def learn(self, load: int, took_s: float, now_s: float) -> None:
-        """An answer came; ``load`` others were on their way when it was asked for."""
+    def learn(self, load: int, took_s: float, asked_s: float, turn: int) -> None:
+        """An answer came.
+
+        Args:
+            load: how many others were on their way when it was asked for.
+            took_s: seconds until it was here.
+            asked_s, turn: when it was asked for; as which of all requests to anybody.
+        """
+        gain = max(_GAIN, 1 / (self._count + 1), 1 - self.trust(asked_s, turn))
         self._count += 1
-        silence_s = now_s - self._heard_s
-        gain = max(_GAIN, 1 / self._count, 1 - math.exp(-silence_s / _FORGET_S))
-        self._heard_s = now_s
+        self._asked_s, self._turn = max(asked_s, self._asked_s), max(turn, self._turn)
         off_load, off_s = load - self._mean_load, took_s - self._mean_s
         self._mean_load += gain * off_load
         self._mean_s += gain * off_s
         self._variance = (1 - gain) * (self._variance + gain * off_load * off_load)
         self._covariance = (1 - gain) * (self._covariance + gain * off_load * off_s)
 
-    @property
-    def known(self) -> bool:
-        """Whether anything was learned."""
-        return self._count > 0
-
-    def trust(self, now_s: float) -> float:
-        """How much to believe it now, from 0 to 1."""
-        return math.exp(-(now_s - self._heard_s) / _STALE_S) if self._count else 0.0
+    def trust(self, now_s: float, turn: int) -> float:
+        """How much to believe it for the next request, from 0 to 1."""
+        if not self._count:
+            return 0.0
+        return math.exp(-max(0.0, (now_s - self._asked_s) / _STALE_S, (turn - self._turn) / _STALE_REQUESTS))
 
     def predict(self, load: int) -> float:
         """Seconds until the answer to a request that is asked beside ``load`` others."""

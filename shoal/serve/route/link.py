@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import httptools
 
@@ -147,8 +147,8 @@ class Link(asyncio.Protocol):
     # -- asyncio.Protocol ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport, self._open = transport, True
+        # uvloop's transports are no asyncio.Transport by class.
+        self._transport, self._open = cast(asyncio.Transport, transport), True
 
     def connection_lost(self, error: Exception | None) -> None:
         self._open = False
