@@ -18,7 +18,7 @@ from shoal.serve import wire
 from shoal.serve.connection import quietly
 from shoal.serve.credentials import TlsFiles, client_context, read_tls, server_context
 from shoal.serve.http_server import HttpServer
-from shoal.serve.listening import listen
+from shoal.serve.listening import address_of, listen
 from shoal.serve.route.balance import Balancer
 from shoal.serve.route.front import Front
 from shoal.serve.route.health import Health
@@ -57,6 +57,8 @@ class RouteOptions:
             raise RequestError(f"Requests may take {1e3 * self.timeout_s:g} ms; give a time above 0, such as 30000.")
         if not self.drain_s >= 0:
             raise RequestError(f"The time to drain is {self.drain_s:g} s; give 0 or more.")
+        if not 0 <= self.port <= 65535:
+            raise RequestError(f"There is no port {self.port}; give 0 for a free one, or 1 to 65535.")
         name = self.affinity_header
         if not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
             raise RequestError(f"{name!r} is no name of a header; write it as in X-Affinity-Key.")
@@ -93,8 +95,7 @@ class Route:
             self._balancer, self._links, self._metrics, options.timeout_s, options.affinity_header
         )
         self._listening: socket.socket = listen(options.host, options.port)
-        host, port = self._listening.getsockname()[:2]
-        self.url = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = f"{'http' if tls is None else 'https'}://{address_of(self._listening)}"
         self._signals = 0
 
     def run(self, say: Callable[[str], None]) -> bool:
