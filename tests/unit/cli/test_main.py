@@ -43,7 +43,7 @@ def test_help_lists_every_command_and_says_which_are_not_built() -> None:
     lines = {line.split()[0]: line for line in done.stdout.split("Commands:")[1].strip().splitlines()}
     not_built = {name for name, line in lines.items() if "(not built yet)" in line}
     assert not_built == {"compress"}
-    built = {"plan", "train", "eval", "predict", "compare", "serve", "load", "runs", "data", "doctor"}
+    built = {"plan", "train", "eval", "predict", "compare", "serve", "route", "load", "runs", "data", "doctor"}
     assert set(lines) - not_built == built
     assert shoal().stdout == done.stdout
 
@@ -80,6 +80,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "cifar-cnn", "--data", "missing.csv"], "missing.csv"),
         (["train", "missing.py:job"], "There is no file missing.py."),
         (["serve", "model", "--port", "80"], "There is no bundle at model"),
+        (["route", "127.0.0.1:1", "127.0.0.1:1"], "is there twice"),
         (["predict", "model"], "Missing argument 'DATA'. See shoal predict --help."),
         (["predict", "model", "a.csv"], "There is no bundle at model"),
         (["compress", "model", "--json"], "shoal compress is not built yet;"),
