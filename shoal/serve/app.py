@@ -19,6 +19,7 @@ from shoal.serve.common import Common
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
 from shoal.serve.origins import check_origin
+from shoal.serve.page import live, page
 from shoal.serve.prepare import prepared
 from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Mishaps, Refusal
@@ -32,7 +33,7 @@ _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|stats|c
 _PICTURE_BYTES = 16 << 20
 _TOP = 5
 _REPOSITORY = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
-_FOR_EVERYBODY = frozenset({"/v2/health/live", "/v2/health/ready"})
+_FOR_EVERYBODY = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 _MOST_DIGITS = 12
 _LONG_BYTES = 64 << 10
 
@@ -194,6 +195,11 @@ class App:
             return await self._embeddings(scope, receive, send)
         if method != "GET":
             raise Refusal(404 if method == "POST" else 405, f"{method} {path[:80]} is nothing that this service does.")
+        if path == "":
+            content, about = page()
+            return await respond(send, 200, content, about)
+        if path == "/live":
+            return await say(send, live(self.catalogue.desks()))
         if path == "/v2":
             return await say(send, v2.server_metadata())
         if path == "/v1/models":
