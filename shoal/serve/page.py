@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoal.serve import pictures
 from shoal.serve.desk import Desk
+from shoal.serve.signature import layout_of
 
 _FILE = Path(__file__).with_name("page.html")
+_MOST_LABELS = 100
 _SHOWN = ("answered", "refused", "expired", "failed", "cancelled", "open", "queued", "replicas", "batches", "rows",
           "p50_ms", "p95_ms", "p99_ms")  # fmt: skip
 
@@ -44,7 +45,7 @@ def _about(desk: Desk) -> dict[str, Any]:
     signature, numbers = desk.signature, desk.numbers()
     return {
         "name": signature.name, "version": signature.version, "takes": takes(desk),
-        "inputs": [tensor.metadata() for tensor in signature.inputs],
+        "labels": (signature.labels or ())[:_MOST_LABELS], "inputs": [tensor.metadata() for tensor in signature.inputs],
         "numbers": {name: numbers[name] for name in _SHOWN},
     }  # fmt: skip
 
@@ -55,7 +56,7 @@ def takes(desk: Desk) -> list[str]:
     inputs, outputs = signature.inputs, signature.outputs
     scores = len(outputs) == 1 and len(outputs[0].shape) == 2 and not outputs[0].free
     found = []
-    if scores and len(inputs) == 1 and pictures.layout_of(inputs[0]) is not None:
+    if scores and len(inputs) == 1 and layout_of(inputs[0]) is not None:
         found.append("picture")
     if desk.text is not None and len(outputs) == 1 and not outputs[0].free:
         found.append("text")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import bundles
 import certificates
 import numpy as np
@@ -138,3 +139,15 @@ def test_warning(files: dict[str, Path]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ServiceOptions().warning is None
+
+
+@browser.needed
+def test_the_page_asks_for_a_key(service: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    assert _ask(service, files, "/live", {})[0] == 401
+    with browser.browser(tmp_path) as page:
+        page.open(service.url + "/")
+        page.until("!$('key-row').hidden")
+        page.evaluate(f"$('key').value = '{_KEY}'")
+        page.until("models.has('odd')")
+        page.evaluate("$('go').click()")
+        page.until("document.querySelectorAll('#answer .bar').length === 5")

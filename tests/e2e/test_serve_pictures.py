@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -210,3 +211,29 @@ def test_bytes_that_make_no_sense(service: Any, entry: dict[str, Any], said: str
     status, answer = _infer(service, json.dumps(asked).encode())
     assert status == 400 and re.search(said, answer["error"])
     assert service.numbers()["seer"]["invalid"] == before + 1
+
+
+@browser.needed
+def test_the_page_says_what_is_in_a_picture(place: Path, service: Any, tmp_path: Path) -> None:
+    raw = _picture(5)
+    (tmp_path / "upload.png").write_bytes(raw)
+    with browser.browser(tmp_path / "profile") as page:
+        page.open(service.url + "/")
+        page.until("models.has('seer')")
+        assert page.evaluate("[...document.querySelectorAll('.tabs button')].map(b => b.textContent)") == ["Picture", "JSON"]
+        page.evaluate("$('go').click()")
+        assert page.until("(document.querySelector('#answer .error') || {}).textContent") == "Choose a picture first."
+        page.choose_file("#file", tmp_path / "upload.png")
+        page.until("picture !== null")
+        page.evaluate("$('go').click()")
+        page.until("document.querySelectorAll('#answer .bar').length === 3")
+        shown = page.bars()
+        right = _right(place, raw)
+        assert [name for name, _ in shown] == [_LABELS[k] for k in np.argsort(-right)]
+        np.testing.assert_allclose([score for _, score in shown], np.sort(right)[::-1], atol=1e-3)
+        # What can be typed instead, and the numbers beside it.
+        page.evaluate("choose('tensors'); $('go').click()")
+        page.until("document.querySelector('#answer h3').textContent.startsWith('output · FP32 [1, 3]')")
+        before = page.evaluate("history.get('seer').answered")
+        page.until(f"history.get('seer').answered > {before} && $('rate').textContent !== '–'")
+        assert page.evaluate("document.querySelectorAll('#numbers tr').length") == 10

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -213,3 +214,17 @@ def test_folders_that_cannot_be_served(tmp_path: Path) -> None:
     (odd / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(TargetError, match="pools by pooling_mode_max_tokens"):
         hugging_face.describe(odd)
+
+
+@browser.needed
+def test_the_page_compares_texts(service: Any, folder: Path, tmp_path: Path) -> None:
+    with browser.browser(tmp_path) as page:
+        page.open(service.url + "/")
+        page.until("models.size === 3")
+        page.evaluate("$('model').value = 'tiny'; pick(); $('texts').value = 'w1 w2 w3\\n\\nw1 w2 w4\\nw9'; $('go').click()")
+        page.until("document.querySelectorAll('#answer .bar').length === 2")
+        assert page.evaluate("document.querySelectorAll('#answer canvas').length") == 3
+        shown = page.bars()
+        vectors = _right(folder, ["w1 w2 w3", "w1 w2 w4", "w9"])
+        right = vectors[1:] @ vectors[0] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1:], axis=1)
+        assert [score for _, score in shown] == pytest.approx(sorted(right, reverse=True), abs=1e-3)
