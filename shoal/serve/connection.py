@@ -8,12 +8,13 @@ the time is kept by one ``Watch`` for all connections.
 from __future__ import annotations
 
 import asyncio
+import functools
 import resource
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,6 +25,28 @@ from shoal.serve.refusals import Refusal
 
 Overload = Callable[[bytes, bytes], "Callable[[], Refusal] | None"]
 """Method and address of a request -> what counts it as refused and says how, where it is to be; else None."""
+
+class Asker(Protocol):
+    """Who waits for an answer. ``keep_alive``: whether the connection stays after it."""
+
+    keep_alive: bool
+
+    def gone(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def answer(self, answered: bytes | Refusal) -> None:
+        """Take the answer: a whole response, or why there is none."""
+
+
+class Shortcut(Protocol):
+    """A way past the application for the most usual requests, see ``shoal.serve.direct.Direct``."""
+
+    def plan(self, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Any:
+        """What a POST is whose head was read; None where it has to go to the application."""
+
+    def begin(self, planned: Any, body: bytes, asker: Asker) -> bool:
+        """Have it answered, once; False where it has to go to the application after all."""
+
 
 _OWN_DEADLINE = b'"timeout"'
 _TICK_S = 1.0
@@ -83,6 +106,10 @@ class _OneWrite:
             return
         self._write(data)
 
+    def write_whole(self, data: bytes) -> None:
+        """Write a whole response, however it ends."""
+        self._write(data)
+
     def flush(self) -> None:
         """Write a head that no body follows."""
         if self._head:
@@ -98,6 +125,37 @@ class _OneWrite:
         self._transport.close()
 
 
+class _Nobody:
+    """Nobody waits for a body that has come."""
+
+    def set(self) -> None:
+        return
+
+
+class _Short:
+    """What uvicorn's cycle is to a connection, for a request that goes past the application."""
+
+    __slots__ = ("_connection", "disconnected", "keep_alive", "response_complete")
+
+    more_body = response_started = False
+    message_event = _Nobody()
+
+    def __init__(self, connection: Connection, keep_alive: bool) -> None:
+        self._connection = connection
+        self.keep_alive = keep_alive
+        self.disconnected = self.response_complete = False
+
+    def gone(self) -> bool:
+        return self.disconnected
+
+    def answer(self, answered: bytes | Refusal) -> None:
+        """The one answer, if there is still somebody to get it."""
+        if not self.response_complete:
+            self.response_complete = True
+            if not self.disconnected:
+                self._connection.answered(self, answered)
+
+
 class Connection(HttpToolsProtocol):
     """One client's connection.
 
@@ -106,9 +164,12 @@ class Connection(HttpToolsProtocol):
     """
 
     def __init__(
-        self, limits: ConnectionLimits, turned: Callable[[str], None], overload: Overload, *args: Any, **kwargs: Any
-    ) -> None:
+        self, limits: ConnectionLimits, turned: Callable[[str], None], overload: Overload, *args: Any,
+        shortcut: Shortcut | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
+        self._shortcut = shortcut
+        self._planned: Any = None
         self._overload = overload
         self._refuse: Callable[[], Refusal] | None = None
         self._held: list[bytes] = []
@@ -126,6 +187,17 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self._limits.connections:
             self._turned("connections")
             self._say(Refusal(503, "Too many connections are open; try again later.", 1.0))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._planned is not None:
+            # It ended within a body: the application counts it.
+            self._go_on()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        if self._planned is not None:
+            self._go_on()
+        super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         self._piece = len(data)
@@ -174,6 +246,9 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= self._limits.ahead:
             raise _Broken(429, f"More than {self._limits.ahead} requests wait on this connection; read the answers first.")
         if self.cycle is None or self.cycle.response_complete:
+            self._planned = self._plan()
+            if self._planned is not None:
+                return
             self._refuse = self._overload(self.parser.get_method(), self.url)
             if self._refuse is not None and not (self.expect_100_continue or TIMEOUT_HEADER in dict(self.headers)):
                 return
@@ -182,12 +257,14 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
-        if self._refuse is not None:
+        if self._refuse is not None or self._planned is not None:
             self._held.append(body)
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._planned is not None and self._answer_directly():
+            return
         if self._refuse is not None:
             if not any(_OWN_DEADLINE in body for body in self._held):
                 refusal = self._refuse()
@@ -199,9 +276,40 @@ class Connection(HttpToolsProtocol):
             self._go_on()
         super().on_message_complete()
 
+    def _plan(self) -> Any:
+        if self._shortcut is None or self.flow.write_paused or self.parser.get_method() != b"POST":
+            return None
+        return self._shortcut.plan(self.url, self.headers) if self.parser.get_http_version() == "1.1" else None
+
+    def _answer_directly(self) -> bool:
+        """Have a whole request answered past the application, if that is possible."""
+        assert self._shortcut is not None
+        before, short = self.cycle, _Short(self, self.parser.should_keep_alive())
+        self.cycle = short  # type: ignore[assignment]
+        body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        if self._shortcut.begin(self._planned, body, short):
+            self._planned, self._held = None, []
+            return True
+        self.cycle = before
+        self._go_on()
+        return False
+
+    def answered(self, short: _Short, answered: bytes | Refusal) -> None:
+        """Write an answer that came past the application."""
+        whole = answered if isinstance(answered, bytes) else _rendered(answered, short.keep_alive)
+        self.transport.write_whole(whole)  # type: ignore[attr-defined]
+        self._ticks = 0
+        if not short.keep_alive or (self._given_up and not self.pipeline):
+            self.transport.close()
+        if self.pipeline:
+            super().on_response_complete()
+        else:
+            # How long it may be idle is kept by ``tick``: uvicorn would start a timer for each request.
+            self.server_state.total_requests += 1
+
     def _go_on(self) -> None:
         """Give a request to the application after all."""
-        held, self._refuse, self._held = self._held, None, []
+        held, self._refuse, self._planned, self._held = self._held, None, None, []
         super().on_headers_complete()
         for body in held:
             super().on_body(body)
@@ -218,6 +326,9 @@ class Connection(HttpToolsProtocol):
 
     def tick(self) -> None:
         """A second has passed; cut off whoever takes too long to ask, or to read what was answered."""
+        if self._planned is not None:
+            # Its body takes long: the application keeps the time.
+            self._go_on()
         limits, cycle = self._limits, self.cycle
         self._ticks += 1
         spent_s = self._ticks * _TICK_S
@@ -247,6 +358,8 @@ class Connection(HttpToolsProtocol):
 
     def _break(self, why: _Broken) -> None:
         """What comes next cannot be understood: answer it after what is under way, and close."""
+        if self._planned is not None:
+            self._go_on()
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             self._turned("http")
@@ -294,11 +407,17 @@ class Connection(HttpToolsProtocol):
 
 def _rendered(refusal: Refusal, keep_alive: bool) -> bytes:
     """A whole response."""
-    body = error_body(refusal.sentence)
-    more = "" if refusal.retry_after_s is None else f"retry-after: {max(1, round(refusal.retry_after_s))}\r\n"
+    later_s = refusal.retry_after_s
+    return _whole(refusal.status, refusal.sentence, None if later_s is None else max(1, round(later_s)), keep_alive)
+
+
+@functools.lru_cache(maxsize=64)
+def _whole(status: int, sentence: str, retry_after_s: int | None, keep_alive: bool) -> bytes:
+    body = error_body(sentence)
+    more = "" if retry_after_s is None else f"retry-after: {retry_after_s}\r\n"
     more += "" if keep_alive else "connection: close\r\n"
     head = (
-        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n{more}"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n{more}"
         f"content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

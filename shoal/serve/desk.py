@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from shoal.serve.dispatch import Dispatcher, Row
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
 from shoal.serve.protocols.embeddings import TextEncoder
-from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest
+from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest, longest_body
 from shoal.serve.refusals import Refusal
 from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
+from shoal.serve.ticket import Done, Reply, Ticket
 
 # A second batch waits in a replica's ring while the first is computed where batches are shorter than this: the replica need not
 # wait for the event loop. Longer ones stay in the queue, where a more urgent request can still overtake them.
@@ -39,23 +41,6 @@ _REPLACED_WITHIN_S = 0.5
 _TOO_LATE = "The deadline passed before the request could be computed."
 # A request in whose batch so many replicas have died is not given to another one.
 _MOST_DEATHS = 3
-
-
-@dataclass(slots=True)
-class _Ticket:
-    """An admitted request."""
-
-    number: int
-    slots: list[int]
-    rows_left: int
-    arrived_s: float
-    deadline_s: float
-    future: asyncio.Future[float]
-    abandoned: Callable[[], bool]
-    in_flight: int = 0
-    ended: bool = False
-    deaths: int = 0
-    compute_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -114,12 +99,13 @@ class Desk:
         )  # fmt: skip
         self.times = Times()
         self.last_answer_s = 0.0
+        self.body_bytes = longest_body(model.signature, model.layout.max_batch) or 0
         self.max_rows = min(model.layout.max_batch, model.layout.slots)
         self._observe = observe
         self._done_fd = done_fd
         self._free = list(range(model.layout.slots))
         self._replicas: dict[int, _Replica] = {}
-        self._tickets: dict[int, _Ticket] = {}
+        self._tickets: dict[int, Ticket] = {}
         self._cache = ResponseCache(model.cache_bytes, model.cache_ttl_s) if model.cache_bytes else None
         # With a cache: what is being computed now, for others that ask the same meanwhile.
         self._shared: dict[Key, asyncio.Future[list[np.ndarray]]] = {}
@@ -145,9 +131,7 @@ class Desk:
         """
         now = time.monotonic()
         deadline = (now if arrived_s is None else arrived_s) + (request.timeout_s or slo_s)
-        if self._closed:
-            self.slots.count(Outcome.REFUSED)
-            raise Refusal(503, "The service is shutting down; ask another one.", 1.0)
+        self._must_be_open()
         if self._cache is None or request.uncached:
             return await self._compute(request, now, deadline, abandoned)
         return await self._remember(self._cache, request, now, deadline, abandoned)
@@ -221,16 +205,46 @@ class Desk:
             raise self._refusal(later)
         if not accepted:
             self.slots.count(Outcome.ACCEPTED)
-        ticket = self._accept(request, now, deadline, abandoned)
+        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        ticket = self._accept(request, now, deadline, abandoned, future)
         self.pump(now)
         try:
-            await ticket.future
+            await future
             return self._outputs(ticket.slots, request.length)
         except asyncio.CancelledError:
             self._give_up(ticket)
             raise
         finally:
             self._free_slots(ticket)
+
+    def submit(
+        self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool], arrived_s: float, done: Done
+    ) -> None:
+        """As ``infer``, where nothing is remembered, for who is called: ``done`` once, perhaps before this returns.
+
+        Refusal where it is not taken in; then ``done`` is not called.
+        """
+        now = time.monotonic()
+        deadline = arrived_s + (request.timeout_s or slo_s)
+        self._must_be_open()
+        later = self._later(request, now, deadline)
+        if later is not None:
+            self.slots.count(Outcome.REFUSED)
+            raise self._refusal(later)
+        self.slots.count(Outcome.ACCEPTED)
+        reply = Reply(partial(self._outputs, length=request.length), self._free_slots, done)
+        reply.ticket = self._accept(request, now, deadline, abandoned, reply)
+        self.pump(now)
+
+    def _must_be_open(self) -> None:
+        if self._closed:
+            self.slots.count(Outcome.REFUSED)
+            raise Refusal(503, "The service is shutting down; ask another one.", 1.0)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether answers are kept, and equal requests share one."""
+        return self._cache is not None
 
     def _outputs(self, slots: list[int], length: int) -> list[np.ndarray]:
         """Copies of what replicas wrote into some slots; one row is sliced, for that takes a tenth of the time."""
@@ -266,7 +280,10 @@ class Desk:
             return Refusal(503, f"No replica of {self.signature.name} is ready; try again.", max(later_s, 0.1))
         return Refusal(429, "This request could not be answered in time; try again later.", later_s)
 
-    def _accept(self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]) -> _Ticket:
+    def _accept(
+        self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool],
+        future: asyncio.Future[float] | Reply,
+    ) -> Ticket:  # fmt: skip
         taken = [self._free.pop() for _ in range(request.rows)]
         length = request.length
         index: Any = slice(taken[0], taken[0] + 1) if len(taken) == 1 else taken
@@ -275,16 +292,14 @@ class Desk:
         if not self._fixed:
             self.slots.lengths[index] = length
         self._next += 1
-        ticket = _Ticket(
-            self._next, taken, len(taken), now, deadline, asyncio.get_running_loop().create_future(), abandoned
-        )
+        ticket = Ticket(self._next, taken, len(taken), now, deadline, future, abandoned)
         self._tickets[ticket.number] = ticket
         key, units = self.signature.key(length), self.signature.units(length)
         rows = [Row(slot, ticket.number, deadline, request.priority, key, units) for slot in taken]
         self.dispatcher.put(rows, now)
         return ticket
 
-    def _end(self, ticket: _Ticket, outcome: Outcome, refusal: Refusal | None = None) -> None:
+    def _end(self, ticket: Ticket, outcome: Outcome, refusal: Refusal | None = None) -> None:
         """Give a request its outcome, once. Its slots come back when nobody computes on them and nobody reads them any more."""
         if ticket.ended:
             return
@@ -296,14 +311,14 @@ class Desk:
             else:
                 ticket.future.set_exception(refusal)
 
-    def _give_up(self, ticket: _Ticket) -> None:
+    def _give_up(self, ticket: Ticket) -> None:
         if not ticket.ended:
             self.dispatcher.cancel(ticket.number)
             # Whose client waits no longer than until its deadline leaves at that moment.
             late = time.monotonic() >= ticket.deadline_s
             self._end(ticket, Outcome.EXPIRED if late else Outcome.CANCELLED)
 
-    def _free_slots(self, ticket: _Ticket) -> None:
+    def _free_slots(self, ticket: Ticket) -> None:
         if ticket.in_flight == 0 and self._tickets.pop(ticket.number, None) is not None:
             self._free.extend(ticket.slots)
 
@@ -403,7 +418,7 @@ class Desk:
         count, spent = times.by_batch.get(rows, (0, 0))
         times.by_batch[rows] = (count + 1, spent + int(took_s * 1e9))
 
-    def _note_request(self, ticket: _Ticket, now: float) -> None:
+    def _note_request(self, ticket: Ticket, now: float) -> None:
         times, took = self.times, now - ticket.arrived_s
         times.requests += 1
         times.compute_ns += int(ticket.compute_s * 1e9)

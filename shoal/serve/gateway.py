@@ -27,6 +27,7 @@ from shoal.serve.common import Common
 from shoal.serve.connection import quietly
 from shoal.serve.credentials import server_context
 from shoal.serve.desk import Desk
+from shoal.serve.direct import Direct
 from shoal.serve.guard import Bodies, Guard
 from shoal.serve.http_server import HttpServer
 from shoal.serve.messages import (
@@ -59,6 +60,7 @@ from shoal.serve.shelf import Shelf
 _NUMBERS_EVERY_S = 0.5
 # What was answered over gRPC is on its way; its connections end after this at the latest.
 _LEAVE_S = 1.0
+_INTRODUCED_S = 30.0
 _COLLECT_AFTER = 50_000
 # A request that was being read when its version was retired may still come to it.
 _LATE_S = 0.5
@@ -90,14 +92,18 @@ class Gateway:
         self._answers: dict[int, asyncio.Future[Told]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
+        # Set when all models that there are have been told.
+        self._introduced = asyncio.Event()
         tls = None if opening.tls is None else server_context(opening.tls)
-        self._server = HttpServer(self._app, self._opened, tls, turned, self._app.overload)
+        self._server = HttpServer(self._app, self._opened, tls, turned, self._app.overload, Direct(common))
 
     async def serve(self) -> None:
         """Answer until the supervisor says to drain, or is gone."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(quietly)
         loop.add_reader(self._channel.fileno(), self._receive)
+        # Whoever connects meanwhile waits in the socket's backlog: to who asks now, a model is not unknown.
+        await asyncio.wait_for(self._introduced.wait(), _INTRODUCED_S)
         if self._grpc is not None:
             await self._grpc.start(self._opening.grpc or "", self._opening.tls)
         numbers = loop.create_task(self._report())
@@ -145,6 +151,7 @@ class Gateway:
             self._begin(self._retire(message.edition))
         elif isinstance(message, Known):
             catalogue.unavailable = message.unavailable
+            self._introduced.set()
         elif isinstance(message, Told):
             if (waiting := self._answers.pop(message.number, None)) is not None and not waiting.done():
                 waiting.set_result(message)

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from shoal.serve.connection import Connection, ConnectionLimits, Overload, Watch, connections_possible
+from shoal.serve.connection import Connection, ConnectionLimits, Overload, Shortcut, Watch, connections_possible
 
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
@@ -24,7 +24,7 @@ class HttpServer(uvicorn.Server):
 
     def __init__(
         self, app: Any, opened: asyncio.Event, tls: ssl.SSLContext | None, turned: Callable[[str], None],
-        overload: Overload = lambda method, url: None,
+        overload: Overload = lambda method, url: None, shortcut: Shortcut | None = None,
     ) -> None:  # fmt: skip
         """``app``: the ASGI application; ``opened`` is set when it listens; ``turned``, ``overload``: see ``Connection``."""
         super().__init__(
@@ -36,6 +36,7 @@ class HttpServer(uvicorn.Server):
         self._tls = tls
         self._turned = turned
         self._overload = overload
+        self._shortcut = shortcut
         self._limits = ConnectionLimits(connections=connections_possible(ConnectionLimits.connections))
 
     @contextlib.contextmanager
@@ -62,5 +63,6 @@ class HttpServer(uvicorn.Server):
 
     def _connection(self) -> Connection:
         return Connection(
-            self._limits, self._turned, self._overload, config=self.config, server_state=self.server_state, app_state={}
+            self._limits, self._turned, self._overload, config=self.config, server_state=self.server_state, app_state={},
+            shortcut=self._shortcut,
         )

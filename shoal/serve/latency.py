@@ -31,13 +31,14 @@ class LatencyModel:
     def predict(self, batch: int) -> float:
         """Seconds for a batch; beyond what was measured, in proportion to the rows."""
         sizes, seconds = self._sizes, self._seconds
+        if batch <= sizes[0]:
+            # By far the most usual question.
+            return seconds[0]
         at = bisect_left(sizes, batch)
         if at < len(sizes) and sizes[at] == batch:
             return seconds[at]
         if at == len(sizes):
             return seconds[-1] * batch / sizes[-1]
-        if at == 0:
-            return seconds[0]
         part = (batch - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
         return seconds[at - 1] + part * (seconds[at] - seconds[at - 1])
 

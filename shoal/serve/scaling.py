@@ -36,7 +36,7 @@ class ReplicaRange:
         if text == "auto":
             return cls()
         if found is None or not 1 <= int(found[1]) <= int(found[2] or found[1]):
-            raise RequestError(f"{text[:40]} replicas make no sense; give a number of at least 1, a range such as 1-4, or auto.")
+            raise RequestError(f"--replicas is {text[:40]}; give a number of at least 1, a range such as 1-4, or auto.")
         return cls(int(found[1]), int(found[2] or found[1]))
 
     @property

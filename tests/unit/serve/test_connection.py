@@ -24,6 +24,7 @@ class _Server:
         self.turned: list[str] = []
         self.overloaded = False
         self.refused = 0
+        self.askers: list[Any] = []
         self.let_go = asyncio.Event()
         self.state = ServerState()
         self.config = uvicorn.Config(self._app, ws="none", lifespan="off", log_config=None, log_level="error",
@@ -41,8 +42,30 @@ class _Server:
 
     def make(self) -> Connection:
         return Connection(
-            _LIMITS, self.turned.append, self._overload, config=self.config, server_state=self.state, app_state={}
-        )
+            _LIMITS, self.turned.append, self._overload, config=self.config, server_state=self.state, app_state={},
+            shortcut=self,
+        )  # fmt: skip
+
+    def plan(self, url: bytes, headers: Any) -> Any:
+        return url if url.startswith(b"/short") else None
+
+    def begin(self, planned: bytes, body: bytes, asker: Any) -> bool:
+        """/short?later is answered after ``let_go``, /short?app by the application."""
+        if planned.endswith(b"app"):
+            return False
+        self.askers.append(asker)
+
+        def answer() -> None:
+            said = b"short " + body
+            asker.answer(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said))
+
+        if planned.endswith(b"later"):
+            asyncio.get_running_loop().create_task(self.let_go.wait()).add_done_callback(lambda _: answer())
+        elif planned.endswith(b"no"):
+            asker.answer(Refusal(429, "Too late.", 0.2))
+        else:
+            answer()
+        return True
 
     def _overload(self, method: bytes, url: bytes) -> Callable[[], Refusal] | None:
         if not self.overloaded or method != b"POST":
@@ -265,5 +288,79 @@ def test_overload_leaves_to_the_application_what_it_cannot_judge() -> None:
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
         assert (await _answer(reader))[1] == b"/in"
         assert service.refused == 0
+
+    _run(test)
+
+
+def _short(kind: bytes, body: bytes, more: bytes = b"") -> bytes:
+    return b"POST /short?" + kind + b" HTTP/1.1\r\nHost: a\r\n" + more + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def test_the_short_way_is_answered_in_order_and_the_connection_goes_on() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        # At once, refused, at once again, by the application after all, all in one piece.
+        writer.write(_short(b"", b"one") + _short(b"no", b"two") + _short(b"", b"three") + _short(b"app", b"four"))
+        assert (await _answer(reader))[1] == b"short one"
+        head, _ = await _answer(reader)
+        assert head.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in head and b"close" not in head
+        assert (await _answer(reader))[1] == b"short three"
+        assert (await _answer(reader))[1] == b"/short"
+        # What is asked behind one that takes its time waits for it, on either way.
+        writer.write(_short(b"later", b"five") + _short(b"", b"six") + b"GET /get HTTP/1.1\r\nHost: a\r\n\r\n")
+        while len(service.askers) < 4:
+            await asyncio.sleep(0.001)
+        await service.tick(200)
+        service.let_go.set()
+        assert [(await _answer(reader))[1] for _ in range(3)] == [b"short five", b"/short", b"/get"]
+        assert not service.turned
+        writer.write(_short(b"", b"last", b"Connection: close\r\n"))
+        assert (await reader.read()).endswith(b"short last")
+
+    _run(test)
+
+
+def test_a_body_in_pieces_goes_the_short_way_unless_it_takes_long() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        for ticks, answer in ((0, b"short slowly"), (1, b"/short")):
+            whole = _short(b"", b"slowly")
+            writer.write(whole[:-3])
+            (connection,) = service.state.connections
+            while connection._planned is None:  # type: ignore[union-attr]
+                await asyncio.sleep(0.001)
+            await service.tick(ticks)
+            writer.write(whole[-3:])
+            assert (await _answer(reader))[1] == answer
+
+    _run(test)
+
+
+def test_who_left_is_known_and_gets_nothing() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        _, writer = await connect()
+        writer.write(_short(b"later", b"x"))
+        while not service.askers:
+            await asyncio.sleep(0.001)
+        assert not service.askers[0].gone()
+        writer.transport.abort()
+        while not service.askers[0].gone():
+            await asyncio.sleep(0.001)
+        service.let_go.set()
+        await asyncio.sleep(0.01)
+
+    _run(test)
+
+
+def test_at_the_end_of_the_service_the_open_one_is_answered() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        writer.write(_short(b"later", b"x"))
+        while not service.askers:
+            await asyncio.sleep(0.001)
+        for connection in list(service.state.connections):
+            connection.shutdown()  # type: ignore[union-attr]
+        service.let_go.set()
+        assert (await reader.read()).endswith(b"short x")
 
     _run(test)

@@ -1,0 +1,118 @@
+"""The shortest way of an inference: from the parser to the desk and back, without an application and a task for each request.
+
+For whole requests of a kind that has nothing unusual about it; everything else goes through ``App``, with the same answers.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from shoal.serve.common import Common
+from shoal.serve.connection import Asker
+from shoal.serve.desk import Desk
+from shoal.serve.protocols import v2
+from shoal.serve.refusals import Mishaps, Refusal
+from shoal.serve.slots import Outcome
+
+_INFER = re.compile(rb"/v2/models/([^/%?#]+)/infer")
+# Who sends one of these means something that the application looks at.
+_ELSEWHERE = frozenset({
+    b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"authorization", b"x-api-key", b"traceparent",
+})  # fmt: skip
+_MOST_DIGITS = 12
+# Long bodies are counted while they are held, and rarely come in one piece.
+_LONG_BYTES = 64 << 10
+_OWN_DEADLINE = b'"timeout"'
+_JSON = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n%b"
+_BINARY = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: %d\r\n%b"
+    b"content-length: %d\r\n\r\n%b"
+)
+
+
+class Planned(NamedTuple):
+    """An inference whose head has been read. ``refuse``: it will not be in time, unless it has a deadline of its own."""
+
+    desk: Desk
+    header_length: int | None
+    arrived_s: float
+    refuse: bool
+
+
+class Direct:
+    """Between connections and desks."""
+
+    def __init__(self, common: Common) -> None:
+        self._catalogue = common.catalogue
+        self._slo_s = common.limits.slo_s
+        self._most_bytes = min(common.limits.body_bytes, _LONG_BYTES)
+        self._pace = common.pace
+        # Who may ask is found out by the application.
+        self._closed = common.guard is not None
+        self._mishaps = Mishaps()
+
+    def plan(self, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Planned | None:
+        """What a POST is, if it is an inference that can go this way; to be asked when its head was read."""
+        found = None if self._closed else _INFER.fullmatch(url)
+        if found is None:
+            return None
+        shelf = self._catalogue.shelves.get(found[1].decode("latin-1"))
+        # While a version is tried, requests are shared out and answers compared.
+        if shelf is None or shelf.trial is not None or (desk := shelf.active) is None or desk.remembers:
+            return None
+        said = dict(headers)
+        size, header = said.get(b"content-length", b""), said.get(b"inference-header-content-length")
+        if len(said) < len(headers) or not _ELSEWHERE.isdisjoint(said) or not _is_number(size):
+            return None
+        if int(size) > min(self._most_bytes, desk.body_bytes) or not (header is None or _is_number(header)):
+            return None
+        now = time.monotonic()
+        arrived_s = self._pace.arrive(now)
+        refuse = self._pace.behind(now) or desk.hopeless(arrived_s + self._slo_s, now)
+        return Planned(desk, None if header is None else int(header), arrived_s, refuse)
+
+    def begin(self, planned: Planned, body: bytes, asker: Asker) -> bool:
+        """Have a request answered: ``asker.answer`` is called once, perhaps at once. False where only the application can."""
+        desk = planned.desk
+        try:
+            if planned.refuse and _OWN_DEADLINE not in body:
+                raise desk.refused()
+            request = v2.decode(desk.signature, body, planned.header_length, desk.max_rows)
+            if getattr(request, "encoded", None):
+                return False
+
+            def done(outputs: list[np.ndarray] | None, refusal: Refusal | None) -> None:
+                if outputs is not None:
+                    asker.answer(self._rendered(desk, request, outputs, asker.keep_alive))
+                elif refusal is not None:
+                    asker.answer(refusal)
+
+            desk.submit(request, self._slo_s, asker.gone, planned.arrived_s, done)
+        except Refusal as refusal:
+            if refusal.status < 429:
+                desk.slots.count(Outcome.INVALID)
+            asker.answer(refusal)
+        except Exception:
+            asker.answer(self._mishaps.refusal())
+        return True
+
+    def _rendered(
+        self, desk: Desk, request: v2.InferRequest, outputs: list[np.ndarray], keep_alive: bool
+    ) -> bytes | Refusal:
+        try:
+            content, header_length = v2.encode(desk.signature, request, outputs)
+        except Exception:
+            return self._mishaps.refusal()
+        more = b"" if keep_alive else b"connection: close\r\n"
+        if header_length is None:
+            return _JSON % (more, len(content), content)
+        return _BINARY % (header_length, more, len(content), content)
+
+
+def _is_number(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= _MOST_DIGITS

@@ -1,0 +1,59 @@
+"""An admitted request, and who is told what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.serve.refusals import Refusal
+
+Done = Callable[["list[np.ndarray] | None", "Refusal | None"], None]
+"""What is to be called with outputs, or with why there are none."""
+
+
+class Reply:
+    """Stands where a ticket's future does, for who is called and does not wait: no task has to be woken."""
+
+    __slots__ = ("_done", "_free", "_outputs", "ticket")
+
+    def __init__(
+        self, outputs: Callable[[list[int]], list[np.ndarray]], free: Callable[[Ticket], None], done: Done
+    ) -> None:
+        """``outputs``: copies them out of slots; ``free``: gives a ticket's slots back."""
+        self._outputs, self._free, self._done = outputs, free, done
+        self.ticket: Ticket | None = None
+
+    def done(self) -> bool:
+        """A ticket is ended once."""
+        return False
+
+    def set_result(self, _: float) -> None:
+        assert self.ticket is not None
+        outputs = self._outputs(self.ticket.slots)
+        self._free(self.ticket)
+        self._done(outputs, None)
+
+    def set_exception(self, refusal: Refusal) -> None:
+        assert self.ticket is not None
+        self._free(self.ticket)
+        self._done(None, refusal)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """Holds slots until the request has its outcome."""
+
+    number: int
+    slots: list[int]
+    rows_left: int
+    arrived_s: float
+    deadline_s: float
+    future: asyncio.Future[float] | Reply
+    abandoned: Callable[[], bool]
+    in_flight: int = 0
+    ended: bool = False
+    deaths: int = 0
+    compute_s: float = 0.0
