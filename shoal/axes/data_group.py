@@ -95,7 +95,7 @@ class GroupData(ArenaData):
         self._course = course
         self._stop_wanted = stop_wanted
         self._manager = manager
-        self._buffers: tuple[int, Sequence[int]] = (0, ())
+        self._written: Sequence[int] = ()
         self._told = self.steps_done()
 
     @property
@@ -107,7 +107,7 @@ class GroupData(ArenaData):
         return self.rank != 0
 
     def carry_buffers(self, publisher: int, written: Sequence[int]) -> None:
-        self._buffers = (publisher, written)
+        self._written = written
 
     # -- the protocol of a step ----------------------------------------------------------------------------------
 
@@ -132,17 +132,29 @@ class GroupData(ArenaData):
         extra[_CHECKPOINT_AT] = self.slot.note(Note.CHECKPOINT_AT)
         extra[_REDUCE], extra[_WAIT] = before[Columns.REDUCE], before[Columns.WAIT]
         written = np.zeros(len(self.store.table.buffers))
-        written[list(self._buffers[1])] = 1
-        return torch.from_numpy(np.concatenate([record, extra, self.store.touched[0], written]))
+        written[list(self._written)] = 1
+        return torch.from_numpy(np.concatenate([record, extra, self._marks(), written]))
+
+    def _marks(self) -> np.ndarray:
+        """Which parameters have got a gradient here, in an order that all workers have in common."""
+        marks: np.ndarray = self.store.touched[0]
+        return marks
+
+    def _take_marks(self, marks: np.ndarray) -> None:
+        """Take up which parameters have got a gradient anywhere."""
+        self._drop_untouched()
+        self.store.touched[0] = marks
+
+    def _drop_untouched(self, among: np.ndarray | None = None) -> None:
+        """What is left from another step where no gradient came must not be added; ``among``: marks of those to look at."""
+        stale = self.store.touched[0] == 0
+        for index in np.flatnonzero(stale if among is None else stale & among):
+            self.store.gradient(0, int(index)).zero_()
 
     def _hear(self, step: int, rows: np.ndarray) -> None:
         """Take up what everybody said, so that the records and signals here are those of all."""
-        touched = self.store.touched[0]
-        for index in np.flatnonzero(touched == 0):
-            # What is left there from another step must not be added.
-            self.store.gradient(0, int(index)).zero_()
         first = Columns.COUNT + _EXTRA
-        touched[:] = rows[:, first : first + len(touched)].max(axis=0, initial=0)
+        self._take_marks(rows[:, first : first + len(self._marks())].max(axis=0, initial=0))
         for rank in self._others():
             record = self.store.record(rank, step)
             # Clocks of other machines tell nothing here: everybody's step begins when ours does.
@@ -169,19 +181,18 @@ class GroupData(ArenaData):
         self._told = step + 1
 
     def _exchange_buffers(self, step: int, rows: np.ndarray) -> None:
-        """Give everybody the buffers that one worker has written for the next step."""
-        store, publisher = self.store, self._buffers[0]
-        first = Columns.COUNT + _EXTRA + store.touched.shape[1]
-        places = [store.buffer((step + 1) % 2, int(index)) for index in np.flatnonzero(rows[publisher, first:])]
-        self._buffers = (0, ())
-        if not places or self.world_size == 1:
-            return
-        flat = [place.reshape(-1).view(torch.uint8) for place in places]
-        flat.append(torch.from_numpy(store.buffer_steps).view(torch.uint8))
-        page = torch.cat(flat)
-        self._group.broadcast(page, publisher, f"the buffers of step {step + 1}")
-        for place, piece in zip(flat, page.split([len(f) for f in flat]), strict=True):
-            place.copy_(piece)
+        """Give everybody the buffers that some workers, each its own ones, have written for the next step."""
+        store, self._written = self.store, ()
+        first = Columns.COUNT + _EXTRA + len(self._marks())
+        for publisher in np.flatnonzero(rows[:, first:].any(axis=1)).tolist() if self.world_size > 1 else ():
+            written = np.flatnonzero(rows[publisher, first:])
+            flat = [store.buffer((step + 1) % 2, int(index)).reshape(-1).view(torch.uint8) for index in written]
+            flat.append(torch.from_numpy(store.buffer_steps[written]).view(torch.uint8))
+            page = torch.cat(flat)
+            self._group.broadcast(page, publisher, f"the buffers of step {step + 1}")
+            for place, piece in zip(flat, page.split([len(f) for f in flat]), strict=True):
+                place.copy_(piece)
+            store.buffer_steps[written] = flat[-1].view(torch.float64).numpy()
 
     def update(self, step: int, totals: Totals, grad_clip: float | None, hooks: Hooks) -> None:
         self._group.sum_in_place(self._stripes(), f"the gradients of step {step + 1}")

@@ -4,7 +4,8 @@ What every process of a job joins, whoever started it (torchrun, Slurm, shoal it
 one that does not come to an end says what was waited for and from whom. Nobody hangs because another has failed: who
 fails says so in the group's key-value store, and everybody who waits looks there several times a second.
 
-On processors it is gloo. NCCL is chosen for a CUDA device, through which flat sums then go (untested).
+On processors it is gloo, between ranks of one machine also the memory that they can share (``nearby.py``), once
+``meet_nearby`` was called. NCCL is chosen for a CUDA device, through which flat sums then go (untested).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shoal.comm import nearby, shared_group
 from shoal.comm.member import Member
+from shoal.comm.port import Port
 from shoal.errors import DeadlineError, JobFailed, ShoalError
 
 BUCKET_BYTES = 32 << 20
@@ -55,6 +58,9 @@ class Group:
         self._device = torch.device(device)
         self._subgroups: dict[tuple[int, ...], Any] = {}
         self._one_machine = False
+        self._machines: list[str] = []
+        self._port: Port | None = None
+        self._looked_at = 0.0
 
     # -- joining and leaving -------------------------------------------------------------------------------------
 
@@ -139,28 +145,98 @@ class Group:
         # A process cannot end before its exchanges have: they give up a little after we do.
         return timedelta(seconds=self.deadline_s + 5)
 
+    def meet_nearby(self) -> None:
+        """Let groups that are prepared from now on speak through shared memory where all their ranks are on one machine.
+
+        All processes call it.
+        """
+        if self.world_size == 1 or self._machines or self._device.type != "cpu":
+            return
+        keys = self.gather_objects(nearby.machine_key(), "the names of the machines")
+        self._port = nearby.open_port(keys, self.rank, self.deadline_s, self.gather_objects)
+        shared = self.gather_objects(self._port is not None, "the shared memory of each machine")
+        self._machines = [key if found else "" for key, found in zip(keys, shared, strict=True)]
+        shared_group.register()
+        if self._port is not None:
+            self._port.while_waiting = self._wait_nearby
+
     def prepare(self, subsets: Sequence[tuple[int, ...]]) -> None:
         """Make it possible to sum over these ranks alone. All processes call it, with the same subsets."""
         for ranks in subsets:
-            if self.world_size > 1 and len(ranks) > 1 and ranks not in self._subgroups:
+            if ranks not in self._subgroups:
                 with _loopback(self._one_machine):
-                    self._subgroups[ranks] = dist.new_group(list(ranks), self._timeout, self._backend)
+                    self._subgroups[ranks] = self._make(ranks)
+
+    def _make(self, ranks: tuple[int, ...]) -> Any:
+        together = {self._machines[rank] for rank in ranks} if self._machines and len(ranks) > 1 else {""}
+        if len(together) == 1 and together != {""}:
+            # Who is not among them passes no port, and makes nothing.
+            options: Any = self._port if self.rank in ranks else None
+            return dist.new_group(list(ranks), self._timeout, shared_group.NAME, options)
+        return dist.new_group(list(ranks), self._timeout, self._backend)
+
+    def torch_group(self, ranks: tuple[int, ...]) -> Any:
+        """torch's own group of these ranks, which were prepared."""
+        return self._subgroups[ranks]
+
+    @property
+    def media(self) -> str:
+        """What the processes speak through, in words."""
+        far = "NCCL" if self._device.type == "cuda" else "gloo"
+        if not any(self._machines):
+            return far
+        machines = len(set(self._machines))
+        if machines == 1:
+            return f"the memory of their machine within a step, and through {far}"
+        return f"the memory of a machine where both are on it, and through {far} between {machines} machines"
 
     # -- exchanges -----------------------------------------------------------------------------------------------
 
-    def sum_in_place(self, tensors: Sequence[torch.Tensor], what: str) -> None:
-        """Replace each tensor (1-D, contiguous) by its sum over all processes, the same bits everywhere."""
+    def sum_in_place(self, tensors: Sequence[torch.Tensor], what: str, ranks: tuple[int, ...] | None = None) -> None:
+        """Replace each tensor (1-D, contiguous) by its sum over all processes (or ``ranks``), the same bits everywhere."""
         if self.world_size == 1:
             return
         works = []
+        subgroup = self._everybody if ranks is None else self._subgroups[ranks]
         for tensor in tensors:
             for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size())):
                 moved = piece.to(self._device)
-                works.append((piece, moved, dist.all_reduce(moved, group=self._everybody, async_op=True)))
+                works.append((piece, moved, dist.all_reduce(moved, group=subgroup, async_op=True)))
         for piece, moved, work in works:
             self._wait(work, what)
             if moved is not piece:
                 piece.copy_(moved)
+
+    def sum_at(self, tensors: Sequence[tuple[torch.Tensor, int]], ranks: tuple[int, ...], what: str) -> None:
+        """Replace each tensor (1-D, contiguous) by its sum over ``ranks`` at the rank that it comes with; what the others
+        have in it afterwards means nothing."""
+        subgroup = self._subgroups[ranks]
+        works = [
+            dist.reduce(piece, home, group=subgroup, async_op=True)
+            for tensor, home in tensors
+            for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size()))
+        ]
+        for work in works:
+            self._wait(work, what)
+
+    def share(self, tensors: Sequence[tuple[torch.Tensor, int]], ranks: tuple[int, ...], what: str) -> None:
+        """Give all of ``ranks`` each tensor (1-D, contiguous) as the rank that it comes with has it."""
+        subgroup = self._subgroups[ranks]
+        works = [
+            dist.broadcast(piece, source, group=subgroup, async_op=True)
+            for tensor, source in tensors
+            for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size()))
+        ]
+        for work in works:
+            self._wait(work, what)
+
+    def bring(self, page: torch.Tensor, what: str) -> list[torch.Tensor]:
+        """Bring everybody's pages (1-D, contiguous, of one length) to rank 0; nothing comes of it on the others."""
+        if self.world_size == 1:
+            return [page]
+        pages = [torch.empty_like(page) for _ in range(self.world_size)] if self.rank == 0 else None
+        self._wait(dist.gather(page, pages, 0, group=self._everybody, async_op=True), what)
+        return pages or []
 
     def gather_rows(self, row: torch.Tensor, what: str) -> torch.Tensor:
         """Every process's row (1-D, of one length), stacked by rank."""
@@ -217,6 +293,10 @@ class Group:
 
     def _wait(self, work: Any, what: str) -> None:
         """Wait for an exchange in short rounds, and look around between them."""
+        if isinstance(work, shared_group.SharedWork):
+            # Looks around by itself.
+            work.wait()
+            return
         began = time.monotonic()
         said = False
         while True:
@@ -225,13 +305,18 @@ class Group:
                 return
             except RuntimeError as error:
                 waited_s = time.monotonic() - began
-                self._look_for_failure(2.0 if work.is_completed() else 0.0)
                 if work.is_completed():
+                    # It may have come to its end just now; where it has failed, it says so once more.
+                    broken = _outcome(work)
+                    if broken is None:
+                        return
+                    self._look_for_failure(2.0)
                     self.while_waiting(what, waited_s)
                     raise JobFailed(
-                        f"Rank {self.rank} lost the other processes while it waited for {what} ({_first_line(error)}); "
+                        f"Rank {self.rank} lost the other processes while it waited for {what} ({_first_line(broken)}); "
                         "see what ended them, and go on with --resume."
-                    ) from None
+                    ) from error
+                self._look_for_failure(0.0)
             if not said:
                 self._store.set(f"waits/{self.rank}", what)
                 said = True
@@ -241,6 +326,19 @@ class Group:
                     f"Rank {self.rank} waited {waited_s:.0f} s for {what} from {self.name_missing(what)}; "
                     "see what keeps it, and go on with --resume."
                 )
+
+    def _wait_nearby(self, what: str, waited_s: float) -> None:
+        """What the shared memory's port calls while it waits: now and then, look for who failed."""
+        if time.monotonic() - self._looked_at > _SLICE_S:
+            self._looked_at = time.monotonic()
+            self._look_for_failure(0.0)
+            self.while_waiting(what, waited_s)
+
+    def look_for_cause(self, patience_s: float) -> None:
+        """After an error: PeerFailed where another process has said that it failed first."""
+        if self.world_size > 1:
+            with contextlib.suppress(RuntimeError):
+                self._look_for_failure(patience_s)
 
     def missing(self, what: str) -> list[int]:
         """The ranks that do not wait for the same thing: those that everybody else waits for."""
@@ -313,6 +411,15 @@ def _loopback(wanted: bool) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+def _outcome(work: Any) -> RuntimeError | None:
+    """The error that an exchange ended with, None where it went well."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _first_line(error: BaseException) -> str:

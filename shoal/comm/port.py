@@ -66,6 +66,7 @@ class Port:
     Attributes:
         beginnings: how often this port was reset; what was begun before the last time is void.
         names: what the ranks are called where somebody is told about them; their own numbers, unless they are part of more.
+        world: which ranks they are in torch's default group; the same numbers, unless that reaches beyond this memory.
         while_waiting: called now and then while this rank waits, with what it waits for and for how many seconds.
     """
 
@@ -90,6 +91,7 @@ class Port:
 
         self.rank, self.world_size, self.deadline_s = rank, world_size, deadline_s
         self.names: Sequence[int] = range(world_size)
+        self.world: Sequence[int] = range(world_size)
         self.while_waiting: Callable[[str, float], None] = lambda what, waited_s: None
         self.base = region.data_ptr()
         self._region = region

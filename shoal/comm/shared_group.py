@@ -366,7 +366,7 @@ def _create(options: Any, port: Any) -> SharedGroup:
         if not isinstance(world, SharedGroup):
             raise RequestError(f'The backend "{NAME}" begins with shoal.comm.shared_group.init; call that first.')
         port = world._port
-    ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
+    ranks = [port.world.index(rank) for rank in options.global_ranks_in_group] or list(range(options.group_size))
     return SharedGroup(port, str(options.group_id), ranks, options.store)
 
 

@@ -16,7 +16,7 @@ import torch
 from shoal.comm.arena import Arena, ArenaLayout
 from shoal.comm.grid import Grid
 from shoal.comm.parts import put
-from shoal.comm.table import CHUNK_BYTES, Lane, ParameterTable, align, chunks_of, deal_tensors, lane_of
+from shoal.comm.table import CHUNK_BYTES, Lane, ParameterTable, align, chunks_of_lane, deal_tensors, lane_of
 from shoal.errors import JobError
 
 RING_STEPS = 2048
@@ -65,7 +65,7 @@ def slice_layout(table: ParameterTable, grid: Grid, local: bool = False) -> Slic
     row = scalar_row_bytes(table)
     if table.elementwise:
         lanes = [lane_of(table, part, grid, local) for part in range(grid.updaters)]
-        chunks = [chunks_of(table, lane.start, lane.stop) for lane in lanes]
+        chunks = [chunks_of_lane(table, lane) for lane in lanes]
         pieces = max((sum(len(c.pieces) for c in own) for own in chunks), default=0)
         longest = max((len(c.pieces) for own in chunks for c in own), default=0)
         undo = align(CHUNK_BYTES) * (1 + len(table.state_keys)) + longest * row

@@ -106,6 +106,8 @@ class ParameterTable:
         states: for any other optimizer each tensor that it keeps.
         splittable: such an optimizer looks at one tensor at a time, so that tensors can be dealt out to workers.
         echoes: gradients that another stage has for a parameter of this table (a tied weight), to be added to its own.
+        ranges: where the table is of one process's own memory, the bytes of the trained weights that it updates, in order
+            and never in one chunk with one another; None for all that its lane has.
     """
 
     parameters: tuple[TensorSpec, ...]
@@ -123,6 +125,7 @@ class ParameterTable:
     model_keys: tuple[str, ...] = ()
     echoes: tuple[Echo, ...] = ()
     echo_bytes: int = 0
+    ranges: tuple[tuple[int, int], ...] | None = None
 
     def span(self, owner: int) -> tuple[int, int]:
         """Bytes ``start`` to ``stop`` of the trained weights that are an owner's."""
@@ -228,6 +231,13 @@ def chunks_of(table: ParameterTable, start: int, stop: int, chunk_bytes: int = C
             low = end
     close()
     return chunks
+
+
+def chunks_of_lane(table: ParameterTable, lane: Lane) -> list[Chunk]:
+    """The chunks that a worker updates, in order."""
+    if table.ranges is None:
+        return chunks_of(table, lane.start, lane.stop)
+    return [chunk for start, stop in table.ranges for chunk in chunks_of(table, start, stop)]
 
 
 def deal_tensors(table: ParameterTable, parts: int) -> list[list[int]]:

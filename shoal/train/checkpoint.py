@@ -33,7 +33,7 @@ from shoal import tensorfile
 from shoal.comm.journal import Journal
 from shoal.comm.parts import runs, take
 from shoal.comm.store import Columns, Store, scalar_row_bytes
-from shoal.comm.table import FROZEN, ParameterTable, chunks_of, deal_tensors
+from shoal.comm.table import FROZEN, ParameterTable, chunks_of_lane, deal_tensors
 from shoal.errors import RequestError
 from shoal.tensorfile import Entry, dtype_name
 from shoal.train import notes
@@ -112,12 +112,15 @@ def part_path(directory: str | Path, step: int) -> Path:
 
 
 class PartWriter:
-    """Writes parts of one checkpoint; several processes may each write theirs at the same time."""
+    """Writes parts of one checkpoint; several processes may each write theirs at the same time.
 
-    def __init__(self, store: Store, directory: str | Path, step: int) -> None:
+    ``table``: the model's, where the store has only some of its parts.
+    """
+
+    def __init__(self, store: Store, directory: str | Path, step: int, table: ParameterTable | None = None) -> None:
         self._store = store
         self.step = step
-        self._layout = FileLayout(store.table, store.lanes)
+        self._layout = FileLayout(table or store.table, store.lanes)
         self._path = part_path(directory, step)
         self._fd = -1
 
@@ -212,7 +215,7 @@ class ScalarRows:
             lane = store.lane(part)
             data = store.scalar_bytes(part)
             if table.elementwise:
-                chunks = chunks_of(table, lane.start, lane.stop)
+                chunks = chunks_of_lane(table, lane)
                 owned = enumerate(piece.parameter for chunk in chunks for piece in chunk.pieces)
             else:
                 owned = ((index, index) for index in hands[part])  # type: ignore[assignment]
@@ -306,11 +309,32 @@ class Restored:
 
 def restore(checkpoint: Checkpoint, store: Store) -> Restored:
     """Fill the arena from a checkpoint, whatever number of workers wrote it. RequestError where it is of another model."""
+    check(checkpoint, store.table)
+    with open_tensors(checkpoint) as file:
+        _restore_tensors(store, file, _lanes_in(file.keys()))
+    return restore_notes(checkpoint)
+
+
+def open_tensors(checkpoint: Checkpoint) -> Any:
+    """The tensors of a checkpoint, as safetensors opens them: mapped, and read when they are asked for."""
     from safetensors import safe_open
 
-    with safe_open(checkpoint.path / "state.safetensors", framework="pt") as file:
+    return safe_open(checkpoint.path / "state.safetensors", framework="pt")
+
+
+def read_state(checkpoint: Checkpoint, table: ParameterTable) -> dict[str, torch.Tensor]:
+    """The model's state_dict in a checkpoint, under every name and in the model's own order; mapped, not read."""
+    with open_tensors(checkpoint) as file:
+        found = {n: file.get_tensor(f"weights/{s.name}") for s in table.parameters for n in s.names}
+        found |= {n: file.get_tensor(f"buffers/{s.name}") for s in table.buffers if s.persistent for n in s.names}
+    return {name: found[name] for name in table.model_keys if name in found}
+
+
+def check(checkpoint: Checkpoint, table: ParameterTable) -> None:
+    """RequestError where a checkpoint is of another model or optimizer than a table."""
+    with open_tensors(checkpoint) as file:
         names = set(file.keys())
-        layout = FileLayout(store.table, _lanes_in(names))
+        layout = FileLayout(table, _lanes_in(names))
         if names != set(layout.entries):
             odd = sorted(names ^ set(layout.entries))[0]
             raise RequestError(
@@ -324,8 +348,6 @@ def restore(checkpoint: Checkpoint, store: Store) -> Restored:
                     f"The checkpoint {checkpoint.path} has {key.partition('/')[2]} in the shape {tuple(value.shape)}, the "
                     f"job in {entry.shape}; resume with the job that wrote it, or choose another --run."
                 )
-        _restore_tensors(store, file, _lanes_in(names))
-    return _restore_notes(checkpoint)
 
 
 def _lanes_in(names: Iterable[str]) -> int:
@@ -358,7 +380,8 @@ def _restore_tensors(store: Store, file: Any, lanes: int) -> None:
             store.state_tensor(at, lane).copy_(part)
 
 
-def _restore_notes(checkpoint: Checkpoint) -> Restored:
+def restore_notes(checkpoint: Checkpoint) -> Restored:
+    """What a checkpoint holds beside tensors."""
     notebook: dict[str, Any] | None = None
     sums: Any = 0.0
     metrics: list[list[Piece]] = []

@@ -61,7 +61,7 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
             "machine, and shoal joins them."
         )
     batch = min(job.batch_size, facts.samples)
-    candidates = local_candidates(plan, machine.cores, batch, facts.images, _divisible(job, facts))
+    candidates = local_candidates(plan, machine.cores, batch, facts.images, divisible(job, facts))
     check_plan(candidates[0], job, facts)
     fitting = Fitting(
         plan, facts, supervisor,
@@ -116,10 +116,10 @@ def given_text(wanted: Plan, plan: Plan) -> str:
     return f"{wanted} was given" + (f"; {', '.join(follows)} follow." if follows else " as it is.")
 
 
-def remarks(plan: Plan) -> list[str]:
-    """What a plan says that changes nothing, or not what one might think."""
+def remarks(plan: Plan, private: bool = False) -> list[str]:
+    """What a plan says that changes nothing, or not what one might think; ``private``: workers share no memory."""
     found = []
-    if plan.zero in (1, 2) and plan.data_ways > 1:
+    if plan.zero in (1, 2) and plan.data_ways > 1 and not private:
         found.append(
             f"zero={plan.zero} is what workers on one machine do anyway: weights and optimizer state exist once, and each "
             "worker updates its own slice."
@@ -161,7 +161,7 @@ def _best(
     return best.plan, why
 
 
-def _divisible(job: Job, facts: JobFacts) -> int:
+def divisible(job: Job, facts: JobFacts) -> int:
     """Into how many microbatches any batch of an epoch can be cut; BatchNorm needs two samples in each."""
     batch = min(job.batch_size, facts.samples)
     smallest = facts.samples % batch or batch

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import gc
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,7 +43,7 @@ from shoal.train.feed import Feed, division_of
 from shoal.train.forecast import Measured, measure
 from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
-from shoal.train.part import cut_model, take_part, to_meta, whole_part
+from shoal.train.part import Part, cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
 from shoal.train.row_tables import Owner, RowGradients, TableUpdater, attach_tables, first_rows, name_tables
 from shoal.train.schedule import NoSchedule, Schedule
@@ -49,6 +52,9 @@ from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
 from shoal.train.tune import Question, Tuned, rewrites_of, tune
 from shoal.train.update import Updater, make_updater
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def build_model(job: Job) -> nn.Module:
@@ -84,6 +90,19 @@ def build(job: Job) -> Built:
     return Built(job, model, optimizer, train, evaluation)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a worker that has a part of the model, and shares no memory, works with.
+
+    Attributes:
+        mesh: the ranks along each axis, by torch's groups.
+        collector: makes, from what updates the part, what brings all parts together for a checkpoint.
+    """
+
+    mesh: DeviceMesh
+    collector: Callable[[Updater], Callable[[int], None]]
+
+
 class TrainHost:
     """Lives in the template; ``run`` is what its forked children do."""
 
@@ -115,6 +134,16 @@ class TrainHost:
         self._settings: RunSettings | None = None
         self._embeddings: torch.library.Library | None = None
         self._rewrites: Installed | None = None
+        # Where no store has the whole model: what it has come to, for the bundle.
+        self.final_state: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def optimizer_name(self) -> str:
+        return type(self._built.optimizer).__name__
+
+    def first_weight(self, name: str) -> torch.Tensor:
+        """A parameter as the model was built with it."""
+        return self._first[name]
 
     def facts(self) -> JobFacts:
         return self._facts
@@ -177,7 +206,8 @@ class TrainHost:
         if self._settings.split is not None:
             from shoal.axes import tensor
 
-            tensor.materialise(model, self._store.state_dict(step % 2).__getitem__)
+            state = self._store.state_dict(step % 2) if self.final_state is None else self.final_state
+            tensor.materialise(model, state.__getitem__)
         with torch.no_grad():
             buffers = dict(model.named_buffers(remove_duplicate=False))
             for index, spec in enumerate(self._store.table.buffers):
@@ -243,14 +273,18 @@ class TrainHost:
             )
         )
 
-    def loop(self, rank: int, channel: Sender, make_axis: Callable[[Updater | None], ArenaData]) -> Loop:
-        """The loop of one worker in the run that was taken up; it is told no updater where servers update."""
+    def loop(
+        self, rank: int, channel: Sender, make_axis: Callable[[Updater | None], ArenaData], beside: Beside | None = None
+    ) -> Loop:
+        """The loop of one worker in the run that was taken up; ``beside``: where it shares no memory and has a part.
+
+        It is told no updater where servers update.
+        """
         store, settings, built = self._store, self._settings, self._built
         assert store is not None and settings is not None
         plan, job, grid = settings.plan, built.job, settings.grid
         slot = store.arena.slots[rank]
         slot.enter(Phase.STARTING, slot.signal(Signal.UPDATED))
-        team: Team | None = None
         batchnorm = GlobalBatchNorm() if self._facts.batchnorm and plan.batchnorm != "local" and grid.dp > 1 else None
 
         def prepare(module: nn.Module) -> None:
@@ -258,19 +292,7 @@ class TrainHost:
             if batchnorm is not None:
                 batchnorm.take_over(module)
 
-        if settings.split is None:
-            part = whole_part(built, self._facts.table, store, rank)
-            prepare(part.model)
-            self._rewrites = install(part.model, rewrites_of(plan))
-        else:
-            to_meta(built.model)
-            # A worker that waits is alive, and says so.
-            team = Team(
-                store.arena, grid, rank, settings.spin_s, Waiting.deadline_s,
-                lambda: slot.write(Note.PHASE_SINCE, time.monotonic()),
-            )  # fmt: skip
-            part = take_part(built, settings.split, plan, store, rank, prepare)
-            give_parameters(built.optimizer, part.parameters, store.table)
+        part, team = self._take_part(rank, slot, prepare, beside)
         updater: Updater | None = None
         if not grid.servers:
             updater = make_updater(store, store.part_of(rank), built.optimizer, lambda: part.parameters)
@@ -313,8 +335,36 @@ class TrainHost:
             faults=faults,
             settings=settings,
             channel=channel,
+            collect=None if beside is None or updater is None else beside.collector(updater),
         )
         return Loop(parts)
+
+    def _take_part(
+        self, rank: int, slot: Slot, prepare: Callable[[nn.Module], None], beside: Beside | None
+    ) -> tuple[Part, Team | None]:
+        """Give a worker what it has of the model, and the ranks that it needs within a step where those share memory."""
+        store, settings, built = self._store, self._settings, self._built
+        assert store is not None and settings is not None
+        plan = settings.plan
+        if settings.split is None:
+            part = whole_part(built, self._facts.table, store, rank)
+            prepare(part.model)
+            self._rewrites = install(part.model, rewrites_of(plan))
+            return part, None
+        to_meta(built.model)
+        team: Team | None = None
+        if beside is None:
+            # A worker that waits is alive, and says so.
+            team = Team(
+                store.arena, settings.grid, rank, settings.spin_s, Waiting.deadline_s,
+                lambda: slot.write(Note.PHASE_SINCE, time.monotonic()),
+            )  # fmt: skip
+        else:
+            # This process also writes the bundle, for which it needs the model as it was.
+            self._built = dataclasses.replace(built, model=copy.deepcopy(built.model))
+        part = take_part(built, settings.split, plan, store, rank, prepare, beside.mesh if beside else None)
+        give_parameters(built.optimizer, part.parameters, store.table)
+        return part, team
 
 
 def _has_images(built: Built) -> bool:

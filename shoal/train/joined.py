@@ -22,44 +22,58 @@ import torch
 from torch import nn
 
 from shoal.axes.data_group import Course, GroupData, Outbox
+from shoal.axes.data_parts import Held, PartsData
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
+from shoal.comm.grid import Grid
 from shoal.comm.group import DEADLINE_S, Group, PeerFailed
 from shoal.comm.journal import Journal
 from shoal.comm.member import Member
+from shoal.comm.mesh import make_mesh
 from shoal.comm.store import Store
-from shoal.errors import JobError, NotBuiltError, PlanError, ShoalError, UserCodeError
+from shoal.errors import JobError, JobFailed, NotBuiltError, PlanError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
+from shoal.planner.candidates import in_microbatches
+from shoal.planner.memory import axes_text
 from shoal.process.failure import Failure
 from shoal.process.interrupts import Interrupts
 from shoal.train.allocator import keep_freed_memory
-from shoal.train.api import Observer, TrainOptions, read_plan
-from shoal.train.choose import check_plan, predicted_step
+from shoal.train.api import Observer, TrainOptions, read_plan, start_supervisor
+from shoal.train.choose import check_plan, divisible, remarks, split_of
+from shoal.train.collect import Collector, deal_out
 from shoal.train.crew import Patience
 from shoal.train.driver import (
+    ENTRY,
     Emitter,
     abandon_if_refused,
     check_request,
     finished_run,
+    portable,
     resumed_plan,
     tensorboard_observers,
 )
-from shoal.train.host import TrainHost
+from shoal.train.host import Beside, TrainHost
+from shoal.train.lead import Gathered, InProcess, Lead
 from shoal.train.loop import Loop
 from shoal.train.metric_state import Piece, read_pieces, write_pieces
 from shoal.train.neighbours import Neighbours
-from shoal.train.recorder import Recorder
+from shoal.train.own import Own, own_part
 from shoal.train.run import Run
 from shoal.train.rundir import RunDirectory
-from shoal.train.session import Session, run_settings
+from shoal.train.session import run_settings
 from shoal.train.settings import JobFacts, RunSettings
+from shoal.train.split import Split, Ways, split_table
 from shoal.train.update import Updater
 
-_SHARED_REGIONS = ("weights", "buffers", "buffer_steps", "state", "scalars")
+# What is a process's own where the model is split comes last.
+_SHARED_REGIONS = ("buffers", "buffer_steps", "weights", "state", "scalars")
 # torchrun hands a terminal's Ctrl-C on to processes that the terminal has told already.
 _ONE_INTERRUPT_S = 2.0
+# What torch says when a process at the other end of a collective has gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "NCCL error")
+_CAUSE_S = 5.0
 
 
 def run_joined(job: Job, options: TrainOptions, observers: Sequence[Observer], member: Member) -> Run:
@@ -85,7 +99,7 @@ def run_here(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> 
         if options.resume and options.plan is None:
             plan = resumed_plan(directory)
         cores = Cluster.local(measure=False).cores
-        count = plan.data_ways if plan.names_axes else min(cores, job.batch_size)
+        count = plan.world_size if plan.names_axes else min(cores, job.batch_size)
         stack.enter_context(_callers_state())
         neighbours = stack.enter_context(Neighbours.start(job, options, directory.path / ".meeting", count))
         group = stack.enter_context(Group.meet(neighbours.meeting, 0, count, _deadline_s(), neighbours.check))
@@ -100,7 +114,7 @@ def work_for(job: Job, options: TrainOptions, meeting: str, rank: int, world_siz
 
 
 def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
-    """The whole plan for a job of so many processes; PlanError where it is for another number."""
+    """The plan for a job of so many processes, with all axes that matter; PlanError where it is for another number."""
     if plan.ps is not None:
         raise NotBuiltError(
             f"ps={plan.ps} is built for workers that share memory, on one machine; write dp={world_size} for processes that "
@@ -110,22 +124,27 @@ def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
         raise NotBuiltError(
             f"local_steps={plan.local_steps} is not built for workers that share no memory; leave it out of the plan."
         )
-    if plan.zero in (1, 2):
-        raise NotBuiltError(
-            f"zero={plan.zero} shards among workers that share memory; processes that do not hold all of it each, so leave "
-            "it out of the plan."
-        )
-    if plan.zero == 3 or (plan.tp or 1) > 1 or (plan.pp or 1) > 1:
-        raise NotBuiltError(
-            "A model is split only among workers that share memory, on one machine; write dp alone for processes that do not."
-        )
-    if plan.names_axes and plan.data_ways != world_size:
-        raise PlanError(
-            f"The plan says dp={plan.data_ways} and the job was started with {world_size} processes; "
-            f"write dp={world_size}, or start {plan.data_ways} processes."
-        )
-    whole = plan.replace(dp=world_size, threads=plan.threads or threads).filled()
-    return whole.replace(explanation=(f"The job was started with {world_size} processes, which speak through gloo.",))
+    named = plan if plan.names_axes else plan.replace(dp=world_size)
+    if named.world_size != world_size:
+        raise PlanError(_another_number(named, world_size))
+    return named.replace(dp=named.data_ways, threads=plan.threads or threads)
+
+
+def _another_number(plan: Plan, world_size: int) -> str:
+    inner = plan.world_size // plan.data_ways
+    fitting = plan.replace(dp=world_size // inner, shares=None) if world_size % inner == 0 else Plan(dp=world_size)
+    said = f"says dp={plan.data_ways}" if inner == 1 else f"{axes_text(plan)} takes {plan.world_size} processes"
+    return (
+        f"The plan {said} and the job was started with {world_size} processes; write {axes_text(fitting)}, or start "
+        f"{plan.world_size} processes."
+    )
+
+
+def complete_plan(plan: Plan, job: Job, facts: JobFacts) -> Plan:
+    """The plan with everything that it leaves open, explained."""
+    whole = in_microbatches(plan, divisible(job, facts)).filled()
+    check_plan(whole, job, facts)
+    return whole.replace(explanation=tuple(remarks(whole, private=True)))
 
 
 def _asked(job: Job, options: TrainOptions) -> Plan:
@@ -219,10 +238,30 @@ class _Process:
                 error = failed.value.error() if isinstance(failed.value, Failure) else KeyboardInterrupt()
                 self._tell(error, directory)
                 raise error from None
-            except BaseException as error:
+            except BaseException as raised:
+                error = self._cause(raised)
                 group.fail(Failure.of(error, group.rank) if isinstance(error, Exception) else None)
                 self._tell(error, directory)
-                raise
+                raise error from None if error is not raised else raised.__cause__
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """What lies behind an error: where a collective inside the model broke off, another process has failed or is gone."""
+        text = getattr(error, "traceback_text", "") or str(error)
+        if isinstance(error, PeerFailed) or not any(sign in text for sign in _LOST):
+            return error
+        deadline = time.monotonic() + _CAUSE_S
+        while time.monotonic() < deadline:
+            try:
+                self._group.look_for_cause(0.1)
+                if self._neighbours is not None:
+                    self._neighbours.check()
+            except PeerFailed as failed:
+                return failed.value.error() if isinstance(failed.value, Failure) else KeyboardInterrupt()
+            except ShoalError as found:
+                return found
+        return JobFailed(
+            f"Rank {self._group.rank} lost another process in the middle of a step; see what ended it, and go on with --resume."
+        )
 
     def _tell(self, error: BaseException, directory: RunDirectory | None) -> None:
         """Say what went wrong: rank 0 for all."""
@@ -252,42 +291,62 @@ class _Process:
 
     def _train(self, plan: Plan, directory: RunDirectory | None, began: float) -> Run:
         group, job, options = self._group, self._job, self._options
+        split = None
+        if Grid.of(plan).splits_model:
+            group.meet_nearby()
+            # Found out by measuring, so once for all.
+            found = self._cut(plan) if group.rank == 0 else None
+            plan, split = group.broadcast_object(found, 0, "how the model is split")
         host = TrainHost(job)
         facts = host.facts()
-        check_plan(plan, job, facts)
         if facts.tables:
             raise NotBuiltError(
                 f"The rows of {facts.tables[0].name} are shared in the memory of one machine; train this job with shoal train "
                 "there, not under torchrun or Slurm."
             )
+        if split is None:
+            plan = complete_plan(plan, job, facts)
         self._compare(facts)
         done = finished_run(directory, job, options, facts) if directory is not None else None
         before = (done.path, done.summary()) if done is not None else None
         found = group.broadcast_object(before, 0, "what was done before")
         if found is not None:
             return Run(found[0], found[1], job)
+        own = self._take_part(host, split, plan, facts)
+        why = f"The job was started with {group.world_size} processes, which speak through {group.media}."
+        plan = plan.replace(explanation=(why, *plan.explanation))
         place = group.broadcast_object(directory.path if directory is not None else None, 0, "the run directory")
-        settings = run_settings(plan, job, facts, options, place / "checkpoints", private=True)
+        settings = run_settings(
+            plan, job, facts, options, place / "checkpoints", own.split if own is not None else None, private=True
+        )
         # Rank 0 alone has an observer, and all have to know of it.
         lockstep = group.broadcast_object(settings.wait_for_observer, 0, "the observer")
         settings = dataclasses.replace(settings, wait_for_observer=lockstep)
         arena = Arena.private(settings.layout)
         store = host.take_up(arena, settings, True)
-        host.forget_first_weights()
         rows = group.gather_objects({"pid": os.getpid(), "host": socket.gethostname()}, "the list of processes")
         lead = None
         if directory is not None and self._emit is not None:
-            lead = _Lead(job, options, directory, _Host(host, rows), facts, self._emit, self._interrupts)  # type: ignore[arg-type]
+            lead = Lead(job, options, directory, InProcess(host, rows), facts, self._emit, self._interrupts)  # type: ignore[arg-type]
+            lead.parts = None if own is None else Gathered(group, host)
         try:
             if lead is not None:
                 lead.begin(settings, store)
-            self._share_start(store)
+            self._share_start(store, host, lead, own)
+            host.forget_first_weights()
             self._interrupts.armed = True
             keep_freed_memory()
             torch.set_num_threads(plan.threads or 1)
-            self._make_loop(host, store, settings, lead).run()
+            loop = self._make_loop(host, store, settings, lead, own)
+            loop.run()
             self._gather_metrics(arena)
-            ended = lead.end(began) if lead is not None else None
+            ended = None
+            if lead is not None:
+                if lead.parts is not None:
+                    lead.parts.collect = loop.parts.collect
+                ended = lead.end(began)
+            elif loop.parts.collect is not None and group.broadcast_object(None, 0, "the last checkpoint"):
+                loop.parts.collect(arena.slots[0].signal(Signal.UPDATED))
             path, summary = group.broadcast_object(
                 (ended.path, ended.summary()) if ended is not None else None, 0, "the end of the run"
             )
@@ -295,6 +354,32 @@ class _Process:
         finally:
             if lead is not None:
                 lead.release()
+
+    def _cut(self, plan: Plan) -> tuple[Plan, Split]:
+        """Complete a plan that splits the model, and decide how; in a template, whose torch state goes with it."""
+        supervisor = start_supervisor()
+        try:
+            supervisor.load(ENTRY, portable(self._job), DEADLINE_S)
+            facts: JobFacts = supervisor.call("facts")
+            whole = complete_plan(plan, self._job, facts)
+            split = split_of(whole, supervisor)
+            assert split is not None
+            return whole.replace(explanation=(*whole.explanation, *split.explanation)), split
+        finally:
+            supervisor.close()
+
+    def _take_part(self, host: TrainHost, split: Split | None, plan: Plan, facts: JobFacts) -> Own | None:
+        """What this process has of the model; None where that is all of it, and all update it alike."""
+        zero, optimizer = plan.zero or 0, host.optimizer_name
+        if split is None:
+            if not zero or plan.data_ways == 1:
+                return None
+            self._group.meet_nearby()
+            grid = Grid.of(plan)
+            split = Split(grid, *split_table(facts.table, grid, Ways({}, {}), optimizer))
+        own = own_part(split, facts.table, self._group.rank, zero, optimizer)
+        self._group.prepare(own.groups)
+        return own
 
     def _compare(self, facts: JobFacts) -> None:
         """All processes must have built the same."""
@@ -307,12 +392,16 @@ class _Process:
                     "let the job's functions do the same in every process."
                 )
 
-    def _share_start(self, store: Store) -> None:
+    def _share_start(self, store: Store, host: TrainHost, lead: Lead | None, own: Own | None) -> None:
         """Give everybody rank 0's weights, and where the run goes on."""
         group, arena = self._group, store.arena
-        for name in _SHARED_REGIONS:
+        for name in _SHARED_REGIONS[: 2 if own is not None else None]:
             if arena.layout.regions[name][1]:
                 group.broadcast(arena.region(name), 0, "the first weights")
+        if own is not None:
+            with_state = group.broadcast_object(lead is not None and lead.goes_on, 0, "where the run begins")
+            read = lead.parts.read if lead is not None and lead.parts is not None else None
+            deal_out(group, store, host.facts().table, read, with_state)
         step = arena.slots[0].signal(Signal.UPDATED)
         supervisor = arena.supervisor
         start = group.broadcast_object(
@@ -343,85 +432,36 @@ class _Process:
         for rank, pieces in enumerate(found if self._group.rank == 0 else ()):
             write_pieces(Journal(arena, rank), step, pieces)
 
-    def _make_loop(self, host: TrainHost, store: Store, settings: RunSettings, lead: _Lead | None) -> Loop:
-        group, outbox = self._group, Outbox()
+    def _make_loop(
+        self, host: TrainHost, store: Store, settings: RunSettings, lead: Lead | None, own: Own | None
+    ) -> Loop:
+        group, outbox, grid, facts = self._group, Outbox(), settings.grid, host.facts()
         course = Course(
             total_steps=settings.total_steps, steps_per_epoch=settings.steps_per_epoch,
             every_step=settings.wait_for_observer,
         )  # fmt: skip
-        loop = host.loop(
-            group.rank,
-            outbox,
-            lambda updater: GroupData(store, _required(updater), group, outbox, course, lambda: self._interrupts.wanted, lead),
-        )
-        if host.facts().batchnorm:
+        beside = held = None
+        if own is not None:
+            held = Held(
+                grid=grid, families=own.families, whole=own.whole, parameters=len(facts.table.trained),
+                zero=settings.plan.zero or 0,
+            )  # fmt: skip
+            beside = Beside(
+                make_mesh(group, grid),
+                lambda updater: Collector(group, store, own, facts.table, settings.checkpoint_dir, updater),
+            )
+
+        def make_axis(updater: Updater | None) -> GroupData:
+            assert updater is not None, "plans with servers are refused"
+            rest = (store, updater, group, outbox, course, lambda: self._interrupts.wanted, lead)
+            return GroupData(*rest) if held is None else PartsData(held, *rest)
+
+        loop = host.loop(group.rank, outbox, make_axis, beside)
+        if facts.batchnorm:
             # A ragged batch leaves some without samples: these do not take part in its statistics.
             steps = (0, settings.steps_per_epoch - 1)
             shares = [share for step in steps for share in loop.parts.feed.shares(step)]
-            group.prepare([tuple(rank for rank, n in enumerate(share.counts) if n) for share in shares])
+            taking_part = [[replica for replica, n in enumerate(share.counts) if n] for share in shares]
+            columns = [grid.along_data(rank) for rank in range(grid.pp * grid.tp)]
+            group.prepare([tuple(column[k] for k in some) for some in taking_part for column in columns])
         return loop
-
-
-def _required(updater: Updater | None) -> Updater:
-    assert updater is not None, "plans with servers are refused"
-    return updater
-
-
-class _Host:
-    """The built job inside this process, where a session expects a template's supervisor."""
-
-    def __init__(self, host: TrainHost, rows: Sequence[dict[str, Any]]) -> None:
-        self._host = host
-        here = {"role": "supervisor", "rank": 0, **rows[0]}
-        self._rows = [here, *({"role": "worker", "rank": rank, **row} for rank, row in enumerate(rows))]
-
-    def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
-        return getattr(self._host, method)(*arguments)
-
-    def processes(self) -> list[dict[str, Any]]:
-        return self._rows
-
-
-class _Lead(Session):
-    """The supervisor's part of a run, played by rank 0 in between its steps."""
-
-    def begin(self, settings: RunSettings, store: Store) -> None:
-        """Take up the run; fill the store from a checkpoint where there is one to go on from."""
-        self._plan = settings.plan
-        self._settings = settings
-        self._store, self._arena = store, store.arena
-        self._predicted_s = predicted_step(self._plan, self._job, self._facts)
-        first = self._restore(store)
-        self._write_beginning(first)
-        self._recorder = Recorder(store, self._emit, settings.steps_per_epoch, first)
-        self._first_step = first
-        self._tell_processes()
-
-    def take(self, message: Any) -> None:
-        self._take(message)
-
-    def attend(self) -> None:
-        self._attend()
-
-    def _all_evaluated(self, epoch: int) -> bool:
-        # The parts have come through the group, after everybody had evaluated.
-        return True
-
-    def wish_to_stop(self) -> None:
-        self._interrupts.wanted = True
-
-    def end(self, began: float) -> Run:
-        """What is left to do once the loop is over."""
-        self._recorder.drain()
-        self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
-        return self._end(began)
-
-    def release(self) -> None:
-        """Leave the directory to whoever comes next."""
-        self._finish_completing()
-        with contextlib.suppress(OSError):
-            self._directory.release([])
-
-    def _processes_here(self) -> list[dict[str, Any]]:
-        host = socket.gethostname()
-        return list({row["pid"]: row for row in self._supervisor.processes() if row["host"] == host}.values())

@@ -33,7 +33,7 @@ from shoal.train.gradients import Gradients
 from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.objective import Outcome
 from shoal.train.passes import Passes
-from shoal.train.saving import StepSaver, decide
+from shoal.train.saving import PartsSaver, StepSaver, decide
 from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.settings import EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
 from shoal.train.update import Updater
@@ -53,7 +53,9 @@ class Parts:
         model: what this worker has of the model.
         buffered: the module that has its buffers; ``publishes``: the names of those that it tells the others of, None for all.
         updater: what updates its slice; None where servers update.
-        team: the ranks that it computes a share with; None where it computes alone.
+        team: the ranks that it computes a share with; None where it computes alone, or they share no memory.
+        collect: brings all parts of a model together for a checkpoint of a step; None where they lie in one arena, or each
+            worker has the whole model.
     """
 
     job: Job
@@ -72,6 +74,7 @@ class Parts:
     faults: Faults
     settings: RunSettings
     channel: Sender
+    collect: Callable[[int], None] | None = None
 
 
 @dataclass
@@ -111,11 +114,12 @@ class Loop:
         # One rank of a replica speaks for its loss and its metrics, the first along the tensor axis for what all there have.
         self._leads = place.tensor == 0
         self._reports = parts.passes.knows_loss and self._leads
-        self._saver = StepSaver(
+        saving = (
             parts.axis, parts.updater, parts.axis.keeps, [parts.store.arena.slots[rank] for rank in parts.axis.keeps],
             parts.settings.checkpoint_dir, parts.channel.send, parts.faults,
             (parts.job.seed, parts.store.part_of(self.rank)),
         )  # fmt: skip
+        self._saver = StepSaver(*saving) if parts.collect is None else PartsSaver(parts.collect, *saving)
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._saver.before_chunk)
 
     # -- the loop ------------------------------------------------------------------------------------------------

@@ -185,10 +185,13 @@ def whole_part(built: Built, table: ParameterTable, store: Store, rank: int) -> 
 Prepare = Callable[[nn.Module], None]
 
 
-def take_part(built: Built, split: Split, plan: Plan, store: Store, rank: int, prepare: Prepare) -> Part:
+def take_part(
+    built: Built, split: Split, plan: Plan, store: Store, rank: int, prepare: Prepare, mesh: Any = None
+) -> Part:
     """Shape this process's copy of the model, whose parameters are on the meta device, into the part of a rank.
 
     ``prepare`` is called with each module that the user's code will run, before its parameters are put in their place.
+    ``mesh``: the ranks along each axis, "dp", "pp" and "tp"; where it is None, torch's default group is this rank's team.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -196,8 +199,9 @@ def take_part(built: Built, split: Split, plan: Plan, store: Store, rank: int, p
 
     grid = split.grid
     owner = grid.owner(rank)
-    shape = {"dp": grid.dp if grid.sharded else 1, "pp": grid.pp, "tp": grid.tp}
-    mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+    if mesh is None:
+        shape = {"dp": grid.dp if grid.sharded else 1, "pp": grid.pp, "tp": grid.tp}
+        mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
 
     def local(name: str) -> torch.Tensor:
         # With a version counter of its own: autograd must not take every write into the arena for one to this weight.

@@ -45,13 +45,16 @@ class StepSaver:
         """Begin to write, where a checkpoint is made of this step's beginning."""
         slot = self._axis.slot
         self._writer = None
-        settled = (slot.note(Note.CHECKPOINT_DONE), slot.note(Note.CHECKPOINT_FAILED))
-        wanted = int(self._axis.arena.leader.note(Note.CHECKPOINT_AT)) == step
-        if self._ranks and wanted and step and step not in settled:
+        if self._ranks and self._wanted(step):
             slot.enter(Phase.CHECKPOINT, step)
             self._faults.reach("checkpoint", step)
             writer = PartWriter(self._axis.store, self._directory, step)
             self._attempt(writer, lambda: writer.write_rest(*self._ranks))
+
+    def _wanted(self, step: int) -> bool:
+        slot = self._axis.slot
+        settled = (slot.note(Note.CHECKPOINT_DONE), slot.note(Note.CHECKPOINT_FAILED))
+        return int(self._axis.arena.leader.note(Note.CHECKPOINT_AT)) == step and step > 0 and step not in settled
 
     def before_chunk(self, chunk: int, step: int) -> None:
         """A chunk is about to be updated."""
@@ -82,6 +85,32 @@ class StepSaver:
             # What is missing in the file now must not be taken for written by a replacement.
             self._axis.slot.write(Note.CHECKPOINT_FAILED, writer.step)
             self._send(CheckpointTrouble(writer.step, error.strerror or str(error)))
+
+
+class PartsSaver(StepSaver):
+    """Where parts lie in the memory of many processes: all bring theirs to rank 0's file before the update begins.
+
+    ``collect`` does that, for a step's beginning; then StepSaver's arguments.
+    """
+
+    def __init__(self, collect: Callable[[int], None], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._collect = collect
+
+    def begin(self, step: int) -> None:
+        slot = self._axis.slot
+        if not self._wanted(step):
+            return
+        slot.enter(Phase.CHECKPOINT, step)
+        self._faults.reach("checkpoint", step)
+        try:
+            self._collect(step)
+        except OSError as error:
+            slot.write(Note.CHECKPOINT_FAILED, step)
+            self._send(CheckpointTrouble(step, error.strerror or str(error)))
+            return
+        for own in self._marked or [slot]:
+            own.write(Note.CHECKPOINT_DONE, step)
 
 
 def decide(leader: Slot, supervisor: Slot, step: int) -> None:

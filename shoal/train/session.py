@@ -141,7 +141,7 @@ class Session:
         if found is None:
             return 0
         refuse_another_job(found, self._job)
-        restored = checkpoints.restore(found, store)
+        restored = self._read_checkpoint(found, store)
         step = found.step
         self._tables.restore(found.path, step)
         for place, slot in enumerate(self._arena.places):
@@ -164,6 +164,9 @@ class Session:
         self._last_checkpoint = found
         self._checkpoint_settled = step
         return step
+
+    def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
+        return checkpoints.restore(found, store)
 
     def _write_beginning(self, first: int) -> None:
         job, plan, facts, directory = self._job, self._plan, self._facts, self._directory
@@ -419,7 +422,7 @@ class Session:
         began = time.monotonic()
         checkpoints.discard_parts(self._directory.checkpoints)
         try:
-            checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
+            self._write_last(step)
             self._tables.write(checkpoints.part_path(self._directory.checkpoints, step))
             found = checkpoints.complete(self._directory.checkpoints, step, self._meta())
         except OSError as error:
@@ -429,6 +432,13 @@ class Session:
         self._last_checkpoint = found
         size = sum(f.stat().st_size for f in found.path.iterdir())
         self._emit("checkpoint", step=step, path=str(found.path), bytes=size, write_s=time.monotonic() - began)
+
+    def _write_last(self, step: int) -> None:
+        checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
+
+    def _final_state(self, step: int) -> dict[str, torch.Tensor]:
+        """The whole state_dict that the run has come to."""
+        return {**self._store.state_dict(step % 2), **self._tables.state()}
 
     def _name_last_checkpoint(self) -> str:
         # One that every worker has written, and that is only being synced or not even looked at, counts.
@@ -454,7 +464,7 @@ class Session:
         history = self._history
         self._history = [entry for entry in history if not entry.get("partial")]
         self._last_one(step)
-        state = {**self._store.state_dict(step % 2), **self._tables.state()}
+        state = self._final_state(step)
         self._write_bundle(state, step, history)
         digest = weights_sha256(state)
         if recorder.step_s is not None and len(recorder.step_times_s) >= 20:

@@ -20,7 +20,7 @@ from torch import nn
 from shoal.comm.arena import Note
 from shoal.comm.lines import LINE_BYTES
 from shoal.comm.store import Store, scalar_row_bytes
-from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of, deal_tensors
+from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of_lane, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
@@ -136,7 +136,7 @@ class ElementwiseUpdater(Updater):
         rows = store.scalar_bytes(rank)
         self.chunks: list[_ElementwiseChunk] = []
         first = 0
-        for chunk in chunks_of(table, self.lane.start, self.lane.stop):
+        for chunk in chunks_of_lane(table, self.lane):
             last = first + len(chunk.pieces)
             self.chunks.append(_ElementwiseChunk(store, self.lane, chunk, rows[first * row : last * row], optimizer))
             first = last

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torchmetrics import Metric
+from torchrun import torchrun
 
 import shoal
 from shoal.errors import LossNotFiniteError, PlanError, UserCodeError, WorkerLostError
@@ -144,14 +144,6 @@ def script(place: Path) -> None:
     except PlanError as error:
         said["plan"] = str(error)
     (place / f"said-{rank}.json").write_text(json.dumps(said))
-
-
-def torchrun(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += map(str, arguments)
-    paths = os.pathsep.join(filter(None, [str(Path(shoal.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "SHOAL_EXPORT": "0", "PYTHONPATH": paths, **environment}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
