@@ -45,6 +45,9 @@ class Memory:
         width = torch.empty(0, dtype=dtype).element_size()
         return self.bytes[offset : offset + numel * width].view(dtype)
 
+    def let_go(self, address: int, nbytes: int) -> None:
+        """Of memory that others keep: count it no longer to this process's. It stays as it is, and comes back when it is read."""
+
     def close(self) -> None:
         """Give the descriptor back; the mapping goes when the last view of it does."""
         if self.fd >= 0:
@@ -65,6 +68,11 @@ class SharedMemory(Memory):
         super().__init__(mmap.mmap(fd, size))
         self.fd = fd
         self.size = size
+
+    def let_go(self, address: int, nbytes: int) -> None:
+        first = (address - self.address) // mmap.PAGESIZE * mmap.PAGESIZE
+        # Whole pages: of a shared mapping nothing is lost, whoever else has something there.
+        self._map.madvise(mmap.MADV_DONTNEED, first, min(address - self.address + nbytes, len(self._map)) - first)
 
     @classmethod
     def create(cls, size: int, label: str = "shoal") -> SharedMemory:

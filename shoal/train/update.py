@@ -24,6 +24,8 @@ from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of_lane, dea
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
+_LET_GO_BYTES = 64 << 10
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -294,13 +296,17 @@ class _ElementwiseChunk:
         self._gradients = []
         for k, (a, b) in enumerate(self._spans):
             sources = [self._stripes[r][a // width : b // width] for r in np.flatnonzero(touched[:, k])]
-            sources += self._echoes_of(k)
+            sources += (echoes := self._echoes_of(k))
             if not sources:
                 self._gradients.append(None)
                 continue
             out = total[a // width : b // width]
             native.sum_into(out, sources, factor)
             self._gradients.append(out)
+            for echo in echoes:
+                # Another stage's memory, read once a step: it need not be resident here while this one computes.
+                if echo.nbytes >= _LET_GO_BYTES:
+                    self.store.arena.memory.let_go(echo.data_ptr(), echo.nbytes)
 
     def _echoes_of(self, k: int) -> list[torch.Tensor]:
         """The gradients that other stages have for the k-th piece."""

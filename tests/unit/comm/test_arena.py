@@ -3,6 +3,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +123,19 @@ def test_both_helpers_give_the_same_bits_for_zeros_infinities_and_nan(n: int, dt
         bits = torch.int32 if dtype == torch.float32 else torch.int64
         plain = ~found[0].isnan()
         assert torch.equal(found[0][plain].view(bits), found[1][plain].view(bits))
+
+
+def test_memory_that_is_let_go_keeps_what_is_in_it() -> None:
+    def resident_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("RssShmem"))
+        return int(line.split()[1]) << 10
+
+    held = SharedMemory.create(8 << 20)
+    held.bytes.fill_(3)
+    before = resident_bytes()
+    held.let_go(held.address + 5000, (7 << 20) - 5000)
+    assert before - resident_bytes() >= 6 << 20
+    assert bool((held.bytes == 3).all())
+    held.let_go(held.address, held.size)
+    held.close()
