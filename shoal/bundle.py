@@ -32,17 +32,25 @@ def write(
     directory: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any], source: Path | None = None
 ) -> None:
     """Write a bundle; ``description`` holds what bundle.json says, beside what is added here (source, versions)."""
-    import torch
-
     directory.mkdir(parents=True, exist_ok=True)
     tensorfile.write(directory / WEIGHTS, state)
+    describe(directory, description, source)
+
+
+def describe(directory: Path, description: Mapping[str, Any], source: Path | None = None) -> None:
+    """Write bundle.json, and the copy of the source file, without any weights: all that ``load_with`` needs of a bundle."""
+    import torch
+
     described = dict(description)
     if source is not None:
         copied = directory / source.name
         shutil.copyfile(source, copied)
         described["source"] = {"file": source.name, "sha256": hashlib.sha256(copied.read_bytes()).hexdigest()}
     described["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0], "shoal": shoal_version()}
-    (directory / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+    # In one move: a service that follows a run may look at any time.
+    scratch = directory / f".{DESCRIPTION}.tmp"
+    scratch.write_text(json.dumps(described, indent=1) + "\n")
+    scratch.replace(directory / DESCRIPTION)
 
 
 def read_description(directory: Path) -> dict[str, Any]:

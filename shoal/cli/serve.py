@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from shoal.serve.service import Service
 
 BundlesArgument = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
-        metavar="BUNDLE...", help="A run directory, a bundle, or a job's name for its latest run; NAME=PATH names it."
+        metavar="BUNDLE...", help="A run directory, a bundle, or a job's name for its latest run; NAME=PATH names it. "
+        "Not needed with --follow.",
     ),
-]
+]  # fmt: skip
 SloOption = Annotated[float, typer.Option("--slo-ms", metavar="MS", help="The deadline of a request that brings none.")]
 ReplicasOption = Annotated[str, typer.Option("--replicas", metavar="N", help="Processes a model: 2, 1-4, or auto.")]
 HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")]
@@ -63,7 +64,7 @@ _SHOW_EVERY_S = 0.5
 
 
 def serve(
-    bundles: BundlesArgument,
+    bundles: BundlesArgument = None,
     slo_ms: SloOption = 50.0,
     replicas: ReplicasOption = "auto",
     host: HostOption = "127.0.0.1",
@@ -85,7 +86,7 @@ def serve(
     Answers the Open Inference Protocol v2 over HTTP, JSON and binary tensors, and with --grpc-port over gRPC. The first line on
     standard output is a JSON object with url, pid and grpc_url.
     """
-    from shoal.serve.service import Service, ServiceOptions, locate
+    from shoal.serve.service import Service, ServiceOptions, followed
     from shoal.serve.tolerance import Tolerance
 
     options = ServiceOptions(
@@ -94,14 +95,12 @@ def serve(
         api_key_file=api_key_file, rate_limit=rate_limit, tls_cert=tls_cert, tls_key=tls_key,
         tolerance=None if tolerance is None else Tolerance.parse(tolerance),
     )  # fmt: skip
-    models = locate(bundles)
-    if follow is not None and len(models) > 1:
-        raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
+    models, following = followed(bundles or [], follow)
     service = Service(models, options)
     if options.warning is not None:
         _say(options.warning)
-    if follow is not None:
-        service.fleet.follow(next(iter(models)), follow, _say)
+    if follow is not None and following is not None:
+        service.fleet.follow(following, follow, _say)
     service.fleet.say = _say
     service.start()
     where: dict[str, Any] = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}

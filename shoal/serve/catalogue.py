@@ -120,7 +120,8 @@ class Catalogue:
     async def ready(self, desks: Sequence[Desk | None]) -> None:
         """Return when every model has just answered, a client or, where none asked within the last second, us; else Refusal."""
         if self.draining or not desks:
-            raise Refusal(503, "The service is not ready.", 1.0)
+            why = "" if self.draining else "".join(f" {name}: {reason}." for name, reason in self.unavailable.items())
+            raise Refusal(503, f"The service is not ready.{why}", 1.0)
         for desk in desks:
             if desk is None:
                 raise Refusal(503, "A model is being unloaded.", 1.0)

@@ -15,7 +15,7 @@ from typing import Any
 from shoal import bundle
 from shoal.errors import RequestError, TargetError
 from shoal.serve.crew import Crew
-from shoal.serve.follow import Follower
+from shoal.serve.follow import Follower, checkpoints_of
 from shoal.serve.messages import (
     AddModel,
     Asked,
@@ -40,6 +40,7 @@ from shoal.serve.slots import Outcome
 from shoal.serve.tolerance import Tolerance
 
 _CHANGES_KEPT = 32
+_AWAITED = "its run has no checkpoint yet that could be taken"
 
 Send = Callable[[Any, tuple[int, ...]], None]
 
@@ -64,6 +65,8 @@ class Fleet:
         self._rollouts: dict[str, Rollout] = {}
         self._leaving: list[Crew] = []
         self._followers: list[Follower] = []
+        # Models whose run had no checkpoint yet when it began to be followed.
+        self._awaited: set[str] = set()
         self._unloading: dict[Edition, Callable[[str | None], None]] = {}
         self._versions = dict.fromkeys(models, 1)
         self._slo_s = slo_s
@@ -167,8 +170,8 @@ class Fleet:
 
     @property
     def models(self) -> Sequence[str]:
-        """The names of what answers."""
-        return list(self._active)
+        """The names of what answers, or will."""
+        return [*self._active, *(name for name in sorted(self._awaited) if name not in self._active)]
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -251,18 +254,21 @@ class Fleet:
     def follow(self, name: str, run: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
         """Take each new checkpoint of a run, and at last its finished model, as the next version of a model.
 
-        ``say`` is told what became of each. TargetError where there is no such model, or ``run`` is no run's directory.
+        Where there is no such model yet, the run's first checkpoint becomes one. ``say`` is told what became of each.
+        TargetError where ``run`` is no run's directory.
         """
-        if name not in self._sources:
-            raise TargetError(f'There is no model "{name[:80]}" to keep current.')
+        run = run.resolve()
 
         def load(path: Path, done: Callable[[str | None], None]) -> None:
             if (path / bundle.DESCRIPTION).is_file():
                 self.load(name, path, done=done)
             else:
-                self.load(name, checkpoint=path, done=done)
+                self.load(name, self._sources.get(name) or checkpoints_of(run), done=done, checkpoint=path)
 
-        self._followers.append(Follower(run, load, say, self._sources[name]))
+        self._followers.append(Follower(run, load, say, self._sources.get(name)))
+        if name not in self._sources:
+            self._awaited.add(name)
+            self._tell(Known(self._unavailable()))
 
     def unload(self, name: str, done: Callable[[str | None], None] = lambda trouble: None) -> None:
         """Give a model no more requests, and end it when it has finished what it had."""
@@ -324,6 +330,7 @@ class Fleet:
         old = self._active.get(crew.signature.name)
         self._active[crew.signature.name] = crew
         self._sources[crew.signature.name] = crew.source.path
+        self._awaited.discard(crew.signature.name)
         self._tell(Take(crew.edition))
         if old is not None:
             self._retire(old)
@@ -377,9 +384,10 @@ class Fleet:
 
     def _unavailable(self) -> dict[str, str]:
         """Models that have a place to be loaded from and do not answer now."""
+        reasons = {name: "unloaded" for name in self._sources} | {name: _AWAITED for name in self._awaited}
         return {
-            name: "loading" if name in self._rollouts else "unloaded"
-            for name in self._sources
+            name: "loading" if name in self._rollouts else reason
+            for name, reason in reasons.items()
             if name not in self._active
         }
 

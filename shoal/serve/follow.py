@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from shoal import bundle
-from shoal.errors import RequestError, TargetError
+from shoal.errors import DeadlineError, RequestError, TargetError
 
 _LOOK_EVERY_S = 1.0
+_BEGIN_S = 60.0
+_NO_RUN = "{} is not the directory of a run; give the one that shoal train named."
 
 Load = Callable[[Path, Callable[["str | None"], None]], None]
 """Begins to load a checkpoint or a bundle, and calls back with None, or with why it did not come in."""
@@ -18,13 +21,13 @@ Load = Callable[[Path, Callable[["str | None"], None]], None]
 class Follower:
     """Watches the directory of one run. ``look`` is called now and then, and begins a load where there is something newer."""
 
-    def __init__(self, run: Path, load: Load, say: Callable[[str], None], served: Path) -> None:
-        """``say`` is told, in a sentence, what became of each checkpoint; ``served``: what answers already.
+    def __init__(self, run: Path, load: Load, say: Callable[[str], None], served: Path | None) -> None:
+        """``say`` is told, in a sentence, what became of each checkpoint; ``served``: what answers already, None for nothing.
 
         TargetError where ``run`` is no run's directory.
         """
         if not (run / "events.jsonl").is_file():
-            raise TargetError(f"{run} is not the directory of a run; give the one that shoal train named.")
+            raise TargetError(_NO_RUN.format(run))
         self._run = run.resolve()
         self._load = load
         self._say = say
@@ -40,6 +43,8 @@ class Follower:
         found = newest(self._run)
         if found is None or found == self._taken:
             return
+        if self._taken is None and found.name != "model" and not describes(self._run):
+            return
         self._taken, self._busy = found, True
         try:
             self._load(found, self._ended)
@@ -48,8 +53,36 @@ class Follower:
 
     def _ended(self, trouble: str | None) -> None:
         self._busy = False
+        assert self._taken is not None
         name = self._taken.name if self._taken.name != "model" else "the finished model"
         self._say(f"{self._run}: {name} answers now." if trouble is None else f"{self._run}: {name} was not taken. {trouble}")
+
+
+def checkpoints_of(run: Path) -> Path:
+    """Where a run says how to build its model while it goes on: a bundle without weights."""
+    return run / "checkpoints"
+
+
+def describes(run: Path) -> bool:
+    """Whether a run has said yet how to build its model."""
+    return (checkpoints_of(run) / bundle.DESCRIPTION).is_file()
+
+
+def job_of(run: Path) -> str:
+    """The name of the job that a run trains, waited for where the run is only preparing its first step.
+
+    TargetError where ``run`` is no run's directory, DeadlineError where it does not begin.
+    """
+    if not (run / "events.jsonl").is_file():
+        raise TargetError(_NO_RUN.format(run))
+    until = time.monotonic() + _BEGIN_S
+    while True:
+        try:
+            return str(json.loads((run / "job.json").read_text())["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            if time.monotonic() > until:
+                raise DeadlineError(f"The run {run} did not begin within {_BEGIN_S:g} s; is it still there?") from None
+            time.sleep(0.1)
 
 
 def newest(run: Path) -> Path | None:

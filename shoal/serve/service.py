@@ -24,6 +24,7 @@ from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.serve import hugging_face
 from shoal.serve.credentials import TlsFiles, read_keys, read_tls
 from shoal.serve.fleet import Fleet
+from shoal.serve.follow import job_of
 from shoal.serve.gate import GateProcess
 from shoal.serve.guard import Access, is_loopback
 from shoal.serve.listening import address_of, check_grpc, hold, listen
@@ -446,6 +447,24 @@ def serve(
     if options.warning is not None:
         warnings.warn(options.warning, stacklevel=2)
     return RunningService(Service(locate([str(b) for b in bundles]), options))
+
+
+def followed(bundles: list[str], run: Path | None) -> tuple[dict[str, Path], str | None]:
+    """(the models to begin with, the one that follows ``run``); without a bundle it is the run's own, when that has one.
+
+    Raises:
+        TargetError: nothing of the kind is there.
+        RequestError: several models, of which one would follow.
+    """
+    if run is None:
+        return locate(bundles), None
+    if not bundles:
+        name = job_of(run)
+        return ({name: (run / "model").resolve()} if (run / "model" / bundle.DESCRIPTION).is_file() else {}), name
+    models = locate(bundles)
+    if len(models) > 1:
+        raise RequestError("--follow keeps one model current; serve the others by another shoal serve.")
+    return models, next(iter(models))
 
 
 def _path(given: str | Path | None) -> Path | None:

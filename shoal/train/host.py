@@ -214,6 +214,10 @@ class TrainHost:
                 buffers[spec.name].copy_(self._store.buffer(step % 2, index))
         return describe_model(self._built, program)
 
+    def describe_aside(self) -> dict[str, Any]:
+        """The same while the run goes on, without a program: nothing of it is left in this process."""
+        return aside(lambda: self.describe_bundle(0, None), "find out what goes into the model and comes out")
+
     def run(self, role: Assign, channel: Channel) -> None:
         """A worker's or a server's whole life."""
         store, settings = self._store, self._settings

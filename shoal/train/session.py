@@ -82,6 +82,7 @@ class Session:
         self._checkpoint_s = 0.0
         self._checkpoint_wanted = 0
         self._checkpoint_settled = 0
+        self._described = False
         self._completing: threading.Thread | None = None
         self._completed: list[Any] = []
         self._peak: dict[str, Any] = {}
@@ -410,9 +411,21 @@ class Session:
             self._checkpoint_s = detail
             size = sum(f.stat().st_size for f in result.path.iterdir())
             self._emit("checkpoint", step=result.step, path=str(result.path), bytes=size, write_s=detail)
+            self._describe_checkpoints()
         else:
             self._make_room()
             self._emit("checkpoint_failed", step=result, reason=detail)
+
+    def _describe_checkpoints(self) -> None:
+        """Say once how to build the model and what goes in and out, so that a service can follow a run that has no bundle yet."""
+        if self._described:
+            return
+        self._described = True
+        description = {"name": self._job.name, "factory": self._options.factory}
+        with contextlib.suppress(JobFailed, RequestError, OSError):
+            # What goes wrong here is said where it matters, at the run's end.
+            description.update(self._supervisor.call("describe_aside", timeout_s=60.0))
+            bundle.describe(self._directory.checkpoints, description, self._options.source)
 
     def _last_one(self, step: int) -> None:
         """The checkpoint of the run's end; the workers have gone."""

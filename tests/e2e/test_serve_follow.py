@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,12 @@ def test_follows_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(answer(), _right(second / "model", rows), rtol=1e-5, atol=1e-5)
 
 
+def _versions(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/v2/models/followed", timeout=30) as answer:
+        found: list[str] = json.load(answer)["versions"]
+    return found
+
+
 def _right(directory: Path, rows: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         found: np.ndarray = bundle.load(directory)(torch.from_numpy(rows)).numpy()
@@ -84,3 +93,42 @@ def _until(true: object) -> None:
     while not true():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_run_that_has_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ready, and why, until the first checkpoint; then its answers, and at last the finished model's."""
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    (tmp_path / "followed.py").write_text(_JOB)
+    train = [sys.executable, "-m", "shoal", "train", "followed.py:job", "--plan", "dp=1,threads=1", "--run", "run"]
+    subprocess.run(train, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    run, aside = tmp_path / "run", tmp_path / "aside"
+    # As it was when it had just begun.
+    aside.mkdir()
+    for name in ("model", "checkpoints"):
+        (run / name).rename(aside / name)
+    rows = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    command = [sys.executable, "-m", "shoal", "serve", "--follow", "run", "--slo-ms", "20000", "--replicas", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL) as service:
+        try:
+            assert service.stdout is not None
+            where = json.loads(service.stdout.readline())
+            assert where["models"] == ["followed"]
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{where['url']}/v2/health/ready", timeout=30)
+            assert refused.value.code == 503 and "followed: its run has no checkpoint yet" in refused.value.read().decode()
+            client = shoal.Client(where["url"])
+            (aside / "checkpoints").rename(run / "checkpoints")
+            latest = newest(run)
+            assert latest is not None
+            _until(lambda: client.ready())
+            with torch.no_grad():
+                right = bundle.load_with(run / "checkpoints", latest)(torch.from_numpy(rows)).numpy()
+            np.testing.assert_allclose(client.infer(rows)["output"], right, rtol=1e-5, atol=1e-5)
+            (aside / "model").rename(run / "model")
+            _until(lambda: _versions(where["url"]) == ["2"])
+            np.testing.assert_allclose(client.infer(rows)["output"], _right(run / "model", rows), rtol=1e-5, atol=1e-5)
+        finally:
+            service.terminate()
+            service.wait(30)
