@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shoal.rewrites import registry
-from shoal.rewrites.trace import Call, Region, Signature, is_leaf, trace
+from shoal.rewrites.trace import Call, Region, Signature, is_leaf, is_plain, trace
 
 _MOST_WAYS = 8
 
@@ -40,7 +40,7 @@ class Installed:
     def __init__(self, names: Iterable[str], frozen: bool = False) -> None:
         self.names = registry.in_order(names)
         self.frozen = frozen
-        self._forwards: dict[nn.Module, _Forward] = {}
+        self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         self.applied = Applied()
 
     def put(self, module: nn.Module) -> None:
@@ -49,6 +49,16 @@ class Installed:
             return
         self._forwards[module] = forward = _Forward(module, self)
         vars(module)["forward"] = forward
+
+    def put_leaves(self, model: nn.Module) -> None:
+        """Replace what single layers do, where a rewrite says so and nobody has changed them."""
+        for name in self.names:
+            one = registry.all_rewrites()[name]
+            layers = [m for m in model.modules() if is_plain(m)] if hasattr(one, "replace_leaf") else []
+            for layer in layers:
+                forward = one.replace_leaf(layer, functools.partial(self.applied.count, name, 1))
+                if forward is not None:
+                    self._forwards[layer] = vars(layer)["forward"] = forward
 
     def give_up(self, module: nn.Module) -> None:
         """Give one module back for good."""
@@ -75,6 +85,8 @@ class Installed:
             places = 0
             for name in self.names:
                 one = registry.all_rewrites()[name]
+                if hasattr(one, "replace_leaf"):
+                    continue
                 if one.TRAINS if region.training else one.INFERS:
                     found = int(one.rewrite(region))
                     self.applied.count(name, found)
@@ -147,5 +159,6 @@ def _children(module: nn.Module) -> Iterable[nn.Module]:
 def install(model: nn.Module, names: Iterable[str], frozen: bool = False) -> Installed:
     """Let a model compute with these rewrites, from its next call on; ``frozen``: its weights do not change any more."""
     installed = Installed(names, frozen)
+    installed.put_leaves(model)
     installed.put(model)
     return installed

@@ -3,6 +3,8 @@
 - ``NAME``: what a plan calls it; the first line of the docstring says what it does.
 - ``ORDER``: lower ones are applied first.
 - ``TRAINS``, ``INFERS``: whether it applies in training, and where nothing is trained (evaluation, serving).
+- ``replace_leaf(layer, found) -> forward or None``: another forward for a single layer of torch's own, which calls ``found``
+  when it turns out to be of use; or
 - ``rewrite(region) -> int``: change ``region.graph``; return in how many places. Only what is equal for every input may be
   changed; what depends on the input (its layout, say) is looked at when it comes.
 

@@ -210,6 +210,9 @@ class _Tuning:
             bf16 = self._question.precision == "bf16"
             with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
                 outcome = objective.compute(self._job, self._model, batch, stop - start)
+            if self._job.metrics:
+                # They will ask for the output.
+                _tensors(outcome.output)
             outcome.to_backward(samples).backward()  # type: ignore[no-untyped-call]
         if not keep:
             self._forget()
