@@ -189,9 +189,10 @@ class _SumOfCrossEntropies(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *(None if own is None else own * gradients[0] for own in made), None
         # The gradient is to be differentiated once more. By names of their own, for x may depend on the weight.
-        x, weight, bias = (None if tensor is None else tensor.view_as(tensor) for tensor in (x, weight, bias))
+        x, weight = x.view_as(x), weight.view_as(weight)
+        bias = None if bias is None else bias.view_as(bias)
         needed = ctx.needs_input_grad[:3]
-        wanted = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
+        wanted: list[Any] = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
         total = F.cross_entropy(F.linear(x, weight, bias), target, reduction="sum")
         found = iter(torch.autograd.grad(total, wanted, gradients, create_graph=True))
         return *(next(found) if need else None for need in needed), None
