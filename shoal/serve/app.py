@@ -50,10 +50,13 @@ class App:
         self._guard = common.guard
         self._bodies = common.bodies
         self._mishaps = Mishaps()
+        self._tracing = common.tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        if self._tracing is not None:
+            self._tracing.enter(scope["headers"])
         try:
             if self._guard is not None:
                 self._admit(self._guard, scope)

@@ -9,6 +9,7 @@ from shoal.serve.guard import Bodies, Guard
 from shoal.serve.messages import Limits
 from shoal.serve.metrics import Metrics
 from shoal.serve.pace import Pace
+from shoal.serve.tracing import Tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Common:
     Attributes:
         guard: who looks at each request first; None where everybody may ask anything.
         bodies: all long ones that are held.
+        tracing: None where no traces are kept.
     """
 
     limits: Limits
@@ -26,3 +28,4 @@ class Common:
     guard: Guard | None
     bodies: Bodies
     pace: Pace
+    tracing: Tracing | None = None

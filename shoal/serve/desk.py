@@ -28,6 +28,7 @@ from shoal.serve.refusals import Refusal
 from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
 from shoal.serve.ticket import Done, Reply, Ticket
+from shoal.serve.tracing import Tracing
 
 # A second batch waits in a replica's ring while the first is computed where batches are shorter than this: the replica need not
 # wait for the event loop. Longer ones stay in the queue, where a more urgent request can still overtake them.
@@ -114,6 +115,8 @@ class Desk:
         self._closed = False
         self._tick: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Set by the gateway where traces are kept.
+        self.tracing: Tracing | None = None
         self._leave_alone()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -202,11 +205,15 @@ class Desk:
             raise Refusal(504, _TOO_LATE)
         if later is not None:
             self.slots.count(Outcome.REFUSED)
+            if self.tracing is not None and not request.uncached:
+                self.tracing.turned_down(self.signature.name, self.signature.version, request.rows, now)
             raise self._refusal(later)
         if not accepted:
             self.slots.count(Outcome.ACCEPTED)
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         ticket = self._accept(request, now, deadline, abandoned, future)
+        if self.tracing is not None and not request.uncached:
+            ticket.traced = self.tracing.accepted(self.signature.name, self.signature.version, request.rows, now)
         self.pump(now)
         try:
             await future
@@ -216,6 +223,8 @@ class Desk:
             raise
         finally:
             self._free_slots(ticket)
+            if self.tracing is not None and ticket.traced is not None and ticket.outcome is not None:
+                self.tracing.ended(ticket.traced, now, ticket.outcome.name.lower())
 
     def submit(
         self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool], arrived_s: float, done: Done
@@ -304,6 +313,7 @@ class Desk:
         if ticket.ended:
             return
         ticket.ended = True
+        ticket.outcome = outcome
         self.slots.count(outcome)
         if not ticket.future.done():
             if refusal is None:
@@ -349,6 +359,8 @@ class Desk:
                 break
         for row in rows:
             self._tickets[row.request].in_flight += 1
+        if self.tracing is not None:
+            self.tracing.handed((self._tickets[row.request].traced for row in rows), now)
         taken = [row.slot for row in rows]
         replica.batches.append((self.slots.rings[replica.rank].post(taken), rows, taken))
         os.eventfd_write(replica.wake, 1)
@@ -390,6 +402,8 @@ class Desk:
                 continue
             self.dispatcher.finished(rows, took_s, now)
             self._note_batch(len(rows), took_s)
+            if self.tracing is not None:
+                self.tracing.batch((self._tickets[row.request].traced for row in rows), replica.rank, took_s, now)
             for row in rows:
                 self._row_done(row, took_s, failure, now)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shoal.serve.asgi import TIMEOUT_HEADER
 from shoal.serve.common import Common
 from shoal.serve.connection import Asker
 from shoal.serve.desk import Desk
@@ -22,7 +23,7 @@ from shoal.serve.slots import Outcome
 _INFER = re.compile(rb"/v2/models/([^/%?#]+)/infer")
 # Who sends one of these means something that the application looks at.
 _ELSEWHERE = frozenset({
-    b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"authorization", b"x-api-key", b"traceparent",
+    b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"authorization", b"x-api-key", TIMEOUT_HEADER,
 })  # fmt: skip
 _MOST_DIGITS = 12
 # Long bodies are counted while they are held, and rarely come in one piece.
@@ -52,8 +53,8 @@ class Direct:
         self._slo_s = common.limits.slo_s
         self._most_bytes = min(common.limits.body_bytes, _LONG_BYTES)
         self._pace = common.pace
-        # Who may ask is found out by the application.
-        self._closed = common.guard is not None
+        # Who may ask is found out by the application, and whose trace a request belongs to.
+        self._closed = common.guard is not None or common.tracing is not None
         self._mishaps = Mishaps()
 
     def plan(self, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Planned | None:

@@ -56,6 +56,7 @@ from shoal.serve.messages import (
 from shoal.serve.metrics import Metrics
 from shoal.serve.pace import Pace
 from shoal.serve.shelf import Shelf
+from shoal.serve.tracing import Tracing
 
 _NUMBERS_EVERY_S = 0.5
 # What was answered over gRPC is on its way; its connections end after this at the latest.
@@ -76,9 +77,10 @@ class Gateway:
         limits, turned = opening.limits, self._metrics.turned_away
         self._catalogue = Catalogue(self._ask)
         guard = None if limits.access.open else Guard(limits.access, turned=turned)
+        self._tracing = Tracing.from_environment(os.environ)
         common = Common(
             limits=limits, metrics=self._metrics, catalogue=self._catalogue, guard=guard,
-            bodies=Bodies(limits.bodies_bytes, turned), pace=Pace(limits.slo_s),
+            bodies=Bodies(limits.bodies_bytes, turned), pace=Pace(limits.slo_s), tracing=self._tracing,
         )  # fmt: skip
         self._app = App(common)
         self._grpc = None
@@ -115,6 +117,8 @@ class Gateway:
             await self._grpc.stop(_LEAVE_S)
         # uvicorn has sent what was to be sent and closed its connections.
         self._say(self._numbers())
+        if self._tracing is not None:
+            self._tracing.close()
         self._say(Drained())
 
     def _receive(self) -> None:
@@ -129,6 +133,7 @@ class Gateway:
         if isinstance(message, AddModel):
             model, version = message.edition
             desk = Desk(message, fds[0], fds[1], self._metrics.observer(model))
+            desk.tracing = self._tracing
             catalogue.shelves.setdefault(model, Shelf()).versions[version] = desk
             desk.watch(asyncio.get_running_loop())
         elif isinstance(message, ReplicaUp):

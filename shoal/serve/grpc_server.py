@@ -92,6 +92,8 @@ class GrpcServer:
         request_kind, response_kind = self._kinds[name]
 
         async def call(_: Any, context: Context) -> bytes:
+            if self._common.tracing is not None:
+                self._common.tracing.enter(_encoded(context))
             try:
                 if name not in _FOR_EVERYBODY:
                     self._admit(context)
@@ -283,6 +285,12 @@ async def _works(asked: Awaitable[None]) -> bool:
 
 async def _abort(context: Context, refusal: Refusal) -> None:
     await context.abort(grpc.StatusCode[v2_grpc.CODES[refusal.status]], refusal.sentence, v2_grpc.trailers(refusal))
+
+
+def _encoded(context: Context) -> list[tuple[bytes, bytes]]:
+    """A call's metadata that is text, as HTTP has its headers."""
+    pairs = context.invocation_metadata() or ()
+    return [(name.encode(), value.encode("latin-1", "replace")) for name, value in pairs if isinstance(value, str)]
 
 
 def _address(peer: str) -> str | None:

@@ -42,6 +42,7 @@ from shoal.serve.replica import describe
 from shoal.serve.rollout import Trial
 from shoal.serve.scaling import ReplicaRange
 from shoal.serve.tolerance import Tolerance
+from shoal.serve.tracing import exporters
 
 _POLL_S = 0.05
 _OPEN_S = 30.0
@@ -135,6 +136,7 @@ class Service:
 
     def __init__(self, models: Mapping[str, Path], options: ServiceOptions) -> None:
         options.check()
+        exporters(os.environ)
         strange = sorted(set(options.cache_mb) - {"", *models})
         if strange:
             raise RequestError(f"A cache is asked for {strange[0]}, which is not served; there is {', '.join(models)}.")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.serve.refusals import Refusal
+from shoal.serve.slots import Outcome
+from shoal.serve.tracing import Traced
 
 Done = Callable[["list[np.ndarray] | None", "Refusal | None"], None]
 """What is to be called with outputs, or with why there are none."""
@@ -57,3 +59,6 @@ class Ticket:
     ended: bool = False
     deaths: int = 0
     compute_s: float = 0.0
+    outcome: Outcome | None = None
+    # Where traces are kept.
+    traced: Traced | None = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import bundles
+import dashboard
 import numpy as np
 import psutil
 import pytest
@@ -289,6 +290,7 @@ def test_deadlines_go_with_a_request_and_metrics_say_what_became_of_it(world: _W
     now = world.numbers()
     assert now["expired"] + now["refused"] == before["expired"] + before["refused"] + 1
     _, page = get(world.route.port, "/metrics")
+    assert dashboard.metrics("shoal_route_") <= dashboard.exported(page.decode()) and dashboard.metrics("shoal_route_")
     lines = dict(line.rsplit(" ", 1) for line in page.decode().splitlines() if not line.startswith("#"))
     assert float(lines['shoal_route_requests_total{outcome="answered"}']) == now["answered"]
     assert lines[f'shoal_route_ready{{service="{world.services[2].url}"}}'] == "1.0"

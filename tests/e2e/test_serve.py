@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import bundles
+import dashboard
 import numpy as np
 import pytest
 import torch
@@ -120,6 +121,12 @@ class TestPublicClient:
         np.testing.assert_array_equal(answer.as_numpy("sum"), 2 * (left + right))
         np.testing.assert_array_equal(answer.as_numpy("count"), [7, 7])
         client.close()
+
+    def test_what_the_dashboard_asks_for_is_exported(self, service: Any) -> None:
+        with urllib.request.urlopen(service.url + "/metrics", timeout=30) as answer:
+            found = dashboard.exported(answer.read().decode())
+        wanted = dashboard.metrics("shoal_", without="shoal_route_")
+        assert wanted <= found and len(wanted) >= 8
 
     def test_health_metadata_statistics_index(self, service: Any) -> None:
         client = triton.InferenceServerClient(service.url.removeprefix("http://"))

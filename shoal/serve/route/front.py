@@ -18,6 +18,7 @@ from shoal.serve.route.balance import Ask, Balancer, Ended
 from shoal.serve.route.link import Broken, Head, Link, Links
 from shoal.serve.route.metrics import RouteMetrics
 from shoal.serve.route.request import Asked, Body, read
+from shoal.serve.tracing import Tracing
 
 _LOOK_EVERY_S = 0.02
 _MOST_TRIES = 5
@@ -85,6 +86,8 @@ class Front:
     ) -> None:  # fmt: skip
         """``timeout_s``: the deadline of a request that brings none; ``affinity_header``: which header has a request's key."""
         self.draining = False
+        # Set where traces are kept.
+        self.tracing: Tracing | None = None
         self.counts = dict.fromkeys(Outcome, 0)
         self.accepted = 0
         self._balancer = balancer
@@ -314,7 +317,9 @@ class Front:
 
     def _traced(self, asked: Asked) -> contextlib.AbstractContextManager[list[tuple[bytes, bytes]]]:
         """A span around a request where traces are kept; headers that tell services of it."""
-        return contextlib.nullcontext([])
+        if self.tracing is None:
+            return contextlib.nullcontext([])
+        return self.tracing.forwarded(asked.headers, f"route {asked.model}".rstrip())
 
     def _release(self, request: _Open) -> None:
         if request.link is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 import time
@@ -24,6 +25,7 @@ from shoal.serve.route.front import Front
 from shoal.serve.route.health import Health
 from shoal.serve.route.link import Links
 from shoal.serve.route.metrics import RouteMetrics
+from shoal.serve.tracing import Tracing
 
 _COLLECT_AFTER = 50_000
 _FIRST_LOOK_S = 2.0
@@ -94,6 +96,7 @@ class Route:
         self._front = Front(
             self._balancer, self._links, self._metrics, options.timeout_s, options.affinity_header
         )
+        self._front.tracing = Tracing.from_environment(os.environ, "shoal-route")
         self._listening: socket.socket = listen(options.host, options.port)
         self.url = f"{'http' if tls is None else 'https'}://{address_of(self._listening)}"
         self._signals = 0
@@ -141,6 +144,8 @@ class Route:
             task.cancel()
         for links in self._links:
             links.close()
+        if self._front.tracing is not None:
+            self._front.tracing.close()
         return clean
 
     def _interrupt(self, ending: asyncio.Event) -> None:
