@@ -151,3 +151,21 @@ def test_the_page_asks_for_a_key(service: Any, files: dict[str, Path], tmp_path:
         page.until("models.has('odd')")
         page.evaluate("$('go').click()")
         page.until("document.querySelectorAll('#answer .bar').length === 5")
+
+
+def test_a_route_speaks_tls_on_both_sides_and_passes_keys_on(service: Any, files: dict[str, Path]) -> None:
+    tls = ("--ca-file", files["cert"], "--tls-cert", files["cert"], "--tls-key", files["key"])
+    command = [sys.executable, "-m", "shoal", "route", service.url, *map(str, tls)]
+    route = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert route.stdout is not None
+        url = json.loads(route.stdout.readline())["url"]
+        with shoal.Client(url, api_key=_KEY, ca_file=files["cert"], timeout_s=30) as client:
+            assert client.infer(_ROWS)["output"].shape == (1, 5)
+        with shoal.Client(url, ca_file=files["cert"], timeout_s=30) as client, pytest.raises(ServiceError) as error:
+            client.infer(_ROWS)
+        assert error.value.status == 401
+    finally:
+        route.terminate()
+        assert route.wait(30) == 0
+        route.stdout.close()
