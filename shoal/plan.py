@@ -23,8 +23,7 @@ else:
 __all__ = ["GLOSSARY", "SERVER_KEYS", "Plan"]
 
 _RUNS: Mapping[str, tuple[Any, ...]] = {
-    "cp": (1,), "ep": (1,), "mode": ("sync",), "push_every": (1,), "pull_every": (1,), "backup": (0,), "replicas": (0,),
-    "device": ("cpu",), "compile": (False,), "codec": ("none",),
+    "cp": (1,), "ep": (1,), "replicas": (0,), "device": ("cpu",), "compile": (False,), "codec": ("none",),
     "adapt": (False,),
 }  # fmt: skip
 """The values that this version runs, for each key of which it does not run all. The one place to change."""
@@ -198,6 +197,11 @@ class Plan:
         return self.ps or 0
 
     @property
+    def waits_for_nobody(self) -> bool:
+        """Whether each push is applied by itself (bounded, async), and not all pushes of a step together."""
+        return self.ps is not None and self.mode not in (None, "sync")
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """The keys that are still to be chosen before the plan can decide every bit of a run."""
         chosen = {key for key, value in self.values().items() if (key, value) != ("rewrites", "auto")}
@@ -217,6 +221,10 @@ class Plan:
         """
         open_axes = () if self.names_axes else ("dp", "tp", "pp", "zero", "local_steps")
         changes = {key: _DEFAULTS[key] for key in self.missing if key in _DEFAULTS and key not in open_axes}
+        if "mode" in changes and max(self.push_every or 1, self.pull_every or 1) > 1:
+            changes["mode"] = "async"
+        if "batchnorm" in changes and (self.waits_for_nobody or self.backup or changes.get("mode") == "async"):
+            changes["batchnorm"] = "local"
         if "batchnorm" in changes and _in_pieces(self):
             changes["batchnorm"] = "micro"
         return self.replace(**changes)
@@ -292,6 +300,13 @@ def _server_contradictions(plan: Plan, said: Mapping[str, str]) -> Iterator[str]
             yield f"{said[key]} updates weights in the workers and {said['ps']} in the servers; keep one of them."
     if plan.staleness is not None and plan.mode != "bounded":
         yield f"{said['staleness']} and {said['mode']} contradict each other; keep one of them."
+    if plan.waits_for_nobody and plan.batchnorm == "global":
+        yield f"With {said['mode']} workers do not meet; write batchnorm=local instead of global."
+    if plan.backup and plan.batchnorm == "global":
+        yield f"With {said['backup']} workers do not meet; write batchnorm=local instead of global."
+    for key in ("push_every", "pull_every"):
+        if (getattr(plan, key) or 1) > 1 and (plan.mode == "sync" or plan.backup):
+            yield f"{said[key]} belongs to async or staleness; with sync every step is pushed and pulled."
     if plan.backup and plan.mode not in (None, "sync"):
         yield f"{said['backup']} only makes sense with sync, and the plan says {said['mode']}; keep one of them."
     if plan.backup and plan.backup >= (plan.workers or 1):

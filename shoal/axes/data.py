@@ -145,6 +145,19 @@ class ArenaData(Updates):
         """The ranks whose notes this worker writes into a checkpoint; none where it writes nothing."""
         return (self.rank,)
 
+    def next_step(self, step: int) -> int:
+        """Where to go on after ``step``."""
+        return step + 1
+
+    def is_late(self, step: int) -> bool:
+        """Whether what this worker computes of a step counts for nothing any more."""
+        return False
+
+    @property
+    def meets_others(self) -> bool:
+        """Whether all workers are always at the same step, so that one of them can speak for the buffers of all."""
+        return True
+
     @property
     def tells_metrics(self) -> bool:
         """Whether another rank writes this one's notes into a checkpoint without being able to read them."""

@@ -106,6 +106,10 @@ class Server(Updates):
         arena = self.arena
         self.wait_for(lambda s: arena.wait_all(Signal.GRADIENTS, step + 1, *s), f"the push of step {step + 1}", check)
 
+    def sources(self, step: int) -> list[int] | None:
+        """The stripes that count, where not all of them do."""
+        return None
+
     def take(self, step: int) -> None:
         """Begin the update of a step."""
         if not self.has_taken(step):

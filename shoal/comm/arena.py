@@ -44,6 +44,7 @@ class Signal(IntEnum):
     COLLECTIVE = 4
     AVERAGED = 5
     COMPUTED = 6
+    CHOSEN = 7
 
 
 class Order(IntEnum):
@@ -52,6 +53,8 @@ class Order(IntEnum):
     EPOCH_DONE = 0
     STEP_SEEN = 1
     ABORT = 2
+    STEPS_ALLOWED = 3
+    OVER = 4
 
 
 class Note(IntEnum):
@@ -71,12 +74,18 @@ class Note(IntEnum):
     GRADIENT_NORM_SQUARED = 11
     CHECKPOINT_SEEN = 12
     UNDO_LINES = 13
+    PUSH_FACTOR = 14
+    PUSH_UNIT = 15
+    PUSH_IN_WORK = 16
+    METRICS_EPOCH = 17
     # the supervisor's
     STOP_WANTED = 20
     CHECKPOINT_WANTED = 21
     STOP_EPOCH = 22
     EVAL_LOSS = 23
     STOP_AT = 24
+    FIRST_STEP = 25
+    UNITS_SEEN = 26
 
 
 class Phase(IntEnum):

@@ -7,6 +7,7 @@ gradients for each worker, with the same offsets as the weights.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def slice_layout(table: ParameterTable, grid: Grid, local: bool = False) -> Slic
 
 def arena_layout(
     table: ParameterTable, ranks: Grid, collective_bytes: int = 0, local: bool = False, private: bool = False,
-    exchange_bytes: int = 0,
+    exchange_bytes: int = 0, further: Mapping[str, int] | None = None,
 ) -> ArenaLayout:  # fmt: skip
     """Lay out an arena for a model and its workers.
 
@@ -92,6 +93,7 @@ def arena_layout(
         private: the memory is one worker's own, with room for one stripe of gradients; its peers have the same weights
             in memory of theirs.
         exchange_bytes: room for the messages of workers that compute a share together.
+        further: regions of others, with their sizes.
     """
     world_size = ranks.world_size
     grid = Grid() if private else ranks
@@ -117,6 +119,7 @@ def arena_layout(
             "gradients": grid.stripes * table.trained_bytes,
             "echoes": grid.stripes * table.echo_bytes,
             "exchange": exchange_bytes,
+            **(further or {}),
         },
         grid,
     )

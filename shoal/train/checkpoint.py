@@ -114,12 +114,17 @@ def part_path(directory: str | Path, step: int) -> Path:
 class PartWriter:
     """Writes parts of one checkpoint; several processes may each write theirs at the same time.
 
-    ``table``: the model's, where the store has only some of its parts.
+    ``table``: the model's, where the store has only some of its parts. ``marks``: for each place under which number its notes
+    are kept, where that is not the step.
     """
 
-    def __init__(self, store: Store, directory: str | Path, step: int, table: ParameterTable | None = None) -> None:
+    def __init__(
+        self, store: Store, directory: str | Path, step: int, table: ParameterTable | None = None,
+        marks: Mapping[int, int] | None = None,
+    ) -> None:  # fmt: skip
         self._store = store
         self.step = step
+        self._marks = marks or {}
         self._layout = FileLayout(table or store.table, store.lanes)
         self._path = part_path(directory, step)
         self._fd = -1
@@ -159,14 +164,18 @@ class PartWriter:
             self._write_notes(rank)
 
     def _write_notes(self, rank: int) -> None:
+        mark = self._marks.get(rank, self.step)
         sums: list[float] = []
         metrics: list[Piece] = []
         if rank < self._store.arena.world_size:
             record = self._store.record(rank, self.step - 1)
+            if int(record[Columns.STEP]) != self.step:
+                # It was too late for that step (``backup``).
+                record = np.zeros(Columns.COUNT)
             sums = record[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1].tolist() + record[Columns.VALUE_SUMS :].tolist()
-            metrics = read_pieces(Journal(self._store.arena, rank), self.step)
+            metrics = read_pieces(Journal(self._store.arena, rank), mark)
         # Into memory first: torch tells a full disk by a RuntimeError.
-        kept = {"notebook": self._store.read_notebook(rank, self.step), "sums": sums, "metrics": metrics}
+        kept = {"notebook": self._store.read_notebook(rank, mark), "sums": sums, "metrics": metrics}
         (self._path / f"rank-{rank}.pt").write_bytes(notes.to_bytes(kept))
 
     def write_all(self) -> None:

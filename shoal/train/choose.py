@@ -177,6 +177,13 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
             f"{'dp' if plan.ps is None else 'workers'}={batch} or fewer, or a larger batch."
         )
     check_servers(plan, facts)
+    if plan.mode == "bounded" and plan.staleness is None:
+        raise PlanError("mode=bounded does not say by how much; write staleness=3, say.")
+    if (plan.waits_for_nobody or plan.backup) and (plan.tp or 1) * (plan.pp or 1) > 1:
+        raise NotBuiltError(
+            f"{'backup' if plan.backup else plan.mode} is built for workers that have the whole model; write sync alone, or "
+            "leave tp and pp out of the plan."
+        )
     if plan.shares is not None and sum(plan.shares) == 0:
         raise PlanError("All shares are 0; give at least one worker a part of the batch.")
     for key in ("tp", "pp"):
@@ -202,7 +209,8 @@ def check_servers(plan: Plan, facts: JobFacts) -> None:
     else:
         most = len(table.trained) if table.splittable else 1
         what = f"{len(table.trained)} parameter tensors that the optimizer takes as wholes"
-    if plan.servers > most:
+    # Rows by key are shared by shards, and there are more of these than servers.
+    if plan.servers > most and not facts.tables:
         raise PlanError(f"ps={plan.servers} is more servers than parameters ({what}); use ps={most} or fewer.")
 
 
@@ -234,6 +242,11 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
     """Run a plan for about so many seconds in an arena of its own, whose results are thrown away; remember the times."""
     from shoal.train.session import spin_seconds
 
+    asked = plan
+    if plan.waits_for_nobody:
+        # There is nobody here who could lead such a run; its units are those of a sync one.
+        plan = plan.replace(mode="sync", staleness=None, push_every=None, pull_every=None)
+    plan = plan.replace(backup=0) if plan.backup else plan
     split = split_of(plan, supervisor)
     settings = RunSettings(
         plan=plan,
@@ -253,7 +266,7 @@ def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, sec
         arena.memory.close()
         tables.close()
     details = {"compute_s": result.compute_s, "comm_s": result.comm_s, "memory_mb": result.memory_mb}
-    remember(plan, job, facts, {"trial_step_s": statistics.median(result.step_times_s), **details})
+    remember(asked, job, facts, {"trial_step_s": statistics.median(result.step_times_s), **details})
     return result
 
 

@@ -60,6 +60,7 @@ class _Replaced:
     place: int
     pid: int
     step: int
+    shown: int
     died_at: float
     action: str
 
@@ -172,6 +173,12 @@ class Crew:
         slot = self._arena.places[place]
         return Phase(int(slot.note(Note.PHASE))) if self._has_begun(place) else Phase.STARTING
 
+    def _shown(self, place: int) -> int:
+        """The step that a process was at, from 0: what a worker counts that waits for nobody are pushes."""
+        slot = self._arena.places[place]
+        waits = not self._settings.plan.waits_for_nobody
+        return slot.signal(Signal.UPDATED) if waits else int(slot.note(Note.STEP))
+
     def _has_begun(self, place: int) -> bool:
         return int(self._arena.places[place].note(Note.INCARNATION)) == self._incarnations[place]
 
@@ -189,18 +196,19 @@ class Crew:
         if child.pid in self._stalled:
             cause = "stalled"
         phase = self._phase(place).name.lower()
-        self._emit("death", rank=rank, pid=child.pid, step=step + 1, phase=phase, cause=cause, role=role)
+        shown = self._shown(place) + 1
+        self._emit("death", rank=rank, pid=child.pid, step=shown, phase=phase, cause=cause, role=role)
         self._deaths[place, step] = self._deaths.get((place, step), 0) + 1
         if self._deaths[place, step] >= MOST_DEATHS_A_STEP:
             raise WorkerLostError(
-                f"{role.capitalize()} {rank} died {MOST_DEATHS_A_STEP} times in step {step + 1} (last by {cause}), so "
+                f"{role.capitalize()} {rank} died {MOST_DEATHS_A_STEP} times in step {shown} (last by {cause}), so "
                 f"something in that step kills it; {last_checkpoint()}"
             )
         computed = slot.signal(Signal.GRADIENTS)
         if self._teams and role == WORKER:
             computed = self._teams[rank // self._team_size].lose(rank % self._team_size)
         action = "rolled_forward" if computed > step else "recomputed"
-        self._recoveries.append(_Replaced(place, 0, step, time.monotonic(), action))
+        self._recoveries.append(_Replaced(place, 0, step, shown, time.monotonic(), action))
         self._reported.pop(place, None)
 
     def _begin_again(self, last_checkpoint: Callable[[], str]) -> list[Any]:
@@ -239,7 +247,7 @@ class Crew:
                 self._recoveries.remove(recovery)
                 role, rank = self._role(recovery.place)
                 self._emit(
-                    "recovered", rank=rank, pid=recovery.pid, step=recovery.step + 1,
+                    "recovered", rank=rank, pid=recovery.pid, step=recovery.shown,
                     after_s=time.monotonic() - recovery.died_at, action=recovery.action, role=role,
                 )  # fmt: skip
 
@@ -268,7 +276,7 @@ class Crew:
         missing = int(slot.note(Note.WAITS_FOR))
         waits_for = self._arena.place_name(missing) if missing >= 0 else None
         self._emit(
-            "stall", role=role, rank=rank, pid=child.pid, step=slot.signal(Signal.UPDATED) + 1, phase=phase.name.lower(),
+            "stall", role=role, rank=rank, pid=child.pid, step=self._shown(place) + 1, phase=phase.name.lower(),
             waited_s=silent_s, waits_for=waits_for, stack=child.stack(), replaced_after_s=replace_s,
         )  # fmt: skip
 

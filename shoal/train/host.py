@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import nn
 from shoal.axes import recompute
 from shoal.axes.data import ArenaData
 from shoal.axes.server import ServedWorker, Server
+from shoal.axes.server_async import PushingWorker, PushServer, make_bells
+from shoal.axes.server_backup import BackedServer, BackedWorker
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Arena, Note, Phase, Signal, Slot
 from shoal.comm.store import Store
@@ -45,6 +48,8 @@ from shoal.train.gradients import Gradients
 from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.part import Part, cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
+from shoal.train.push_server import PushServerLoop, PushServerParts
+from shoal.train.pushing import PushLoop, own_copy
 from shoal.train.row_tables import Owner, RowGradients, TableUpdater, attach_tables, first_rows, name_tables
 from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.server import ServerLoop, ServerParts
@@ -132,6 +137,7 @@ class TrainHost:
         self._splits: dict[Plan, Split | None] = {}
         self._store: Store | None = None
         self._settings: RunSettings | None = None
+        self._bells: list[int] = []
         self._embeddings: torch.library.Library | None = None
         self._rewrites: Installed | None = None
         # Where no store has the whole model: what it has come to, for the bundle.
@@ -188,6 +194,10 @@ class TrainHost:
         if settings.split is None:
             bind(self._built.model, store)
         self._store, self._settings = store, settings
+        for bell in self._bells:
+            os.close(bell)
+        rings = settings.plan.waits_for_nobody or settings.plan.backup
+        self._bells = make_bells(settings.grid.servers) if rings else []
         return store
 
     def forget_first_weights(self) -> None:
@@ -234,12 +244,16 @@ class TrainHost:
         waiting = Waiting(spin_s=settings.spin_s)
 
         def make_axis(updater: Updater | None) -> ArenaData:
+            if updater is None and settings.plan.waits_for_nobody:
+                return PushingWorker(store, role.rank, waiting, settings.plan, self._bells)
+            if updater is None and settings.plan.backup:
+                return BackedWorker(store, role.rank, waiting, self._bells)
             if updater is None:
                 return ServedWorker(store, role.rank, waiting)
             return ArenaData(store, role.rank, updater, waiting, settings.guard)
 
         serves = role.role == SERVER
-        loop: Loop | ServerLoop = (
+        loop: Loop | ServerLoop | PushServerLoop = (
             self.server(role.rank, channel, waiting) if serves else self.loop(role.rank, channel, make_axis)
         )
         with contextlib.suppress(KeyboardInterrupt):
@@ -251,7 +265,7 @@ class TrainHost:
             return updater
         return TableUpdater(updater, self._tables, own, lambda: slot.signal(Signal.UPDATED))
 
-    def server(self, number: int, channel: Sender, waiting: Waiting) -> ServerLoop:
+    def server(self, number: int, channel: Sender, waiting: Waiting) -> ServerLoop | PushServerLoop:
         """The loop of one parameter server in the run that was taken up."""
         store, settings, built = self._store, self._settings, self._built
         assert store is not None and settings is not None
@@ -265,13 +279,26 @@ class TrainHost:
             schedule = Schedule(built.job, built.optimizer, store, place, updater)
         grid = settings.grid
         updater = self._with_tables(updater, Owner(number, grid.servers, grid.dp), slot)
+        faults = Faults(number, slot, server=True)
+        if settings.plan.waits_for_nobody:
+            pushed = PushServer(store, number, updater, waiting, settings.plan, self._bells[number], settings.guard)
+            return PushServerLoop(
+                PushServerParts(job=built.job, axis=pushed, updater=updater, schedule=schedule, faults=faults)
+            )
+        axis = Server(store, number, updater, waiting, settings.guard)
+        if settings.plan.backup:
+            batch, samples, per_epoch = built.job.batch_size, len(built.train), settings.steps_per_epoch
+            axis = BackedServer(
+                store, number, updater, waiting, settings.plan.backup, self._bells[number],
+                lambda step: min(batch, samples - step % per_epoch * batch),
+            )  # fmt: skip
         return ServerLoop(
             ServerParts(
                 job=built.job,
-                axis=Server(store, number, updater, waiting, settings.guard),
+                axis=axis,
                 updater=updater,
                 schedule=schedule,
-                faults=Faults(number, slot, server=True),
+                faults=faults,
                 settings=settings,
                 channel=channel,
             )
@@ -315,6 +342,8 @@ class TrainHost:
                 schedule = Schedule(job, built.optimizer, store, rank, updater)
         feed = Feed(built.train, division_of(job, plan), grid.place(rank).data, job.collate, plan.layout == "channels_last")
         faults = Faults(rank, slot)
+        # Where each push is an update by itself, rows age by updates.
+        clock = store.arena.servers[0] if plan.waits_for_nobody else slot
         around = Surroundings(
             job=job, rank=rank, replica=feed.replica, slot=slot, faults=faults, precision=plan.precision,
             batchnorm=batchnorm,
@@ -327,7 +356,7 @@ class TrainHost:
             passes=make_passes(part, around, feed, plan),
             gradients=Gradients(
                 store, store.stripe_of(rank), part.targets, part.shards,
-                RowGradients(part.model, rank, lambda: slot.signal(Signal.UPDATED)) if self._tables else None,
+                RowGradients(part.model, rank, lambda: clock.signal(Signal.UPDATED)) if self._tables else None,
             ),
             store=store,
             axis=axis,
@@ -341,6 +370,8 @@ class TrainHost:
             channel=channel,
             collect=None if beside is None or updater is None else beside.collector(updater),
         )
+        if settings.plan.waits_for_nobody:
+            return PushLoop(parts, around, own_copy(store, part.parameters))
         return Loop(parts)
 
     def _take_part(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ from shoal.data.source import Source
 from shoal.errors import JobError
 from shoal.job import Job
 from shoal.process.failure import user_code
+from shoal.ps.lock import locked
 from shoal.train.buffers import Buffers
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
-from shoal.train.feed import Feed
+from shoal.train.feed import Feed, Share
 from shoal.train.gradients import Gradients
 from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.objective import Outcome
@@ -78,7 +79,7 @@ class Parts:
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What a worker found in a step: sums over its samples."""
 
     loss: float = 0.0
@@ -141,7 +142,9 @@ class Loop:
             if step >= settings.total_steps or axis.must_stop(step):
                 break
             self._step(step)
-            step += 1
+            last, step = step, axis.next_step(step)
+            if step > last + 1:
+                self._metric_notes.keep(step)
         self.slot.enter(Phase.DONE, step)
 
     def _step(self, step: int) -> None:
@@ -276,38 +279,58 @@ class Loop:
         counts = [share.counts for share, _ in batches]
         # A worker that trains alone takes the mean over its own samples.
         total = sum(c[self._replica] for c in counts) if parts.store.local else sum(map(sum, counts))
-        sums = _Sums()
-        for outcome, count in parts.passes.train(step, batches, total):
-            if self._reports:
-                with user_code("metrics", self.rank):
-                    outcome.values.update(self._metrics.update(outcome))
-                sums.add(outcome, count)
+        sums = self._go_through(step, batches, total)
         parts.gradients.collect()
         faults.drag(step, time.monotonic() - computing)
-        shares = counts[-1] if counts else ()
-        publisher = next((replica for replica, count in enumerate(shares) if count), 0)
-        written = self._buffers.publish(step) if publisher == self._replica and self._leads else []
-        parts.axis.carry_buffers(publisher, written)
+        if parts.axis.meets_others:
+            shares = counts[-1] if counts else ()
+            publisher = next((replica for replica, count in enumerate(shares) if count), 0)
+            written = self._buffers.publish(step) if publisher == self._replica and self._leads else []
+            parts.axis.carry_buffers(publisher, written)
+        elif not parts.axis.is_late(step):
+            self.publish_buffers(step * parts.axis.world_size + self.rank)
         self._metric_notes.keep(step + 1)
         self._write_record(step, record, sums)
         record[Columns.BEGAN] = began
         record[Columns.DATA] = computing - began
         record[Columns.COMPUTE] = time.monotonic() - computing - parts.axis.waited_s
 
-    def _write_record(self, step: int, record: np.ndarray, sums: _Sums) -> None:
+    def _go_through(self, step: int, batches: Sequence[tuple[Share, Any]], total: int) -> Sums:
+        """Forward and backward over this rank's shares, the loss as the mean over ``total`` samples."""
+        sums = Sums()
+        for outcome, count in self.parts.passes.train(step, batches, total):
+            if self._reports:
+                with user_code("metrics", self.rank):
+                    outcome.values.update(self._metrics.update(outcome))
+                sums.add(outcome, count)
+        return sums
+
+    def publish_buffers(self, number: int) -> None:
+        """Where workers do not meet, running statistics are those of whoever was last; ``number``: differs each time."""
+        if self.parts.store.table.buffers:
+            with locked(self.parts.store.arena, lambda: self.slot.write(Note.PHASE_SINCE, time.monotonic())):
+                self._buffers.publish(2 * number)
+                self._buffers.publish(2 * number + 1)
+
+    def named_values(self, sums: Sums) -> np.ndarray:
+        """What the job logs, one column for each name; the supervisor is told the names at the first time."""
         values = sums.values
         if values and self._names is None:
             self._names = tuple(values)
             if len(values) > VALUE_COLUMNS:
                 raise JobError(f"The job logs {len(values)} values a step and {VALUE_COLUMNS} fit; log fewer.")
             self.parts.channel.send(ValueNames(self._names))
+        own = np.zeros(VALUE_COLUMNS)
+        for column, name in enumerate(self._names or ()):
+            own[column] = values.get(name, 0.0)
+        return own
+
+    def _write_record(self, step: int, record: np.ndarray, sums: Sums) -> None:
+        own = self.named_values(sums)
         begins = step % self.parts.settings.steps_per_epoch == 0
         before = self.parts.store.record(self.rank, step - 1) if step and not begins else None
         record[Columns.LOSS], record[Columns.WEIGHT], record[Columns.SAMPLES] = sums.loss, sums.weight, sums.samples
         record[Columns.MEASURED] = float(sums.measured)
-        own = np.zeros(VALUE_COLUMNS)
-        for column, name in enumerate(self._names or ()):
-            own[column] = values.get(name, 0.0)
         record[Columns.VALUES : Columns.VALUE_SUMS] = own
         old = before[Columns.VALUE_SUMS : Columns.COUNT] if before is not None else 0.0
         record[Columns.VALUE_SUMS : Columns.COUNT] = own + old

@@ -30,13 +30,14 @@ from shoal.train.objective import Outcome
 from shoal.train.part import Part
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Surroundings:
     """What passes need beside a model.
 
     Attributes:
         rank: of this worker, for what the user is told.
-        replica: which replica it is part of: random streams are the same all over a replica.
+        replica: which replica it is part of: random streams are the same all over a replica. A worker that waits for nobody
+            computes now one's share, now another's.
         precision: the plan's: "bf16" runs the model under autocast.
         batchnorm: is told who takes part in a microbatch; None where nobody else's samples matter.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,10 @@ class Recorder:
             self.step += 1
 
     def _report(self, step: int) -> None:
-        rows = [self._store.record(rank, step) for rank in range(self._store.arena.world_size)]
-        sums = np.sum(rows, axis=0)
-        ended = max(float(row[Columns.ENDED]) for row in rows)
-        began = min(float(row[Columns.BEGAN]) for row in rows)
+        rows = self._rows(step)
+        sums = self._sums(step, rows)
+        ended = max(float(row[Columns.ENDED]) for row in rows.values())
+        began = min(float(row[Columns.BEGAN]) for row in rows.values())
         new_epoch = step % self._steps_per_epoch == 0
         step_s = ended - (began if self._last_end is None or new_epoch else self._last_end)
         self._last_end = ended
@@ -62,7 +62,7 @@ class Recorder:
         samples = float(sums[Columns.SAMPLES])
         self.step_times_s.append(step_s)
         # Without waiting: for how long a worker works on a step says how patient to be with one that is silent.
-        work_s = max(float(row[Columns.DATA] + row[Columns.COMPUTE] + row[Columns.REDUCE]) for row in rows)
+        work_s = max(float(row[Columns.DATA] + row[Columns.COMPUTE] + row[Columns.REDUCE]) for row in rows.values())
         self.longest_step_s = max(self.longest_step_s, work_s)
         self.train_s += step_s
         self.samples += samples
@@ -86,11 +86,23 @@ class Recorder:
                     "wait_s": float(row[Columns.WAIT]),
                     "data_s": float(row[Columns.DATA]),
                 }
-                for rank, row in enumerate(rows)
+                for rank, row in rows.items()
             ],
         )
 
-    def _tell_pushes(self, step: int, rows: Sequence[np.ndarray]) -> None:
+    def _rows(self, step: int) -> Mapping[int, np.ndarray]:
+        """The records of a step, by the ranks whose shares counted."""
+        return {rank: self._store.record(rank, step) for rank in range(self._store.arena.world_size)}
+
+    def _sums(self, step: int, rows: Mapping[int, np.ndarray]) -> np.ndarray:
+        """A record for all of them together, with the running sums over the epoch."""
+        return np.sum(list(rows.values()), axis=0)
+
+    def _epoch_sums(self) -> np.ndarray:
+        """The running sums after the last step that was told."""
+        return self._sums(self.step - 1, self._rows(self.step - 1))
+
+    def _tell_pushes(self, step: int, rows: Mapping[int, np.ndarray]) -> None:
         """Where servers have taken the pushes of a step: whose they were, and each worker's clock."""
         grid = self._store.grid
         if not grid.servers:
@@ -113,8 +125,7 @@ class Recorder:
 
     def epoch_entry(self, epoch: int, partial: bool = False) -> dict[str, Any]:
         """The training half of an epoch's history: running means up to the last finished step."""
-        rows = [self._store.record(rank, self.step - 1) for rank in range(self._store.arena.world_size)]
-        sums = np.sum(rows, axis=0)
+        sums = self._epoch_sums()
         entry: dict[str, Any] = {
             "epoch": epoch,
             "loss": _ratio(sums[Columns.LOSS_SUM], sums[Columns.WEIGHT_SUM]),

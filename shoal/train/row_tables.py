@@ -177,6 +177,7 @@ class TableUpdater(Updater):
         self.store, self.rank, self.lane = inner.store, inner.rank, inner.lane
         self._tables, self._own, self._steps_done = tables, own, steps_done
         self._merged: Part | None = None
+        self._sources = tuple(range(own.workers))
 
     @property
     def count(self) -> int:
@@ -193,7 +194,7 @@ class TableUpdater(Updater):
             return
         table = self._tables[chunk - self.inner.count]
         first, last = self._own.shards(table)
-        parts = [outbox.read(table.memory, table.spec, rank) for rank in range(self._own.workers)]
+        parts = [outbox.read(table.memory, table.spec, rank) for rank in self._sources]
         merged = table.kernel.merge(parts, first, last) if len(parts) > 1 else _cut(parts[0], first, last)
         self._merged = Part(merged.keys, merged.counts, merged.rows * factor, merged.starts) if factor != 1.0 else merged
 
@@ -215,6 +216,11 @@ class TableUpdater(Updater):
         if age is not None and step and step % max(1, age // 4) == 0:
             table.sweep(step, range(first, last))
         self._merged = None
+
+    def take_sources(self, stripes: Sequence[int]) -> None:
+        self.inner.take_sources(stripes)
+        # Tables are for plans in which every rank has a stripe of its own.
+        self._sources = tuple(stripes)
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         self.inner.take_groups(groups)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shoal.comm.arena import Order
 from shoal.comm.store import Store
 from shoal.job import Job
 from shoal.train import notes
@@ -48,12 +49,18 @@ class Schedule:
             self._scheduler is not None and "metrics" in inspect.signature(self._scheduler.step).parameters
         )
         self._first = 0
+        # How many steps and epochs the scheduler has seen.
+        self._steps = 0
+        self.epochs = 0
         self._keeps = self._scheduler is not None or isinstance(updater, WholeUpdater)
 
     def recall(self, step: int) -> None:
         """Take up what was kept at the beginning of ``step``, or keep the beginning."""
         page = self._store.read_notebook(self._place, step) if step else None
+        self._steps = step
+        self.epochs = self._store.arena.supervisor.signal(Order.EPOCH_DONE)
         if page is not None:
+            self._steps, self.epochs = page.get("steps", step), page.get("epochs", self.epochs)
             if self._scheduler is not None and page["scheduler"] is not None:
                 self._scheduler.load_state_dict(page["scheduler"])
             for group, kept in zip(self._optimizer.param_groups, page["groups"], strict=True):
@@ -68,14 +75,25 @@ class Schedule:
 
     def after_step(self, step: int) -> None:
         """The update of ``step`` is done: step the scheduler and keep what the next step begins with."""
-        if self._scheduler is not None and self._every == "step":
-            self._advance(None)
+        self.reach(step + 1)
+        self.keep(step + 1)
+
+    def reach(self, step: int) -> None:
+        """Step the scheduler until it has seen so many steps."""
+        while self._steps < step:
+            self._steps += 1
+            if self._scheduler is not None and self._every == "step":
+                self._advance(None)
+
+    def keep(self, updates: int) -> None:
+        """Keep what holds after so many updates."""
         if self._keeps:
             # An optimizer may keep something from its first step on.
-            self._keep(step + 1, check=step == self._first)
+            self._keep(updates, check=updates == self._first + 1)
 
     def after_epoch(self, eval_loss: float) -> None:
         """An epoch is over; a scheduler such as ReduceLROnPlateau gets the evaluation loss."""
+        self.epochs += 1
         if self._scheduler is not None and self._every == "epoch":
             self._advance(eval_loss)
 
@@ -90,6 +108,8 @@ class Schedule:
         page = {
             "scheduler": self._scheduler.state_dict() if self._scheduler is not None else None,
             "groups": [hyperparameters(g) for g in self._optimizer.param_groups],
+            "steps": self._steps,
+            "epochs": self.epochs,
             "optimizer": self._updater.memory() if isinstance(self._updater, WholeUpdater) else None,
         }
         if check:

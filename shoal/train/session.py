@@ -25,17 +25,20 @@ from shoal.process.interrupts import Interrupts
 from shoal.process.supervisor import Supervisor
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
+from shoal.train.backed_recorder import BackedRecorder
 from shoal.train.choose import choose, predicted_step, remember
 from shoal.train.crew import Crew, bind
 from shoal.train.driver import Emitter, versions
 from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import deal_pieces, write_pieces
+from shoal.train.pacing import Pacer, PushRecorder, of_bad_push
 from shoal.train.recorder import Goal, Recorder
 from shoal.train.row_tables import RunTables
 from shoal.train.run import SUMMARY, Run
 from shoal.train.rundir import RunDirectory
 from shoal.train.settings import (
+    BadPush,
     CheckpointTrouble,
     EpochPart,
     JobFacts,
@@ -43,6 +46,7 @@ from shoal.train.settings import (
     NotFinite,
     RunSettings,
     ValueNames,
+    batch_line,
     layout_of,
     table_of,
 )
@@ -88,6 +92,7 @@ class Session:
         self._peak: dict[str, Any] = {}
         self._workers: set[int] = set()
         self._predicted_mb: float | None = None
+        self._pacer: Pacer | None = None
         self._measure_at = 0.0
         self._measure_every_s = 0.5
 
@@ -122,7 +127,13 @@ class Session:
         store.spread()
         self._write_beginning(first)
         self._crew = Crew(self._supervisor, arena, self._settings, self._emit, fds)
-        self._recorder = Recorder(store, self._emit, self._settings.steps_per_epoch, first)
+        self._recorder: Recorder
+        if self._plan.waits_for_nobody:
+            pushes = PushRecorder(store, self._emit, self._settings, first)
+            self._recorder, self._pacer = pushes, Pacer(store, self._settings, pushes, first)
+        else:
+            kind = BackedRecorder if self._plan.backup else Recorder
+            self._recorder = kind(store, self._emit, self._settings.steps_per_epoch, first)
         self._first_step = first
         self._interrupts.armed = True
         self._crew.start()
@@ -155,11 +166,15 @@ class Session:
         for rank, pieces in enumerate(deal_pieces(restored.metrics, self._arena.world_size)):
             write_pieces(Journal(self._arena, rank), step, pieces)
         row = store.record(0, step - 1)
+        row[Columns.STEP] = step
         count = Columns.SAMPLES_SUM + 1 - Columns.LOSS_SUM
         row[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1] = restored.sums[:count]
         row[Columns.VALUE_SUMS :] = restored.sums[count:]
         self._history = list(found.meta["history"])
         self._epochs_done = int(found.meta["epochs_done"])
+        for place in range(self._arena.world_size):
+            # Metrics were taken up as they were in the midst of an epoch.
+            self._arena.slots[place].write(Note.METRICS_EPOCH, self._epochs_done)
         self._arena.supervisor.write(Note.EVAL_LOSS, float(found.meta.get("eval_loss") or 0.0))
         self._arena.supervisor.post(Order.EPOCH_DONE, self._epochs_done)
         self._last_checkpoint = found
@@ -210,7 +225,7 @@ class Session:
             if self._supervisor.changes != changes:
                 changes = self._supervisor.changes
                 self._tell_processes()
-            if lockstep:
+            if lockstep and self._pacer is None:
                 self._arena.wait_all(Signal.UPDATED, recorder.step + 1, 0.0, _POLL_S)
             longest = recorder.longest_step_s
             messages = crew.poll(0.0 if lockstep else _POLL_S, longest, self._name_last_checkpoint)
@@ -226,7 +241,11 @@ class Session:
         if self._settings.wait_for_observer:
             self._arena.supervisor.post(Order.STEP_SEEN, self._recorder.step)
         self._end_epochs()
-        self._checkpoint()
+        if self._pacer is not None:
+            due = time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s()
+            self._pacer.attend(self._stopped_by is not None, self._last_one if due and self._recorder.step else None)
+        else:
+            self._checkpoint()
         if self._not_finite:
             self._stop_for_loss()
         self._measure_memory()
@@ -240,6 +259,8 @@ class Session:
             write_pieces(Journal(self._arena, message.rank), message.step, message.pieces)
         elif isinstance(message, NotFinite):
             self._not_finite.append(message)
+        elif isinstance(message, BadPush):
+            self._reject(message)
         elif isinstance(message, CheckpointTrouble):
             self._emit("checkpoint_failed", step=message.step, reason=message.reason)
 
@@ -249,7 +270,7 @@ class Session:
             supervisor, step = self._arena.supervisor, self._recorder.step
             # While all wait for the observer of this very step, it can be the last. Replicas must first be averaged.
             all_wait = self._settings.wait_for_observer and supervisor.signal(Order.STEP_SEEN) < step
-            if all_wait and (self._settings.plan.local_steps or 1) == 1:
+            if all_wait and (self._settings.plan.local_steps or 1) == 1 and self._pacer is None:
                 supervisor.write(Note.STOP_AT, step)
             else:
                 supervisor.write(Note.STOP_WANTED, 1)
@@ -282,9 +303,13 @@ class Session:
             self._stopped_by = reason
         if self._stopped_by is not None:
             supervisor.write(Note.STOP_EPOCH, epoch)
-        else:
+        elif self._pacer is None:
             self._want_checkpoint()
+        elif time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s():
+            self._last_one(self._recorder.step)
         supervisor.post(Order.EPOCH_DONE, epoch)
+        if self._pacer is not None and self._stopped_by is not None:
+            self._pacer.end(self._recorder.step)
 
     def _all_evaluated(self, epoch: int) -> bool:
         """Whether everybody knows that its part was sent; whoever dies in between evaluates again, together with its team."""
@@ -303,6 +328,13 @@ class Session:
             f"The loss became {first.loss} in step {first.step} (samples {shown}); look at these samples or lower the "
             f"learning rate; {self._name_last_checkpoint()}"
         )
+
+    def _reject(self, push: BadPush) -> None:
+        """A push whose gradient is no number was not made."""
+        fields, sentence = of_bad_push(push, self._settings)
+        self._emit("push_rejected", **fields)
+        if not self._settings.skip_bad_pushes:
+            raise LossNotFiniteError(f"{sentence}; {self._name_last_checkpoint()}")
 
     def _measure_memory(self) -> None:
         # Counting shared pages takes the kernel a while for large processes: seldom, and ever more so.
@@ -331,13 +363,17 @@ class Session:
 
     def _want_checkpoint(self) -> None:
         """Ask the workers to write one at the next step, unless the last one is hardly over, or not over at all."""
-        every_s = self._checkpoint_every_s
-        due = max(every_s if self._last_checkpoint else 0.0, _CHECKPOINT_COST * self._checkpoint_s if every_s else 0.0)
+        due = self._checkpoint_pause_s()
         if self._completing is None and not self._being_written() and time.monotonic() - self._checkpointed_at > due:
             checkpoints.discard_parts(self._directory.checkpoints)
             self._checkpoint_wanted += 1
             self._checkpointed_at = time.monotonic()
             self._arena.supervisor.write(Note.CHECKPOINT_WANTED, self._checkpoint_wanted)
+
+    def _checkpoint_pause_s(self) -> float:
+        """How long after the last one another may be made."""
+        every_s = self._checkpoint_every_s
+        return max(every_s if self._last_checkpoint else 0.0, _CHECKPOINT_COST * self._checkpoint_s if every_s else 0.0)
 
     def _checkpoint(self) -> None:
         """See to it that checkpoints are made and completed."""
@@ -428,7 +464,8 @@ class Session:
             bundle.describe(self._directory.checkpoints, description, self._options.source)
 
     def _last_one(self, step: int) -> None:
-        """The checkpoint of the run's end; the workers have gone."""
+        """The checkpoint of the run's end, the workers have gone; or one while they rest."""
+        self._checkpointed_at = time.monotonic()
         self._finish_completing()
         if step == 0 or (self._last_checkpoint is not None and self._last_checkpoint.step == step):
             return
@@ -443,11 +480,13 @@ class Session:
             self._emit("checkpoint_failed", step=step, reason=error.strerror or str(error))
             return
         self._last_checkpoint = found
+        self._checkpoint_s = time.monotonic() - began
         size = sum(f.stat().st_size for f in found.path.iterdir())
-        self._emit("checkpoint", step=step, path=str(found.path), bytes=size, write_s=time.monotonic() - began)
+        self._emit("checkpoint", step=step, path=str(found.path), bytes=size, write_s=self._checkpoint_s)
 
     def _write_last(self, step: int) -> None:
-        checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
+        marks = self._pacer.marks() if self._pacer is not None else None
+        checkpoints.PartWriter(self._store, self._directory.checkpoints, step, marks=marks).write_all()
 
     def _final_state(self, step: int) -> dict[str, torch.Tensor]:
         """The whole state_dict that the run has come to."""
@@ -455,7 +494,8 @@ class Session:
 
     def _name_last_checkpoint(self) -> str:
         # One that every worker has written, and that is only being synced or not even looked at, counts.
-        self._being_written()
+        if self._pacer is None:
+            self._being_written()
         self._finish_completing()
         if self._last_checkpoint is None:
             return "there is no checkpoint yet."
@@ -490,6 +530,7 @@ class Session:
             "peak_rss_mb": self._peak.get("peak_rss_mb", []), "pss_mb": self._peak.get("pss_mb"),
             "memory_mb": self._memory_mb(), "predicted_memory_mb": self._predicted_mb,
             "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
+            **({"staleness": recorder.histogram()} if isinstance(recorder, PushRecorder) else {}),
             "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,
         }  # fmt: skip
         try:
@@ -568,14 +609,3 @@ def spin_seconds(plan: Plan) -> float:
     """How long a worker spins before it sleeps: not at all when the cores do not suffice for all."""
     wanted = plan.world_size * (plan.threads or 1)
     return 200e-6 if wanted <= Cluster.local(measure=False).cores else 0.0
-
-
-def batch_line(plan: Plan, job: Job, facts: JobFacts) -> str:
-    """How the global batch is divided: 'global 100 = 2 × 50'."""
-    from shoal.data.order import share_bounds
-
-    batch = min(job.batch_size, facts.samples)
-    sizes = [b - a for a, b in share_bounds(batch, plan.shares or (1,) * plan.data_ways)]
-    if len(set(sizes)) == 1:
-        return f"global {batch} = {len(sizes)} × {sizes[0]}"
-    return f"global {batch} = " + " + ".join(map(str, sizes))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.axes.server_backup import chosen_bytes
 from shoal.comm.arena import ArenaLayout
 from shoal.comm.grid import Grid
 from shoal.comm.store import arena_layout
 from shoal.comm.table import ParameterTable
 from shoal.comm.team import team_bytes
+from shoal.data.order import share_bounds
+from shoal.job import Job
 from shoal.plan import Plan
+from shoal.ps.ledger import regions
 from shoal.ps.spec import TableSpec
 from shoal.train.split import Split
 
@@ -63,6 +68,7 @@ class RunSettings:
     guard: bool = True
     wait_for_observer: bool = False
     evaluate: bool = True
+    skip_bad_pushes: bool = False
     split: Split | None = None
     cold_dir: str = ""
 
@@ -86,7 +92,15 @@ def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = 
         bool(plan.local_steps),
         private,
         team_bytes(grid),
+        _server_regions(plan, grid),
     )
+
+
+def _server_regions(plan: Plan, grid: Grid) -> Mapping[str, int]:
+    """What a parameter server keeps in the arena beside the weights."""
+    if plan.waits_for_nobody:
+        return regions(grid.world_size, grid.servers, plan.push_every or 1)
+    return {"chosen": chosen_bytes(grid.world_size)} if plan.backup else {}
 
 
 @dataclass(frozen=True)
@@ -127,8 +141,27 @@ class NotFinite:
 
 
 @dataclass(frozen=True)
+class BadPush:
+    """A gradient, or the loss where ``parameter`` is None, is no number: of these units and samples."""
+
+    rank: int
+    units: tuple[int, ...]
+    parameter: str | None
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CheckpointTrouble:
     """A worker could not write its part of a checkpoint."""
 
     step: int
     reason: str
+
+
+def batch_line(plan: Plan, job: Job, facts: JobFacts) -> str:
+    """How the global batch is divided: 'global 100 = 2 × 50'."""
+    batch = min(job.batch_size, facts.samples)
+    sizes = [b - a for a, b in share_bounds(batch, plan.shares or (1,) * plan.data_ways)]
+    if len(set(sizes)) == 1:
+        return f"global {batch} = {len(sizes)} × {sizes[0]}"
+    return f"global {batch} = " + " + ".join(map(str, sizes))

@@ -99,6 +99,10 @@ class Updater:
         """Let the optimizer update the chunk with the kept gradients times ``scale``."""
         raise NotImplementedError
 
+    def take_sources(self, stripes: Sequence[int]) -> None:
+        """Sum these stripes from the next update on, in this order."""
+        raise NotImplementedError
+
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Use these hyperparameters (a scheduler may have changed them) from the next update on."""
         raise NotImplementedError
@@ -161,6 +165,10 @@ class ElementwiseUpdater(Updater):
 
     def apply(self, chunk: int, scale: float) -> None:
         self.chunks[chunk].apply(self._lines, scale)
+
+    def take_sources(self, stripes: Sequence[int]) -> None:
+        for chunk in self.chunks:
+            chunk.take_sources(stripes)
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for chunk in self.chunks:
@@ -233,10 +241,9 @@ class _ElementwiseChunk:
         self.ranges += [store.state_range(k, start, stop, torch.uint8, replica) for k in range(len(self._keys))]
         self.ranges.append(rows)
         self._ends = np.array([align(b) // LINE_BYTES for _, b in self._spans])
-        # A slice of all rows makes no copy.
-        self._rows_of = slice(lane.sources[0], lane.sources[-1] + 1)
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
-        self._stripes = [store.gradient_range(r, start, stop, self._dtype) for r in lane.sources]
+        self._all = {r: store.gradient_range(r, start, stop, self._dtype) for r in lane.sources}
+        self.take_sources(lane.sources)
         self._echoes = [
             (k, echo) for k, i in enumerate(self._indices) for echo, e in enumerate(table.echoes) if e.parameter == i
         ]
@@ -260,6 +267,13 @@ class _ElementwiseChunk:
                 for g in self._groups
             ],
         )
+
+    def take_sources(self, stripes: Sequence[int]) -> None:
+        self._sources = tuple(stripes)
+        # A slice of all rows makes no copy.
+        run = range(stripes[0], stripes[-1] + 1)
+        self._rows_of: Any = slice(run.start, run.stop) if len(run) == len(stripes) else list(stripes)
+        self._stripes = [self._all[r] for r in stripes]
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for own, index in zip(self._optimizer.param_groups, self._groups, strict=True):
@@ -313,7 +327,7 @@ class _ElementwiseChunk:
         piece = self.chunk.pieces[k]
         return [
             self.store.echo(stripe, echo).view(-1)[piece.start : piece.stop]
-            for stripe in self._lane.sources
+            for stripe in self._sources
             for at, echo in self._echoes
             if at == k and self.store.echoed[stripe, echo]
         ]
@@ -416,6 +430,7 @@ class WholeUpdater(Updater):
     ) -> None:
         super().__init__(store, rank)
         local = self.lane.replica is not None
+        self._sources: Sequence[int] = self.lane.sources
         self.own = deal_tensors(store.table, 1)[0] if local else deal_tensors(store.table, store.parts)[rank]
         self._optimizer = optimizer
         self._parameters = parameters
@@ -441,10 +456,10 @@ class WholeUpdater(Updater):
     def sum_gradients(self, chunk: int, factor: float) -> None:
         self._gradients = {}
         for index in self.own:
-            stripes = [self.store.gradient(r, index) for r in self.lane.sources if self.store.touched[r, index]]
+            stripes = [self.store.gradient(r, index) for r in self._sources if self.store.touched[r, index]]
             stripes += [
                 self.store.echo(r, at)
-                for r in self.lane.sources
+                for r in self._sources
                 for at, echo in enumerate(self.store.table.echoes)
                 if echo.parameter == index and self.store.echoed[r, at]
             ]
@@ -494,6 +509,9 @@ class WholeUpdater(Updater):
         """Go back to what the notebook holds."""
         self._remembered = memory
         self.reload(0)
+
+    def take_sources(self, stripes: Sequence[int]) -> None:
+        self._sources = stripes
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """The user's own optimizer is the one that a scheduler changes: nothing to carry over."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from noisy_job import digest, events, history, make_job, processes
+from torch import nn
 
 import shoal
+from shoal.data.order import batch_indices, epoch_order, share_bounds
+from shoal.errors import LossNotFiniteError
 
 # (role, rank, step from 0, phase) and what the replacement does.
 SYNC_KILLS = [
@@ -54,3 +60,128 @@ def test_sync_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     acks = [(e["epoch"], e["batch"], e["shard"]) for e in events(run.path, "push_ack")]
     assert acks == [(e, b, s) for e in (1, 2) for b in range(1, 14) for s in range(2)]
     assert processes(run.path) == []
+
+
+# -- workers that wait for nobody ----------------------------------------------------------------------------------------
+
+SAMPLES, EPOCHS = 96, 3
+
+
+class Counted(nn.Module):
+    """A weight for each sample, which every push that holds the sample lowers by 1/4: what is applied can be counted.
+
+    Large enough that a server updates several chunks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(SAMPLES, 6000))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.weight[rows].mean(1) * 6000
+
+
+def counting_job(**changes: Any) -> shoal.Job:
+    rows = torch.arange(SAMPLES)
+    fields: dict[str, Any] = {
+        "name": "counted", "model": Counted, "train_data": lambda: (rows, rows), "eval_data": lambda: (rows, rows),
+        "loss": lambda output, target: output.mean(), "batch_size": 8, "epochs": EPOCHS,
+        "optimizer": lambda params: torch.optim.SGD(params, lr=1.0), **changes,
+    }  # fmt: skip
+    return shoal.Job(**fields)
+
+
+def check_ledger(run: shoal.Run, workers: int = 2, times: float = EPOCHS) -> None:
+    """Each push is acknowledged once, and the weights hold each once."""
+    batches = SAMPLES // 8
+    acks = Counter((e["epoch"], e["batch"], e["shard"]) for e in events(run.path, "push_ack"))
+    expected = {(e, b, s) for e in range(1, EPOCHS + 1) for b in range(1, batches + 1) for s in range(workers)}
+    assert set(acks) == expected and set(acks.values()) == {1}
+    assert torch.equal(run.weights()["weight"], torch.full((SAMPLES, 6000), -times * workers / 8))
+
+
+ASYNC_KILLS = (
+    "kill(server=0,step=1,phase=taken);kill(server=1,step=2,phase=reduce);kill(server=0,step=3,phase=update);"
+    "kill(server=1,step=4,phase=updated);kill(server=0,step=5,phase=committed);kill(rank=0,step=6,phase=data);"
+    "kill(rank=1,step=7,phase=backward);kill(rank=0,step=8,phase=published);kill(rank=1,step=9,phase=committed);"
+    "kill(rank=0,step=12,phase=evaluate);kill(rank=1,step=15,phase=forward);kill(server=1,step=20,phase=update)"
+)
+
+
+@pytest.mark.parametrize("mode", ["async", "staleness=1"])
+def test_each_push_counts_once_wherever_somebody_dies(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_FAULTS", ASYNC_KILLS)
+    run = shoal.train(counting_job(), plan=f"ps=2,workers=2,{mode},threads=1", run_dir=tmp_path / "run")
+    check_ledger(run)
+    deaths = events(run.path, "death")
+    # Which worker has which step is not fixed here, so that not every fault meets its worker; every server's does.
+    assert sum(e["role"] == "server" for e in deaths) == 6 and any(e["role"] == "worker" for e in deaths)
+    assert len(events(run.path, "recovered")) == len(deaths)
+    clocks = events(run.path, "clock")
+    assert len(clocks) == EPOCHS * SAMPLES // 8 * 2
+    if mode != "async":
+        assert max(e["clock"] - e["slowest"] for e in clocks) <= 1
+    assert [e["step"] for e in events(run.path, "step")] == list(range(1, EPOCHS * SAMPLES // 8 + 1))
+    assert sum(run.summary()["staleness"].values()) == EPOCHS * SAMPLES // 8 * 2
+    assert processes(run.path) == []
+
+
+def test_each_push_counts_once_over_stops_and_other_plans(tmp_path: Path) -> None:
+    """Stopped in the midst of an epoch and gone on with in other modes and numbers; pushes and pulls of several units."""
+    run_dir = tmp_path / "run"
+    stopped = shoal.train(
+        counting_job(), plan="ps=1,workers=2,async,push_every=3,pull_every=2,threads=1", run_dir=run_dir,
+        on_event=lambda event: "stop" if event["kind"] == "step" and event["step"] == 5 else None,
+    )  # fmt: skip
+    assert stopped.summary()["steps"] == 5
+    plans = ("ps=3,workers=2,staleness=0", "ps=1,workers=2,sync", "ps=2,workers=2,async,pull_every=4")
+    for plan, steps in zip(plans, (14, 19, None), strict=True):
+        run = shoal.train(counting_job(), plan=f"{plan},threads=1", run_dir=run_dir, resume=True, steps=steps)
+    # Five steps of a sync run move a weight half as far: its shards are means over the whole batch.
+    acks = Counter((e["epoch"], e["batch"], e["shard"]) for e in events(run.path, "push_ack"))
+    assert len(acks) == EPOCHS * SAMPLES // 8 * 2 and set(acks.values()) == {1}
+    moved = run.weights()["weight"][:, 0]
+    assert sorted(set(moved.tolist())) == [-0.75, -0.625] and int((moved == -0.625).sum()) == 5 * 8
+    weights = run.weights()["weight"]
+    assert torch.equal(weights, weights[:, :1].expand_as(weights))
+
+
+def test_late_pushes_are_dropped_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three workers is slow, others die: each step holds the mean over exactly the pushes that are acknowledged."""
+    monkeypatch.setenv(
+        "SHOAL_FAULTS",
+        "slow(rank=1,factor=40);kill(server=0,step=3,phase=taken);kill(server=1,step=5,phase=update);"
+        "kill(rank=0,step=7,phase=backward);kill(rank=2,step=9,phase=published)",
+    )  # fmt: skip
+    run = shoal.train(counting_job(), plan="ps=2,workers=3,sync,backup=1,threads=1", run_dir=tmp_path / "run")
+    acks, dropped = ({(e["epoch"], e["batch"], e["shard"]) for e in events(run.path, k)} for k in ("push_ack", "push_dropped"))
+    batches = {(e, b) for e in range(1, EPOCHS + 1) for b in range(1, SAMPLES // 8 + 1)}
+    assert dropped and not acks & dropped
+    assert acks | dropped == {(e, b, s) for e, b in batches for s in range(3)}
+    expected = torch.zeros(SAMPLES, dtype=torch.float64)
+    for epoch, batch in batches:
+        rows = batch_indices(epoch_order(SAMPLES, 0, epoch - 1), batch - 1, 8)
+        bounds = share_bounds(8, (1, 1, 1))
+        counted = [rows[a:b] for s, (a, b) in enumerate(bounds) if (epoch, batch, s) in acks]
+        assert len(counted) >= 2
+        for shard in counted:
+            expected[shard] -= 1 / sum(map(len, counted))
+    found = run.weights()["weight"]
+    assert torch.allclose(found[:, 0].double(), expected, atol=1e-5) and torch.equal(found, found[:, :1].expand_as(found))
+    assert sum(e["role"] == "server" for e in events(run.path, "death")) == 2
+
+
+def test_a_gradient_that_is_no_number_is_not_applied(tmp_path: Path) -> None:
+    class Root(Counted):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            found = super().forward(rows)
+            # A loss that is a number, with a gradient that is none.
+            return found + torch.where(rows == 17, found * 0, 0 * rows).abs().sqrt() * 0
+
+    plan = "ps=1,workers=2,async,threads=1"
+    with pytest.raises(LossNotFiniteError, match=r"gradient of weight is no number in the push of worker \d for epoch 1"):
+        shoal.train(counting_job(model=Root), plan=plan, run_dir=tmp_path / "run")
+    (rejected,) = events(tmp_path / "run", "push_rejected")
+    assert rejected["parameter"] == "weight" and 17 in rejected["samples"]

@@ -69,7 +69,14 @@ def plans(draw: st.DrawFn) -> Plan:
         if "staleness" in values or values.get("mode", "sync") != "sync" or values.get("workers", 1) < 2:
             dropped |= {"backup"}
         elif "backup" in values:
+            dropped |= {"push_every", "pull_every"}
+            dropped |= {"batchnorm"} if values.get("batchnorm") == "global" and values["backup"] else set()
             values["backup"] = min(values["backup"], values["workers"] - 1)
+        waits_for_nobody = "staleness" in values or values.get("mode", "sync") != "sync"
+        if values.get("mode") == "sync" and "mode" not in dropped:
+            dropped |= {"push_every", "pull_every"}
+        if waits_for_nobody or {"push_every", "pull_every"} & values.keys():
+            dropped |= {"batchnorm"} if values.get("batchnorm") == "global" else set()
     else:
         dropped |= server_keys
         if values.get("zero"):

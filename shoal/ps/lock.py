@@ -1,0 +1,29 @@
+"""A lock on an arena that the kernel takes back from a process that dies: ``lockf`` on its descriptor."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+
+from shoal.comm.arena import Arena
+
+_NAP_S = 50e-6
+
+
+@contextlib.contextmanager
+def locked(arena: Arena, beat: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the arena's lock; ``beat`` is called while another process has it."""
+    fd = arena.memory.fd
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            beat()
+            time.sleep(_NAP_S)
+    try:
+        yield
+    finally:
+        fcntl.lockf(fd, fcntl.LOCK_UN)

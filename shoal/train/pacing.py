@@ -1,0 +1,222 @@
+"""The supervisor's part where workers wait for nobody: reading the ledger, and how far workers may go.
+
+Units are read out of their rows as soon as all servers hold their pushes: each becomes the events ``clock`` and ``push_ack``,
+once. A step is done when all of its units are; what a step's workers would have written into their records is then written for
+them, so that everything behind (means over an epoch, checkpoints) is as in the other plans.
+
+Workers may begin units up to a step that the supervisor names: the end of the epoch, and less where it wants them to rest: for
+a checkpoint, which is then written while nobody works, for an observer of each step, or because the run ends.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from shoal.axes.server_async import claims_of
+from shoal.comm.arena import Note, Order, Signal
+from shoal.comm.store import VALUE_COLUMNS, Columns, Store
+from shoal.ps.ledger import EMPTY, REJECTED, Ledger, UnitColumns
+from shoal.ps.lock import locked
+from shoal.train.recorder import Emit, Recorder
+from shoal.train.settings import BadPush, RunSettings
+
+_TAKEN_OVER = (
+    (UnitColumns.LOSS, Columns.LOSS), (UnitColumns.WEIGHT, Columns.WEIGHT), (UnitColumns.SAMPLES, Columns.SAMPLES),
+    (UnitColumns.DATA, Columns.DATA), (UnitColumns.COMPUTE, Columns.COMPUTE), (UnitColumns.REDUCE, Columns.REDUCE),
+    (UnitColumns.WAIT, Columns.WAIT),
+)  # fmt: skip
+
+
+class PushRecorder(Recorder):
+    """Reads the ledger instead of step records."""
+
+    def __init__(self, store: Store, emit: Emit, settings: RunSettings, first_step: int) -> None:
+        super().__init__(store, emit, settings.steps_per_epoch, first_step)
+        self.ledger = Ledger(store.arena)
+        self.claims = claims_of(store, settings.plan)
+        self._workers = store.arena.world_size
+        self._next = first_step * self._workers
+        self._told: set[int] = set()
+        self.staleness: Counter[int] = Counter()
+
+    def drain(self, until: int | None = None) -> None:
+        super().drain(self.committed())
+
+    def committed(self) -> int:
+        """Steps of which every unit is done; reads what has been done since it was last asked."""
+        last = self.claims.last()
+        for unit in range(self._next, last + 1):
+            if unit not in self._told and self._is_done(unit):
+                self._told.add(unit)
+                self._tell(unit)
+        while self._next in self._told:
+            self._told.remove(self._next)
+            self._next += 1
+        step = self._next // self._workers
+        for done in range(self.step, step):
+            self._write_records(done)
+        # From here on the rows may be used again.
+        self._store.arena.supervisor.write(Note.UNITS_SEEN, step * self._workers)
+        return step
+
+    def _is_done(self, unit: int) -> bool:
+        row = self.ledger.row(unit)
+        if row[UnitColumns.UNIT] != unit + 1:
+            return False
+        push = int(row[UnitColumns.PUSH])
+        return push in (EMPTY, REJECTED) or self.ledger.is_applied(int(row[UnitColumns.RANK]), push)
+
+    def _tell(self, unit: int) -> None:
+        row = self.ledger.row(unit)
+        push, rank = int(row[UnitColumns.PUSH]), int(row[UnitColumns.RANK])
+        step, shard = divmod(unit, self._workers)
+        if push == EMPTY:
+            return
+        self._emit("clock", rank=rank, clock=step + 1, slowest=int(row[UnitColumns.SLOWEST]) + 1)
+        if push == REJECTED:
+            return
+        epoch, batch = divmod(step, self._steps_per_epoch)
+        made, pulled = self.ledger.made(unit), self.ledger.pulled(unit)
+        staleness = max(int(a - b) - 1 for a, b in zip(made, pulled, strict=True))
+        self.staleness[staleness] += 1
+        self._emit(
+            "push_ack", rank=rank, epoch=epoch + 1, batch=batch + 1, shard=shard,
+            versions=[int(v) for v in made], staleness=staleness,
+        )  # fmt: skip
+
+    def _write_records(self, step: int) -> None:
+        """What the workers of another plan write themselves."""
+        begins = step % self._steps_per_epoch == 0
+        rows = [self.ledger.row(unit) for unit in range(step * self._workers, (step + 1) * self._workers)]
+        for rank in range(self._workers):
+            record = self._store.record(rank, step)
+            before = np.zeros(Columns.COUNT) if begins or not step else self._store.record(rank, step - 1).copy()
+            record[:] = 0.0
+            # A step begins where the first of its units does, so that the time of one never counts for another.
+            record[Columns.BEGAN] = min(row[UnitColumns.BEGAN] for row in rows)
+            record[Columns.ENDED] = max(row[UnitColumns.ENDED] for row in rows)
+            for row in rows:
+                if row[UnitColumns.RANK] == rank and row[UnitColumns.PUSH] not in (EMPTY, REJECTED):
+                    for source, target in _TAKEN_OVER:
+                        record[target] += row[source]
+                    record[Columns.MEASURED] = max(record[Columns.MEASURED], row[UnitColumns.MEASURED])
+                    values = row[UnitColumns.VALUES : UnitColumns.VALUES + VALUE_COLUMNS]
+                    record[Columns.VALUES : Columns.VALUE_SUMS] += values
+            for now, total in (
+                (Columns.LOSS, Columns.LOSS_SUM), (Columns.WEIGHT, Columns.WEIGHT_SUM),
+                (Columns.SAMPLES, Columns.SAMPLES_SUM),
+            ):  # fmt: skip
+                record[total] = record[now] + before[total]
+            record[Columns.VALUE_SUMS :] = record[Columns.VALUES : Columns.VALUE_SUMS] + before[Columns.VALUE_SUMS :]
+            record[Columns.STEP] = step + 1
+
+    def _tell_pushes(self, step: int, rows: Any) -> None:
+        """They were told as they came."""
+
+    def histogram(self) -> dict[str, int]:
+        """Staleness -> how many pushes had it."""
+        return {str(staleness): self.staleness[staleness] for staleness in sorted(self.staleness)}
+
+    @property
+    def step_s(self) -> float | None:
+        """The median step; steps overlap, so the time between the ends of two counts where that is positive."""
+        times = [t for t in self.step_times_s if t > 0]
+        return statistics.median(times) if times else None
+
+
+def of_bad_push(push: BadPush, settings: RunSettings) -> tuple[dict[str, Any], str]:
+    """The fields of the event, and the sentence with which a run ends, for a push whose gradient is no number."""
+    step, shard = divmod(push.units[0], settings.grid.dp)
+    epoch, batch = step // settings.steps_per_epoch + 1, step % settings.steps_per_epoch + 1
+    what = "The loss" if push.parameter is None else f"The gradient of {push.parameter}"
+    shown = ", ".join(map(str, push.samples[:20])) + (" …" if len(push.samples) > 20 else "")
+    fields = {
+        "rank": push.rank, "epoch": epoch, "batch": batch, "shard": shard, "parameter": push.parameter,
+        "samples": list(push.samples),
+    }  # fmt: skip
+    return fields, (
+        f"{what} is no number in the push of worker {push.rank} for epoch {epoch}, batch {batch} (samples {shown}), and the push "
+        "was not applied; look at these samples, or lower the learning rate"
+    )
+
+
+class Pacer:
+    """Says how far workers may go."""
+
+    def __init__(self, store: Store, settings: RunSettings, recorder: PushRecorder, first_step: int) -> None:
+        self._store = store
+        self._settings = settings
+        self._recorder = recorder
+        self._supervisor = store.arena.supervisor
+        self._held: int | None = None
+        self._supervisor.write(Note.FIRST_STEP, first_step)
+        self._supervisor.write(Note.UNITS_SEEN, first_step * store.arena.world_size)
+        recorder.ledger.begin_at(first_step)
+        self._supervisor.post(Order.STEPS_ALLOWED, first_step)
+
+    def attend(self, stops: bool, checkpoint: Callable[[int], None] | None) -> None:
+        """Let workers go on, or rest.
+
+        Args:
+            stops: the run is to end as soon as the steps that were begun are done.
+            checkpoint: called with the step while nobody works, where one is due.
+        """
+        recorder, claims = self._recorder, self._recorder.claims
+        if stops or checkpoint is not None:
+            if self._held is None:
+                self._held = self._hold()
+            if recorder.step < self._held or not claims.all_finished():
+                return
+            if self._is_edge(recorder.step):
+                # The epoch is evaluated first, and the rest is seen to there.
+                self._held = None
+                return
+            if stops:
+                self.end(recorder.step)
+                return
+            assert checkpoint is not None
+            checkpoint(recorder.step)
+            self._held = None
+        self._allow()
+
+    def end(self, step: int) -> None:
+        """Nothing more is to be done."""
+        self._supervisor.write(Note.STOP_AT, step)
+        self._supervisor.post(Order.OVER, 1)
+
+    def marks(self) -> Mapping[int, int]:
+        """For each place, under which number its notes are kept now."""
+        arena, recorder = self._store.arena, self._recorder
+        found = {rank: slot.signal(Signal.GRADIENTS) for rank, slot in enumerate(arena.slots)}
+        first = int(self._supervisor.note(Note.FIRST_STEP))
+        for server in range(len(arena.servers)):
+            found[arena.world_size + server] = recorder.ledger.updates(server, first)
+        return found
+
+    def _is_edge(self, step: int) -> bool:
+        done = self._supervisor.signal(Order.EPOCH_DONE)
+        per_epoch = self._settings.steps_per_epoch
+        return step > 0 and step % per_epoch == 0 and step // per_epoch > done
+
+    def _hold(self) -> int:
+        """Let nobody begin a further step; the step at which all will rest."""
+        with locked(self._store.arena):
+            step = -(-(self._recorder.claims.last() + 1) // self._store.arena.world_size)
+            self._supervisor.post(Order.STEPS_ALLOWED, step)
+        return step
+
+    def _allow(self) -> None:
+        settings, step = self._settings, self._recorder.step
+        done = self._supervisor.signal(Order.EPOCH_DONE)
+        limit = min((done + 1) * settings.steps_per_epoch, settings.total_steps)
+        if settings.wait_for_observer:
+            limit = min(limit, step + 1)
+        if step >= settings.total_steps and not self._is_edge(step):
+            self.end(step)
+        elif self._supervisor.signal(Order.STEPS_ALLOWED) != limit:
+            self._supervisor.post(Order.STEPS_ALLOWED, limit)

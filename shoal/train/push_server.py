@@ -1,0 +1,74 @@
+"""A parameter server's life where workers wait for nobody: each push is an update of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.axes.server_async import Pushed, PushServer
+from shoal.axes.updating import Hooks, Totals
+from shoal.comm.arena import Note, Order, Phase
+from shoal.job import Job
+from shoal.process.failure import user_code
+from shoal.train import streams
+from shoal.train.faults import Faults
+from shoal.train.row_tables import TableUpdater
+from shoal.train.schedule import Schedule
+from shoal.train.update import Updater, WholeUpdater
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushServerParts:
+    """What a server works with, put together by its host."""
+
+    job: Job
+    axis: PushServer
+    updater: Updater
+    schedule: Schedule
+    faults: Faults
+
+
+class PushServerLoop:
+    """Applies pushes until the run is over."""
+
+    def __init__(self, parts: PushServerParts) -> None:
+        self.parts = parts
+        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
+
+    def run(self) -> None:
+        """Serve until the supervisor says that no push will come any more."""
+        axis = self.parts.axis
+        self.parts.schedule.recall(axis.updates)
+        step = 0
+        while True:
+            axis.slot.enter(Phase.WAITING, step)
+            pushed = axis.next_push(axis.over)
+            if pushed is None:
+                break
+            step = pushed.unit // axis.arena.world_size
+            self._apply(pushed, step)
+        axis.slot.enter(Phase.DONE, step)
+
+    def _apply(self, pushed: Pushed, step: int) -> None:
+        parts, axis = self.parts, self.parts.axis
+        updates, supervisor = axis.updates, axis.arena.supervisor
+        parts.faults.reach("taken", step)
+        axis.take(pushed)
+        parts.faults.reach("reduce", step)
+        axis.slot.enter(Phase.UPDATE, step)
+        with user_code("scheduler"):
+            while parts.schedule.epochs < supervisor.signal(Order.EPOCH_DONE):
+                parts.schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
+            # The schedule goes by batches, in whatever order their shards come.
+            parts.schedule.reach(step)
+        parts.updater.take_sources((axis.store.stripe_of(pushed.worker),))
+        with user_code("optimizer"):
+            axis.update(step, Totals(0.0, pushed.factor), None, self._hooks)
+        parts.faults.reach("updated", step)
+        parts.schedule.keep(updates + 1)
+        axis.commit(pushed)
+        parts.faults.reach("committed", step)
+
+    def _before_chunk(self, chunk: int, step: int) -> None:
+        updater = self.parts.updater
+        if isinstance(updater.inner if isinstance(updater, TableUpdater) else updater, WholeUpdater):
+            streams.reseed(streams.UPDATE, self.parts.job.seed, self.parts.axis.updates, self.parts.axis.number)

@@ -1,0 +1,256 @@
+"""The life of a worker that waits for nobody: claiming units, computing their gradients on its own copy, pushing them.
+
+Like every loop it can be entered at any point: claims, pushes and what was applied are read from the arena.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from shoal.axes.server_async import PushingWorker
+from shoal.comm.arena import Note, Order, Phase, Signal
+from shoal.comm.store import VALUE_COLUMNS, Store
+from shoal.process.failure import user_code
+from shoal.ps.claims import Claim
+from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.train.loop import Loop, Parts, Sums
+from shoal.train.passes import Surroundings
+from shoal.train.settings import BadPush
+
+_NAP_S = 0.001
+
+
+def own_copy(store: Store, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Give trained parameters memory of this process's own, laid out as the shared weights are; its bytes."""
+    own = store.weight_range(0, store.table.trained_bytes, torch.uint8).clone()
+    for parameter, spec in zip(parameters, store.table.trained, strict=True):
+        parameter.data = own[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+    return own
+
+
+def examine(store: Store, stripe: int) -> tuple[float, str | None]:
+    """The squared norm of a stripe's gradients, and the name of a parameter whose gradient is no number."""
+    squared = 0.0
+    for index in np.flatnonzero(store.touched[stripe]):
+        gradient = store.gradient(stripe, int(index))
+        norm = float(torch.linalg.vector_norm(gradient))
+        if not math.isfinite(norm) and not bool(torch.isfinite(gradient).all()):
+            return math.nan, store.table.parameters[index].name
+        squared += norm * norm
+    return squared, None
+
+
+class PushLoop(Loop):
+    """Computes units until there are none left."""
+
+    def __init__(self, parts: Parts, around: Surroundings, copy: torch.Tensor) -> None:
+        super().__init__(parts)
+        assert isinstance(parts.axis, PushingWorker)
+        self._axis: PushingWorker = parts.axis
+        self._around = around
+        self._copy = copy
+        plan = parts.settings.plan
+        self._push_every, self._pull_every = plan.push_every or 1, plan.pull_every or 1
+        self._since_pull = 0
+        self._pulled: list[int] = []
+        # The units whose gradients the stripe holds.
+        self._gathered: list[int] = []
+        self._edge = -1
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until the last unit, or until the run is stopped."""
+        self.parts.model.train()
+        self._recover()
+        step = 0
+        while True:
+            got = self._axis.claims.claim(self.rank, self._axis.beat)
+            step = got.unit // self._axis.world_size if isinstance(got, Claim) else got.step
+            if isinstance(got, Claim):
+                row = self._axis.ledger.row(got.unit)
+                row[UnitColumns.RANK], row[UnitColumns.SLOWEST] = self.rank, got.slowest
+                self._work(got.unit)
+                continue
+            # What others may wait for must not wait for more.
+            self._push()
+            self.slot.enter(Phase.WAITING, step)
+            if got.worker is not None:
+                self._axis.await_worker(got.worker)
+            elif self._rests(step):
+                break
+        self.slot.enter(Phase.DONE, step)
+
+    def _recover(self) -> None:
+        """Finish what a predecessor had begun."""
+        axis = self._axis
+        for server in range(axis.ledger.servers):
+            axis.ledger.set_reading(self.rank, server, False)
+        self._metric_notes.recall(axis.pushes)
+        self._begin_epoch_again()
+        units = axis.claims.open(self.rank)
+        rows = [axis.ledger.row(unit) for unit in units]
+        if any(
+            row[UnitColumns.UNIT] == unit + 1 and row[UnitColumns.PUSH] == axis.pushes
+            for row, unit in zip(rows, units, strict=True)
+        ):
+            axis.ring()
+            axis.await_applied()
+            return
+        for unit in units:
+            self._work(unit)
+
+    def _begin_epoch_again(self) -> None:
+        """Metrics that keep a state begin anew with an epoch; a predecessor may have died before it came to that."""
+        done = self._axis.arena.supervisor.signal(Order.EPOCH_DONE)
+        if self.slot.note(Note.METRICS_EPOCH) < done:
+            self._metric_notes.begin_again(self._axis.pushes)
+            self.slot.write(Note.METRICS_EPOCH, done)
+
+    def _rests(self, step: int) -> bool:
+        """No unit may be begun for now: evaluate at the edge of an epoch, or wait; whether the run ends here."""
+        settings, axis = self.parts.settings, self._axis
+        supervisor = axis.arena.supervisor
+        if supervisor.signal(Order.STEPS_ALLOWED) > step:
+            # The supervisor has yet to read what was done.
+            axis.beat()
+            time.sleep(_NAP_S)
+            return False
+        if step and step % settings.steps_per_epoch == 0 and step != self._edge:
+            self._edge = step
+            if self._edge_ends(step):
+                return True
+        if step >= settings.total_steps or supervisor.signal(Order.OVER):
+            return True
+
+        def attempt(times: tuple[float, float]) -> int:
+            if supervisor.signal(Order.OVER):
+                return -1
+            return -1 if supervisor.wait(Order.STEPS_ALLOWED, step + 1, times[1]) else len(axis.arena.places)
+
+        axis.wait_for(attempt, "the supervisor's leave to go on")
+        return supervisor.signal(Order.OVER) > 0
+
+    def _edge_ends(self, step: int) -> bool:
+        axis, supervisor = self._axis, self._axis.arena.supervisor
+        epoch = step // self.parts.settings.steps_per_epoch
+        if self.slot.signal(Signal.EVALUATED) < epoch:
+            axis.await_all()
+            self._pull()
+            self._evaluate(step, epoch)
+            self.slot.enter(Phase.WAITING, step)
+        axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch")
+        self._begin_epoch_again()
+        return int(supervisor.note(Note.STOP_EPOCH)) == epoch
+
+    # -- a unit --------------------------------------------------------------------------------------------------
+
+    def _pull(self) -> None:
+        self._pulled = self._axis.pull(self._copy)
+        self._since_pull = 0
+
+    def _work(self, unit: int) -> None:
+        """Compute a unit's gradient into the stripe; push where enough has gathered."""
+        axis, parts, slot = self._axis, self.parts, self.slot
+        step, shard = divmod(unit, axis.world_size)
+        row = axis.ledger.row(unit)
+        began = time.monotonic()
+        axis.waited_s = 0.0
+        slot.enter(Phase.DATA, step)
+        parts.faults.reach("data", step)
+        parts.feed.replica = self._around.replica = shard
+        with user_code("train_data", self.rank):
+            batches = parts.feed.batches(step)
+        fetched = time.monotonic()
+        if self._since_pull % self._pull_every == 0 or not self._pulled:
+            self._pull()
+        self._since_pull += 1
+        computing = time.monotonic()
+        if not self._gathered:
+            axis.empty_stripe()
+            parts.gradients.begin()
+        count = sum(len(share.indices) for share, _ in batches)
+        if count:
+            self._buffers.load(step)
+            sums = self._go_through(step, batches, count)
+            parts.faults.drag(step, time.monotonic() - computing)
+            self.publish_buffers(unit)
+            self._write_unit(row, sums)
+            axis.ledger.pulled(unit)[:] = self._pulled
+        now = time.monotonic()
+        row[UnitColumns.BEGAN], row[UnitColumns.ENDED] = began, now
+        row[UnitColumns.DATA], row[UnitColumns.COMPUTE] = fetched - began, now - computing
+        row[UnitColumns.REDUCE] = row[UnitColumns.WAIT] = 0.0
+        self._gathered.append(unit)
+        if not count:
+            self._settle([unit], EMPTY)
+            self._gathered.remove(unit)
+        if len(axis.claims.open(self.rank)) >= self._push_every:
+            self._push()
+
+    def _write_unit(self, row: np.ndarray, sums: Sums) -> None:
+        values = self.named_values(sums)
+        row[UnitColumns.LOSS], row[UnitColumns.WEIGHT], row[UnitColumns.SAMPLES] = sums.loss, sums.weight, sums.samples
+        row[UnitColumns.MEASURED] = float(sums.measured)
+        row[UnitColumns.VALUES : UnitColumns.VALUES + VALUE_COLUMNS] = values
+
+    def _settle(self, units: list[int], push: int) -> None:
+        """Say with which push units went, or why with none."""
+        for unit in units:
+            row = self._axis.ledger.row(unit)
+            row[UnitColumns.PUSH] = push
+            if push == EMPTY:
+                row[UnitColumns.LOSS : UnitColumns.MEASURED + 1] = 0.0
+            row[UnitColumns.UNIT] = unit + 1
+
+    # -- a push --------------------------------------------------------------------------------------------------
+
+    def _push(self) -> None:
+        """Push what has gathered, and wait until every server holds it."""
+        axis, units = self._axis, self._gathered
+        if not units:
+            if axis.claims.open(self.rank):
+                axis.claims.finish(self.rank)
+            return
+        step = units[-1] // axis.world_size
+        rows = [axis.ledger.row(unit) for unit in units]
+        squared, bad = examine(self.parts.store, self.rank)
+        loss = sum(row[UnitColumns.LOSS] for row in rows)
+        if bad is not None or not math.isfinite(loss):
+            self._reject(bad)
+            return
+        weight = sum(row[UnitColumns.WEIGHT] for row in rows)
+        measured = any(row[UnitColumns.MEASURED] for row in rows)
+        factor = len(units) / weight if measured and weight else 1.0
+        clip = self.parts.job.grad_clip
+        if clip is not None:
+            factor *= min(1.0, clip / (math.sqrt(squared) * factor + 1e-6))
+        # The rows of all that has gathered go together, as the stripe does.
+        self.parts.gradients.collect()
+        self._metric_notes.keep(axis.pushes + 1)
+        self._settle(units, axis.pushes + 1)
+        axis.push(units[0], factor)
+        self.parts.faults.reach("published", step)
+        self.slot.enter(Phase.WAITING, step)
+        axis.await_applied()
+        self._gathered = []
+        self.parts.faults.reach("committed", step)
+
+    def _reject(self, parameter: str | None) -> None:
+        """A gradient that is no number never reaches a server."""
+        axis, units = self._axis, self._gathered
+        samples: list[int] = []
+        for unit in units:
+            step, self.parts.feed.replica = divmod(unit, axis.world_size)
+            samples += [int(s) for share in self.parts.feed.shares(step) for s in share.indices]
+        self.parts.channel.send(BadPush(self.rank, tuple(units), parameter, tuple(samples)))
+        if not self.parts.settings.skip_bad_pushes:
+            axis.await_end()
+        self._settle(units, REJECTED)
+        self._gathered = []
+        axis.claims.finish(self.rank)
