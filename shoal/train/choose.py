@@ -240,7 +240,7 @@ class TrialResult:
 
 def run_trial(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, seconds: float) -> TrialResult:
     """Run a plan for about so many seconds in an arena of its own, whose results are thrown away; remember the times."""
-    from shoal.train.session import spin_seconds
+    from shoal.train.setup import spin_seconds
 
     asked = plan
     if plan.waits_for_nobody:
