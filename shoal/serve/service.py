@@ -415,7 +415,7 @@ def serve(
     *bundles: str | Path, slo_ms: float = 50.0, replicas: int | str | None = None, host: str = "127.0.0.1", port: int = 0,
     grpc_port: int | None = None, drain_s: float = 30.0, cache_mb: float | Mapping[str, float] = 0.0, cache_ttl_s: float = 300.0,
     api_key_file: str | Path | None = None, rate_limit: float | None = None, tls_cert: str | Path | None = None,
-    tls_key: str | Path | None = None, tolerance: str | None = None,
+    tls_key: str | Path | None = None, tolerance: str | None = None, follow: str | Path | None = None,
 ) -> RunningService:  # fmt: skip
     """Serve bundles (or run directories) from this process's children; returns when they answer.
 
@@ -424,6 +424,7 @@ def serve(
         slo_ms: the deadline of a request that brings none of its own, in milliseconds.
         replicas: processes for each model: a number, a range such as "1-4", or None for as many as there are cores for. How
             many of a range is measured at the start, and changes with the load.
+        follow: a run in training: each of its checkpoints becomes the next version; without a bundle the first one is waited for.
         host, port: where to listen; port 0 takes a free one.
         grpc_port: where to speak gRPC too; 0 takes a free one, None: nowhere.
         drain_s: how long accepted requests may take when the service is closed.
@@ -448,7 +449,11 @@ def serve(
     )  # fmt: skip
     if options.warning is not None:
         warnings.warn(options.warning, stacklevel=2)
-    return RunningService(Service(locate([str(b) for b in bundles]), options))
+    models, following = followed([str(b) for b in bundles], _path(follow))
+    service = Service(models, options)
+    if follow is not None and following is not None:
+        service.fleet.follow(following, Path(follow))
+    return RunningService(service)
 
 
 def followed(bundles: list[str], run: Path | None) -> tuple[dict[str, Path], str | None]:

@@ -149,7 +149,7 @@ def _of_http() -> Iterator[Bad]:
         "garbage": bytes(range(256)), "TLS": bytes.fromhex("16030100a5010000a10303") + bytes(150), "empty lines": b"\r\n" * 5000,
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "CONNECT": b"CONNECT a:80 HTTP/1.1\r\n\r\n",
         "bad method": b"BREW / HTTP/1.1\r\n\r\n",
-        "bad version": b"GET / HTTP/9.9\r\n\r\n", "no version": b"GET /\r\n\r\n", "nul": b"GET /\0 HTTP/1.1\r\n\r\n",
+        "bad version": b"GET / HTTP/9.9\r\n\r\n", "no version": b"GET /nowhere\r\n\r\n", "nul": b"GET /\0 HTTP/1.1\r\n\r\n",
         "lengths": post(b"{}", "Content-Length: 3"), "lengths of two kinds": post(b"{}", "Transfer-Encoding: chunked"),
         "negative length": post(b"", length=-1), "enormous length": post(b"", length=10**30),
         "folded": b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n", "no colon": b"GET / HTTP/1.1\r\nnothing\r\n\r\n",
