@@ -49,8 +49,11 @@ class Source(Protocol):
     def versions(self) -> tuple[int, ...]:
         """How many updates each server has made."""
 
-    def copy(self, server: int, out: np.ndarray) -> int:
-        """Copy what a server holds to its places in ``out`` (uint8, of ``size``), all of one version; return that version."""
+    def copy(self, server: int, out: np.ndarray) -> int | None:
+        """Copy what a server holds to its places in ``out`` (uint8, of ``size``), all of one version; return that version.
+
+        None, and nothing copied, where there was no moment between two updates for long enough.
+        """
 
 
 class Publisher:
@@ -192,7 +195,10 @@ class _Edition:
         versions = list(self.versions or [-1] * len(found))
         for server, version in enumerate(found):
             if version != versions[server]:
-                versions[server] = self._source.copy(server, self._next)
+                copied = self._source.copy(server, self._next)
+                versions[server] = versions[server] if copied is None else copied
+        if -1 in versions or (self.number and tuple(versions) == self.versions):
+            return
         self.number += 1
         self.versions = tuple(versions)
         words = (len(self._changed), wire.BLOCK_BYTES // 8)

@@ -109,10 +109,14 @@ class Reader:
             if self._error is not None:
                 raise self._error
             if self.number < number:
-                why = self._ended or f"nothing was heard for {self.silent_s:.1f} s"
+                if self._ended is not None:
+                    raise DeadlineError(
+                        f"{self._from} publishes nothing newer than number {self.number}: {self._ended} Its model is in its "
+                        "directory."
+                    )
                 raise DeadlineError(
-                    f"No weights newer than publication {self.number} came from {self._from} within {deadline_s:g} s: {why}; "
-                    "see whether the run is still there."
+                    f"Nothing newer than publication {self.number} came from {self._from} within {deadline_s:g} s, and no word "
+                    f"for {self.silent_s:.1f} s; see whether the run is still there."
                 )
             return self.number
 
@@ -150,7 +154,7 @@ class Reader:
 
     def _views(self) -> Iterator[tuple[wire.Tensor, np.ndarray]]:
         for tensor in self._tensors:
-            size = _nbytes(tensor)
+            size = wire.nbytes(tensor)
             yield tensor, self._bytes[tensor.offset : tensor.offset + size]
 
     # -- the thread ----------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ class Reader:
     def _take(self, message: wire.FromPublisher, payload: memoryview) -> None:
         with self._lock:
             if isinstance(message, wire.Welcome):
-                if any(t.offset + _nbytes(t) > message.size for t in message.tensors):
+                if any(t.offset + wire.nbytes(t) > message.size for t in message.tensors):
                     raise wire.Malformed("a tensor lies outside of what is published")
                 if (message.size, message.tensors) != (len(self._bytes), self._tensors):
                     self._bytes, self._tensors, self.number = np.zeros(message.size, np.uint8), message.tensors, 0
@@ -222,15 +226,3 @@ def _send(socket: Any, message: wire.FromReader) -> None:
     # A socket that was refused has nobody to send to, and would wait for ever.
     with contextlib.suppress(zmq.Again):
         socket.send(wire.encode(message), zmq.NOBLOCK)
-
-
-def _nbytes(tensor: wire.Tensor) -> int:
-    import torch
-
-    dtype = getattr(torch, tensor.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise wire.Malformed(f"{tensor.dtype} is no dtype")
-    count = dtype.itemsize
-    for size in tensor.shape:
-        count *= size
-    return count

@@ -6,6 +6,7 @@ where the head says, after their sizes have been compared with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,16 @@ class Tensor(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+
+def nbytes(tensor: Tensor) -> int:
+    """The size of a tensor. Raises Malformed where its dtype is none."""
+    import torch
+
+    dtype = getattr(torch, tensor.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise Malformed(f"{tensor.dtype} is no dtype")
+    return math.prod(tensor.shape) * dtype.itemsize
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):

@@ -23,6 +23,7 @@ from shoal.observe.compare import weights_sha256
 from shoal.plan import Plan
 from shoal.process.interrupts import Interrupts
 from shoal.process.supervisor import Supervisor
+from shoal.ps.ledger import Ledger
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
 from shoal.train.backed_recorder import BackedRecorder
@@ -33,6 +34,7 @@ from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import deal_pieces, write_pieces
 from shoal.train.pacing import Pacer, PushRecorder, of_bad_push
+from shoal.train.published import PushClocks, StepClocks, published
 from shoal.train.recorder import Goal, Recorder
 from shoal.train.row_tables import RunTables
 from shoal.train.run import SUMMARY, Run
@@ -135,7 +137,9 @@ class Session:
         self._first_step = first
         self._interrupts.armed = True
         self._crew.start()
-        self._loop()
+        clocks = PushClocks(Ledger(arena)) if self._plan.waits_for_nobody else StepClocks(arena)
+        with published(store, clocks, self._job.name, self._directory.path):
+            self._loop()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         return self._end(began)
 

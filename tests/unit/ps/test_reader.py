@@ -151,7 +151,7 @@ def test_a_stranger_gets_nothing(run, tmp_path):
     forged = tmp_path / "forged"
     forged.mkdir()
     ReadKey(key.address, key.publisher, stranger.public, stranger.secret).write(forged)
-    with pytest.raises(DeadlineError, match="No weights newer"):
+    with pytest.raises(DeadlineError, match="Nothing newer"):
         Reader(forged, deadline_s=1.0)
     assert publisher._door.refused
     plain = zmq.Context.instance().socket(zmq.DEALER)
