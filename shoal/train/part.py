@@ -287,12 +287,16 @@ def _targets(
         elif not is_cut:
             mine = table.parameters[index].owner == owner
             targets.append(Target(parameter, index) if mine else Target(parameter, echo=echoes.get((index, owner))))
-        elif table.parameters[index].owner == owner:
-            shards.own.append((index, parameter))
-            shards.parts[name] = [split.holds[other, name] for other in _peers(grid, owner)]
-        elif (index, owner) in echoes:
-            shards.echoes.append((echoes[index, owner], parameter))
-            shards.echo_parts[name] = [echoes[split.holds[other, name], other] for other in _peers(grid, owner)]
+        else:
+            # A process that shares no memory knows of its own part alone.
+            peers = [(other, split.holds.get((other, name))) for other in _peers(grid, owner)]
+            if table.parameters[index].owner == owner:
+                shards.own.append((index, parameter))
+                shards.parts[name] = [part for _, part in peers if part is not None]
+            elif (index, owner) in echoes:
+                shards.echoes.append((echoes[index, owner], parameter))
+                found = (echoes.get((part, other)) for other, part in peers if part is not None)
+                shards.echo_parts[name] = [echo for echo in found if echo is not None]
     return targets, shards if sharded is not None else None
 
 

@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import noisy_job
-import numpy as np
 import pytest
-import torch
-from noisy_job import command, digest, environment, events, gone, history, make_job, processes, wait_until
-from torch import nn
+from noisy_job import command, digest, environment, events, gone, make_job, processes, wait_until
 
 import shoal
-from shoal.observe.compare import max_rel_diff
 
 PLAN = "dp=2,threads=1"
 ROOT = Path(shoal.__file__).parents[1]
@@ -90,61 +86,6 @@ def test_killed_supervisor_and_damaged_checkpoint(tmp_path: Path) -> None:
     assert starts[0] is None and starts[1] >= first and starts[2] == int(kept[0].name.partition("-")[2])
     assert processes(run) == []
     assert not list((run / "checkpoints").glob(".part-*"))
-
-
-# -- another number of workers ---------------------------------------------------------------------------------------
-
-
-class Ramp:
-    """A schedule's factor that is an object, which its state_dict carries along."""
-
-    def __init__(self) -> None:
-        self.longest = 40
-
-    def __call__(self, step: int) -> float:
-        # A NumPy number, as often comes of such a formula: so are the learning rates then.
-        return np.float64(1 - step / self.longest if step < self.longest else 0.1)
-
-
-def steady_model() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 33), nn.Tanh(), nn.Linear(33, 2)).double()
-
-
-def steady_data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(101, 12, generator=generator, dtype=torch.float64)
-    return x, (x.sum(1) > 0).long()
-
-
-STEADY = shoal.Job(
-    name="steady",
-    model=steady_model,
-    train_data=steady_data,
-    eval_data=steady_data,
-    loss=nn.functional.cross_entropy,
-    optimizer=noisy_job.adam,
-    scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Ramp()),
-    metrics={
-        "accuracy": lambda output, target: (output.argmax(1) == target).double().mean(),
-        "auc": noisy_job.Auc(),
-        "confusion": noisy_job.Confusion(),
-    },
-    batch_size=10,
-    epochs=3,
-    grad_clip=0.3,
-)
-
-
-def test_resumed_by_another_number_of_workers(tmp_path: Path) -> None:
-    whole = shoal.train(STEADY, plan="dp=1,threads=1", run_dir=tmp_path / "whole")
-    run = tmp_path / "run"
-    part = shoal.train(STEADY, plan=PLAN, run_dir=run, steps=17)
-    assert part.history[-1]["partial"] and part.summary()["steps"] == 17
-    resumed = shoal.train(STEADY, plan="dp=3,threads=1", run_dir=run, resume=True)
-    assert str(resumed.plan).startswith("dp=3")
-    assert max_rel_diff(whole.weights(), resumed.weights()) <= 1e-9
-    for one, other in zip(history(whole), history(resumed), strict=True):
-        assert one == pytest.approx(other, rel=1e-9)
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
 
 
+@functools.cache
 def plain_float32() -> dict[str, torch.Tensor]:
     words, targets = text(SAMPLES, padded=False)
     return PlainLoop(
@@ -73,6 +75,7 @@ def plain_float32() -> dict[str, torch.Tensor]:
     ).run(STEPS)
 
 
+@functools.cache
 def plain_float64() -> dict[str, torch.Tensor]:
     words, targets = text(SAMPLES, padded=True)
 

@@ -135,7 +135,6 @@ CASES: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], str, Any, f
     ),
     "rmsprop": (two_groups(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True), "dp=2", decay, 0.8, False),
     "adafactor": (two_groups(torch.optim.Adafactor, lr=0.02), "dp=3", warmup, None, False),
-    "nadam": (one_group(torch.optim.NAdam, lr=0.01), "dp=2", None, 0.5, False),
     "lion": (two_groups(Lion, lr=0.01), "dp=2", decay, None, False),
     "trust": (one_group(Trust, lr=0.01), "dp=2", None, None, False),
 }  # fmt: skip

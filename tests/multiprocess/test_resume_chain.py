@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import noisy_job
+import numpy as np
 import pytest
 import torch
 from noisy_job import command, environment, events, gone, history, processes, wait_until
@@ -20,16 +21,20 @@ PLANS = [
     ("dp=2,threads=1", 5),
     ("tp=2,threads=1", 12),
     ("pp=2,microbatches=2,threads=1", 17),
-    ("dp=2,zero=3,threads=1", 24),
+    ("dp=3,zero=3,threads=1", 24),
     ("dp=1,threads=1", None),
 ]
 
 
 class Ramp:
-    """A schedule's factor that is an object."""
+    """A schedule's factor that is an object, which its state_dict carries along."""
+
+    def __init__(self) -> None:
+        self.longest = 40
 
     def __call__(self, step: int) -> float:
-        return 1 - step / 40
+        # A NumPy number, as often comes of such a formula: so are the learning rates then.
+        return np.float64(1 - step / self.longest if step < self.longest else 0.1)
 
 
 def model() -> nn.Module:
@@ -69,6 +74,7 @@ def test_one_plan_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = tmp_path / "run"
     for number, (plan, steps) in enumerate(PLANS):
         gone_on = shoal.train(JOB, plan=plan, run_dir=run, resume=number > 0, steps=steps)
+        assert steps is None or (gone_on.history[-1].get("partial", False), gone_on.summary()["steps"]) == (True, steps)
         # Whatever the plan, the plain state_dict.
         assert [(n, w.shape) for n, w in gone_on.weights().items()] == [(n, w.shape) for n, w in whole.weights().items()]
         checkpoint = run / "checkpoints" / f"step-{gone_on.summary()['steps']:08d}" / "state.safetensors"
