@@ -1,7 +1,8 @@
 """Serving under load, beside what people would use instead: FastAPI, LitServe, BentoML, Ray Serve.
 
 Each server answers the same model and is driven by the same client (``shoal.serve.load``), on the same cores. First each peer's
-settings are searched: workers, threads, batch size. Then the peers take turns.
+settings are searched: workers, threads, batch size. Then the peers take turns. ``--cases`` and ``--parts`` measure some of it:
+each part of a case takes less than ten minutes; what was searched is remembered beside the peers' environment.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ SHOAL = "shoal"
 # Not as FastAPI's documentation has it, so no reference: shown for whoever would write that.
 BY_HAND = "fastapi, orjson by hand"
 _CONCURRENCY = 128
+_FOUND = Path(__file__).resolve().parent / ".venv-serving" / "settings.json"
+_PARTS = ("throughput", "rates", "overload", "alone", "memory", "swap")
+# While a version is swapped the load is this part of what it can do: who has no room to spare feels every neighbour.
+_SWAP_LOAD, _SWAP_AFTER_S = 0.4, 1.0
 _START_S = 120.0
 _TEXTS = 512
 _WORDS = [
@@ -59,7 +65,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how its requests look. ``rate_slo_s``: what 99 % have to hold in a Poisson stream; ``over``: times its rate."""
+    """A model and how its requests look.
+
+    Attributes:
+        slo_ms: what 99 % have to hold in a Poisson stream; ``over``: times its rate is overload.
+        bar: how often the best peer's throughput is asked for.
+        options: of ``shoal serve``; ``like``: the case whose peers these are, for they have no such options.
+    """
 
     name: str
     model: str
@@ -68,12 +80,16 @@ class Case:
     over: float
     bar: float
     start_rate: float
+    options: tuple[str, ...] = ()
+    like: str | None = None
 
 
 CASES = (
     Case("cifar-cnn, JSON", "cifar", ("fastapi", BY_HAND, "litserve", "bentoml", "ray"), 50.0, 3.0, 2.0, 200.0),
     Case("cifar-cnn, binary", "cifar", ("fastapi", "ray"), 50.0, 1.5, 2.0, 500.0),
     Case("MiniLM, fp32", "minilm", ("fastapi", "litserve", "bentoml", "ray"), 150.0, 3.0, 1.6, 20.0),
+    Case("MiniLM, cosine 0.99", "minilm", ("fastapi", "litserve", "bentoml", "ray"), 150.0, 3.0, 3.0, 20.0,
+         ("--tolerance", "cosine=0.99"), "MiniLM, fp32"),
 )
 SETTINGS: Mapping[str, Sequence[Setting]] = {
     "fastapi": [Setting(2, 1), Setting(1, 2)],
@@ -256,7 +272,7 @@ def server(
 ) -> Iterator[tuple[wire.Address, list[bytes]]]:
     """A server and the requests for it."""
     if peer == SHOAL:
-        with shoal_server(inputs, case, slo_ms) as (address, _):
+        with shoal_server(inputs, case, slo_ms, *case.options) as (address, _):
             yield address, inputs.payloads(case, peer, None, address)
     else:
         assert setting is not None
@@ -278,10 +294,20 @@ class Measuring:
         self.repeats = 1 if options.quick else options.repeats
         self.peers = [peer for peer in case.peers if peer in peers]
         self.settings: dict[str, Setting] = {}
+        self._again = options.search or options.quick
 
     def search(self) -> None:
-        """Try each peer's settings briefly and keep the best."""
-        for peer in self.peers:
+        """Try each peer's settings briefly and keep the best; what was found before is taken again."""
+        known = json.loads(_FOUND.read_text()) if _FOUND.exists() and not self._again else {}
+        mine = known.setdefault(self.case.like or self.case.name, {})
+        self.settings = {peer: Setting(**mine[peer]) for peer in self.peers if peer in mine}
+        self._try_all([peer for peer in self.peers if peer not in mine])
+        mine.update({peer: asdict(setting) for peer, setting in self.settings.items()})
+        if not self.quick:
+            _FOUND.write_text(json.dumps(known))
+
+    def _try_all(self, peers: Sequence[str]) -> None:
+        for peer in peers:
             found: list[tuple[float, Setting]] = []
             for setting in SETTINGS[peer][: 1 if self.quick else None]:
                 try:
@@ -349,6 +375,48 @@ def alone(inputs: Inputs, case: Case, seconds: float) -> float:
     return report.p50_ms or 0.0
 
 
+def precision(inputs: Inputs, case: Case) -> str:
+    """How shoal computes the case's model, and what else it tried."""
+    with shoal_server(inputs, case, case.slo_ms, *case.options) as (address, _):
+        connection = http.client.HTTPConnection(address.host, address.port)
+        connection.request("GET", f"/v2/models/{case.model}")
+        found = json.loads(connection.getresponse().read())["precision"]
+    tried = [f"{t['name']}: {t['speedup']:.2f} × as fast, cosine ≥ {t['cosine']:.4f}" for t in found["tried"] if t["cosine"]]
+    return f"{found['name']} of {'; '.join(tried)}"
+
+
+def swap(inputs: Inputs, case: Case, seconds: float) -> list[Bar]:
+    """p99 while a new version is loaded and takes over, by p99 before that, at the same Poisson rate."""
+    with shoal_server(inputs, case, 1000.0) as (address, _):
+        payloads = inputs.payloads(case, SHOAL, None, address)
+        full = drive(address, payloads, LoadSettings(concurrency=16, duration_s=2.0, warmup_s=0.5)).throughput
+        settings = LoadSettings(rate=_SWAP_LOAD * full, duration_s=3 * seconds, warmup_s=0.5)
+        steady = drive(address, payloads, settings)
+        answers: list[int] = []
+
+        def load() -> None:
+            time.sleep(_SWAP_AFTER_S)
+            connection = http.client.HTTPConnection(address.host, address.port, timeout=120)
+            connection.request("POST", f"/v2/repository/models/{case.model}/load", b"{}")
+            answers.append(connection.getresponse().status)
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        during = drive(address, payloads, settings)
+        in_time = not loading.is_alive()
+        loading.join()
+    if answers != [200]:
+        raise PeerFailed(f"the new version was not loaded: {answers}")
+    if not in_time:
+        say(f"  the swap took longer than {3 * seconds:g} s; give more --seconds")
+    ratio = during.p99_ms / steady.p99_ms if during.p99_ms and steady.p99_ms else None
+    title = f"{case.name}: a swap at {settings.rate:,.0f}/s"
+    return [
+        Bar(claim=f"{title}: p99 by steady p99 ({steady.p99_ms or 0:.1f} ms)", value=ratio, limit=1.5, unit="×"),
+        Bar(claim=f"{title}: requests without an answer", value=float(during.errors), limit=0.0),
+    ]
+
+
 def memory_mb(inputs: Inputs, case: Case, replicas: int) -> float:
     """PSS of all processes of a service, in 10⁶ bytes, after it has answered for a while."""
     import psutil
@@ -403,7 +471,9 @@ def measure_case(measuring: Measuring, parts: Sequence[str]) -> tuple[list[Group
             bars.append(
                 Bar(claim=f"{case.name}: client", value=ours.details[-1]["client_us"], limit=40.0, unit="µs a request")
             )
-        if case.model == "minilm" and ours.median:
+        if case.options:
+            group.note = f"{group.note}; shoal: {precision(measuring.inputs, case)}"
+        if case.model == "minilm" and not case.options and ours.median:
             free = max(
                 bare(measuring.inputs, case, Setting(1, threads), measuring.seconds)["per_s"] for threads in (1, 2)
             )
@@ -416,15 +486,15 @@ def measure_case(measuring: Measuring, parts: Sequence[str]) -> tuple[list[Group
                     at_least=True,
                 )
             )
-    if "rates" in parts:
+    if "rates" in parts or "overload" in parts:
         rate, report = measuring.highest_rate(SHOAL)
         other = best or next((peer for peer in measuring.settings if peer != BY_HAND), None)
-        theirs = measuring.highest_rate(other)[0] if other else 0.0
+        theirs = measuring.highest_rate(other)[0] if other and "rates" in parts else 0.0
         say(f"  {case.name}: p99 within {case.slo_ms:g} ms: shoal {rate:,.0f}/s, {other} {theirs:,.0f}/s")
         if theirs:
             claim = f"{case.name}: Poisson rate, p99 ≤ {case.slo_ms:g} ms ({rate:,.0f}/s), by {other} ({theirs:,.0f}/s)"
             bars.append(Bar(claim=claim, value=rate / theirs, limit=1.5, unit="×", at_least=True))
-        if report is not None and rate:
+        if report is not None and rate and "overload" in parts:
             bars += _overloaded(measuring, rate, report, other, theirs)
     return groups, bars
 
@@ -460,8 +530,8 @@ def main() -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which models and protocols")
     parser.add_argument("--peers", nargs="*", choices=list(SETTINGS), default=list(SETTINGS), help="which peers")
-    parser.add_argument("--parts", nargs="+", choices=["throughput", "rates", "alone", "memory"],
-                        default=["throughput", "rates", "alone", "memory"], help="what to measure")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="what to measure")
+    parser.add_argument("--search", action="store_true", help="search the peers' settings anew")
     parser.add_argument("--seconds", type=float, default=5.0, help="of one measurement")
     options = parser.parse_args()
     machine = common.hardware()
@@ -469,7 +539,8 @@ def main() -> int:
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as folder:
         inputs = Inputs(Path(folder), peer_python("serving"))
-        for case in [case for case in CASES if case.name in options.cases]:
+        by_case = {"throughput", "rates", "overload"} & set(options.parts)
+        for case in [case for case in CASES if case.name in options.cases and by_case]:
             found, more = measure_case(Measuring(inputs, case, options.peers, options), options.parts)
             groups += found
             bars += more
@@ -484,6 +555,8 @@ def main() -> int:
                     unit="ms",
                 )
             )
+        if "swap" in options.parts:
+            bars += swap(inputs, cifar, 1.0 if options.quick else options.seconds)
         if "memory" in options.parts:
             for case in (cifar, CASES[2]):
                 one, two = (memory_mb(inputs, case, replicas) for replicas in (1, 2))
