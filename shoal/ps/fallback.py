@@ -7,6 +7,7 @@ holder dies.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import threading
@@ -344,6 +345,15 @@ class Fallback:
             return True
         finally:
             self.unlock(table, shard)
+
+    def apply_all(self, table: TableHandle, first: int, starts: np.ndarray, push: Push) -> int:
+        applied = 0
+        for k in range(len(starts) - 1):
+            own = slice(int(starts[k]), int(starts[k + 1]))
+            if own.start < own.stop or push.id >= 0:
+                order = np.arange(own.start, own.stop, dtype=np.uint32) if push.order is None else push.order[own]
+                applied += self.apply(table, first + k, dataclasses.replace(push, order=order))
+        return applied
 
     def _make_room(self, table: TableHandle, shard: int, part: _Shard, rows: int, notes: int) -> None:
         used, size = int(part.words[Word.ROWS_USED]), table.spec.row_bytes

@@ -107,6 +107,9 @@ class Kernel(Protocol):
     def apply(self, table: TableHandle, shard: int, push: Push) -> bool:
         """Apply a push to a shard, as a whole or not at all; False where its id was applied before."""
 
+    def apply_all(self, table: TableHandle, first: int, starts: np.ndarray, push: Push) -> int:
+        """The same for shards from ``first`` on, each of which gets what lies between its ``starts``; to how many it was new."""
+
     def lock(self, table: TableHandle, shard: int) -> None:
         """Keep other writers out, and mend what one that was killed has left."""
 
@@ -177,6 +180,7 @@ class _Compiled:
             "create": ([pointer], ctypes.c_int),
             "pull": ([pointer, pointer, number, number, pointer, pointer], number),
             "apply": ([pointer, number, pointer, ctypes.c_double], ctypes.c_int),
+            "apply_all": ([pointer, number, number, pointer, pointer, ctypes.c_double, pointer], number),
             "lock": ([pointer, number, ctypes.c_double], ctypes.c_int),
             "unlock": ([pointer, number], None),
             "remove": ([pointer, number, pointer, number], ctypes.c_int),
@@ -258,17 +262,19 @@ class _Compiled:
             self.unlock(table, _STUCK - found)
 
     def apply(self, table: TableHandle, shard: int, push: Push) -> bool:
-        order = push.order
-        given = _Push(
-            keys=push.keys.ctypes.data, counts=push.counts.ctypes.data, rows=push.rows.data_ptr(),
-            last=None if push.last is None else push.last.ctypes.data,
-            order=None if order is None else order.ctypes.data,
-            n=len(push.keys) if order is None else len(order), id=push.id, step=push.step, scale=push.scale,
-            raw=push.raw, overwrite=push.overwrite,
-        )  # fmt: skip
+        given = _pushed(push)
         done = self._apply(ctypes.byref(table.layout), shard, ctypes.byref(given), LOCK_TIMEOUT_S)  # type: ignore[attr-defined]
         settle(done, table, shard)
         return bool(done == 0)
+
+    def apply_all(self, table: TableHandle, first: int, starts: np.ndarray, push: Push) -> int:
+        given, failed = _pushed(push), ctypes.c_int64(first)
+        done = self._apply_all(  # type: ignore[attr-defined]
+            ctypes.byref(table.layout), first, len(starts) - 1, ctypes.byref(given), starts.ctypes.data, LOCK_TIMEOUT_S,
+            ctypes.byref(failed),
+        )  # fmt: skip
+        settle(done, table, failed.value)
+        return int(done)
 
     def lock(self, table: TableHandle, shard: int) -> None:
         settle(self._lock(ctypes.byref(table.layout), shard, LOCK_TIMEOUT_S), table, shard)  # type: ignore[attr-defined]
@@ -286,6 +292,17 @@ class _Compiled:
 
     def begin_at(self, table: TableHandle, shard: int, push_id: int) -> None:
         self._begin_at(ctypes.byref(table.layout), shard, push_id)  # type: ignore[attr-defined]
+
+
+def _pushed(push: Push) -> _Push:
+    order = push.order
+    return _Push(
+        keys=push.keys.ctypes.data, counts=push.counts.ctypes.data, rows=push.rows.data_ptr(),
+        last=None if push.last is None else push.last.ctypes.data,
+        order=None if order is None else order.ctypes.data,
+        n=len(push.keys) if order is None else len(order), id=push.id, step=push.step, scale=push.scale,
+        raw=push.raw, overwrite=push.overwrite,
+    )  # fmt: skip
 
 
 def settle(done: int, table: TableHandle, shard: int) -> None:

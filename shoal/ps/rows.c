@@ -406,6 +406,29 @@ int shoal_rows_apply(const struct table *t, i64 s, const struct push *p, double 
     return DONE;
 }
 
+/* The same for shards one after the other: shard first + k gets what lies from starts[k] to starts[k + 1], of the order where there is
+ * one. Returns to how many it was new, or what went wrong; then failed says where. */
+i64 shoal_rows_apply_all(const struct table *t, i64 first, i64 shards, const struct push *p, const i64 *starts, double timeout_s, i64 *failed) {
+    i64 applied = 0, each = (p->raw ? t->width + t->state : t->width) * t->itemsize;
+    for (i64 k = 0; k < shards; k++) {
+        struct push own = *p;
+        own.n = starts[k + 1] - starts[k];
+        if (!own.n && own.id < 0) continue;
+        if (own.order) own.order += starts[k];
+        else {
+            own.keys += starts[k];
+            own.counts += own.counts ? starts[k] : 0;
+            own.rows += starts[k] * each;
+            own.last += own.last ? starts[k] : 0;
+        }
+        int done = shoal_rows_apply(t, first + k, &own, timeout_s);
+        *failed = first + k;
+        if (done < 0) return done;
+        applied += done == DONE;
+    }
+    return applied;
+}
+
 /* Forget rows, by their numbers; the lock is held. */
 int shoal_rows_remove(const struct table *t, i64 s, const u32 *rows, i64 n) {
     struct shard *c = shard_of(t, s);

@@ -9,6 +9,7 @@ with its next push.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class Table:
 
     def push(
         self, keys: np.ndarray, gradients: torch.Tensor, counts: np.ndarray | None = None, *, push_id: int = -1,
-        step: int = 0, scale: float = 1.0, shards: Iterable[int] | None = None,
+        step: int = 0, scale: float = 1.0,
     ) -> int:  # fmt: skip
         """Apply gradients (n, width) of different keys; return to how many shards they were new.
 
@@ -121,31 +122,30 @@ class Table:
             push_id: from 0; a shard that has applied it already leaves it out. The last 65,536 are remembered.
             step: for ageing, and for optimizers that count steps; from 0.
             scale: what gradients are multiplied by.
-            shards: only these.
         """
         keys = np.ascontiguousarray(keys, dtype=np.int64)
         check_gradients(self.spec.name, keys, gradients, self.spec.width)
         seen = np.ones(len(keys), np.uint32) if counts is None else np.ascontiguousarray(counts, dtype=np.uint32)
         order, starts = self.kernel.partition(keys, self.spec.shards)
         rows = gradients.detach().contiguous()
-        applied = 0
-        for shard in range(self.spec.shards) if shards is None else shards:
-            own = order[starts[shard] : starts[shard + 1]]
-            if not len(own) and push_id < 0:
-                continue
-            push = Push(keys=keys, counts=seen, rows=rows, order=own, id=push_id, step=step, scale=scale)
-            applied += self._apply(shard, keys[own], push)
-        return applied
+        push = Push(keys=keys, counts=seen, rows=rows, order=order, id=push_id, step=step, scale=scale)
+        return self._apply_all(0, starts, push)
 
     def push_part(self, part: Part, first_shard: int, *, push_id: int, step: int, scale: float = 1.0) -> int:
         """The same for gradients that are sorted by shard already, the first of them being ``first_shard``."""
+        push = Push(keys=part.keys, counts=part.counts, rows=part.rows, id=push_id, step=step, scale=scale)
+        return self._apply_all(first_shard, part.starts, push)
+
+    def _apply_all(self, first: int, starts: np.ndarray, push: Push) -> int:
+        starts = np.ascontiguousarray(starts)
+        if self._cold is None:
+            return self.kernel.apply_all(self._handle, first, starts, push)
         applied = 0
-        for k in range(len(part.starts) - 1):
-            own = slice(int(part.starts[k]), int(part.starts[k + 1]))
-            push = Push(
-                keys=part.keys[own], counts=part.counts[own], rows=part.rows[own], id=push_id, step=step, scale=scale
-            )
-            applied += self._apply(first_shard + k, push.keys, push)
+        for k in range(len(starts) - 1):
+            own = slice(int(starts[k]), int(starts[k + 1]))
+            if own.start < own.stop or push.id >= 0:
+                order = np.arange(own.start, own.stop, dtype=np.uint32) if push.order is None else push.order[own]
+                applied += self._apply(first + k, push.keys[order], dataclasses.replace(push, order=order))
         return applied
 
     def _apply(self, shard: int, keys: np.ndarray, push: Push) -> bool:
