@@ -110,6 +110,8 @@ def _sentence(finding: Finding, tuned: Tuned) -> str:
         return f"{said} is not used: it {finding.trouble}."
     if finding.before_s is None or finding.after_s is None:
         return f"{said} was given."
+    trains = key not in registry.all_rewrites() or registry.all_rewrites()[key].TRAINS
+    where = "" if trains else ", in evaluation"
     used = finding.name in tuned.names or finding.name == f"sub_batch={tuned.sub_batch}"
-    times = f"{finding.before_s * 1e3:.2f} → {finding.after_s * 1e3:.2f} ms for {tuned.samples} samples on one thread"
+    times = f"{finding.before_s * 1e3:.2f} → {finding.after_s * 1e3:.2f} ms for {tuned.samples} samples on one thread{where}"
     return f"{said}: {finding.gain:.2f} × as fast ({times})." if used else f"{said} is not used: not faster here ({times})."

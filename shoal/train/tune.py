@@ -33,7 +33,8 @@ SUB_BATCH_GAIN = 1.1
 """Pieces cost what is not measured here: more batches to gather, gradients to add up."""
 _CLOSE_DOUBLE, _CLOSE_SINGLE = 1e-9, 1e-4
 _CHECKED_SAMPLES = 8
-_MOST_DOUBLED_BYTES = 400 << 20
+_MOST_DOUBLED_BYTES = 128 << 20
+_SLOW_S = 0.5
 _ROUNDS, _LEAST_ROUNDS = 30, 4
 Tensors = list[torch.Tensor | None]
 _LEAST_CUT_S = 0.002
@@ -107,14 +108,21 @@ class _Tuning:
         indices = np.arange(question.samples, dtype=np.int64)
         self._batch = to_layout(built.train.fetch(indices, built.job.collate, None), question.layout == "channels_last")
         self._model.train()
+        # What applies where nothing is trained is of use to evaluation.
+        self._names = registry.names(True)
+        if built.evaluation is not None:
+            self._names = registry.in_order((*self._names, *registry.names(False)))
 
     def run(self) -> Tuned:
         question, model = self._question, self._model
-        names = registry.names(True) if question.names is None else registry.in_order(question.names)
+        names = self._names if question.names is None else registry.in_order(question.names)
         few = min(_CHECKED_SAMPLES, question.samples)
+        began = time.monotonic()
         if not question.forced:
             # Most models have nothing to rewrite, and are soon done with.
             names = names if self._finds_anything(names, few) else ()
+        if time.monotonic() - began > _SLOW_S:
+            few = min(few, 2)
         findings: list[Finding] = []
         sound: list[str] = []
         check = _Check(self._job, model, _samples(self._batch, 0, few), few) if names else None
@@ -138,6 +146,7 @@ class _Tuning:
         try:
             with _unchanged(self._model):
                 self._pass(few=few)
+                self._evaluate(few)
                 return bool(installed.applied.places)
         except Exception:
             # One of them fails: which one, the checks will say.
@@ -149,6 +158,7 @@ class _Tuning:
         installed = install(self._model, names)
         try:
             self._pass()
+            self._evaluate()
             return name in installed.applied.places
         finally:
             installed.remove()
@@ -161,7 +171,9 @@ class _Tuning:
             if chosen and not self._still_finds(name, (*chosen, name)):
                 # Another one has taken its places.
                 continue
-            before, after = self._alternate(self._pass, tuple(chosen), self._pass, (*chosen, name), len(sound) + 1)
+            trains = registry.all_rewrites()[name].TRAINS
+            work = self._pass if trains else self._evaluate
+            before, after = self._alternate(work, tuple(chosen), work, (*chosen, name), len(sound) + 1)
             findings.append(Finding(name, before, after))
             if before > after * GAIN:
                 chosen.append(name)
@@ -217,6 +229,18 @@ class _Tuning:
         if not keep:
             self._forget()
 
+    def _evaluate(self, few: int | None = None) -> None:
+        """A worker's pass over its samples where nothing is trained."""
+        samples = few or self._question.samples
+        batch = self._batch if few is None else _samples(self._batch, 0, samples)
+        bf16 = self._question.precision == "bf16"
+        self._model.eval()
+        try:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+                objective.compute(self._job, self._model, batch, samples)
+        finally:
+            self._model.train()
+
     def _forget(self) -> None:
         for parameter in self._model.parameters():
             parameter.grad = None
@@ -244,7 +268,8 @@ class _Tuning:
                 if number:
                     times[k].append(time.thread_time() - start)
                 installed.remove()
-            if number >= _LEAST_ROUNDS and time.monotonic() > until:
+            least = _LEAST_ROUNDS if not number or times[0][-1] < _SLOW_S else 2
+            if number >= least and time.monotonic() > until:
                 break
         best = min(times[0]), min(times[1])
         typical = statistics.median(a / b for a, b in zip(*times, strict=True))
