@@ -336,27 +336,33 @@ class Desk:
 
     def pump(self, now: float) -> None:
         """Hand out batches as long as a replica can take one."""
+        if not self.dispatcher.queued:
+            return
+        ahead = self._ahead()
         for replica in self._replicas.values():
-            while replica.takes and len(replica.batches) < self._ahead() and self._hand_out(replica, now):
+            while replica.takes and len(replica.batches) < ahead and self._hand_out(replica, now):
                 pass
 
     def _ahead(self) -> int:
         return 2 if self.latency.predict(self.dispatcher.batch_limit) < _AHEAD_BELOW_S else 1
 
     def _hand_out(self, replica: _Replica, now: float) -> bool:
-        while True:
+        while self.dispatcher.queued:
             self.sweep(now)
             rows = self.dispatcher.take(now)
             if not rows:
                 return False
             wanted = [row for row in rows if self._still_wanted(row, now)]
-            for row in rows:
-                if row not in wanted:
-                    self.dispatcher.give_back([row])
-                    self.dispatcher.cancel(row.request)
+            if len(wanted) < len(rows):
+                for row in rows:
+                    if row not in wanted:
+                        self.dispatcher.give_back([row])
+                        self.dispatcher.cancel(row.request)
             if wanted:
                 rows = wanted
                 break
+        else:
+            return False
         for row in rows:
             self._tickets[row.request].in_flight += 1
         if self.tracing is not None:
