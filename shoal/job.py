@@ -91,11 +91,11 @@ class Job:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise JobError(f"{name} is {type(value).__name__}, which cannot be called; give a function, or None.")
-        if isinstance(self.optimizer, str):
+        if isinstance(self.optimizer, str) and self.optimizer != "lbfgs":
             raise JobError(
-                f'optimizer="{self.optimizer}" is not built yet; give a function from parameters to a torch optimizer.'
+                f'optimizer="{self.optimizer}" is not known; write "lbfgs", or give a function from parameters to an optimizer.'
             )
-        if not callable(self.optimizer):
+        if not callable(self.optimizer) and self.optimizer != "lbfgs":
             raise JobError("optimizer cannot be called; give a function from parameters to a torch optimizer.")
         if not isinstance(self.metrics, Mapping):
             raise JobError("metrics is not a mapping; give {name: function or torchmetrics.Metric}.")

@@ -50,7 +50,8 @@ class ArenaData(Updates):
         self._stripe = store.stripe_of(rank)
         self._along_data = store.grid.along_data(rank) if store.grid.world_size > 1 else range(self.world_size)
         owner = store.grid.owner(store.part_of(rank))
-        self._own = np.array([spec.owner == owner for spec in store.table.trained], dtype=bool)
+        # Of each trained parameter, whether this rank computes its gradient.
+        self.own = np.array([spec.owner == owner for spec in store.table.trained], dtype=bool)
         self._collective = 0
         self._collective_at = 0
         self._step = 0
@@ -72,7 +73,7 @@ class ArenaData(Updates):
     def begin(self, step: int) -> None:
         """Start computing a step."""
         self._step, self._collective, self._collective_at = step, 0, 0
-        self.store.touched[self._stripe, self._own] = 0
+        self.store.touched[self._stripe, self.own] = 0
         # Words wrap around, and one that nobody moved for long (layers that were frozen) would seem to be ahead.
         first = step * COLLECTIVES_A_STEP & 0xFFFFFFFF
         if 1 << 30 < (first - self.slot.signal(Signal.COLLECTIVE)) & 0xFFFFFFFF < 1 << 31:

@@ -68,7 +68,7 @@ class PartsData(GroupData):
         super().__init__(*arguments)
         self._grid, self._families, self._zero = held.grid, held.families, held.zero
         self._whole, self._count = np.array(held.whole, dtype=np.int64), held.parameters
-        self._own[:] = True
+        self.own[:] = True
         starts = [(family.start, family.stop) for family in self._families if len(family.ranks) > 1]
         trained = self.store.table.trained
         self._summed = np.array([any(a <= spec.offset < b for a, b in starts) for spec in trained], dtype=bool)

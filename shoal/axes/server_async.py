@@ -80,7 +80,7 @@ class PushingWorker(ServedWorker):
 
     def empty_stripe(self) -> None:
         """No gradient has come yet."""
-        self.store.touched[self._stripe, self._own] = 0
+        self.store.touched[self._stripe, self.own] = 0
 
     def pull(self, own: torch.Tensor) -> list[int]:
         """Copy the trained weights, as bytes, each server's slice at one version; these versions (numbers of updates)."""

@@ -38,6 +38,9 @@ _Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Steps 
 _Run = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run directory; left out: runs/JOB-TIME.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
 _TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard.")]
+_SkipBadPushes = Annotated[
+    bool, typer.Option("--skip-bad-pushes", help="With servers (ps): go on without gradients that are no numbers.")
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but warnings and errors; draw no picture.")]
 
 
@@ -54,6 +57,7 @@ def train(
     run: _Run = None,
     resume: _Resume = False,
     tensorboard: _TensorBoard = False,
+    skip_bad_pushes: _SkipBadPushes = False,
     json: JsonFlag = False,
     quiet: _Quiet = False,
 ) -> Answer:
@@ -80,6 +84,7 @@ def train(
         machines = find_cluster(cluster, memory_limit)
         options = TrainOptions(
             plan=wanted, run_dir=run, resume=resume, epochs=epochs, steps=steps, cluster=machines, tensorboard=tensorboard,
+            skip_bad_pushes=skip_bad_pushes,
             changes=settings(set or (), seed),
         )  # fmt: skip
         observer = _Quieted(display) if quiet else _with_resume_command(display, target, set, seed, data)
@@ -133,7 +138,7 @@ def _tell_finished(display: Display, trained: Any) -> None:
 
 
 def _draw(display: Display, trained: Any) -> None:
-    from shoal.observe.figure import learning_curve
+    from shoal.observe.figure import learning_curve, staleness_histogram
 
     if not trained.history:
         return
@@ -141,6 +146,9 @@ def _draw(display: Display, trained: Any) -> None:
     job = trained.summary().get("job") or Path(trained.path).name
     try:
         learning_curve(trained.history, picture, job=str(job), plan=str(trained.plan))
+        if trained.summary().get("staleness"):
+            beside = picture.with_name("staleness.png")
+            staleness_histogram(trained.summary()["staleness"], beside, plan=str(trained.plan.brief()))
     except (OSError, ImportError) as error:
         # The run is done and saved: a picture that cannot be drawn must not make it look failed.
         display.say(f"warning: the learning curve was not drawn ({error})")

@@ -97,6 +97,26 @@ def latency_histogram(
     return _save(figure, path)
 
 
+def staleness_histogram(staleness: Mapping[str, int], path: str | os.PathLike[str], *, plan: str = "") -> Path:
+    """Draw how many pushes had which staleness (updates between pull and application) and return the path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8.0, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ordered = sorted((int(name), count) for name, count in staleness.items())
+    axes.bar([name for name, _ in ordered], [count for _, count in ordered], color=_COLOURS[0], width=0.8)
+    axes.set_xlabel("staleness: updates between a push's pull and its application")
+    axes.set_ylabel("pushes")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(axes)
+    if plan:
+        figure.suptitle(plan, fontsize=11, fontweight="bold", color="#222222")
+    return _save(figure, path)
+
+
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")

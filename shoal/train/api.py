@@ -31,6 +31,7 @@ class TrainOptions:
         epochs, steps: totals, counted from the run's beginning; None: the job's epochs, no limit of steps.
         tensorboard: also write TensorBoard event files into the run directory.
         on_event: called for every event; the run waits for it after each step, and "stop" ends the run cleanly.
+        skip_bad_pushes: with a parameter server, go on without pushes whose gradient is no number.
         factory, source: where a bundle's reader finds the model's code.
         changes: fields of the job that were changed after it was found there.
     """
@@ -43,6 +44,7 @@ class TrainOptions:
     cluster: Cluster | None = None
     tensorboard: bool = False
     on_event: Observer | None = None
+    skip_bad_pushes: bool = False
     factory: str | None = None
     source: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ def train(
     steps: int | None = None,
     cluster: Cluster | None = None,
     on_event: Observer | None = None,
+    skip_bad_pushes: bool = False,
 ) -> Run:
     """Train a job and return its Run.
 
@@ -70,6 +73,7 @@ def train(
         cluster: the machines; None: this one.
         on_event: called in this process for every event; the run waits for it at each step. Returning "stop" ends the
             run cleanly after the step.
+        skip_bad_pushes: with a parameter server, go on without pushes whose gradient is no number, instead of ending.
 
     Raises RequestError (or one of its kinds) where the request makes no sense, JobFailed where the job failed.
     """
@@ -79,7 +83,7 @@ def train(
         raise RequestError(f"shoal.train needs a shoal.Job, not a {type(job).__name__}; build one with shoal.Job(…).")
     options = TrainOptions(
         plan=plan, run_dir=None if run_dir is None else Path(run_dir), resume=resume, epochs=epochs, steps=steps,
-        cluster=cluster, on_event=on_event, factory=importable(job.model),
+        cluster=cluster, on_event=on_event, skip_bad_pushes=skip_bad_pushes, factory=importable(job.model),
     )  # fmt: skip
     return run_job(job, options, [])
 

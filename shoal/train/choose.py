@@ -26,6 +26,7 @@ from shoal.planner.candidates import local_candidates
 from shoal.planner.memory import Need, axes_text, size_text
 from shoal.planner.search import Tried, rank, search
 from shoal.process.supervisor import Supervisor
+from shoal.ps.lbfgs import DIRECTION
 from shoal.train.crew import Crew, bind
 from shoal.train.fitting import Fitting
 from shoal.train.forecast import Forecast, limit_text
@@ -177,6 +178,8 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
             f"{'dp' if plan.ps is None else 'workers'}={batch} or fewer, or a larger batch."
         )
     check_servers(plan, facts)
+    if DIRECTION in facts.table.state_keys:
+        check_lbfgs(plan, job)
     if plan.mode == "bounded" and plan.staleness is None:
         raise PlanError("mode=bounded does not say by how much; write staleness=3, say.")
     if (plan.waits_for_nobody or plan.backup) and (plan.tp or 1) * (plan.pp or 1) > 1:
@@ -197,6 +200,14 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
         raise PlanError(
             f"accumulate={plan.accumulate} cuts a batch of {batch} samples into more parts than it has; use fewer."
         )
+
+
+def check_lbfgs(plan: Plan, job: Job) -> None:
+    """Refuse what L-BFGS is not built for."""
+    if plan.ps is None or plan.waits_for_nobody or plan.backup or (plan.tp or 1) * (plan.pp or 1) > 1:
+        raise PlanError('optimizer="lbfgs" runs on parameter servers that wait for all; use --plan ps=1,workers=2,sync.')
+    if job.grad_clip is not None:
+        raise PlanError('optimizer="lbfgs" looks at the gradient as it is; leave grad_clip out.')
 
 
 def check_servers(plan: Plan, facts: JobFacts) -> None:

@@ -14,6 +14,8 @@ from shoal.comm.parts import take
 from shoal.comm.store import Store
 from shoal.comm.table import FROZEN, ParameterTable, StateSpec, TensorSpec, align
 from shoal.errors import JobError
+from shoal.ps.lbfgs import STATE_KEYS as LBFGS_KEYS
+from shoal.ps.lbfgs import BatchLBFGS
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop)
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
@@ -21,6 +23,8 @@ _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adag
 
 def make_optimizer(factory: Any, model: nn.Module) -> torch.optim.Optimizer:
     """Call the job's optimizer function with the model's parameters, or the model where it asks for that."""
+    if factory == "lbfgs":
+        return BatchLBFGS(model.parameters())
     wants_model = False
     try:
         first = next(iter(inspect.signature(factory).parameters.values()), None)
@@ -125,6 +129,8 @@ def _with_state(table: ParameterTable, model: nn.Module, optimizer: torch.optim.
     """Find out which state the optimizer keeps by letting a copy of it take one step."""
     import dataclasses
 
+    if isinstance(optimizer, BatchLBFGS):
+        return dataclasses.replace(table, elementwise=True, state_keys=LBFGS_KEYS)
     if table.elementwise:
         # Two elements tell a per-element tensor from a 0-dim one.
         probe = torch.zeros(2, dtype=table.parameters[0].dtype, requires_grad=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -137,3 +139,23 @@ class Gradients:
                 else:
                     place.copy_(gradient)
                 taken.add(at)
+
+    @property
+    def rows_squared(self) -> float:
+        """The squared norm of the gradients of rows that were published last."""
+        return self._rows.squared if self._rows is not None else 0.0
+
+
+def examine(store: Store, stripe: int, own: np.ndarray) -> tuple[float, str | None]:
+    """The squared norm of a stripe's gradients, and the name of a parameter whose gradient is no number.
+
+    ``own``: of each trained parameter, whether it is looked at.
+    """
+    squared = 0.0
+    for index in np.flatnonzero(store.touched[stripe] & own):
+        gradient = store.gradient(stripe, int(index))
+        norm = float(torch.linalg.vector_norm(gradient))
+        if not math.isfinite(norm) and not bool(torch.isfinite(gradient).all()):
+            return math.nan, store.table.parameters[index].name
+        squared += norm * norm
+    return squared, None

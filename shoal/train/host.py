@@ -32,6 +32,7 @@ from shoal.process.aside import aside
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import SERVER, Assign
+from shoal.ps.lbfgs import BatchLBFGS
 from shoal.ps.table import Table
 from shoal.rewrites.install import Installed, install
 from shoal.train import streams
@@ -45,6 +46,7 @@ from shoal.train.faults import Faults
 from shoal.train.feed import Feed, division_of
 from shoal.train.forecast import Measured, measure
 from shoal.train.gradients import Gradients
+from shoal.train.lbfgs import LbfgsUpdater
 from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.part import Part, cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
@@ -274,7 +276,11 @@ class TrainHost:
         slot.enter(Phase.STARTING, slot.signal(Signal.UPDATED))
         parameters = [nn.Parameter(store.weights[index]) for index in range(len(store.table.trained))]
         give_parameters(built.optimizer, parameters, store.table)
-        updater = make_updater(store, number, built.optimizer, lambda: parameters)
+        updater: Updater
+        if isinstance(built.optimizer, BatchLBFGS):
+            updater = LbfgsUpdater(store, number, built.optimizer)
+        else:
+            updater = make_updater(store, number, built.optimizer, lambda: parameters)
         with user_code("scheduler"):
             schedule = Schedule(built.job, built.optimizer, store, place, updater)
         grid = settings.grid

@@ -30,13 +30,13 @@ from shoal.train.buffers import Buffers
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, Share
-from shoal.train.gradients import Gradients
+from shoal.train.gradients import Gradients, examine
 from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.objective import Outcome
 from shoal.train.passes import Passes
 from shoal.train.saving import PartsSaver, StepSaver, decide
 from shoal.train.schedule import NoSchedule, Schedule
-from shoal.train.settings import EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
+from shoal.train.settings import BadPush, EpochPart, MetricPieces, NotFinite, RunSettings, ValueNames
 from shoal.train.update import Updater
 
 
@@ -155,6 +155,8 @@ class Loop:
         if not axis.has_published(step):
             self._compute_together(step, record, began)
             self._decide(step)
+            if parts.updater is None:
+                self._examine(step, record)
             axis.publish(step)
             parts.faults.reach("published", step)
             if step + 1 < parts.settings.total_steps:
@@ -188,6 +190,20 @@ class Loop:
         axis.commit(step)
         parts.faults.reach("committed", step)
         self._finish(step)
+
+    def _examine(self, step: int, record: np.ndarray) -> None:
+        """A gradient that is no number never reaches a server. A loss that is none is found by all together."""
+        store, replica = self.parts.store, self._replica
+        _, bad = examine(store, store.stripe_of(self.rank), self.parts.axis.own)
+        if bad is None or not math.isfinite(record[Columns.LOSS]) or self.parts.axis.is_late(step):
+            return
+        samples = tuple(int(s) for share in self.parts.feed.shares(step) for s in share.indices)
+        self.parts.channel.send(BadPush(self.rank, (step * self.parts.settings.grid.dp + replica,), bad, samples))
+        if not self.parts.settings.skip_bad_pushes:
+            self.parts.axis.await_end()
+        # What it would have added is left out, and the other shares count as they would have.
+        store.touched[store.stripe_of(self.rank), self.parts.axis.own] = 0
+        record[Columns.SAMPLES] = 0.0
 
     def _finish(self, step: int) -> None:
         """Wait until everybody's part of the step's update is done, and for an observer who must see it first."""

@@ -18,6 +18,7 @@ from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.process.failure import user_code
 from shoal.ps.claims import Claim
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.train.gradients import examine
 from shoal.train.loop import Loop, Parts, Sums
 from shoal.train.passes import Surroundings
 from shoal.train.settings import BadPush
@@ -31,18 +32,6 @@ def own_copy(store: Store, parameters: Sequence[torch.nn.Parameter]) -> torch.Te
     for parameter, spec in zip(parameters, store.table.trained, strict=True):
         parameter.data = own[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
     return own
-
-
-def examine(store: Store, stripe: int) -> tuple[float, str | None]:
-    """The squared norm of a stripe's gradients, and the name of a parameter whose gradient is no number."""
-    squared = 0.0
-    for index in np.flatnonzero(store.touched[stripe]):
-        gradient = store.gradient(stripe, int(index))
-        norm = float(torch.linalg.vector_norm(gradient))
-        if not math.isfinite(norm) and not bool(torch.isfinite(gradient).all()):
-            return math.nan, store.table.parameters[index].name
-        squared += norm * norm
-    return squared, None
 
 
 class PushLoop(Loop):
@@ -219,7 +208,7 @@ class PushLoop(Loop):
             return
         step = units[-1] // axis.world_size
         rows = [axis.ledger.row(unit) for unit in units]
-        squared, bad = examine(self.parts.store, self.rank)
+        squared, bad = examine(self.parts.store, self.rank, axis.own)
         loss = sum(row[UnitColumns.LOSS] for row in rows)
         if bad is not None or not math.isfinite(loss):
             self._reject(bad)
@@ -227,11 +216,12 @@ class PushLoop(Loop):
         weight = sum(row[UnitColumns.WEIGHT] for row in rows)
         measured = any(row[UnitColumns.MEASURED] for row in rows)
         factor = len(units) / weight if measured and weight else 1.0
+        # The rows of all that has gathered go together, as the stripe does.
+        self.parts.gradients.collect()
+        squared += self.parts.gradients.rows_squared
         clip = self.parts.job.grad_clip
         if clip is not None:
             factor *= min(1.0, clip / (math.sqrt(squared) * factor + 1e-6))
-        # The rows of all that has gathered go together, as the stripe does.
-        self.parts.gradients.collect()
         self._metric_notes.keep(axis.pushes + 1)
         self._settle(units, axis.pushes + 1)
         axis.push(units[0], factor)

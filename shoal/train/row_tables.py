@@ -115,6 +115,8 @@ class RowGradients:
     def __init__(self, model: nn.Module, rank: int, steps_done: Callable[[], int]) -> None:
         """``steps_done``: the number of the step that is computed; ageing counts by it."""
         self._modules = [module for _, module in embeddings(model)]
+        # The squared norm of what was published last.
+        self.squared = 0.0
         self._rank = rank
         for module in self._modules:
             module.clock = steps_done
@@ -126,9 +128,11 @@ class RowGradients:
 
     def publish(self) -> None:
         """Leave the step's gradients where all can read them. JobFailed where one is no finite number."""
+        self.squared = 0.0
         for module in self._modules:
             table, found = module.table, module.take_gathered()
             if found is not None:
+                self.squared += float(torch.linalg.vector_norm(found.rows, dtype=torch.float64)) ** 2
                 check_gradients(table.spec.name, found.keys, found.rows, table.spec.width)
             outbox.write(table.memory, table.kernel, table.spec, self._rank, found)
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from shoal.axes.server import Server
 from shoal.axes.updating import Hooks
-from shoal.comm.arena import Note, Order, Phase
+from shoal.comm.arena import Note, Order, Phase, Signal
 from shoal.job import Job
 from shoal.process.failure import user_code
 from shoal.train.faults import Faults
+from shoal.train.lbfgs import LbfgsUpdater
 from shoal.train.loop import Sender
 from shoal.train.saving import StepSaver, decide
 from shoal.train.schedule import Schedule
@@ -93,6 +94,8 @@ class ServerLoop:
         parts.faults.reach("reduce", step)
         self._saver.begin(step)
         slot.enter(Phase.UPDATE, step)
+        if isinstance(parts.updater, LbfgsUpdater):
+            self._direct(parts.updater, step, totals.factor)
         with user_code("optimizer"):
             axis.update(step, totals, parts.job.grad_clip, self._hooks)
         parts.faults.reach("updated", step)
@@ -101,6 +104,15 @@ class ServerLoop:
             parts.schedule.after_step(step)
         axis.commit(step)
         parts.faults.reach("committed", step)
+
+    def _direct(self, updater: LbfgsUpdater, step: int, factor: float) -> None:
+        """Find out with the other servers where L-BFGS goes."""
+        axis = self.parts.axis
+        if axis.slot.signal(Signal.NORM) <= step:
+            updater.multiply(factor)
+            axis.slot.post(Signal.NORM, step + 1)
+        axis.wait_updaters(Signal.NORM, step + 1)
+        updater.direct(step)
 
     def _epoch_ends(self, step: int) -> bool:
         """Wait while the workers evaluate; whether the run ends here."""

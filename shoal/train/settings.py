@@ -15,6 +15,7 @@ from shoal.comm.team import team_bytes
 from shoal.data.order import share_bounds
 from shoal.job import Job
 from shoal.plan import Plan
+from shoal.ps.lbfgs import DIRECTION, products_bytes
 from shoal.ps.ledger import regions
 from shoal.ps.spec import TableSpec
 from shoal.train.split import Split
@@ -92,12 +93,14 @@ def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = 
         bool(plan.local_steps),
         private,
         team_bytes(grid),
-        _server_regions(plan, grid),
+        _server_regions(plan, grid, facts),
     )
 
 
-def _server_regions(plan: Plan, grid: Grid) -> Mapping[str, int]:
+def _server_regions(plan: Plan, grid: Grid, facts: JobFacts) -> Mapping[str, int]:
     """What a parameter server keeps in the arena beside the weights."""
+    if plan.ps is not None and DIRECTION in facts.table.state_keys:
+        return {"products": products_bytes(grid.servers)}
     if plan.waits_for_nobody:
         return regions(grid.world_size, grid.servers, plan.push_every or 1)
     return {"chosen": chosen_bytes(grid.world_size)} if plan.backup else {}

@@ -35,6 +35,7 @@ def run_settings(
         # What has no peer to take over after it needs no undo log either.
         guard=not private and os.environ.get("SHOAL_GUARD", "1") != "0",
         wait_for_observer=options.on_event is not None,
+        skip_bad_pushes=options.skip_bad_pushes,
     )
 
 

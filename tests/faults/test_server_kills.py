@@ -181,6 +181,10 @@ def test_a_gradient_that_is_no_number_is_not_applied(tmp_path: Path) -> None:
             return found + torch.where(rows == 17, found * 0, 0 * rows).abs().sqrt() * 0
 
     plan = "ps=1,workers=2,async,threads=1"
+    skipped = shoal.train(counting_job(model=Root), plan=plan, run_dir=tmp_path / "skipped", skip_bad_pushes=True)
+    assert len(events(skipped.path, "push_rejected")) == EPOCHS
+    assert len(events(skipped.path, "push_ack")) == (SAMPLES // 8 * 2 - 1) * EPOCHS
+    assert bool(torch.isfinite(skipped.weights()["weight"]).all())
     with pytest.raises(LossNotFiniteError, match=r"gradient of weight is no number in the push of worker \d for epoch 1"):
         shoal.train(counting_job(model=Root), plan=plan, run_dir=tmp_path / "run")
     (rejected,) = events(tmp_path / "run", "push_rejected")

@@ -13,6 +13,8 @@ import model_zoo as zoo
 import pytest
 import torch
 from plain_torch import assert_equal
+from torch import nn
+from torch.nn import functional as F
 
 import shoal
 from shoal.errors import PlanError
@@ -104,3 +106,36 @@ def test_more_servers_than_parameters_are_refused_in_one_sentence(tmp_path: Path
     assert refused.value.exit_code == 2 and not (tmp_path / "run").exists()
     with pytest.raises(PlanError, match=r"ps=60 .*; use ps=\d+ or fewer\."):
         train(zoo.job("odd", optimizer=nadam), "ps=60", tmp_path)
+
+
+def test_lbfgs_on_servers_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convex problem, badly scaled; the whole data is the batch. A server dies in the midst of an update."""
+    steps = 25
+
+    def data() -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(200, 12, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 12, dtype=torch.float64)
+        return x, torch.randint(0, 3, (200,), generator=generator)
+
+    def build() -> nn.Module:
+        return nn.Linear(12, 3).double()
+
+    torch.manual_seed(0)
+    model, (x, y) = build(), data()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=1, history_size=10)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    job = shoal.Job(
+        name="convex", model=build, train_data=data, loss=F.cross_entropy, batch_size=200, epochs=steps, optimizer="lbfgs"
+    )
+    monkeypatch.setenv("SHOAL_FAULTS", "kill(server=1,step=7,phase=update);kill(server=0,step=9,phase=taken)")
+    assert_equal(train(job, "ps=2,workers=2,sync", tmp_path, steps).weights(), model.state_dict(), within=1e-9)
+    with pytest.raises(PlanError, match="runs on parameter servers"):
+        train(job, "dp=2", tmp_path / "dp")

@@ -1,0 +1,122 @@
+"""One side of benchmarks/parameter_server.py: a server and workers of shoal's over an arena, without a model.
+
+Each worker pulls all parameters into a tensor of its own, copies a gradient that it has into its stripe, checks it, pushes it,
+and waits until the server has applied it by SGD, with the undo log: what ``ps=1,workers=2,async`` does around a model's passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from shoal.axes.server_async import PushingWorker, PushServer, make_bells
+from shoal.axes.updating import Hooks, Totals
+from shoal.axes.waiting import Waiting
+from shoal.comm.arena import Arena, Note, Order
+from shoal.comm.grid import Grid
+from shoal.comm.store import Store, arena_layout
+from shoal.plan import Plan
+from shoal.ps.ledger import regions
+from shoal.train.describe import describe
+from shoal.train.gradients import examine
+from shoal.train.update import ElementwiseUpdater
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bytes", type=int, required=True)
+    parser.add_argument("--times", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(options.bytes // 4))})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    table = describe(model, optimizer)
+    grid = Grid(dp=options.workers, servers=1)
+    arena = Arena.create(arena_layout(table, grid, further=regions(options.workers, 1, 1)))
+    store, bells = Store(arena, table), make_bells(1)
+    arena.supervisor.post(Order.STEPS_ALLOWED, 1 << 30)
+    # Nobody reads the units' rows here.
+    arena.supervisor.write(Note.UNITS_SEEN, 1 << 40)
+    plan = Plan(ps=1, workers=options.workers, mode="async")
+    children = [_fork(lambda: _serve(store, optimizer, plan, bells[0]))]
+    results = [os.pipe() for _ in range(options.workers)]
+    workers = [
+        _fork(lambda rank=rank: _work(store, rank, plan, bells, options.times, results[rank][1]))  # type: ignore[misc]
+        for rank in range(options.workers)
+    ]
+    for pid in workers:
+        os.waitpid(pid, 0)
+    arena.supervisor.post(Order.OVER, 1)
+    os.eventfd_write(bells[0], 1)
+    os.waitpid(children[0], 0)
+    found = [json.loads(os.read(read, 1 << 16)) for read, _ in results]
+    moved = float(store.weights[0][0])
+    expected = -1e-3 * options.times * options.workers
+    assert abs(moved - expected) < 1e-3 * abs(expected), (moved, expected)
+    wall_s = max(f["ended"] for f in found) - min(f["began"] for f in found)
+    median_s = statistics.median(f["median_s"] for f in found)
+    payload = 2 * options.bytes * options.times * options.workers
+    print(json.dumps({"median_s": median_s, "gb_s": payload / wall_s / 1e9}))
+
+
+def _fork(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def _serve(store: Store, optimizer: torch.optim.Optimizer, plan: Plan, bell: int) -> None:
+    updater = ElementwiseUpdater(store, 0, optimizer)
+    server = PushServer(store, 0, updater, Waiting(spin_s=0.0), plan, bell)
+    hooks = Hooks(reach=lambda phase, step: None, before_chunk=lambda chunk, step: None)
+    while (pushed := server.next_push(server.over)) is not None:
+        server.take(pushed)
+        updater.take_sources((pushed.worker,))
+        server.update(0, Totals(0.0, pushed.factor), None, hooks)
+        server.commit(pushed)
+
+
+def _work(store: Store, rank: int, plan: Plan, bells: list[int], times: int, result: int) -> None:
+    worker = PushingWorker(store, rank, Waiting(spin_s=0.0), plan, bells)
+    own = torch.empty(store.table.trained_bytes, dtype=torch.uint8)
+    gradient = torch.ones(store.table.parameters[0].numel)
+    place = store.gradient(rank, 0)
+    seconds = []
+    warm = 2
+    for number in range(times):
+        if number == warm:
+            began = time.monotonic()
+        start = time.perf_counter()
+        claim = worker.claims.claim(rank)
+        worker.pull(own)
+        worker.empty_stripe()
+        place.copy_(gradient)
+        store.touched[rank, 0] = 1
+        squared, bad = examine(store, rank, worker.own)
+        assert bad is None and squared > 0
+        worker.push(claim.unit, 1.0)  # type: ignore[union-attr]
+        worker.await_applied()
+        seconds.append(time.perf_counter() - start)
+    ended = time.monotonic()
+    scale = times / max(1, times - warm)
+    said = {"median_s": statistics.median(seconds[warm:]), "began": ended - (ended - began) * scale, "ended": ended}
+    os.write(result, json.dumps(said).encode())
+
+
+if __name__ == "__main__":
+    main()
