@@ -132,6 +132,11 @@ class Lead(Session):
         else:
             self.parts.write_last(step)
 
+    def _describe_checkpoints(self) -> None:
+        # In parts, nobody has the whole model before the run's end.
+        if self.parts is None:
+            super()._describe_checkpoints()
+
     def _final_state(self, step: int) -> dict[str, torch.Tensor]:
         if self.parts is None:
             return super()._final_state(step)
