@@ -59,6 +59,33 @@ class Shards:
     echo_parts: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
+class _SparseRows:
+    """A place for a gradient of which most rows are zero: only those that were written to are cleared before the next."""
+
+    def __init__(self, place: torch.Tensor) -> None:
+        self._place = place
+        # None: any row may hold something; a predecessor's, say.
+        self._written: list[torch.Tensor] | None = None
+
+    def forget(self) -> None:
+        """Something else was written to the place."""
+        self._written = None
+
+    def write(self, gradient: torch.Tensor, adds: bool) -> None:
+        """Put a sparse gradient there, or add it to what is there, row by row in its own order."""
+        at, values = gradient._indices()[0], gradient._values()
+        if not adds:
+            if self._written is None:
+                self._place.zero_()
+            else:
+                for old in self._written:
+                    self._place.index_fill_(0, old, 0.0)
+            self._written = []
+        self._place.index_add_(0, at, values)
+        if self._written is not None:
+            self._written.append(at)
+
+
 class Gradients:
     """The gradients of one worker. Hooks take each one as it comes, so that no second copy of them builds up."""
 
@@ -97,16 +124,20 @@ class Gradients:
             target.parameter.register_post_accumulate_grad_hook(drop)
             return
 
+        rows = _SparseRows(place)
+
         def keep(p: torch.Tensor) -> None:
             gradient = p.grad
             assert gradient is not None
-            if gradient.is_sparse:
-                gradient = gradient.to_dense()
-            if marks[at]:
+            if gradient.is_sparse and gradient.sparse_dim() == 1:
+                rows.write(gradient, bool(marks[at]))
+            elif marks[at]:
                 place.add_(gradient)
+                rows.forget()
             else:
                 place.copy_(gradient)
-                marks[at] = 1
+                rows.forget()
+            marks[at] = 1
             p.grad = None
 
         target.parameter.register_post_accumulate_grad_hook(keep)
