@@ -10,7 +10,7 @@ from shoal.comm.arena import Arena
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.train.describe import describe
-from shoal.train.gradients import Gradients, Target
+from shoal.train.gradients import Gradients, Target, _SparseRows
 from shoal.train.split import Ways, split_table
 
 
@@ -76,3 +76,23 @@ def test_what_nobody_trains_is_dropped_and_sparse_gradients_become_dense(store: 
     assert model.late.grad is None and model.table.grad is None
     assert store.gradient(0, at)[:, 0].tolist() == [0.0, 2.0, 0.0, 0.0, 1.0]
     assert store.touched[0].sum() == 1
+
+
+def test_only_what_was_written_is_cleared_and_nothing_else_is_left() -> None:
+    place = torch.full((50, 3), 7.0)
+    rows = _SparseRows(place)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        at = torch.randint(0, 50, (1, 12), generator=generator)
+        return torch.sparse_coo_tensor(at, torch.randn(12, 3, generator=generator), (50, 3), check_invariants=True)
+
+    for step in range(6):
+        first, second = draw(), draw()
+        if step == 3:
+            place.copy_(torch.ones(50, 3))
+            rows.forget()
+        rows.write(first, adds=False)
+        assert place.equal(first.to_dense())
+        rows.write(second, adds=True)
+        torch.testing.assert_close(place, first.to_dense() + second.to_dense())
