@@ -207,7 +207,6 @@ class _Tuning:
         """Whether pieces add up to the whole: not where samples know of each other, or random numbers are drawn."""
         found = []
         for pieces in (0, size):
-            streams.reseed(*_PLACE)
             self._pass(pieces, keep=True)
             found.append([None if p.grad is None else p.grad.clone() for p in self._model.parameters()])
             self._forget()
@@ -216,7 +215,9 @@ class _Tuning:
     def _pass(self, size: int = 0, keep: bool = False, few: int | None = None) -> None:
         """A worker's forward and backward pass over its samples, or a few of them, so many at a time."""
         samples = few or self._question.samples
-        for start in range(0, samples, size or samples):
+        for micro, start in enumerate(range(0, samples, size or samples)):
+            # As a worker does before each piece.
+            streams.reseed(*_PLACE[:-1], micro)
             stop = min(samples, start + (size or samples))
             batch = self._batch if stop - start == self._question.samples else _samples(self._batch, start, stop)
             bf16 = self._question.precision == "bf16"

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from shoal.plan import Plan
 from shoal.plan_grammar import read_text
-from shoal.planner.candidates import in_microbatches, local_candidates
+from shoal.planner.candidates import in_microbatches, local_candidates, sub_batches
 
 
 @given(st.integers(1, 70), st.integers(1, 200), st.booleans())
@@ -67,3 +67,9 @@ def test_no_pipeline_has_more_microbatches_than_samples(dp: int, pp: int, batch:
     else:
         assert 1 <= (plan.microbatches or 0) <= max(1, min(4 * pp, batch // dp))
         assert in_microbatches(plan, batch) == plan
+
+
+def test_sub_batches_are_halves_while_a_few_samples_are_left() -> None:
+    assert sub_batches(100) == (50, 25, 13)
+    assert sub_batches(17) == (9,)
+    assert sub_batches(15) == ()

@@ -56,3 +56,14 @@ def test_each_epoch_has_an_order_of_its_own_and_a_step_can_be_asked_for_at_any_t
     assert not np.array_equal(*epochs)
     assert [sorted(order) for order in epochs] == [list(range(12))] * 2
     assert np.array_equal(feed.shares(1)[0].indices, epochs[0][4:8])
+
+
+def test_sub_batches_are_the_same_number_for_all_and_hold_every_sample_once() -> None:
+    order = np.arange(103)
+    division = Division(50, (3, 1), 1, 0, 1, sub_batch=10)
+    for index, sizes in ((0, ([10, 10, 10, 8], [10, 2, 0, 0])), (2, ([2], [1]))):
+        own = [division.shares_of(order, index, replica) for replica in (0, 1)]
+        assert [[len(share.indices) for share in shares] for shares in own] == list(sizes)
+        assert [share.counts for share in own[0]] == [share.counts for share in own[1]] == list(zip(*sizes, strict=True))
+        together = np.concatenate([share.indices for shares in own for share in shares])
+        assert sorted(together) == list(range(50 * index, min(103, 50 * index + 50)))
