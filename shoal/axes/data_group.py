@@ -186,13 +186,15 @@ class GroupData(ArenaData):
         first = Columns.COUNT + _EXTRA + len(self._marks())
         for publisher in np.flatnonzero(rows[:, first:].any(axis=1)).tolist() if self.world_size > 1 else ():
             written = np.flatnonzero(rows[publisher, first:])
-            flat = [store.buffer((step + 1) % 2, int(index)).reshape(-1).view(torch.uint8) for index in written]
+            places = [store.buffer((step + 1) % 2, int(index)).reshape(-1).view(torch.uint8) for index in written]
+            flat = [place.cpu() for place in places]
             flat.append(torch.from_numpy(store.buffer_steps[written]).view(torch.uint8))
             page = torch.cat(flat)
             self._group.broadcast(page, publisher, f"the buffers of step {step + 1}")
-            for place, piece in zip(flat, page.split([len(f) for f in flat]), strict=True):
+            *pieces, steps = page.split([len(f) for f in flat])
+            for place, piece in zip(places, pieces, strict=True):
                 place.copy_(piece)
-            store.buffer_steps[written] = flat[-1].view(torch.float64).numpy()
+            store.buffer_steps[written] = steps.clone().view(torch.float64).numpy()
 
     def update(self, step: int, totals: Totals, grad_clip: float | None, hooks: Hooks) -> None:
         self._group.sum_in_place(self._stripes(), f"the gradients of step {step + 1}")
@@ -275,6 +277,6 @@ class GroupData(ArenaData):
 
     def sum_small(self, values: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
         began = time.monotonic()
-        total = self._group.sum_small(values, ranks, f"batch statistics of step {self._step + 1}")
+        total = self._group.sum_small(values.cpu(), ranks, f"batch statistics of step {self._step + 1}")
         self.waited_s += time.monotonic() - began
-        return total
+        return total.to(values.device)

@@ -69,9 +69,20 @@ class PartsData(GroupData):
         self._grid, self._families, self._zero = held.grid, held.families, held.zero
         self._whole, self._count = np.array(held.whole, dtype=np.int64), held.parameters
         self.own[:] = True
-        starts = [(family.start, family.stop) for family in self._families if len(family.ranks) > 1]
+        # Sharded gradients are sums over the data axis already, also those of a worker without samples, who marks nothing.
+        summed = [family for family in self._families if len(family.ranks) > 1 and not self._sharded(family)]
         trained = self.store.table.trained
-        self._summed = np.array([any(a <= spec.offset < b for a, b in starts) for spec in trained], dtype=bool)
+        self._summed = np.array([any(f.start <= s.offset < f.stop for f in summed) for s in trained], dtype=bool)
+
+    def _sharded(self, family: Family) -> bool:
+        return self._grid.sharded and len({self._grid.place(rank).data for rank in family.ranks}) == 1
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        for family in self._families:
+            if len(family.ranks) > 1 and self._sharded(family):
+                # Rows of a weight that stages share: whichever of them has no gradient of it must add nothing.
+                self.store.gradient_range(0, family.start, family.stop, torch.uint8).zero_()
 
     def _marks(self) -> np.ndarray:
         # A parameter that any worker's part of which has a gradient is updated by all that have one.
@@ -80,7 +91,6 @@ class PartsData(GroupData):
         return marks
 
     def _take_marks(self, marks: np.ndarray) -> None:
-        # Sharded gradients are sums already, also those of a worker without samples, who has marked nothing.
         self._drop_untouched(self._summed)
         self.store.touched[0] = marks[self._whole]
         self._drop_untouched()

@@ -172,7 +172,10 @@ def _gpu() -> Check:
     except ImportError:
         device, build = None, "not installed"
     if device is not None:
-        return Check(name="GPU", available=True, found=f"{device.type}, seen by torch; plans do not use it yet")
+        if device.type != "cuda":
+            return Check(name="GPU", available=True, found=f"{device.type}, seen by torch; plans do not use it")
+        names = ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))
+        return Check(name="GPU", available=True, found=f"{names}; plans with device=cuda train on it")
     if driver:
         remedy = f"an NVIDIA driver is here but torch {build} sees no GPU: install a torch with CUDA"
     else:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.cluster.gpus import Gpu
 from shoal.errors import RequestError
 
 _UNITS = {
@@ -48,6 +49,7 @@ class Machine:
         instruction_sets: those that matter to tensors, such as ``avx2`` and ``avx512_vnni``.
         bandwidth_gb_s: memory copied in a second with all cores, in 10⁹ bytes, each counted once; None: not measured.
         matmul_gflop_s: fp32 matrix multiplication with all cores, in 10⁹ operations a second; None: not measured.
+        gpus: the NVIDIA GPUs that its driver shows; plans with ``device=cuda`` use them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Machine:
     instruction_sets: tuple[str, ...] = ()
     bandwidth_gb_s: float | None = None
     matmul_gflop_s: float | None = None
+    gpus: tuple[Gpu, ...] = ()
 
     def describe(self) -> list[tuple[str, str]]:
         """Return (name, value) rows for people; what is not known is left out."""
@@ -69,6 +72,7 @@ class Machine:
             ("processor", self.cpu_model),
             ("cores", str(self.cores)),
             ("memory", memory),
+            ("GPUs", ", ".join(f"{gpu.name} ({_gb(gpu.memory_bytes)})" for gpu in self.gpus)),
             ("NUMA nodes", str(len(self.numa_nodes)) if self.numa_nodes else ""),
             ("instructions", " ".join(self.instruction_sets)),
             ("memory copy", f"{self.bandwidth_gb_s:.1f} GB/s" if self.bandwidth_gb_s else ""),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal.cluster.cluster import Machine
+from shoal.cluster.gpus import find_gpus
 
 _INSTRUCTION_SETS = (
     "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl",
@@ -43,6 +44,7 @@ def find_machine(root: Path = _ROOT, affinity: frozenset[int] | None = None) -> 
         numa_nodes=find_numa_nodes(root, allowed),
         cpu_model=model,
         instruction_sets=instruction_sets,
+        gpus=find_gpus() if root == _ROOT else (),
     )
 
 

@@ -134,7 +134,9 @@ class ArenaLayout:
 
 
 class Arena:
-    """The mapped arena of one run."""
+    """The mapped arena of one run; ``device``: where the tensors lie that are computed with."""
+
+    device = torch.device("cpu")
 
     def __init__(self, memory: Memory, layout: ArenaLayout, native: Native | None = None) -> None:
         self.memory = memory

@@ -5,7 +5,7 @@ one that does not come to an end says what was waited for and from whom. Nobody 
 fails says so in the group's key-value store, and everybody who waits looks there several times a second.
 
 On processors it is gloo, between ranks of one machine also the memory that they can share (``nearby.py``), once
-``meet_nearby`` was called. NCCL is chosen for a CUDA device, through which flat sums then go (untested).
+``meet_nearby`` was called. Tensors on GPUs go by way of the processor, or, once ``use_nccl`` was called, by NCCL.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Group:
     """The processes of one job, seen from one of them."""
 
     def __init__(
-        self, rank: int, world_size: int, store: Any = None, deadline_s: float = DEADLINE_S, device: str = "cpu"
+        self, rank: int, world_size: int, store: Any = None, deadline_s: float = DEADLINE_S
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -55,7 +55,7 @@ class Group:
         # Called while this process waits, with the name of what it waits for and for how long it has.
         self.while_waiting: Callable[[str, float], None] = lambda what, waited_s: None
         self._store = store
-        self._device = torch.device(device)
+        self._nccl = False
         self._subgroups: dict[tuple[int, ...], Any] = {}
         self._one_machine = False
         self._machines: list[str] = []
@@ -66,7 +66,7 @@ class Group:
 
     @classmethod
     @contextlib.contextmanager
-    def join(cls, member: Member, deadline_s: float = DEADLINE_S, device: str = "cpu") -> Iterator[Group]:
+    def join(cls, member: Member, deadline_s: float = DEADLINE_S) -> Iterator[Group]:
         """Join the job that this process was started as a part of. DeadlineError where the others do not come."""
         timeout = timedelta(seconds=_JOIN_S)
         if dist.is_initialized():
@@ -82,7 +82,7 @@ class Group:
         # Several runs may follow one another in a job: each has keys of its own.
         number = store.add(f"shoal/runs/{member.rank}", 1)
         store = dist.PrefixStore(f"shoal/{number}", store)
-        group = cls(member.rank, member.world_size, store, deadline_s, device)
+        group = cls(member.rank, member.world_size, store, deadline_s)
         # With torchrun the store outlives this run; elsewhere it lives in rank 0, and a next run needs it again.
         leave = ours and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         with group._joined(ours, leave, member.local_size == member.world_size):
@@ -138,19 +138,30 @@ class Group:
 
     @property
     def _backend(self) -> str:
-        return "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+        return "cpu:gloo,cuda:nccl" if self._nccl else "gloo"
 
     @property
     def _timeout(self) -> timedelta:
         # A process cannot end before its exchanges have: they give up a little after we do.
         return timedelta(seconds=self.deadline_s + 5)
 
+    def use_nccl(self) -> None:
+        """Let tensors on GPUs travel by NCCL from now on: every process has a GPU of its own, and it is the current one.
+
+        All processes call it. Tensors of the processor go by gloo as before.
+        """
+        if self.world_size > 1 and not self._nccl:
+            self._nccl = True
+            everybody = tuple(range(self.world_size))
+            del self._subgroups[everybody]
+            self.prepare([everybody])
+
     def meet_nearby(self) -> None:
         """Let groups that are prepared from now on speak through shared memory where all their ranks are on one machine.
 
         All processes call it.
         """
-        if self.world_size == 1 or self._machines or self._device.type != "cpu":
+        if self.world_size == 1 or self._machines or self._nccl:
             return
         keys = self.gather_objects(nearby.machine_key(), "the names of the machines")
         self._port = nearby.open_port(keys, self.rank, self.deadline_s, self.gather_objects)
@@ -163,7 +174,7 @@ class Group:
     def prepare(self, subsets: Sequence[tuple[int, ...]]) -> None:
         """Make it possible to sum over these ranks alone. All processes call it, with the same subsets."""
         for ranks in subsets:
-            if ranks not in self._subgroups:
+            if self.world_size > 1 and len(ranks) > 1 and ranks not in self._subgroups:
                 with _loopback(self._one_machine):
                     self._subgroups[ranks] = self._make(ranks)
 
@@ -182,7 +193,7 @@ class Group:
     @property
     def media(self) -> str:
         """What the processes speak through, in words."""
-        far = "NCCL" if self._device.type == "cuda" else "gloo"
+        far = "NCCL" if self._nccl else "gloo"
         if not any(self._machines):
             return far
         machines = len(set(self._machines))
@@ -196,14 +207,21 @@ class Group:
         """Replace each tensor (1-D, contiguous) by its sum over all processes (or ``ranks``), the same bits everywhere."""
         if self.world_size == 1:
             return
-        works = []
         subgroup = self._everybody if ranks is None else self._subgroups[ranks]
-        for tensor in tensors:
+        everything = [(tensor, 0) for tensor in tensors]
+        self._all(everything, what, lambda piece, _: dist.all_reduce(piece, group=subgroup, async_op=True))
+
+    def _all(
+        self, tensors: Sequence[tuple[torch.Tensor, int]], what: str, begin: Callable[[torch.Tensor, int], Any]
+    ) -> None:
+        """Begin an exchange with each bucket of some tensors, from where the group can take them, and wait for all."""
+        works = []
+        for tensor, detail in tensors:
             for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size())):
-                moved = piece.to(self._device)
-                works.append((piece, moved, dist.all_reduce(moved, group=subgroup, async_op=True)))
+                moved = piece if self._nccl else piece.cpu()
+                works.append((piece, moved, begin(moved, detail)))
         for piece, moved, work in works:
-            self._wait(work, what)
+            self._wait(work, what, moved.device.type)
             if moved is not piece:
                 piece.copy_(moved)
 
@@ -211,24 +229,12 @@ class Group:
         """Replace each tensor (1-D, contiguous) by its sum over ``ranks`` at the rank that it comes with; what the others
         have in it afterwards means nothing."""
         subgroup = self._subgroups[ranks]
-        works = [
-            dist.reduce(piece, home, group=subgroup, async_op=True)
-            for tensor, home in tensors
-            for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size()))
-        ]
-        for work in works:
-            self._wait(work, what)
+        self._all(tensors, what, lambda piece, home: dist.reduce(piece, home, group=subgroup, async_op=True))
 
     def share(self, tensors: Sequence[tuple[torch.Tensor, int]], ranks: tuple[int, ...], what: str) -> None:
         """Give all of ``ranks`` each tensor (1-D, contiguous) as the rank that it comes with has it."""
         subgroup = self._subgroups[ranks]
-        works = [
-            dist.broadcast(piece, source, group=subgroup, async_op=True)
-            for tensor, source in tensors
-            for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size()))
-        ]
-        for work in works:
-            self._wait(work, what)
+        self._all(tensors, what, lambda piece, source: dist.broadcast(piece, source, group=subgroup, async_op=True))
 
     def bring(self, page: torch.Tensor, what: str) -> list[torch.Tensor]:
         """Bring everybody's pages (1-D, contiguous, of one length) to rank 0; nothing comes of it on the others."""
@@ -256,8 +262,8 @@ class Group:
         """Give everybody what ``source`` has in a tensor (1-D, contiguous)."""
         if self.world_size == 1:
             return
-        for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size())):
-            self._wait(dist.broadcast(piece, source, group=self._everybody, async_op=True), what)
+        everybody = self._everybody
+        self._all([(tensor, source)], what, lambda piece, home: dist.broadcast(piece, home, group=everybody, async_op=True))
 
     def broadcast_object(self, value: Any, source: int, what: str) -> Any:
         """Give everybody a value that ``source`` has; what the others pass is ignored."""
@@ -291,10 +297,10 @@ class Group:
         self._wait(dist.all_gather(list(rows), row.contiguous(), group=subgroup, async_op=True), what)
         return rows
 
-    def _wait(self, work: Any, what: str) -> None:
+    def _wait(self, work: Any, what: str, where: str = "cpu") -> None:
         """Wait for an exchange in short rounds, and look around between them."""
-        if isinstance(work, shared_group.SharedWork):
-            # Looks around by itself.
+        if isinstance(work, shared_group.SharedWork) or where != "cpu":
+            # Shared memory looks around by itself. NCCL's watchdog has the deadline; a wait that gives up would break it.
             work.wait()
             return
         began = time.monotonic()

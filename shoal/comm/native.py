@@ -71,7 +71,7 @@ class _Compiled:
     def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
         entry = self._sum.get(out.dtype)
         if entry is None:
-            _torch_sum(out, sources, scale)
+            torch_sum(out, sources, scale)
             return
         pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
         entry[0](out.data_ptr(), pointers, len(sources), out.numel(), scale)
@@ -107,10 +107,11 @@ class _Fallback:
         return -1
 
     def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
-        _torch_sum(out, sources, scale)
+        torch_sum(out, sources, scale)
 
 
-def _torch_sum(out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
+def torch_sum(out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
+    """Write the sum of some tensors, times a factor, wherever they lie."""
     total = sources[0]
     for source in sources[1:]:
         total = total + source

@@ -100,7 +100,7 @@ def arena_layout(
     parts = grid.updaters
     own = slice_layout(table, grid, local)
     replicas = world_size if local else 0
-    state = len(table.state_keys) * table.trained_bytes if table.elementwise else table.state_bytes
+    state = len(table.state_keys) * table.state_span if table.elementwise else table.state_bytes
     return ArenaLayout.plan(
         world_size,
         {
@@ -218,7 +218,7 @@ class Store:
         self, key: int, start: int, stop: int, dtype: torch.dtype, replica: int | None = None
     ) -> torch.Tensor:
         """Bytes ``start`` to ``stop`` of an elementwise optimizer's key-th state tensor."""
-        offset = self._state_offset(replica) + key * self.table.trained_bytes + start
+        offset = self._state_offset(replica) + key * self.table.state_span + self.table.state_place(start)
         return self.arena.view("state", offset, (stop - start) // dtype.itemsize, dtype)
 
     def state_tensor(self, index: int, replica: int | None = None) -> torch.Tensor:

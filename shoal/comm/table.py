@@ -108,6 +108,7 @@ class ParameterTable:
         echoes: gradients that another stage has for a parameter of this table (a tied weight), to be added to its own.
         ranges: where the table is of one process's own memory, the bytes of the trained weights that it updates, in order
             and never in one chunk with one another; None for all that its lane has.
+        chunk_bytes: how much is updated, and undone, as one.
     """
 
     parameters: tuple[TensorSpec, ...]
@@ -126,11 +127,28 @@ class ParameterTable:
     echoes: tuple[Echo, ...] = ()
     echo_bytes: int = 0
     ranges: tuple[tuple[int, int], ...] | None = None
+    chunk_bytes: int = 1 << 20
 
     def span(self, owner: int) -> tuple[int, int]:
         """Bytes ``start`` to ``stop`` of the trained weights that are an owner's."""
         own = [spec for spec in self.trained if spec.owner == owner]
         return (own[0].offset, align(own[-1].offset + own[-1].nbytes)) if own else (0, 0)
+
+    @property
+    def state_span(self) -> int:
+        """Bytes of each of an elementwise optimizer's state tensors: of what is updated here."""
+        if self.ranges is None:
+            return self.trained_bytes
+        return sum(align(stop - start) for start, stop in self.ranges)
+
+    def state_place(self, start: int) -> int:
+        """Where the state of the weights from byte ``start`` on lies in such a tensor."""
+        at = 0
+        for low, high in self.ranges or ():
+            if low <= start < high:
+                return at + start - low
+            at += align(high - low)
+        return start if self.ranges is None else at
 
     @property
     def trained(self) -> tuple[TensorSpec, ...]:
@@ -236,8 +254,8 @@ def chunks_of(table: ParameterTable, start: int, stop: int, chunk_bytes: int = C
 def chunks_of_lane(table: ParameterTable, lane: Lane) -> list[Chunk]:
     """The chunks that a worker updates, in order."""
     if table.ranges is None:
-        return chunks_of(table, lane.start, lane.stop)
-    return [chunk for start, stop in table.ranges for chunk in chunks_of(table, start, stop)]
+        return chunks_of(table, lane.start, lane.stop, table.chunk_bytes)
+    return [chunk for start, stop in table.ranges for chunk in chunks_of(table, start, stop, table.chunk_bytes)]
 
 
 def deal_tensors(table: ParameterTable, parts: int) -> list[list[int]]:

@@ -104,7 +104,9 @@ def start_supervisor() -> Supervisor:
 
     torch._dynamo is what the first torch optimizer imports; it takes as long as torch itself.
     """
-    supervisor = Supervisor(preload=("torch._dynamo", "shoal.train.host"))
+    # A process that has touched a GPU cannot be forked: its children fail at their first look at it. Workers that are
+    # forked compute on processors, and torch's optimizers look for GPUs wherever there are some.
+    supervisor = Supervisor(preload=("torch._dynamo", "shoal.train.host"), environment={"CUDA_VISIBLE_DEVICES": ""})
     supervisor.start()
     return supervisor
 

@@ -138,7 +138,7 @@ class PartWriter:
             if isinstance(saved, SavedRows):
                 saved.write(self._path)
                 continue
-            data = saved.data.numpy()
+            data = saved.data.cpu().numpy()
             for part, offset in self._layout.places(saved):
                 self._write_at(data[part], offset)
 

@@ -22,7 +22,7 @@ from shoal.comm.table import ALIGNMENT
 from shoal.errors import NotBuiltError, PlanError
 from shoal.job import Job
 from shoal.plan import Plan
-from shoal.planner.candidates import local_candidates
+from shoal.planner.candidates import in_microbatches, local_candidates
 from shoal.planner.memory import Need, axes_text, size_text
 from shoal.planner.search import Tried, rank, search
 from shoal.process.supervisor import Supervisor
@@ -61,6 +61,8 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
             "The cluster has more than one machine, and shoal starts workers on one; start the job with torchrun on each "
             "machine, and shoal joins them."
         )
+    if plan.device == "cuda":
+        return _on_gpus(plan, job, facts, supervisor, machine)
     batch = min(job.batch_size, facts.samples)
     candidates = local_candidates(plan, machine.cores, batch, facts.images, divisible(job, facts))
     check_plan(candidates[0], job, facts)
@@ -98,6 +100,21 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
         why += split.explanation
     why += remarks(first)
     return Choice(first.replace(explanation=tuple(why)), split, need)
+
+
+def _on_gpus(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, machine: Cluster) -> Choice:
+    """A plan for GPUs: what it says, and one process for each GPU where it says nothing. Nothing is tried."""
+    from shoal.train.device import check_device, devices
+
+    check_device(plan)
+    named = plan if plan.names_axes else plan.replace(dp=min(devices(plan, 1), job.batch_size))
+    threads = plan.threads or max(1, machine.cores // named.world_size)
+    whole = in_microbatches(named.replace(dp=named.data_ways, threads=threads), divisible(job, facts)).filled()
+    check_plan(whole, job, facts)
+    split = split_of(whole, supervisor)
+    why = [given_text(plan, whole), *(split.explanation if split is not None else ()), *remarks(whole, private=True)]
+    why.append("Plans with GPUs are not tried beforehand.")
+    return Choice(whole.replace(explanation=tuple(why)), split, None)
 
 
 def _instead(wanted: Plan, first: Plan, forecast: Forecast, cores: int) -> tuple[Plan, Need, list[str]]:

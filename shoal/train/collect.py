@@ -66,7 +66,7 @@ class Collector:
             batch = batches[group.rank - 1] if group.rank else None
             page = torch.zeros(room, dtype=torch.uint8)
             if batch is not None:
-                flat = torch.cat([saved.data for saved in pieces[batch]])
+                flat = torch.cat([saved.data.cpu() for saved in pieces[batch]])
                 page[: len(flat)] = flat
             for rank, arrived in enumerate(group.bring(page, what)):
                 came = batches[rank - 1] if rank else None

@@ -48,7 +48,10 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 def sliced_group(kind: type, group: dict[str, Any], params: Iterable[torch.Tensor]) -> dict[str, Any]:
     """The same group over other tensors, with the fused kernel where the user did not choose otherwise."""
-    new = {**hyperparameters(group), "params": list(params)}
+    new: dict[str, Any] = {**hyperparameters(group), "params": list(params)}
+    if kind is torch.optim.Adagrad and any(p.device.type != "cpu" for p in new["params"]):
+        # torch has this one for processors only.
+        return new
     undecided = new.get("fused") is None and not new.get("foreach") and not new.get("differentiable")
     if kind in _FUSED and undecided and not isinstance(new.get("lr"), torch.Tensor):
         new["fused"] = True
@@ -177,8 +180,18 @@ def give_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Pa
         group["params"] = [p for p, spec in zip(parameters, table.trained, strict=True) if spec.group == index]
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring a model's buffers to a device; buffers that are one stay one."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != device.type:
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+
+
 def bind(model: nn.Module, store: Store) -> None:
     """Make the model's parameters views of the arena, so that all workers read the one copy of the weights."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     for index, spec in enumerate(store.table.parameters):
         by_name[spec.name].data = store.weights[index]
+    move_buffers(model, store.arena.device)

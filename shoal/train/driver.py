@@ -70,6 +70,12 @@ def run_job(
     check_request(job, options)
     plan = read_plan(options.plan)
     plan.require_built()
+    if _on_gpu(plan, job, options):
+        from shoal.train.joined import run_here
+
+        if supervisor is not None:
+            supervisor.close()
+        return run_here(job, options, observers)
     supervisor = supervisor or start_supervisor()
     interrupts = Interrupts()
     began = time.monotonic()
@@ -99,6 +105,16 @@ def run_job(
             emitter("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
             abandon_if_refused(directory, error)
             raise
+
+
+def _on_gpu(plan: Plan, job: Job, options: TrainOptions) -> bool:
+    """Whether a plan, or that of the run that is gone on with, computes on GPUs: these share no memory with this process."""
+    if options.resume and options.plan is None:
+        path = RunDirectory.latest(options.run_dir, job.name)
+        with contextlib.suppress(OSError):
+            return path is not None and Plan.from_toml((path / "plan.toml").read_text()).device == "cuda"
+        return False
+    return plan.device == "cuda"
 
 
 def check_request(job: Job, options: TrainOptions) -> None:

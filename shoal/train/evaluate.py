@@ -15,7 +15,9 @@ from torch import nn
 from shoal.data.source import Source
 from shoal.job import Job
 from shoal.train import objective, streams
-from shoal.train.feed import to_layout
+from shoal.train.feed import to_device, to_layout
+
+_HERE = torch.device("cpu")
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Metrics:
             return {}
         output = detach(outcome.output)
         for metric in self.stateful.values():
-            metric.update(output, outcome.target)
+            # These gather on the processor, wherever the model is.
+            metric.update(to_device(output, _HERE), to_device(outcome.target, _HERE))
         return {name: float(function(output, outcome.target)) for name, function in self.functions.items()}
 
 

@@ -74,7 +74,9 @@ class Division:
 def division_of(job: Job, plan: Plan) -> Division:
     """How a plan divides a job's batches."""
     shares = plan.shares or (1,) * plan.data_ways
-    return Division(job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1, plan.sub_batch or 0)
+    return Division(
+        job.batch_size, tuple(shares), plan.accumulate or 1, job.seed, plan.microbatches or 1, plan.sub_batch or 0
+    )
 
 
 class Feed:
@@ -129,6 +131,18 @@ class Feed:
             streams.reseed(streams.ITEM, seed, epoch, sample)
 
         return to_layout(self.source.fetch(indices, self._collate, before_item), self._channels_last)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same batch with its tensors on a device; containers as in ``to_layout``, anything else that has a ``to`` by that."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch.to(device) if hasattr(batch, "to") else batch
 
 
 def to_layout(batch: Any, channels_last: bool) -> Any:

@@ -39,7 +39,7 @@ from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
-from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer
+from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer, move_buffers
 from shoal.train.embedding import quicken_embeddings
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
@@ -113,11 +113,14 @@ class Beside:
 class TrainHost:
     """Lives in the template; ``run`` is what its forked children do."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, chunk_bytes: int | None = None) -> None:
+        """Build a job; ``chunk_bytes``: how much is updated as one, where that is not what suits a processor's caches."""
         began = time.monotonic()
         self._built = build(job)
         built = self._built
         table = describe(built.model, built.optimizer)
+        if chunk_bytes is not None:
+            table = dataclasses.replace(table, chunk_bytes=chunk_bytes)
         statistics = statistics_bytes(built.model)
         self._facts = JobFacts(
             table=table,
@@ -220,6 +223,9 @@ class TrainHost:
 
             state = self._store.state_dict(step % 2) if self.final_state is None else self.final_state
             tensor.materialise(model, state.__getitem__)
+        elif self._store.arena.device.type != "cpu":
+            # Where it was trained does not matter to who reads it, and nothing is left to be trained.
+            model.cpu()
         with torch.no_grad():
             buffers = dict(model.named_buffers(remove_duplicate=False))
             for index, spec in enumerate(self._store.table.buffers):
@@ -352,7 +358,7 @@ class TrainHost:
         clock = store.arena.servers[0] if plan.waits_for_nobody else slot
         around = Surroundings(
             job=job, rank=rank, replica=feed.replica, slot=slot, faults=faults, precision=plan.precision,
-            batchnorm=batchnorm,
+            batchnorm=batchnorm, device=store.arena.device,
         )  # fmt: skip
         parts = Parts(
             job=job,
@@ -403,6 +409,7 @@ class TrainHost:
         else:
             # This process also writes the bundle, for which it needs the model as it was.
             self._built = dataclasses.replace(built, model=copy.deepcopy(built.model))
+            move_buffers(built.model, store.arena.device)
         part = take_part(built, settings.split, plan, store, rank, prepare, beside.mesh if beside else None)
         give_parameters(built.optimizer, part.parameters, store.table)
         return part, team

@@ -44,6 +44,7 @@ from shoal.train.api import Observer, TrainOptions, read_plan, start_supervisor
 from shoal.train.choose import check_plan, divisible, remarks, split_of
 from shoal.train.collect import Collector, deal_out
 from shoal.train.crew import Patience
+from shoal.train.device import CHUNK_BYTES, check_device, device_text, devices, full_precision, make_arena, open_device
 from shoal.train.driver import (
     ENTRY,
     Emitter,
@@ -98,8 +99,10 @@ def run_here(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> 
         directory = RunDirectory.claim(options.run_dir, job.name, options.resume)
         if options.resume and options.plan is None:
             plan = resumed_plan(directory)
+            check_device(plan)
         cores = Cluster.local(measure=False).cores
-        count = plan.world_size if plan.names_axes else min(cores, job.batch_size)
+        ways = devices(plan, cores)
+        count = plan.world_size if plan.names_axes else min(ways, job.batch_size)
         stack.enter_context(_callers_state())
         neighbours = stack.enter_context(Neighbours.start(job, options, directory.path / ".meeting", count))
         group = stack.enter_context(Group.meet(neighbours.meeting, 0, count, _deadline_s(), neighbours.check))
@@ -151,6 +154,7 @@ def _asked(job: Job, options: TrainOptions) -> Plan:
     check_request(job, options)
     plan = read_plan(options.plan)
     plan.require_built()
+    check_device(plan)
     return plan
 
 
@@ -292,12 +296,14 @@ class _Process:
     def _train(self, plan: Plan, directory: RunDirectory | None, began: float) -> Run:
         group, job, options = self._group, self._job, self._options
         split = None
-        if Grid.of(plan).splits_model:
+        device = open_device(plan, group)
+        if plan.device != "cuda" and (Grid.of(plan).splits_model or plan.zero):
             group.meet_nearby()
+        if Grid.of(plan).splits_model:
             # Found out by measuring, so once for all.
             found = self._cut(plan) if group.rank == 0 else None
             plan, split = group.broadcast_object(found, 0, "how the model is split")
-        host = TrainHost(job)
+        host = TrainHost(job, CHUNK_BYTES if plan.device == "cuda" else None)
         facts = host.facts()
         if facts.tables:
             raise NotBuiltError(
@@ -314,7 +320,7 @@ class _Process:
             return Run(found[0], found[1], job)
         own = self._take_part(host, split, plan, facts)
         why = f"The job was started with {group.world_size} processes, which speak through {group.media}."
-        plan = plan.replace(explanation=(why, *plan.explanation))
+        plan = plan.replace(explanation=(why, *plan.explanation, *device_text(device)))
         place = group.broadcast_object(directory.path if directory is not None else None, 0, "the run directory")
         settings = run_settings(
             plan, job, facts, options, place / "checkpoints", own.split if own is not None else None, private=True
@@ -322,7 +328,7 @@ class _Process:
         # Rank 0 alone has an observer, and all have to know of it.
         lockstep = group.broadcast_object(settings.wait_for_observer, 0, "the observer")
         settings = dataclasses.replace(settings, wait_for_observer=lockstep)
-        arena = Arena.private(settings.layout)
+        arena = make_arena(settings.layout, device, plan)
         store = host.take_up(arena, settings, True)
         rows = group.gather_objects({"pid": os.getpid(), "host": socket.gethostname()}, "the list of processes")
         lead = None
@@ -338,7 +344,8 @@ class _Process:
             keep_freed_memory()
             torch.set_num_threads(plan.threads or 1)
             loop = self._make_loop(host, store, settings, lead, own)
-            loop.run()
+            with full_precision(plan):
+                loop.run()
             self._gather_metrics(arena)
             ended = None
             if lead is not None:
@@ -374,7 +381,6 @@ class _Process:
         if split is None:
             if not zero or plan.data_ways == 1:
                 return None
-            self._group.meet_nearby()
             grid = Grid.of(plan)
             split = Split(grid, *split_table(facts.table, grid, Ways({}, {}), optimizer))
         own = own_part(split, facts.table, self._group.rank, zero, optimizer)
@@ -447,7 +453,7 @@ class _Process:
                 zero=settings.plan.zero or 0,
             )  # fmt: skip
             beside = Beside(
-                make_mesh(group, grid),
+                make_mesh(group, grid, store.arena.device.type),
                 lambda updater: Collector(group, store, own, facts.table, settings.checkpoint_dir, updater),
             )
 

@@ -15,6 +15,7 @@ from shoal.comm.store import Store
 from shoal.errors import JobFailed
 from shoal.train import checkpoint as checkpoints
 from shoal.train.choose import predicted_step
+from shoal.train.device import peak_mb
 from shoal.train.host import TrainHost
 from shoal.train.recorder import Recorder
 from shoal.train.row_tables import RunTables
@@ -139,7 +140,7 @@ class Lead(Session):
 
     def _final_state(self, step: int) -> dict[str, torch.Tensor]:
         if self.parts is None:
-            return super()._final_state(step)
+            return {name: tensor.cpu() for name, tensor in super()._final_state(step).items()}
         if self._last_checkpoint is None or self._last_checkpoint.step != step:
             raise JobFailed(
                 "The last checkpoint could not be written, and the whole model is nowhere else; make room and go on with "
@@ -162,6 +163,7 @@ class Lead(Session):
 
     def end(self, began: float) -> Run:
         """What is left to do once the loop is over."""
+        self._device_memory_mb = peak_mb(self._arena.device)
         self._recorder.drain()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         return self._end(began)

@@ -96,7 +96,7 @@ def own_part(split: Split, base: ParameterTable, rank: int, zero: int, optimizer
     states, state_bytes = _states(table, parts, mine)
     own_table = dataclasses.replace(
         table, parameters=tuple(parts), trained_bytes=trained_bytes, weight_bytes=at, states=states,
-        state_bytes=state_bytes, echoes=(), echo_bytes=0,
+        state_bytes=state_bytes, echoes=(), echo_bytes=0, chunk_bytes=base.chunk_bytes,
         ranges=tuple(f.slices[f.ranks.index(rank)] if f.slices else (f.start, f.stop) for f in families),
     )  # fmt: skip
     places = {index: k for k, index in enumerate(mine)}

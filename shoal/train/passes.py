@@ -25,7 +25,7 @@ from shoal.process.failure import user_code
 from shoal.train import objective, streams
 from shoal.train.batchnorm import GlobalBatchNorm, without_statistics
 from shoal.train.faults import Faults
-from shoal.train.feed import SPARE, Feed, Share
+from shoal.train.feed import SPARE, Feed, Share, to_device
 from shoal.train.objective import Outcome
 from shoal.train.part import Part
 
@@ -40,6 +40,7 @@ class Surroundings:
             computes now one's share, now another's.
         precision: the plan's: "bf16" runs the model under autocast.
         batchnorm: is told who takes part in a microbatch; None where nobody else's samples matter.
+        device: where the model is.
     """
 
     job: Job
@@ -49,10 +50,15 @@ class Surroundings:
     faults: Faults
     precision: str | None = None
     batchnorm: GlobalBatchNorm | None = None
+    device: torch.device = torch.device("cpu")
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model runs."""
-        return torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+
+    def bring(self, batch: Any) -> Any:
+        """A batch where the model is."""
+        return batch if self.device.type == "cpu" else to_device(batch, self.device)
 
     def announce(self, counts: tuple[int, ...]) -> None:
         """Say how many samples each replica has in the microbatch that comes next."""
@@ -119,6 +125,7 @@ class WholeModel:
         around.slot.enter(Phase.FORWARD, step)
         around.announce(share.counts)
         streams.reseed(*around.place(step, micro))
+        batch = around.bring(batch)
         with user_code("the model or its loss", around.rank):
             with around.autocast():
                 outcome = objective.compute(around.job, self._model, batch, count or SPARE)
@@ -131,6 +138,7 @@ class WholeModel:
         return outcome
 
     def evaluate(self, batch: Any, count: int) -> Outcome | None:
+        batch = self._around.bring(batch)
         with self._around.autocast():
             return self._plain(objective.compute(self._around.job, self._model, batch, count))
 
@@ -206,7 +214,7 @@ class Pipelined:
         with user_code("the model or its loss", around.rank):
             around.faults.reach("forward", step)
             batches = [self._spare() if batch is None and self._spare else batch for _, _, batch in round_]
-            self._pipeline.train(batches, compute, passing)
+            self._pipeline.train([around.bring(batch) for batch in batches], compute, passing)
         around.faults.reach("backward", step)
         return [
             (self._detached(outcomes[at]), len(round_[at][1].indices)) for at in sorted(outcomes) if not is_spare(at)
@@ -224,7 +232,7 @@ class Pipelined:
                 return objective.compute(around.job, stage_module, given, count)
 
         self._streams.rest()
-        found = self._pipeline.evaluate([batch], compute)
+        found = self._pipeline.evaluate([around.bring(batch)], compute)
         return self._detached(found[0]) if found else None
 
     def clear(self) -> None:

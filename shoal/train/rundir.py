@@ -54,6 +54,12 @@ class RunDirectory:
             ) from None
         return directory
 
+    @staticmethod
+    def latest(wanted: Path | None, job_name: str) -> Path | None:
+        """Where a run would be gone on with, if there is one."""
+        path = wanted or _latest(job_name)
+        return path if path is not None and _has_run(path) else None
+
     def abandon(self) -> None:
         """Remove what this process left here, where no run was before: the request was refused before its first step."""
         if self._held_run:

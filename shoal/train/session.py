@@ -93,6 +93,7 @@ class Session:
         self._workers: set[int] = set()
         self._predicted_mb: float | None = None
         self._pacer: Pacer | None = None
+        self._device_memory_mb: float | None = None
         self._measure_at = 0.0
         self._measure_every_s = 0.5
 
@@ -530,7 +531,7 @@ class Session:
             "final": history[-1] if history else None, "samples_per_s": recorder.samples_per_s,
             "step_s": recorder.step_s, "predicted_step_s": self._predicted_s,
             "peak_rss_mb": self._peak.get("peak_rss_mb", []), "pss_mb": self._peak.get("pss_mb"),
-            "memory_mb": self._memory_mb(), "predicted_memory_mb": self._predicted_mb,
+            "device_memory_mb": self._device_memory_mb, "memory_mb": self._memory_mb(), "predicted_memory_mb": self._predicted_mb,
             "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
             **({"staleness": recorder.histogram()} if isinstance(recorder, PushRecorder) else {}),
             "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,

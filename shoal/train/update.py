@@ -147,7 +147,7 @@ class ElementwiseUpdater(Updater):
             self.chunks.append(_ElementwiseChunk(store, self.lane, chunk, rows[first * row : last * row], optimizer))
             first = last
         longest = max((c.chunk.stop - c.chunk.start for c in self.chunks), default=0)
-        self._scratch = torch.empty(longest, dtype=torch.uint8)
+        self._scratch = torch.empty(longest, dtype=torch.uint8, device=store.arena.device)
         self._lines = LineWork(longest, 1 + len(table.state_keys))
         self._slot = store.arena.updaters[rank]
         self._current = 0
@@ -229,7 +229,8 @@ class _ElementwiseChunk:
             [store.state_range(k, a, b, self._dtype, replica) for a, b in flat] for k in range(len(self._keys))
         ]
         self._rows = rows.view(len(flat), -1)
-        self._made = self._rows[:, :8].numpy().view(np.int64).reshape(-1)
+        self._made = self._rows[:, :8].cpu().contiguous().numpy().view(np.int64).reshape(-1)
+        self._flags = self._rows[:, :8].view(torch.int64).view(-1)
         scalar = table.scalar_dtype
         self._scalars = [
             [row[8 * (1 + k) : 8 * (1 + k) + scalar.itemsize].view(scalar)[0] for k in range(len(self._scalar_keys))]
@@ -251,7 +252,8 @@ class _ElementwiseChunk:
         self._optimizer = self._make_optimizer(optimizer)
         self._gradients: list[torch.Tensor | None] = []
         self._bound = [False] * len(self._pieces)
-        self._sparse = zeros_change_nothing(self._optimizer)
+        self._here = store.arena.device.type == "cpu"
+        self._sparse = self._here and zeros_change_nothing(self._optimizer)
         self.reload()
 
     def _make_optimizer(self, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -281,7 +283,7 @@ class _ElementwiseChunk:
             own.update(hyperparameters(groups[index]))
             if "fused" in own:
                 own["fused"] = fused
-        self._sparse = zeros_change_nothing(self._optimizer)
+        self._sparse = self._here and zeros_change_nothing(self._optimizer)
 
     def sum_gradients(self, scratch: torch.Tensor, lines: LineWork, factor: float) -> None:
         touched = self.store.touched[self._rows_of][:, self._indices]
@@ -387,10 +389,11 @@ class _ElementwiseChunk:
             if key in state:
                 place.copy_(state[key])
                 state[key] = place
-        self._made[k] = 1
+        self._made[k] = self._flags[k] = 1
         self._bound[k] = True
 
     def reload(self) -> None:
+        self._made = self._flags.cpu().numpy()
         for k, piece in enumerate(self._pieces):
             if self._made[k]:
                 state = self._optimizer.state[piece]
@@ -436,7 +439,7 @@ class WholeUpdater(Updater):
         self._parameters = parameters
         row = scalar_row_bytes(store.table)
         rows = store.scalar_bytes(rank)
-        self._made = rows[: row * len(parameters)].numpy().view(np.int64)
+        self._made = rows[: row * len(parameters)].view(torch.int64)
         self._row_bytes = rows[: row * len(parameters)]
         own = set(self.own)
         self._states = [(i, s) for i, s in enumerate(store.table.states) if s.parameter in own]

@@ -355,7 +355,7 @@ def test_what_is_built_passes(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["ps=1,replicas=1", "cp=2", "ep=2", "compile=on", "codec=topk", "adapt=on", "device=cuda"],
+    ["ps=1,replicas=1", "cp=2", "ep=2", "compile=on", "codec=topk", "adapt=on", "device=mps"],
 )  # fmt: skip
 def test_what_is_not_built_says_so_in_one_sentence(text: str) -> None:
     with pytest.raises(NotBuiltError) as caught:
