@@ -70,7 +70,7 @@ class TestKeys:
                 client.infer(_ROWS)
             assert error.value.status == 401 and "API key" in str(error.value)
 
-    @pytest.mark.parametrize("path", ["/v2", "/metrics", "/processes", "/v2/models/odd", "/", "/v2/health/live/x", "/v1/models"])
+    @pytest.mark.parametrize("path", ["/v2", "/metrics", "/processes", "/v2/models/odd", "/v2/health/live/x", "/v1/models"])
     def test_everything_wants_a_key(self, service: Any, files: dict[str, Path], path: str) -> None:
         assert _ask(service, files, path, {})[0] == 401
         assert _ask(service, files, path, {"X-Api-Key": _OTHER})[0] in (200, 404)
