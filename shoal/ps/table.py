@@ -9,7 +9,6 @@ with its next push.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,20 +139,14 @@ class Table:
         starts = np.ascontiguousarray(starts)
         if self._cold is None:
             return self.kernel.apply_all(self._handle, first, starts, push)
-        applied = 0
-        for k in range(len(starts) - 1):
-            own = slice(int(starts[k]), int(starts[k + 1]))
-            if own.start < own.stop or push.id >= 0:
-                order = np.arange(own.start, own.stop, dtype=np.uint32) if push.order is None else push.order[own]
-                applied += self._apply(first + k, push.keys[order], dataclasses.replace(push, order=order))
+        shards = range(first, first + len(starts) - 1)
+        if any(self._words[shard][Word.SPILLED] for shard in shards):
+            order = None if push.order is None else push.order[int(starts[0]) : int(starts[-1])]
+            self._bring_back(push.keys[int(starts[0]) : int(starts[-1])] if order is None else push.keys[order], push.step)
+        applied = self.kernel.apply_all(self._handle, first, starts, push)
+        for shard in shards:
+            self._tend(shard)
         return applied
-
-    def _apply(self, shard: int, keys: np.ndarray, push: Push) -> bool:
-        if self._cold is not None and self._words[shard][Word.SPILLED]:
-            self._bring_back(shard, keys, push.step)
-        done = self.kernel.apply(self._handle, shard, push)
-        self._tend(shard)
-        return done
 
     def put(self, rows: Rows, overwrite: bool = True) -> None:
         """Put whole rows there, as a checkpoint has them."""
@@ -234,21 +227,23 @@ class Table:
         finally:
             self.kernel.unlock(self._handle, shard)
 
-    def _bring_back(self, shard: int, keys: np.ndarray, step: int) -> None:
+    def _bring_back(self, keys: np.ndarray, step: int) -> None:
         """Put those rows into memory again that are on disk only."""
         assert self._cold is not None
         _, flags = self.kernel.pull(self._handle, np.ascontiguousarray(keys), step)
         asked = keys[flags == MAYBE_COLD]
         if not len(asked):
             return
-        _, found = self._cold.read(asked, np.full(len(asked), shard))
+        _, found = self._cold.read(asked, self._shards_of(asked))
         fresh = self._not_aged(found.last, step)
         if len(fresh):
+            order, starts = self.kernel.partition(np.ascontiguousarray(found.keys[fresh]), self.spec.shards)
             push = Push(
                 keys=found.keys[fresh], counts=found.counts[fresh], rows=found.values[torch.from_numpy(fresh)].contiguous(),
-                last=found.last[fresh], raw=True,
+                # They are about to be used: nobody else is to send them back meanwhile.
+                order=order, step=step, raw=True,
             )  # fmt: skip
-            self.kernel.apply(self._handle, shard, push)
+            self.kernel.apply_all(self._handle, 0, starts, push)
 
     def _take(self, shard: int, numbers: np.ndarray) -> Rows:
         raw = self._raw(shard)[numbers]
