@@ -146,13 +146,14 @@ class _Short:
         self.disconnected = self.response_complete = False
 
     def gone(self) -> bool:
-        return self.disconnected
+        # Where another request waits behind this one, only that one is told that the client left.
+        return self.disconnected or self._connection.transport.is_closing()
 
     def answer(self, answered: bytes | Refusal) -> None:
         """The one answer, if there is still somebody to get it."""
         if not self.response_complete:
             self.response_complete = True
-            if not self.disconnected:
+            if not self.gone():
                 self._connection.answered(self, answered)
 
 
@@ -250,7 +251,9 @@ class Connection(HttpToolsProtocol):
             if self._planned is not None:
                 return
             self._refuse = self._overload(self.parser.get_method(), self.url)
-            if self._refuse is not None and not (self.expect_100_continue or TIMEOUT_HEADER in dict(self.headers)):
+            # Who does not read its answers waits for the application, which waits for it.
+            waits = self.flow.write_paused or self.expect_100_continue
+            if self._refuse is not None and not (waits or TIMEOUT_HEADER in dict(self.headers)):
                 return
             self._refuse = None
         super().on_headers_complete()
