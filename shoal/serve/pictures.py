@@ -59,7 +59,7 @@ def fitted(image: Image.Image, spec: TensorSignature) -> np.ndarray:
 
     What Pillow raises for damaged pictures goes through.
     """
-    from PIL.Image import Resampling
+    from PIL.Image import DecompressionBombError, Resampling
     from PIL.ImageOps import fit
 
     layout = layout_of(spec)
@@ -76,6 +76,9 @@ def fitted(image: Image.Image, spec: TensorSignature) -> np.ndarray:
         if isinstance(size, int):
             shorter = min(image.size)
             large = (max(size, round(image.height * size / shorter)), max(size, round(image.width * size / shorter)))
+            if large[0] * large[1] > _MOST_PIXELS:
+                # Thin ones of a few kilobytes grow to gigabytes.
+                raise DecompressionBombError("it is too long and thin")
         if image.size != (large[1], large[0]):
             image = image.resize((large[1], large[0]), Resampling.BILINEAR)
         left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -108,6 +111,8 @@ def _opened(raw: bytes, work: Callable[[Image.Image], _Made]) -> _Made:
     try:
         with Image.open(io.BytesIO(raw), formats=_FORMATS) as image:
             return work(image)
+    except Image.DecompressionBombError:
+        raise Refusal(413, "The picture is too large, or too long and thin.") from None
     # Pillow's decoders raise a dozen unrelated types for damaged pictures.
     except Exception:
         raise Refusal(400, "The picture cannot be decoded; send a whole PNG, JPEG or WebP.") from None

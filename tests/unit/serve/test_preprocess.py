@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from shoal.data.pictures import Picture
-from shoal.errors import TargetError
+from shoal.errors import DataError, TargetError
 from shoal.serve.pictures import decode, fitted
 from shoal.serve.preprocess import Preprocess
 from shoal.serve.refusals import Refusal
@@ -96,6 +96,15 @@ def test_too_many_pixels_in_all() -> None:
     with pytest.raises(Refusal, match="too many pixels") as refused:
         decode([raw] * 3, _signature((1, 8, 8)))
     assert refused.value.status == 413
+
+
+def test_a_thin_picture_does_not_grow_to_gigabytes() -> None:
+    raw, signature = _png(np.zeros((1, 40_000), np.uint8)), _signature((1, 64, 64), {"size": 64})
+    with pytest.raises(Refusal, match="long and thin") as refused:
+        decode([raw], signature)
+    assert refused.value.status == 413
+    with pytest.raises(DataError, match="cannot be decoded"):
+        Picture(raw, "here").opened(lambda image: fitted(image, signature.inputs[0]))
 
 
 @pytest.mark.parametrize(
