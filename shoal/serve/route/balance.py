@@ -92,8 +92,13 @@ class Balancer:
         self._again = _ASK_AGAIN_MOST
 
     def choose(self, ask: Ask, now_s: float, tried: Collection[int] = ()) -> int | None:
-        """Who is to be asked; None where nobody may be."""
-        able = [k for k in range(len(self.upstreams)) if k not in tried and self._able(k, ask, now_s)]
+        """Who is to be asked; None where nobody may be.
+
+        Where all lack the model, the first try asks one of them all the same: it may have it by now, and it knows what to answer.
+        """
+        having = {k for k, upstream in enumerate(self.upstreams) if upstream.lacks.get(ask.model, 0.0) <= now_s}
+        asked = having if having or tried else range(len(self.upstreams))
+        able = [k for k in asked if k not in tried and self._able(k, now_s)]
         if ask.affinity is not None:
             return self._ring.choose(ask.affinity, {k: self.upstreams[k].outstanding for k in able})
         if len(able) < 2:
@@ -102,9 +107,9 @@ class Balancer:
         best = min(finish.values())
         return min((k for k in able if finish[k] <= _EQUAL * best), key=lambda k: self.upstreams[k].last)
 
-    def _able(self, index: int, ask: Ask, now_s: float) -> bool:
+    def _able(self, index: int, now_s: float) -> bool:
         upstream = self.upstreams[index]
-        return upstream.ready and upstream.breaker.allows(now_s) and upstream.lacks.get(ask.model, 0.0) <= now_s
+        return upstream.ready and upstream.breaker.allows(now_s)
 
     def predict(self, index: int, ask: Ask, now_s: float) -> float:
         """After how many seconds a service would have answered."""
@@ -148,6 +153,8 @@ class Balancer:
             upstream.breaker.dropped()
         else:
             upstream.breaker.fine()
+        if ended is Ended.ANSWERED:
+            upstream.lacks.pop(ask.model, None)
         if ended is Ended.REFUSED:
             upstream.pressure.refused(retry_after_s, now_s)
         elif ended in (Ended.ANSWERED, Ended.LATE):

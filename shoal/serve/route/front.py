@@ -185,7 +185,7 @@ class Front:
         key = next((value for name, value in asked.headers if name == self._affinity), None)
         ask = Ask(model=asked.model, size=body.length or 0, affinity=None if key is None else key.decode("latin-1"))
         self._balancer.count_request()
-        with self._holding(body.length or 0), self._traced(asked) as extra:
+        with self._holding(body.held_bytes), self._traced(asked) as extra:
             try:
                 return await self._try(request, asked, ask, body, send, extra)
             except _Late:
@@ -261,10 +261,11 @@ class Front:
         link = request.link = await links.take(min(left_s, _CONNECT_S))
         said = None if asked.timeout_s is None else request.deadline_s - time.monotonic()
         head = asked.rendered(links.address, said, extra)
-        if body.whole:
+        if body.whole and not asked.chunked:
             await link.send(head + b"".join([piece async for piece in body.pieces()]))
         else:
             await link.send(head)
+            # Framed as its head says, also where it is sent again and its length is known by now.
             async for piece in body.pieces():
                 await link.send(b"%x\r\n%s\r\n" % (len(piece), piece) if asked.chunked else piece)
             if asked.chunked:

@@ -76,6 +76,9 @@ class Link(asyncio.Protocol):
         """Write a part of a request. Broken where the connection is."""
         self._check()
         self._sent = True
+        if not self._open:
+            # It has answered without reading all of the request.
+            return
         self._transport.write(data)
         if not self._writable.is_set():
             await self._writable.wait()

@@ -26,7 +26,8 @@ _KEYS = (b"idempotency-key", b"x-idempotency-key")
 # What belongs to one connection and not to the request (RFC 9110, 7.6.1); the length is said anew.
 _HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
                   b"host", b"content-length", b"expect", TIMEOUT_HEADER})  # fmt: skip
-_MODEL = re.compile(rb"/v2/models/([^/]+)(?:/.*)?/(?:infer|classify)")
+# A version is a model of its own: who lacks it may well have the others.
+_MODEL = re.compile(rb"/v2/models/([^/]+(?:/versions/[^/]+)?)/(?:infer|classify)")
 _PURE = re.compile(rb"/v2/models/[^/]+(?:/versions/[^/]+)?/(?:infer|classify)|/v1/embeddings|/v2/repository/index")
 
 
@@ -47,7 +48,7 @@ class Asked:
     """A request's head, and what its beginning says.
 
     Attributes:
-        model: whose inference it is, "" for what is none.
+        model: whose inference it is, with the version where that is asked for; "" for what is none.
         repeatable: whether a service may be asked again for what another may have read: inference and metadata change
             nothing, GET by its definition; anything else where it has an idempotency key.
         timeout_s: how long its client waits, where it says so.
@@ -156,6 +157,11 @@ class Body:
         return b"".join(self._kept)
 
     @property
+    def held_bytes(self) -> int:
+        """So much of it is kept at the most, as far as that is known."""
+        return self.length if self.length is not None else 0 if self.whole else _KEEP_BYTES
+
+    @property
     def again(self) -> bool:
         """Whether all of it that was read is still here."""
         return not self._lost
@@ -163,7 +169,8 @@ class Body:
     async def pieces(self) -> AsyncIterator[bytes]:
         """All of it, from its beginning; only while ``again``."""
         for piece in list(self._kept):
-            yield piece
+            if piece:
+                yield piece
         while not self.whole:
             piece = await self._next()
             if piece:

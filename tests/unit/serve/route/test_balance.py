@@ -139,6 +139,13 @@ def test_who_lacks_a_model_is_not_asked_for_it_and_tried_ones_are_left_out() -> 
     assert {balancer.choose(_ASK, 0.0, tried) for tried in ((), (1,), (2,))} <= {1, 2}
     assert balancer.choose(_ASK, 0.0, (1, 2)) is None
     assert balancer.choose(Ask(model="other"), 0.0, (1, 2)) == 0 and balancer.choose(_ASK, 11.0, (1, 2)) == 0
+    balancer.health(1, "it is away")
+    balancer.health(2, "it is away")
+    # Those may have it.
+    assert balancer.choose(_ASK, 0.0) is None
+    balancer.lacks(1, "m", 0.0)
+    balancer.lacks(2, "m", 0.0)
+    assert balancer.choose(_ASK, 0.0) == 0 and balancer.choose(_ASK, 0.0, (1,)) is None
 
 
 def test_refusals_are_asked_about_again_for_a_share_of_requests_only() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import small_service
+import uvloop
 from small_service import Request, Service, refuse, respond
 
 from shoal.serve import wire
@@ -114,9 +115,105 @@ def test_a_model_that_one_service_lacks_is_found_at_another() -> None:
         assert [(await ask(_INFER))[0] for _ in range(6)] == [200] * 6
         assert len(services[0].inferences) <= 1
         services[1].otherwise = services[0].otherwise
-        assert (await ask("/v2/models/nothing/infer"))[0] == 404
+        for _ in range(2):
+            assert (await ask("/v2/models/nothing/infer"))[0] == 404
+        # Each was asked once; after that one of them is enough.
+        assert sum(request.path.startswith("/v2/models/nothing") for s in services for request in s.requests) == 3
 
     _with(work)
+
+
+def test_who_asks_for_a_version_that_is_not_there_takes_the_model_from_nobody() -> None:
+    def missing(request: Request) -> bytes | None:
+        there = "/versions/9/" not in request.path
+        return small_service.double(request) if there else refuse(404, "There is no such version.")(request)
+
+    async def work(services: list[Service], ask: Any, front: Front) -> None:
+        services[0].otherwise = services[1].otherwise = missing
+        assert (await ask("/v2/models/double/versions/9/infer"))[0] == 404
+        assert [(await ask(_INFER))[0] for _ in range(4)] == [200] * 4
+
+    _with(work)
+
+
+@pytest.mark.parametrize("answered", [b"HTTP/1.1 503 Busy\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n", b""])
+def test_a_body_of_unknown_length_is_framed_as_its_head_says_when_it_is_sent_again(answered: bytes) -> None:
+    pieces = [b"x" * 70_000, b"5\r\nhello\r\n0\r\n\r\n", b""]
+    heads: list[bytes] = []
+    bodies: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        body = b""
+        while size := int(await reader.readline(), 16):
+            body += await reader.readexactly(size)
+            assert await reader.readline() == b"\r\n"
+        bodies.append(body)
+        writer.write(answered if len(heads) == 1 else b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        links = [Links(wire.parse_url(url), None), Links(wire.parse_url(url.replace("127.0.0.1", "localhost")), None)]
+        front = Front(balancer := Balancer(["one", "two"]), links, RouteMetrics(), 20.0, "X-Affinity-Key")
+        balancer.health(0, None)
+        balancer.health(1, None)
+        left, said = list(pieces), list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": _INFER, "raw_path": _INFER.encode(), "headers": []}
+        await front(scope, receive, send)
+        assert said[0]["status"] == 200 and bodies == [b"".join(pieces)] * 2
+        assert all(b"transfer-encoding: chunked" in head and b"content-length" not in head for head in heads)
+        for link in links:
+            link.close()
+        server.close()
+
+    asyncio.run(run())
+
+
+def test_a_service_that_answers_before_it_has_read_everything_is_understood() -> None:
+    left = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(60_000)
+        writer.write(b"HTTP/1.1 413 No\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno")
+        writer.close()
+        await writer.wait_closed()
+        left.set()
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        links = [Links(wire.parse_url(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), None)]
+        front = Front(balancer := Balancer(["one"]), links, RouteMetrics(), 20.0, "X-Affinity-Key")
+        balancer.health(0, None)
+        asked, said = 0, list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                await left.wait()
+                await asyncio.sleep(0.05)
+            return {"type": "http.request", "body": b"x" * 70_000, "more_body": asked < 2}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": _INFER, "raw_path": _INFER.encode(),
+                 "headers": [(b"content-length", b"140000")]}  # fmt: skip
+        await front(scope, receive, send)
+        assert said[0]["status"] == 413 and front.numbers()["invalid"] == 1
+        server.close()
+
+    uvloop.run(run())
 
 
 def test_a_deadline_ends_the_wait() -> None:
