@@ -17,12 +17,12 @@ SAMPLES, WIDTH, CLASSES = 20_000, 64, 10
 
 
 def data(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, y): classes are those of a fixed random network."""
+    """(x, y): classes are those of a fixed random matrix, with noise beside them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SAMPLES if seed == 1 else 2_000, WIDTH, generator=generator)
     teacher = torch.Generator().manual_seed(7)
-    first, last = torch.randn(WIDTH, 32, generator=teacher), torch.randn(32, CLASSES, generator=teacher)
-    return x, (torch.tanh(x @ first / 8) @ last).argmax(1)
+    matrix = torch.randn(WIDTH, CLASSES, generator=teacher)
+    return x, (x @ matrix + torch.randn(len(x), CLASSES, generator=generator)).argmax(1)
 
 
 def model() -> nn.Module:
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     job = shoal.Job(
         name="slow-worker", model=model, train_data=lambda: data(1), eval_data=lambda: data(2),
-        loss=nn.functional.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3), metrics={"accuracy": accuracy},
+        loss=nn.functional.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, lr=2e-4), metrics={"accuracy": accuracy},
         batch_size=500, epochs=60, until={"eval_accuracy": options.goal},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
