@@ -67,7 +67,7 @@ class PushingWorker(ServedWorker):
         self.ledger = Ledger(store.arena)
         self.claims = claims_of(store, plan)
         self._bells = bells
-        self._lanes = [store.lane(server) for server in range(self.ledger.servers)]
+        self._ranges = [store.ranges(server) for server in range(self.ledger.servers)]
 
     @property
     def pushes(self) -> int:
@@ -83,18 +83,19 @@ class PushingWorker(ServedWorker):
         self.store.touched[self._stripe, self.own] = 0
 
     def pull(self, own: torch.Tensor) -> list[int]:
-        """Copy the trained weights, as bytes, each server's slice at one version; these versions (numbers of updates)."""
+        """Copy the trained weights, as bytes, each server's part at one version; these versions (numbers of updates)."""
         ledger, rank = self.ledger, self.rank
         versions = []
-        for server, lane in enumerate(self._lanes):
-            shared = self.store.weight_range(lane.start, lane.stop, torch.uint8)
+        for server, ranges in enumerate(self._ranges):
+            shared = [(own[a:b], self.store.weight_range(a, b, torch.uint8)) for a, b in ranges]
             ledger.set_reading(rank, server, True)
             while True:
                 version = ledger.version(server)
                 if version % 2:
                     self._await_version(server, version)
                     continue
-                own[lane.start : lane.stop].copy_(shared)
+                for copy, original in shared:
+                    copy.copy_(original)
                 if ledger.version(server) == version:
                     break
             ledger.set_reading(rank, server, False)
@@ -165,6 +166,8 @@ class PushServer(Updates):
         self._first = int(store.arena.supervisor.note(Note.FIRST_STEP))
         work = int(self.slot.note(Note.PUSH_IN_WORK))
         self._resumed: Pushed | None = None
+        # Workers that took too long over a pull, as one that is stopped does: their sign counts again once it was taken back.
+        self._left_behind: set[int] = set()
         push, worker = divmod(work, store.arena.world_size)
         if push and self.ledger.applied(number, worker) == push - 1:
             self._resumed = self._pushed(worker)
@@ -237,5 +240,9 @@ class PushServer(Updates):
     def _let_readers_finish(self) -> None:
         deadline = time.monotonic() + _READER_S
         for worker in range(self.arena.world_size):
-            while self.ledger.reading(worker, self.number) and time.monotonic() < deadline:
+            while self.ledger.reading(worker, self.number) and worker not in self._left_behind:
+                if time.monotonic() >= deadline:
+                    self._left_behind.add(worker)
                 time.sleep(_NAP_S)
+            if not self.ledger.reading(worker, self.number):
+                self._left_behind.discard(worker)

@@ -78,8 +78,9 @@ class Updates(Waiter):
         scale = self._clip_scale(step, totals, grad_clip) if grad_clip is not None else 1.0
         updater, slot = self.updater, self.slot
         first, saved = int(slot.note(Note.CHUNK_DONE)) + 1, int(slot.note(Note.CHUNK_SAVED))
-        if updater.starts_over and saved == 0:
-            first = 0
+        if updater.starts_over and saved >= 0:
+            # Its chunk of tensors is the first, and those of tables that may follow write nothing to the undo log.
+            first = saved = 0
         if first < updater.count and saved == first:
             updater.restore(first)
         for chunk in range(first, updater.count):

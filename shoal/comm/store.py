@@ -184,6 +184,15 @@ class Store:
         """What a worker, or a server, updates."""
         return lane_of(self.table, rank, self.grid, self.local)
 
+    def ranges(self, rank: int) -> list[tuple[int, int]]:
+        """The bytes of the trained weights that a worker, or a server, really writes: all of its lane, or whole tensors."""
+        table = self.table
+        if table.elementwise or self.local:
+            lane = self.lane(rank)
+            return [(lane.start, lane.stop)]
+        own = (table.trained[index] for index in deal_tensors(table, self.parts)[rank])
+        return [(spec.offset, spec.offset + spec.nbytes) for spec in own]
+
     @property
     def lanes(self) -> int:
         """How many copies of the optimizer's state there are."""

@@ -2,8 +2,9 @@
 
 There is no counter that two could change: the next unit is the one after the last that anybody has claimed, and each worker
 writes its claims into a row of its own, under a lock that the kernel takes back from a process that dies (``lockf`` on the
-arena's descriptor). A worker that dies before its claim is written has claimed nothing; one that dies afterwards has, and
-whoever takes its place computes the unit.
+arena's descriptor). A worker that dies before its claim is counted has claimed nothing; one that dies afterwards has, and
+whoever takes its place computes the unit. So what is written before the count must change nothing that counts already:
+the unit goes to a place that no open claim and not the last one has, and into the unit's row, which nobody reads yet.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.comm.arena import Arena, Note, Order
-from shoal.ps.ledger import LINE, UNITS_KEPT
+from shoal.ps.ledger import LINE, UNITS_KEPT, Ledger, UnitColumns
 from shoal.ps.lock import locked
 
 
@@ -46,13 +47,14 @@ class Claims:
     def __init__(self, arena: Arena, push_every: int, staleness: int | None) -> None:
         self._arena = arena
         self._workers = arena.world_size
-        self._push_every = push_every
         self._staleness = staleness
+        self._ledger = Ledger(arena)
         self._start, size = arena.layout.regions["claims"]
         self._row_bytes = size // self._workers
         raw = arena.region("claims").numpy().view(np.int64).reshape(self._workers, -1)
         self._counts = raw[:, 0]
-        self._units = raw[:, 2 * LINE // 8 : 2 * LINE // 8 + push_every]
+        self._places = push_every + 1
+        self._units = raw[:, 2 * LINE // 8 : 2 * LINE // 8 + self._places]
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -72,13 +74,13 @@ class Claims:
     def open(self, worker: int) -> list[int]:
         """The units that a worker has claimed and not finished."""
         return [
-            int(self._units[worker, n % self._push_every]) for n in range(self.finished(worker), self.claimed(worker))
+            int(self._units[worker, n % self._places]) for n in range(self.finished(worker), self.claimed(worker))
         ]
 
     def last(self) -> int:
         """The last unit that anybody has claimed; the one before the first where nobody has."""
         found = [
-            int(self._units[worker, (self.claimed(worker) - 1) % self._push_every])
+            int(self._units[worker, (self.claimed(worker) - 1) % self._places])
             for worker in range(self._workers)
             if self.claimed(worker)
         ]
@@ -103,7 +105,9 @@ class Claims:
             if self._staleness is not None and step - slowest > self._staleness:
                 return Later(open_units[oldest], step)
             count = self.claimed(worker)
-            self._units[worker, count % self._push_every] = unit
+            row = self._ledger.row(unit)
+            row[UnitColumns.RANK], row[UnitColumns.SLOWEST] = worker, slowest
+            self._units[worker, count % self._places] = unit
             self._counts[worker] = count + 1
             return Claim(unit, slowest)
 

@@ -59,7 +59,8 @@ def regions(workers: int, servers: int, push_every: int) -> Mapping[str, int]:
         "versions": servers * LINE,
         "reading": workers * servers * LINE,
         "units": UNITS_KEPT * (UnitColumns.VERSIONS + 2 * servers) * 8,
-        "claims": workers * (2 * LINE + 8 * push_every + (-8 * push_every) % LINE),
+        # A place more than a worker may have open claims: see Claims.
+        "claims": workers * (2 * LINE + 8 * (push_every + 1) + (-8 * (push_every + 1)) % LINE),
     }
 
 

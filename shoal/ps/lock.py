@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,17 +14,21 @@ _NAP_S = 50e-6
 
 
 @contextlib.contextmanager
-def locked(arena: Arena, beat: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the arena's lock; ``beat`` is called while another process has it."""
+def locked(arena: Arena, beat: Callable[[], None] = lambda: None, within_s: float = math.inf) -> Iterator[bool]:
+    """Hold the arena's lock; ``beat`` is called while another process has it. False where it was not free in time."""
     fd = arena.memory.fd
+    deadline = time.monotonic() + within_s
     while True:
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError:
+            if time.monotonic() >= deadline:
+                yield False
+                return
             beat()
             time.sleep(_NAP_S)
     try:
-        yield
+        yield True
     finally:
         fcntl.lockf(fd, fcntl.LOCK_UN)

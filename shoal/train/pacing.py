@@ -19,7 +19,7 @@ import numpy as np
 
 from shoal.axes.server_async import claims_of
 from shoal.comm.arena import Note, Order, Signal
-from shoal.comm.store import VALUE_COLUMNS, Columns, Store
+from shoal.comm.store import RING_STEPS, VALUE_COLUMNS, Columns, Store
 from shoal.ps.ledger import EMPTY, REJECTED, Ledger, UnitColumns
 from shoal.ps.lock import locked
 from shoal.train.recorder import Emit, Recorder
@@ -30,6 +30,9 @@ _TAKEN_OVER = (
     (UnitColumns.DATA, Columns.DATA), (UnitColumns.COMPUTE, Columns.COMPUTE), (UnitColumns.REDUCE, Columns.REDUCE),
     (UnitColumns.WAIT, Columns.WAIT),
 )  # fmt: skip
+
+
+_LOCK_S = 0.05
 
 
 class PushRecorder(Recorder):
@@ -45,7 +48,8 @@ class PushRecorder(Recorder):
         self.staleness: Counter[int] = Counter()
 
     def drain(self, until: int | None = None) -> None:
-        super().drain(self.committed())
+        while (last := self.committed()) > self.step:
+            super().drain(last)
 
     def committed(self) -> int:
         """Steps of which every unit is done; reads what has been done since it was last asked."""
@@ -57,7 +61,8 @@ class PushRecorder(Recorder):
         while self._next in self._told:
             self._told.remove(self._next)
             self._next += 1
-        step = self._next // self._workers
+        # No more than there are records.
+        step = min(self._next // self._workers, self.step + RING_STEPS)
         for done in range(self.step, step):
             self._write_records(done)
         # From here on the rows may be used again.
@@ -170,7 +175,7 @@ class Pacer:
         if stops or checkpoint is not None:
             if self._held is None:
                 self._held = self._hold()
-            if recorder.step < self._held or not claims.all_finished():
+            if self._held is None or recorder.step < self._held or not claims.all_finished():
                 return
             if self._is_edge(recorder.step):
                 # The epoch is evaluated first, and the rest is seen to there.
@@ -181,7 +186,8 @@ class Pacer:
                 return
             assert checkpoint is not None
             checkpoint(recorder.step)
-            self._held = None
+        # The end of an epoch may have made what was due: from here on nobody rests.
+        self._held = None
         self._allow()
 
     def end(self, step: int) -> None:
@@ -203,9 +209,12 @@ class Pacer:
         per_epoch = self._settings.steps_per_epoch
         return step > 0 and step % per_epoch == 0 and step // per_epoch > done
 
-    def _hold(self) -> int:
-        """Let nobody begin a further step; the step at which all will rest."""
-        with locked(self._store.arena):
+    def _hold(self) -> int | None:
+        """Let nobody begin a further step; the step at which all will rest. None where a worker keeps the lock."""
+        with locked(self._store.arena, within_s=_LOCK_S) as held:
+            if not held:
+                # It may have been stopped while it had it, and has to be found out and replaced meanwhile.
+                return None
             step = -(-(self._recorder.claims.last() + 1) // self._store.arena.world_size)
             self._supervisor.post(Order.STEPS_ALLOWED, step)
         return step

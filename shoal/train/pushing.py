@@ -62,9 +62,8 @@ class PushLoop(Loop):
             got = self._axis.claims.claim(self.rank, self._axis.beat)
             step = got.unit // self._axis.world_size if isinstance(got, Claim) else got.step
             if isinstance(got, Claim):
-                row = self._axis.ledger.row(got.unit)
-                row[UnitColumns.RANK], row[UnitColumns.SLOWEST] = self.rank, got.slowest
                 self._work(got.unit)
+                self._push_if_full()
                 continue
             # What others may wait for must not wait for more.
             self._push()
@@ -93,6 +92,8 @@ class PushLoop(Loop):
             return
         for unit in units:
             self._work(unit)
+        # Not before all are gathered: a push finishes whatever is claimed.
+        self._push_if_full()
 
     def _begin_epoch_again(self) -> None:
         """Metrics that keep a state begin anew with an epoch; a predecessor may have died before it came to that."""
@@ -179,8 +180,6 @@ class PushLoop(Loop):
         if not count:
             self._settle([unit], EMPTY)
             self._gathered.remove(unit)
-        if len(axis.claims.open(self.rank)) >= self._push_every:
-            self._push()
 
     def _write_unit(self, row: np.ndarray, sums: Sums) -> None:
         values = self.named_values(sums)
@@ -198,6 +197,10 @@ class PushLoop(Loop):
             row[UnitColumns.UNIT] = unit + 1
 
     # -- a push --------------------------------------------------------------------------------------------------
+
+    def _push_if_full(self) -> None:
+        if len(self._axis.claims.open(self.rank)) >= self._push_every:
+            self._push()
 
     def _push(self) -> None:
         """Push what has gathered, and wait until every server holds it."""

@@ -11,6 +11,11 @@ from small_store import MakeOptimizer, Ranks, every_bit
 from shoal.axes.data import ArenaData
 from shoal.axes.updating import Hooks, Totals
 from shoal.axes.waiting import Waiting
+from shoal.comm.arena import Note, Signal
+from shoal.ps import outbox
+from shoal.ps.spec import TableSpec
+from shoal.ps.table import Table
+from shoal.train.row_tables import Owner, TableUpdater
 from shoal.train.update import Updater
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -112,6 +117,58 @@ def test_an_update_that_is_gone_on_with_after_a_death_at_any_point_gives_the_sam
     assert places == {"before save": times, "saved": times, "applied": times}
     for event, count in itertools.product(places, range(times)):
         assert _train(OPTIMIZERS[name], 2, event, count)[0] == undisturbed, (event, count)
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps a number that is no tensor, and steps by its inverse."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[parameter]
+            state["n"] = state.get("n", 0) + 1
+            parameter.data.sub_(parameter.grad, alpha=0.1 / state["n"])
+
+
+@pytest.mark.parametrize("dies_in", [0, 1])
+def test_numbers_of_an_optimizer_outlive_a_death_in_a_table_behind_its_tensors(dies_in: int) -> None:
+    def train(dies_at: int | None) -> bytes:
+        ranks, table = Ranks(lambda model: Counting(model.parameters()), 1), Table.create(TableSpec(width=2, shards=1))
+        outbox.write(table.memory, table.kernel, table.spec, 0, None)
+
+        def begin(page: Any) -> tuple[Any, ArenaData]:
+            inner: Any = ranks.updater(0)
+            if page is not None:
+                inner.remember(page)
+            both = TableUpdater(inner, [table], Owner(0, 1, 1), lambda: ranks.store.arena.slots[0].signal(Signal.UPDATED))
+            return inner, ArenaData(ranks.store, 0, both, Waiting(spin_s=0.0))
+
+        def die(phase: str, step: int) -> None:
+            if ranks.store.arena.slots[0].note(Note.CHUNK_SAVED) == dies_at:
+                raise Killed
+
+        try:
+            inner, axis = begin(None)
+            for step in range(STEPS):
+                ranks.give_gradients(step)
+                axis.publish(step)
+                page = inner.memory()
+                for reach in (die if step == 1 and dies_at is not None else lambda phase, step: None, lambda phase, step: None):
+                    try:
+                        axis.update(step, Totals(1.0, 0.5), None, Hooks(reach=reach, before_chunk=lambda chunk, step: None))
+                        break
+                    except Killed:
+                        inner, axis = begin(page)
+                axis.commit(step)
+            assert {n["n"] for n in inner.memory()["state"].values()} == {STEPS, STEPS - 1}
+            return every_bit(ranks.store)
+        finally:
+            ranks.close()
+            table.close()
+
+    assert train(dies_in) == train(None)
 
 
 @pytest.fixture(params=[1, 2, 5])
