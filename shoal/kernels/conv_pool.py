@@ -123,11 +123,10 @@ class _ConvPool(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, padded, weight, bias, where = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # The gradient is to be differentiated once more.
-            wanted = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(
-                torch.autograd.grad(_by_torch(x, weight, bias, *ctx.how), wanted, gradients, create_graph=True)
-            )
+            # The gradient is to be differentiated once more. x may itself come from the weight: stand-ins keep the two apart.
+            given: list[Any] = [t if t is None else t.view_as(t) for t in (x, weight, bias)]
+            wanted = [t for t, needed in zip(given, ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(_by_torch(*given, *ctx.how), wanted, gradients, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None
         gradient = gradients[0].permute(0, 2, 3, 1).contiguous()
         outputs = weight.shape[0]

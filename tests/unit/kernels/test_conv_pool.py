@@ -105,8 +105,10 @@ def test_gradients_of_gradients(way):
     x, weight, bias = tensors(n=2, size=(6, 6))
 
     def penalty(operator):
-        first = torch.autograd.grad(operator(x, weight, bias).square().sum(), x, create_graph=True)[0]
-        return torch.autograd.grad(first.square().sum(), (weight, bias))
+        # The input comes from the weight, too.
+        given = x * weight.mean()
+        first = torch.autograd.grad(operator(given, weight, bias).square().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (weight, bias))
 
     for a, b in zip(penalty(conv_relu_pool), penalty(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
