@@ -41,7 +41,8 @@ def trained(make: MakeOptimizer, world_size: int) -> Ranks:
     for index in range(len(ranks.store.table.buffers)):
         ranks.store.buffer(STEP % 2, index).fill_(7 + index)
     for rank in range(world_size):
-        ranks.store.record(rank, STEP - 1)[Columns.LOSS_SUM] = rank + 1.5
+        record = ranks.store.record(rank, STEP - 1)
+        record[Columns.STEP], record[Columns.LOSS_SUM] = STEP, rank + 1.5
         page = {"scheduler": {"last": 4}, "groups": [{"lr": 0.25}], "optimizer": None}
         ranks.store.write_notebook(rank, STEP, page)
     return ranks
