@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shoal.serve.cache import Key, ResponseCache, key_of
-from shoal.serve.dispatch import Dispatcher, Row
+from shoal.serve.dispatch import Dispatcher, Row, apart
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
 from shoal.serve.protocols.embeddings import TextEncoder
@@ -406,6 +406,10 @@ class Desk:
             if not rows:
                 self._free.extend(taken)
                 continue
+            if failure is not None and len({row.request for row in rows}) > 1:
+                # One of them may be at fault: the others shall not suffer from what they were batched with.
+                self._take_back(apart(rows))
+                continue
             self.dispatcher.finished(rows, took_s, now)
             self._note_batch(len(rows), took_s)
             if self.tracing is not None:
@@ -486,10 +490,8 @@ class Desk:
         for place, (_, rows, taken) in enumerate(replica.batches):
             if not rows:
                 self._free.extend(taken)
-            if place == 0:
-                self._suspect(rows)
-            for row in rows:
-                self._tickets[row.request].in_flight -= 1
+            if place == 0 and self._suspect(rows):
+                rows = apart(rows)
             self._take_back(rows)
         replica.batches.clear()
         self.slots.rings[rank].reset()
@@ -498,8 +500,11 @@ class Desk:
         self.dispatcher.replicas = max(1, self.replicas_up)
         self.pump(now)
 
-    def _suspect(self, rows: list[Row]) -> None:
-        """A replica died over these rows; a request over which several did is the likely cause, and fails."""
+    def _suspect(self, rows: list[Row]) -> bool:
+        """A replica died over these rows; a request over which several did is the likely cause, and fails.
+
+        Returns whether each should be computed alone from now on.
+        """
         for ticket in {row.request: self._tickets[row.request] for row in rows}.values():
             ticket.deaths += 1
             if ticket.deaths >= _MOST_DEATHS:
@@ -507,15 +512,17 @@ class Desk:
                 self._end(
                     ticket, Outcome.FAILED, Refusal(500, "The model's process died each time it computed this request.")
                 )
+        return any(self._tickets[row.request].deaths == _MOST_DEATHS - 1 for row in rows)
 
     def _take_back(self, rows: list[Row]) -> None:
-        tickets = {row.request: self._tickets[row.request] for row in rows}
-        wanted = [row for row in rows if not tickets[row.request].ended]
-        for ticket in tickets.values():
+        """Rows that were handed out are queued again, but for those that nobody waits for any more."""
+        for row in rows:
+            self._tickets[row.request].in_flight -= 1
+        self.dispatcher.give_back(rows)
+        for ticket in {row.request: self._tickets[row.request] for row in rows}.values():
             if ticket.ended:
+                self.dispatcher.cancel(ticket.number)
                 self._free_slots(ticket)
-        if wanted:
-            self.dispatcher.give_back(wanted)
 
     def _leave_alone(self) -> None:
         """Slots that a replica still computes on for a gateway that is gone stay taken until it is done with them."""

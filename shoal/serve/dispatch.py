@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shoal.serve.latency import GAIN, LatencyModel
@@ -39,6 +39,11 @@ class Row:
     priority: int
     key: Hashable
     units: int = 1
+
+
+def apart(rows: Sequence[Row]) -> list[Row]:
+    """The same rows, those of each request to be computed without anybody else's."""
+    return [replace(row, key=(row.request, row.key)) for row in rows]
 
 
 @dataclass(slots=True, order=True)

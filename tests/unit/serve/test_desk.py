@@ -1,0 +1,115 @@
+"""One model's desk over real slots and rings; what a replica does to them is done by hand."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shoal.serve.desk import Desk
+from shoal.serve.messages import AddModel
+from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest
+from shoal.serve.refusals import Refusal
+from shoal.serve.signature import ModelSignature
+from shoal.serve.slots import Outcome, SlotLayout, Slots
+
+_SLOTS = 8
+
+
+class _Model:
+    """Doubles rows; raises over a batch with a negative number in it."""
+
+    def __init__(self) -> None:
+        tensor = {"dtype": "FP32", "shape": [-1, 1]}
+        signature = ModelSignature.from_description(
+            "m", {"inputs": [{"name": "input", **tensor}], "outputs": [{"name": "output", **tensor}]}
+        )
+        layout = SlotLayout.of(signature, _SLOTS, rings=1, max_batch=4)
+        self.slots = Slots.create(layout)
+        self.batches: list[list[float]] = []
+        self._done = os.eventfd(0, os.EFD_NONBLOCK)
+        # A batch of four takes no longer than one row.
+        model = AddModel(signature=signature, layout=layout, measured_s={1: 0.01, 2: 0.01, 4: 0.01}, why="", sample=(), expected=())
+        self.desk = Desk(model, os.dup(self.slots.fd), self._done)
+        self.answers: dict[float, Any] = {}
+        self.come()
+
+    def come(self) -> None:
+        """A replica begins, or another takes the place of a dead one."""
+        self.desk.replica_up(0, os.eventfd(0, os.EFD_SEMAPHORE))
+
+    def ask(self, *values: float) -> None:
+        """A request with a row for each of these."""
+        rows = np.array(values, np.float32).reshape(-1, 1)
+        request = InferRequest("", (rows,), len(rows), (), 60.0, USUAL_PRIORITY)
+
+        def done(outputs: list[np.ndarray] | None, refusal: Refusal | None) -> None:
+            assert values[0] not in self.answers
+            self.answers[values[0]] = refusal.sentence if outputs is None and refusal is not None else outputs
+
+        self.desk.submit(request, 60.0, lambda: False, time.monotonic(), done)
+
+    def compute(self) -> None:
+        """Until nothing is handed out any more."""
+        ring = self.slots.rings[0]
+        while ring.done < ring.posted:
+            rows = ring.slots_of(ring.done)
+            given = self.slots.inputs[0][rows]
+            self.batches.append(sorted(given.ravel().tolist()))
+            self.slots.outputs[0][rows] = 2 * given
+            ring.finish(0.01, "The model raised ValueError." if (given < 0).any() else None)
+            self.desk.collect()
+
+    def settled(self) -> bool:
+        """Whether nothing is left of any request, and each had one outcome."""
+        assert self.slots.open_requests() == 0 and self.slots.counts[Outcome.ACCEPTED] == len(self.answers)
+        return (self.desk.open_requests, self.desk.dispatcher.in_flight, self.desk.dispatcher.queued) == (0, 0, 0) and len(
+            self.desk._free
+        ) == _SLOTS
+
+
+@pytest.fixture
+def model() -> _Model:
+    return _Model()
+
+
+def test_a_row_that_the_model_cannot_take_fails_alone(model: _Model) -> None:
+    for value in (1.0, 2.0, -3.0, 4.0):
+        model.ask(value)
+    model.ask(5.0, -6.0)
+    model.compute()
+    assert max(map(len, model.batches)) > 1, "they were to be computed together"
+    assert {value: model.answers[value][0].item() for value in (1.0, 2.0, 4.0)} == {1.0: 2.0, 2.0: 4.0, 4.0: 8.0}
+    assert model.answers[-3.0] == model.answers[5.0] == "The model raised ValueError."
+    assert model.slots.counts[Outcome.ANSWERED] == 3 and model.slots.counts[Outcome.FAILED] == 2 and model.settled()
+
+
+def test_a_row_over_which_replicas_die_fails_alone(model: _Model) -> None:
+    for value in (11.0, 12.0, 13.0, 14.0):
+        model.ask(value)
+    ring = model.slots.rings[0]
+    for _ in range(10):
+        while ring.done < ring.posted:
+            rows = ring.slots_of(ring.done)
+            given = model.slots.inputs[0][rows]
+            if (given == 13.0).any():
+                break
+            model.slots.outputs[0][rows] = 2 * given
+            ring.finish(0.01)
+            model.desk.collect()
+        if ring.done < ring.posted:
+            model.desk.replica_down(0)
+            model.come()
+    assert {value: model.answers[value][0].item() for value in (11.0, 12.0, 14.0)} == {11.0: 22.0, 12.0: 24.0, 14.0: 28.0}
+    assert "died each time" in model.answers[13.0] and model.settled()
+
+
+def test_what_was_ended_while_a_dead_replica_had_it_leaves_nothing_behind(model: _Model) -> None:
+    model.ask(1.0, 2.0)
+    (ticket,) = model.desk._tickets.values()
+    model.desk._end(ticket, Outcome.EXPIRED, Refusal(504, "Late."))
+    model.desk.replica_down(0)
+    assert model.answers[1.0] == "Late." and model.settled()
