@@ -20,7 +20,7 @@ from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
 from shoal.serve.origins import check_origin
 from shoal.serve.page import live, page
-from shoal.serve.prepare import prepared
+from shoal.serve.prepare import prepared, tokens_of
 from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.shelf import numbers_of
@@ -96,7 +96,8 @@ class App:
             if limit_s is not None:
                 request = replace(request, timeout_s=min(limit_s, request.timeout_s or limit_s))
             if request.encoded:
-                request = await prepared(desk, request)
+                with self._bodies.holding(len(body)):
+                    request = await prepared(desk, request)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             raise
@@ -236,7 +237,8 @@ class App:
             limit_s = timeout_of(headers) or self._limits.slo_s
             if desk.hopeless(arrived_s + limit_s, time.monotonic()):
                 raise desk.refused()
-            row = await asyncio.to_thread(pictures.decode, [raw], signature)
+            with self._bodies.holding(len(body)):
+                row = await asyncio.to_thread(pictures.decode, [raw], signature)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             raise
@@ -261,7 +263,8 @@ class App:
                 raise Refusal(400, f"{name} gives no embeddings of texts.")
             tokens = [t if isinstance(t, list) else [] for t in given]
             if isinstance(given[0], str):
-                tokens = desk.text.tokens([text for text in given if isinstance(text, str)])
+                with self._bodies.holding(len(body)):
+                    tokens = await tokens_of(desk.text, [text for text in given if isinstance(text, str)])
 
             def left() -> bool:
                 return state(receive, "disconnected")

@@ -158,7 +158,8 @@ class GrpcServer:
             if until_s is not None:
                 request = request.within(until_s)
             if request.encoded:
-                request = await prepared(desk, request)
+                with common.bodies.holding(message.ByteSize()):
+                    request = await prepared(desk, request)
         except Refusal as refusal:
             if desk is not None and refusal.status < 429:
                 desk.slots.count(Outcome.INVALID)
@@ -207,6 +208,8 @@ class GrpcServer:
             finally:
                 await asked.put(None)
 
+        if self._common.tracing is not None:
+            self._common.tracing.enter(_encoded(context))
         try:
             self._admit(context)
         except Refusal as refusal:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shoal.serve.refusals import Refusal
@@ -97,6 +98,16 @@ class Bodies:
         if self.bytes > self._most_bytes:
             self._turned("bodies")
             raise Refusal(503, "Too many long bodies are being sent at once; try again.", 1.0)
+
+    @contextlib.contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Count a body while it waits for what is done to it outside the event loop; Refusal where they are too many."""
+        self.bytes += size
+        try:
+            self.check()
+            yield
+        finally:
+            self.bytes -= size
 
 
 class Buckets:
