@@ -201,8 +201,8 @@ class Fleet:
         """What the gateway says of each model, twice a second: where it says so, there is one replica more or less."""
         self.gateway_numbers = numbers
         for name, crew in self._active.items():
-            # While a version comes or goes, two of them share the cores.
-            if name in numbers and not crew.range.fixed and name not in self._rollouts and not self._leaving:
+            # While a version comes or goes, two of them share the cores. Of a model that has just come there are no numbers yet.
+            if numbers.get(name) and not crew.range.fixed and name not in self._rollouts and not self._leaving:
                 self._scale(name, crew, numbers[name], now)
 
     def _scale(self, name: str, crew: Crew, said: Mapping[str, Any], now: float) -> None:
