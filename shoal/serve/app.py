@@ -89,6 +89,9 @@ class App:
             desk = self.catalogue.desk(name, version)
             headers = headers_of(scope)
             body = await self._body(headers, receive, v2.longest_body(desk.signature, desk.max_rows))
+            if not self.catalogue.has(desk):
+                # The next version has come while the body did.
+                desk = self.catalogue.desk(name, version)
             limit_s = timeout_of(headers)
             if limit_s is None:
                 self._refuse_early(desk, body, seen_s, arrived_s)

@@ -52,6 +52,11 @@ class Catalogue:
             404, f'There is no model "{name[:80]}".{did_you_mean(name[:80], self.shelves)} There is {", ".join(self.shelves)}.'
         )
 
+    def has(self, desk: Desk) -> bool:
+        """Whether a version is still there; who picked it a while ago may come too late."""
+        shelf = self.shelves.get(desk.signature.name)
+        return shelf is not None and shelf.versions.get(desk.signature.version) is desk
+
     async def infer(
         self, desk: Desk, request: v2.InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False,
         arrived_s: float | None = None,

@@ -80,6 +80,8 @@ class Direct:
     def begin(self, planned: Planned, body: bytes, asker: Asker) -> bool:
         """Have a request answered: ``asker.answer`` is called once, perhaps at once. False where only the application can."""
         desk = planned.desk
+        if not self._catalogue.has(desk):
+            return False
         try:
             if planned.refuse and _OWN_DEADLINE not in body:
                 raise desk.refused()

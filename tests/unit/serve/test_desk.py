@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import Any
@@ -9,10 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shoal.serve.catalogue import Catalogue
+from shoal.serve.common import Common
 from shoal.serve.desk import Desk
-from shoal.serve.messages import AddModel
+from shoal.serve.direct import Direct
+from shoal.serve.guard import Bodies
+from shoal.serve.messages import AddModel, Limits
+from shoal.serve.metrics import Metrics
+from shoal.serve.pace import Pace
 from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest
 from shoal.serve.refusals import Refusal
+from shoal.serve.shelf import Shelf
 from shoal.serve.signature import ModelSignature
 from shoal.serve.slots import Outcome, SlotLayout, Slots
 
@@ -32,7 +40,8 @@ class _Model:
         self.batches: list[list[float]] = []
         self._done = os.eventfd(0, os.EFD_NONBLOCK)
         # A batch of four takes no longer than one row.
-        model = AddModel(signature=signature, layout=layout, measured_s={1: 0.01, 2: 0.01, 4: 0.01}, why="", sample=(), expected=())
+        measured_s = {1: 0.01, 2: 0.01, 4: 0.01}
+        model = AddModel(signature=signature, layout=layout, measured_s=measured_s, why="", sample=(), expected=())
         self.desk = Desk(model, os.dup(self.slots.fd), self._done)
         self.answers: dict[float, Any] = {}
         self.come()
@@ -113,3 +122,38 @@ def test_what_was_ended_while_a_dead_replica_had_it_leaves_nothing_behind(model:
     model.desk._end(ticket, Outcome.EXPIRED, Refusal(504, "Late."))
     model.desk.replica_down(0)
     assert model.answers[1.0] == "Late." and model.settled()
+
+
+def test_who_read_the_head_before_a_version_left_asks_the_application(model: _Model) -> None:
+    body = b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 1], "data": [4]}]}'
+
+    class Asker:
+        keep_alive = True
+        answered: bytes | Refusal | None = None
+
+        def gone(self) -> bool:
+            return False
+
+        def answer(self, answered: bytes | Refusal) -> None:
+            assert self.answered is None
+            self.answered = answered
+
+    async def run() -> None:
+        catalogue, metrics = Catalogue(lambda *_: asyncio.Future()), Metrics()
+        shelf = catalogue.shelves["m"] = Shelf()
+        shelf.versions["1"] = model.desk
+        shelf.take("1", 1.0, shadow=False)
+        direct = Direct(Common(
+            limits=Limits(slo_s=60.0), metrics=metrics, catalogue=catalogue, guard=None, bodies=Bodies(1 << 20), pace=Pace(60.0)
+        ))  # fmt: skip
+        plans = [direct.plan(b"/v2/models/m/infer", [(b"content-length", b"%d" % len(body))]) for _ in range(2)]
+        assert plans[0] is not None and plans[1] is not None
+        first, second = Asker(), Asker()
+        assert direct.begin(plans[0], body, first)
+        model.compute()
+        assert isinstance(first.answered, bytes) and first.answered.endswith(b'"data":[8.0]}]}')
+        del shelf.versions["1"]
+        assert not direct.begin(plans[1], body, second) and second.answered is None
+
+    asyncio.run(run())
+    assert model.slots.counts[Outcome.ACCEPTED] == model.slots.counts[Outcome.ANSWERED] == 1
