@@ -171,6 +171,11 @@ class Gradients:
                     place.copy_(gradient)
                 taken.add(at)
 
+    def withdraw_rows(self) -> None:
+        """Take back the gradients of rows that ``collect`` has published."""
+        if self._rows is not None:
+            self._rows.withdraw()
+
     @property
     def rows_squared(self) -> float:
         """The squared norm of the gradients of rows that were published last."""

@@ -203,6 +203,7 @@ class Loop:
             self.parts.axis.await_end()
         # What it would have added is left out, and the other shares count as they would have.
         store.touched[store.stripe_of(self.rank), self.parts.axis.own] = 0
+        self.parts.gradients.withdraw_rows()
         record[Columns.SAMPLES] = 0.0
 
     def _finish(self, step: int) -> None:

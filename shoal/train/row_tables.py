@@ -136,6 +136,12 @@ class RowGradients:
                 check_gradients(table.spec.name, found.keys, found.rows, table.spec.width)
             outbox.write(table.memory, table.kernel, table.spec, self._rank, found)
 
+    def withdraw(self) -> None:
+        """Take back what was published last, before anybody is told of it."""
+        self.squared = 0.0
+        for table in (module.table for module in self._modules):
+            outbox.write(table.memory, table.kernel, table.spec, self._rank, None)
+
 
 @dataclass(frozen=True)
 class SavedRows:

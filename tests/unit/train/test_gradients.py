@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from shoal import ps
 from shoal.comm.arena import Arena
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
+from shoal.ps import outbox
 from shoal.train.describe import describe
 from shoal.train.gradients import Gradients, Target, _SparseRows
+from shoal.train.row_tables import RowGradients
 from shoal.train.split import Ways, split_table
 
 
@@ -96,3 +99,19 @@ def test_only_what_was_written_is_cleared_and_nothing_else_is_left() -> None:
         assert place.equal(first.to_dense())
         rows.write(second, adds=True)
         torch.testing.assert_close(place, first.to_dense() + second.to_dense())
+
+
+def test_rows_that_were_published_can_be_taken_back(store: Store) -> None:
+    """As those of a push whose other gradients are no numbers."""
+    embedding = ps.Embedding(2)
+    table = embedding.table
+    try:
+        gradients = Gradients(store, 0, [], rows=RowGradients(embedding, 0, lambda: 0))
+        gradients.begin()
+        embedding(torch.tensor([5, 9, 5])).sum().backward()
+        gradients.collect()
+        assert sorted(outbox.read(table.memory, table.spec, 0).keys) == [5, 9] and gradients.rows_squared == pytest.approx(10.0)
+        gradients.withdraw_rows()
+        assert not len(outbox.read(table.memory, table.spec, 0).keys) and gradients.rows_squared == 0.0
+    finally:
+        table.close()
