@@ -166,7 +166,7 @@ class PushServer(Updates):
         self._first = int(store.arena.supervisor.note(Note.FIRST_STEP))
         work = int(self.slot.note(Note.PUSH_IN_WORK))
         self._resumed: Pushed | None = None
-        # Workers that took too long over a pull, as one that is stopped does: their sign counts again once it was taken back.
+        # Who took too long over a copy, as a worker that is stopped does: their sign counts again once it was taken back.
         self._left_behind: set[int] = set()
         push, worker = divmod(work, store.arena.world_size)
         if push and self.ledger.applied(number, worker) == push - 1:
@@ -239,7 +239,7 @@ class PushServer(Updates):
 
     def _let_readers_finish(self) -> None:
         deadline = time.monotonic() + _READER_S
-        for worker in range(self.arena.world_size):
+        for worker in range(self.arena.world_size + 1):
             while self.ledger.reading(worker, self.number) and worker not in self._left_behind:
                 if time.monotonic() >= deadline:
                     self._left_behind.add(worker)

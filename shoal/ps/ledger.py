@@ -7,7 +7,8 @@ ledger lies in the arena, in words that have one writer each, so that it is exac
 * ``applied[server][worker]``: how many pushes of a worker a server has applied. Writing this word commits the update;
 * ``version[server]``: twice the number of updates, odd while one is being made (a sequence lock: Lameter 2005). A pull is
   whole where it is even and the same before and after;
-* ``reading[worker][server]``: a worker is copying; a server begins no update before it is done, so that none starves;
+* ``reading[worker][server]``: a worker, or the publisher, is copying; a server begins no update before it is done, so that
+  none starves;
 * a row for each of the last units: whose it was, what was found, with which push it went, the versions at its pull and at
   its application. The supervisor reads rows before they are used again: see ``Claims``.
 """
@@ -57,7 +58,8 @@ def regions(workers: int, servers: int, push_every: int) -> Mapping[str, int]:
     return {
         "applied": servers * workers * LINE,
         "versions": servers * LINE,
-        "reading": workers * servers * LINE,
+        # The last row is of whoever publishes the weights.
+        "reading": (workers + 1) * servers * LINE,
         "units": UNITS_KEPT * (UnitColumns.VERSIONS + 2 * servers) * 8,
         # A place more than a worker may have open claims: see Claims.
         "claims": workers * (2 * LINE + 8 * (push_every + 1) + (-8 * (push_every + 1)) % LINE),

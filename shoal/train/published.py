@@ -30,6 +30,9 @@ class Clocks(Protocol):
     def begun(self, server: int) -> int: ...
     def finished(self, server: int) -> int: ...
 
+    def hold(self, server: int, holds: bool) -> None:
+        """Ask a server to begin no update for the moment that a copy takes, or no longer."""
+
 
 class StepClocks:
     """Of servers that update once a step."""
@@ -42,6 +45,9 @@ class StepClocks:
 
     def finished(self, server: int) -> int:
         return self._slots[server].signal(Signal.UPDATED)
+
+    def hold(self, server: int, holds: bool) -> None:
+        """There is time while the workers compute."""
 
 
 class PushClocks:
@@ -56,12 +62,15 @@ class PushClocks:
     def finished(self, server: int) -> int:
         return self._ledger.version(server) // 2
 
+    def hold(self, server: int, holds: bool) -> None:
+        self._ledger.set_reading(self._ledger.workers, server, holds)
+
 
 class PublishedWeights:
     """A run's parameters and buffers as one block of bytes; implements ``shoal.ps.publish.Source``.
 
-    Where each server has a slice of the bytes, slices are copied for themselves, and versions are a vector. Where tensors are
-    dealt out, or the model is cut and a whole tensor is held by several, all servers are looked at as one.
+    What each server updates is copied for itself, and versions are a vector. Where the model is cut and a whole tensor is held
+    by several, all servers are looked at as one.
     """
 
     def __init__(self, store: Store, clocks: Clocks) -> None:
@@ -70,8 +79,7 @@ class PublishedWeights:
         table = store.table
         servers = range(len(store.arena.servers))
         self._cut = any(spec.regions for spec in table.parameters)
-        one_by_one = table.elementwise and not self._cut
-        self._groups: list[Sequence[int]] = [(server,) for server in servers] if one_by_one else [servers]
+        self._groups: list[Sequence[int]] = [servers] if self._cut else [(server,) for server in servers]
         tensors: dict[str, wire.Tensor] = {}
         at = 0
         for spec in table.parameters:
@@ -92,6 +100,15 @@ class PublishedWeights:
 
     def copy(self, server: int, out: np.ndarray) -> int | None:
         group = self._groups[server]
+        for each in group:
+            self._clocks.hold(each, True)
+        try:
+            return self._copy(server, group, out)
+        finally:
+            for each in group:
+                self._clocks.hold(each, False)
+
+    def _copy(self, server: int, group: Sequence[int], out: np.ndarray) -> int | None:
         deadline = time.monotonic() + _WHOLE_S
         while time.monotonic() < deadline:
             before = [self._clocks.begun(each) for each in group]
@@ -110,10 +127,12 @@ class PublishedWeights:
         if self._cut:
             taken = self._whole_tensors()
         else:
-            # What nobody trains, behind what is trained, comes with the last one.
-            start = store.lane(server).start
-            stop = store.lane(server).stop if server + 1 < len(self._groups) else table.weight_bytes
-            taken = [(start, store.arena.region("weights")[start:stop].numpy().copy())]
+            ranges = store.ranges(server)
+            if server + 1 == len(self._groups):
+                # What nobody trains, behind what is trained, comes with the last one.
+                ranges.append((table.trained_bytes, table.weight_bytes))
+            weights = store.arena.region("weights").numpy()
+            taken = [(start, weights[start:stop].copy()) for start, stop in ranges]
         if server == 0 and table.buffer_bytes:
             size = table.buffer_bytes
             held = store.arena.region("buffers")[step % 2 * size : (step % 2 + 1) * size]

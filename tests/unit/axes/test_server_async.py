@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_store import MakeOptimizer, Net
@@ -24,6 +26,7 @@ from shoal.ps.lock import locked
 from shoal.train.describe import describe, fill
 from shoal.train.metric_state import MetricNotes
 from shoal.train.pacing import Pacer, PushRecorder
+from shoal.train.published import PublishedWeights, PushClocks
 from shoal.train.pushing import PushLoop
 from shoal.train.settings import RunSettings
 from shoal.train.update import make_updater
@@ -253,3 +256,39 @@ def test_a_worker_that_is_stopped_in_a_pull_holds_servers_up_once(store: Store, 
     server.ledger.set_reading(1, 0, True)
     server._let_readers_finish()
     assert naps
+
+
+@pytest.mark.parametrize("make", [sgd, nadam])
+def test_readers_get_whole_weights_of_servers_that_never_rest(make: MakeOptimizer) -> None:
+    store = make_store(make)
+    ledger, over = Ledger(store.arena), threading.Event()
+
+    def serve(server: PushServer) -> None:
+        ranges = [store.weight_range(a, b, torch.float64) for a, b in store.ranges(server.number)]
+        update = 0
+        while not over.is_set():
+            server._let_readers_finish()
+            ledger.post_version(server.number, 2 * update + 1)
+            update += 1
+            for part in ranges:
+                part.fill_(update)
+            ledger.post_version(server.number, 2 * update)
+
+    servers = [PushServer(store, k, None, Waiting(spin_s=0.0), PLAN, -1) for k in (0, 1)]  # type: ignore[arg-type]
+    threads = [threading.Thread(target=serve, args=[server]) for server in servers]
+    published = PublishedWeights(store, PushClocks(ledger))
+    out = np.zeros(published.size, np.uint8)
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            for k in (0, 1):
+                version = published.copy(k, out)
+                assert version is not None
+                for start, stop in store.ranges(k):
+                    assert (out[start:stop].view(np.float64) == version).all()
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        store.arena.memory.close()
