@@ -15,6 +15,7 @@ from shoal.errors import RequestError, ShoalError
 from shoal.serve.crew import Crew
 
 _SLOWER_MS = 2.0
+_LARGEST = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,9 @@ class Trial:
                 raise RequestError(f"A model is not loaded with {name[:40]}; there is {', '.join(kinds)}.")
             if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "shadow"):
                 raise RequestError(f"The parameter {name} is a {kinds[name][-1].__name__}.")
+            # A whole number in JSON may be longer than a float holds.
+            if not isinstance(value, bool) and abs(value) > _LARGEST:
+                raise RequestError(f"The parameter {name} is beyond {_LARGEST:,}.")
         trial = cls(**parameters)
         trial.check()
         return trial

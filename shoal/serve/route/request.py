@@ -21,6 +21,7 @@ _BODY_S = 10.0
 _READ_FIRST = 64 << 10
 _KEEP_BYTES = 1 << 20
 _MOST_DIGITS = 12
+_LONGEST_US = 1 << 40
 
 _KEYS = (b"idempotency-key", b"x-idempotency-key")
 # What belongs to one connection and not to the request (RFC 9110, 7.6.1); the length is said anew.
@@ -117,7 +118,8 @@ def _timeout(headers: dict[bytes, bytes], body: Body) -> float | None:
             given = _INFERENCE.decode(body.beginning[:end]).parameters.get("timeout")
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             given = None
-        if type(given) is int and given > 0:
+        # Longer ones are refused by services.
+        if type(given) is int and 0 < given < _LONGEST_US:
             found.append(given / 1e6)
     return min(found, default=None)
 

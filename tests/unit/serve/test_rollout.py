@@ -45,6 +45,8 @@ def test_verdict(trial: Trial, numbers: dict[str, Any], verdict: str | None) -> 
         ({"slower": 0}, "slower is 0"),
         ({"shadow": 1}, "shadow is a bool"),
         ({"canary": "a lot"}, "canary is a float"),
+        ({"canary": 10**400}, "canary is beyond"),
+        ({"slower": -(10**400)}, "slower is beyond"),
         ({"config": "{}"}, "not loaded with config"),
     ],
 )
