@@ -62,7 +62,7 @@ class Trial:
             if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "shadow"):
                 raise RequestError(f"The parameter {name} is a {kinds[name][-1].__name__}.")
             # A whole number in JSON may be longer than a float holds.
-            if not isinstance(value, bool) and abs(value) > _LARGEST:
+            if isinstance(value, (int, float)) and abs(value) > _LARGEST:
                 raise RequestError(f"The parameter {name} is beyond {_LARGEST:,}.")
         trial = cls(**parameters)
         trial.check()
