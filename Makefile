@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/shoal train cifar-cnn
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types test
 

@@ -229,12 +229,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_World]:
 def test_no_request_is_lost_and_shares_shift(world: _World) -> None:
     ledger = _Ledger(world.route.port, bundle.load(world.odd))
     try:
-        slow, usual, _ = world.shares(300)
-        assert slow > 0.3 * usual
+        # A busy machine may fool the route for a while: what counts is where shares come to.
+        assert until(lambda: world.shares(100), lambda shares: shares[0] > 0.3 * shares[1])
         world.proxies[0].delay_s = 0.2
-        world.shares(100)
-        slow, usual, direct = world.shares(400)
-        assert slow < 0.3 * usual and slow < 0.1 * direct
+        assert until(lambda: world.shares(100), lambda shares: shares[0] < min(0.3 * shares[1], 0.1 * shares[2]))
 
         hanging = world.services[1]
         hanging.signal(signal.SIGSTOP)
@@ -245,7 +243,7 @@ def test_no_request_is_lost_and_shares_shift(world: _World) -> None:
         assert until(lambda: world.shares(50), lambda shares: shares[1] > 5)
 
         world.services[2].kill()
-        assert world.shares(100)[2] <= 10
+        assert until(lambda: world.shares(50), lambda shares: shares[2] == 0)
         world.services[2].started()
         assert until(lambda: world.shares(50), lambda shares: shares[2] > 5)
     finally:

@@ -66,7 +66,7 @@ def test_runs_lists_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
 
 def test_data_lists_the_data_sets(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--json"]) == 0
-    assert [found["name"] for found in json.loads(capfd.readouterr().out)["data_sets"]] == ["cifar10"]
+    assert [found["name"] for found in json.loads(capfd.readouterr().out)["data_sets"]] == ["cifar10", "movielens"]
 
 
 def test_plan_help_has_a_line_for_each_key(capfd: pytest.CaptureFixture[str]) -> None:

@@ -101,17 +101,11 @@ def test_a_plan_says_what_was_given_what_follows_and_what_changes_nothing() -> N
     assert said["dp=2"] == []
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("zero=1", "hold all of it each"),
-        ("dp=2,zero=2", "hold all of it each"),
-        ("zero=3", "only among workers that share memory"),
-        ("tp=2", "only among workers that share memory"),
-        ("dp=2,pp=2", "only among workers that share memory"),
-    ],
-)
-def test_workers_that_share_no_memory_split_nothing(text: str, said: str) -> None:
-    with pytest.raises(NotBuiltError, match=said):
-        fit_plan(Plan.parse(text), 2, 1)
-    assert fit_plan(Plan.parse("dp=2,zero=0,tp=1"), 2, 1).complete
+def test_plans_of_workers_that_share_no_memory_fit_the_number_of_processes() -> None:
+    for text in ("dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2"):
+        assert fit_plan(Plan.parse(text), 2, 1).world_size == 2
+    assert fit_plan(Plan.parse("zero=2"), 4, 1).data_ways == 4
+    with pytest.raises(PlanError, match="dp=2,pp=2 takes 4 processes .* write pp=2, or start 4 processes"):
+        fit_plan(Plan.parse("dp=2,pp=2"), 2, 1)
+    with pytest.raises(NotBuiltError, match="ps=1 is built for workers that share memory"):
+        fit_plan(Plan.parse("ps=1,workers=2"), 2, 1)
