@@ -47,6 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What user code prints must not get between the lines that a command promises on standard output.
     os.dup2(2, 1)
+    # Nobody reads a terminal there, so Python would keep lines back, and lose those of a process that is killed.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     modules = sys.argv[2:]
     do = _at_once
     if modules[:1] == [GENTLE]:

@@ -281,6 +281,8 @@ def test_readers_get_whole_weights_of_servers_that_never_rest(make: MakeOptimize
     for thread in threads:
         thread.start()
     try:
+        while min(published.versions()) == 0:
+            over.wait(0.001)
         for _ in range(10):
             for k in (0, 1):
                 version = published.copy(k, out)
