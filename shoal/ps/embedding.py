@@ -11,7 +11,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -279,8 +278,3 @@ def parse_bytes(given: int | str | None) -> int | None:
     if match is None or unit is None or float(match[1]) <= 0:
         raise JobError(f'memory is {given!r}; give bytes, or a size such as "500MB" or "2GB".')
     return int(float(match[1]) * unit)
-
-
-def table_path(directory: Path, name: str) -> Path:
-    """Where a run keeps the cold rows of a table."""
-    return directory / (name or "embedding")

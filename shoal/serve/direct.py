@@ -86,7 +86,7 @@ class Direct:
             if planned.refuse and _OWN_DEADLINE not in body:
                 raise desk.refused()
             request = v2.decode(desk.signature, body, planned.header_length, desk.max_rows)
-            if getattr(request, "encoded", None):
+            if request.encoded:
                 return False
 
             def done(outputs: list[np.ndarray] | None, refusal: Refusal | None) -> None:

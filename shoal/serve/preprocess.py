@@ -34,11 +34,6 @@ class Preprocess:
     size: int | tuple[int, int] | None = None
     mode: str | None = None
 
-    @property
-    def to_one(self) -> bool:
-        """Whether numbers are only brought to 0…1, as ``shoal.data.Images`` does."""
-        return math.isclose(self.scale, _TO_ONE, rel_tol=1e-6) and not self.mean and not self.std
-
     @classmethod
     def read(cls, described: Any) -> Preprocess | None:
         """From what bundle.json says; None where that is nothing. ValueError, with a sentence, where it cannot be followed."""
