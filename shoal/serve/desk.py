@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from shoal.serve.cache import Key, ResponseCache, key_of
+from shoal.serve.cache import ResponseCache
 from shoal.serve.dispatch import Dispatcher, Row, apart
 from shoal.serve.latency import LatencyModel
 from shoal.serve.messages import AddModel
 from shoal.serve.protocols.embeddings import TextEncoder
 from shoal.serve.protocols.v2 import USUAL_PRIORITY, InferRequest, longest_body
-from shoal.serve.refusals import Refusal
+from shoal.serve.refusals import Refusal, too_late
+from shoal.serve.remembered import Remembered
 from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
 from shoal.serve.ticket import Done, Reply, Ticket
+from shoal.serve.times import Times
 from shoal.serve.tracing import Tracing
 
 # A second batch waits in a replica's ring while the first is computed where batches are shorter than this: the replica need not
@@ -36,10 +38,8 @@ _AHEAD_BELOW_S = 0.005
 _SWEEP_S = 0.005
 _TRY_AGAIN_S = 1.0
 _LOOK_AFTER_S = 0.02
-_TIMES_KEPT = 4096
 # Where every replica has just died, the next is there within this; a request that can wait so long is taken in.
 _REPLACED_WITHIN_S = 0.5
-_TOO_LATE = "The deadline passed before the request could be computed."
 # A request in whose batch so many replicas have died is not given to another one.
 _MOST_DEATHS = 3
 
@@ -58,24 +58,6 @@ class _Replica:
     def takes(self) -> bool:
         """Whether it may be given batches."""
         return self.up and self.leaving is None
-
-
-@dataclass
-class Times:
-    """What the statistics say beside the counts; nanoseconds as the protocol wants them."""
-
-    requests: int = 0
-    rows: int = 0
-    batches: int = 0
-    busy_s: float = 0.0
-    queue_ns: int = 0
-    compute_ns: int = 0
-    by_batch: dict[int, tuple[int, int]] = field(default_factory=dict)
-    latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES_KEPT))
-    hits: int = 0
-    hit_ns: int = 0
-    misses: int = 0
-    coalesced: int = 0
 
 
 class Desk:
@@ -98,19 +80,18 @@ class Desk:
         self.dispatcher = Dispatcher(
             self.latency, capacity=model.layout.slots, most_rows=model.layout.max_batch, unit=unit
         )  # fmt: skip
-        self.times = Times()
+        self.times = Times(observe)
         self.last_answer_s = 0.0
         self.body_bytes = longest_body(model.signature, model.layout.max_batch) or 0
         self.max_rows = min(model.layout.max_batch, model.layout.slots)
-        self._observe = observe
         self._done_fd = done_fd
         self._free = list(range(model.layout.slots))
         self._replicas: dict[int, _Replica] = {}
         self._tickets: dict[int, Ticket] = {}
-        self._cache = ResponseCache(model.cache_bytes, model.cache_ttl_s) if model.cache_bytes else None
-        # With a cache: what is being computed now, for others that ask the same meanwhile.
-        self._shared: dict[Key, asyncio.Future[list[np.ndarray]]] = {}
-        self._followers = 0
+        self._remembered: Remembered | None = None
+        if model.cache_bytes:
+            cache = ResponseCache(model.cache_bytes, model.cache_ttl_s)
+            self._remembered = Remembered(cache, self.slots.count, self.times)
         self._next = 0
         self._closed = False
         self._tick: asyncio.TimerHandle | None = None
@@ -135,65 +116,10 @@ class Desk:
         now = time.monotonic()
         deadline = (now if arrived_s is None else arrived_s) + (request.timeout_s or slo_s)
         self._must_be_open()
-        if self._cache is None or request.uncached:
+        if self._remembered is None or request.uncached:
             return await self._compute(request, now, deadline, abandoned)
-        return await self._remember(self._cache, request, now, deadline, abandoned)
-
-    async def _remember(
-        self, cache: ResponseCache, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool]
-    ) -> list[np.ndarray]:
-        """Give the answer that was given before, wait for the one that is being computed, or compute it for all who ask."""
-        key = key_of(request.inputs)
-        found = cache.get(key, now)
-        if found is not None:
-            self.slots.count(Outcome.ACCEPTED)
-            self.slots.count(Outcome.ANSWERED)
-            self._note_hit(now)
-            return found
-        shared = self._shared.get(key)
-        if shared is not None:
-            found = await self._follow(shared, deadline)
-            return found if found is not None else await self._compute(request, now, deadline, abandoned, accepted=True)
-        self.times.misses += 1
-        shared = self._shared[key] = asyncio.get_running_loop().create_future()
-        try:
-            found = await self._compute(request, now, deadline, abandoned)
-            cache.put(key, found, time.monotonic())
-            shared.set_result(found)
-            return found
-        finally:
-            del self._shared[key]
-            # Whoever waited asks for itself: another deadline, another client.
-            shared.cancel()
-
-    async def _follow(self, shared: asyncio.Future[list[np.ndarray]], deadline: float) -> list[np.ndarray] | None:
-        """The answer to an equal request that was here first; None where that one has got none."""
-        began = time.monotonic()
-        self.slots.count(Outcome.ACCEPTED)
-        self._followers += 1
-        try:
-            await asyncio.wait([shared], timeout=max(0.0, deadline - began))
-        except asyncio.CancelledError:
-            self.slots.count(Outcome.CANCELLED)
-            raise
-        finally:
-            self._followers -= 1
-        if not shared.done():
-            self.slots.count(Outcome.EXPIRED)
-            raise Refusal(504, _TOO_LATE)
-        if shared.cancelled():
-            return None
-        self.slots.count(Outcome.ANSWERED)
-        self.times.coalesced += 1
-        self._note_hit(began)
-        return shared.result()
-
-    def _note_hit(self, began: float) -> None:
-        took = time.monotonic() - began
-        self.times.hits += 1
-        self.times.hit_ns += int(took * 1e9)
-        self.times.latest_s.append(took)
-        self._observe(took)
+        compute = partial(self._compute, request, now, deadline, abandoned)
+        return await self._remembered.answer(request.inputs, now, deadline, compute)
 
     async def _compute(
         self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool], accepted: bool = False
@@ -202,7 +128,7 @@ class Desk:
         later = self._later(request, now, deadline)
         if later is not None and accepted:
             self.slots.count(Outcome.EXPIRED)
-            raise Refusal(504, _TOO_LATE)
+            raise too_late()
         if later is not None:
             self.slots.count(Outcome.REFUSED)
             if self.tracing is not None and not request.uncached:
@@ -253,7 +179,7 @@ class Desk:
     @property
     def remembers(self) -> bool:
         """Whether answers are kept, and equal requests share one."""
-        return self._cache is not None
+        return self._remembered is not None
 
     def _outputs(self, slots: list[int], length: int) -> list[np.ndarray]:
         """Copies of what replicas wrote into some slots; one row is sliced, for that takes a tenth of the time."""
@@ -265,7 +191,7 @@ class Desk:
 
     def hopeless(self, deadline_s: float, now: float) -> bool:
         """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered."""
-        if self._cache is not None or not self._replicas:
+        if self._remembered is not None or not self._replicas:
             return False
         return self.dispatcher.admit(1, deadline_s, USUAL_PRIORITY, now) is not None
 
@@ -386,7 +312,7 @@ class Desk:
         for row in self.dispatcher.expired(now):
             ticket = self._tickets.get(row.request)
             if ticket is not None:
-                self._end(ticket, Outcome.EXPIRED, Refusal(504, _TOO_LATE))
+                self._end(ticket, Outcome.EXPIRED, too_late())
 
     def collect(self) -> None:
         """Take in what replicas have finished; called when they say so."""
@@ -411,7 +337,7 @@ class Desk:
                 self._take_back(apart(rows))
                 continue
             self.dispatcher.finished(rows, took_s, now)
-            self._note_batch(len(rows), took_s)
+            self.times.batch(len(rows), took_s)
             if self.tracing is not None:
                 self.tracing.batch((self._tickets[row.request].traced for row in rows), replica.rank, took_s, now)
             for row in rows:
@@ -432,23 +358,7 @@ class Desk:
         elif ticket.rows_left == 0:
             self.last_answer_s = now
             self._end(ticket, Outcome.ANSWERED)
-            self._note_request(ticket, now)
-
-    def _note_batch(self, rows: int, took_s: float) -> None:
-        times = self.times
-        times.batches += 1
-        times.rows += rows
-        times.busy_s += took_s
-        count, spent = times.by_batch.get(rows, (0, 0))
-        times.by_batch[rows] = (count + 1, spent + int(took_s * 1e9))
-
-    def _note_request(self, ticket: Ticket, now: float) -> None:
-        times, took = self.times, now - ticket.arrived_s
-        times.requests += 1
-        times.compute_ns += int(ticket.compute_s * 1e9)
-        times.queue_ns += int(max(0.0, took - ticket.compute_s) * 1e9)
-        times.latest_s.append(took)
-        self._observe(took)
+            self.times.answered(now - ticket.arrived_s, ticket.compute_s)
 
     # -- replicas ------------------------------------------------------------------------------------------------
 
@@ -574,7 +484,7 @@ class Desk:
 
     @property
     def open_requests(self) -> int:
-        return len(self._tickets) + self._followers
+        return len(self._tickets) + (self._remembered.waiting if self._remembered is not None else 0)
 
     @property
     def replicas_up(self) -> int:
@@ -582,16 +492,11 @@ class Desk:
 
     def numbers(self) -> dict[str, Any]:
         """Counts of outcomes, what waits, the latest latencies: for the display and the statistics."""
-        latest = np.array(self.times.latest_s) if self.times.latest_s else np.zeros(1)
-        p50, p95, p99 = (float(v) * 1e3 for v in np.percentile(latest, (50, 95, 99)))
         return {
             **{outcome.name.lower(): int(self.slots.counts[outcome]) for outcome in Outcome},
             "queued": self.dispatcher.queued, "open": self.open_requests, "replicas": self.replicas_up,
             "batches": self.times.batches, "rows": self.times.rows, "busy_s": self.times.busy_s,
-            "cache": self._cache and {
-                "hits": self.times.hits, "misses": self.times.misses, "coalesced": self.times.coalesced,
-                "entries": self._cache.entries, "bytes": self._cache.bytes,
-            },
-            "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, **self.dispatcher.statistics(), "chosen": self.why,
+            "cache": self._remembered and self._remembered.numbers(),
+            **self.times.latest_ms(), **self.dispatcher.statistics(), "chosen": self.why,
             "precision": self.precision,
         }  # fmt: skip

@@ -21,6 +21,11 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
 
 
+def too_late() -> Refusal:
+    """What a request gets that was taken in and has expired."""
+    return Refusal(504, "The deadline passed before the request could be computed.")
+
+
 class Mishaps:
     """What to do with an exception that nobody foresaw: whoever runs the service gets the traceback, the client one sentence."""
 
