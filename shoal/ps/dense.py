@@ -1,0 +1,192 @@
+"""A server's part of the dense parameters, in memory of its own, and the job's optimizer over it.
+
+Parameters are cut into *pieces*: runs of elements of one parameter where the optimizer treats every element alike, whole
+parameters otherwise. A piece is what is placed, pulled, pushed and moved as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.errors import NotBuiltError
+
+PIECE_BYTES = 1 << 20
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start`` to ``stop`` of a parameter.
+
+    Attributes:
+        number: which piece it is, among those of all servers.
+        name: the parameter's, in the model.
+        group: the optimizer's group that the parameter is in.
+        shape: the parameter's where the piece is all of it and the optimizer looks at its form; None: elements in a row.
+    """
+
+    number: int
+    name: str
+    start: int
+    stop: int
+    dtype: torch.dtype
+    group: int = 0
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def key(self) -> str:
+        """What the ring knows it by: the same under any number of servers."""
+        return f"{self.name}[{self.start}:{self.stop}]"
+
+
+def cut(
+    name: str, shape: Sequence[int], dtype: torch.dtype, group: int, first: int, elementwise: bool,
+    most_bytes: int = PIECE_BYTES,
+) -> list[Piece]:  # fmt: skip
+    """The pieces of one parameter, numbered from ``first``."""
+    numel = math.prod(shape)
+    if not elementwise:
+        return [Piece(first, name, 0, numel, dtype, group, tuple(shape))]
+    most = max(1, most_bytes // dtype.itemsize)
+    return [
+        Piece(first + k, name, low, min(low + most, numel), dtype, group) for k, low in enumerate(range(0, numel, most))
+    ]
+
+
+MakeOptimizer = Callable[[Sequence[tuple[Piece, nn.Parameter]]], torch.optim.Optimizer]
+"""Makes the job's kind of optimizer, with its groups in order, over these parameters."""
+
+
+class DensePart:
+    """The pieces of one server: weights, and what the optimizer keeps of each."""
+
+    def __init__(self, pieces: Iterable[Piece], make_optimizer: MakeOptimizer) -> None:
+        """All weights are zero until they are put there."""
+        self._make_optimizer = make_optimizer
+        self.pieces: dict[int, Piece] = {}
+        self._weights: dict[int, nn.Parameter] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.take_up(pieces)
+
+    def take_up(self, pieces: Iterable[Piece]) -> None:
+        """Hold these pieces, too; those that come anew are zero and have no optimizer state."""
+        for piece in pieces:
+            if piece.number not in self.pieces:
+                self.pieces[piece.number] = piece
+                shape = piece.shape if piece.shape is not None else (piece.numel,)
+                self._weights[piece.number] = nn.Parameter(torch.zeros(shape, dtype=piece.dtype))
+        self._renew()
+
+    def give_up(self, numbers: Iterable[int]) -> None:
+        """Hold these pieces no longer."""
+        for number in numbers:
+            del self.pieces[number], self._weights[number]
+        self._renew()
+
+    def _renew(self) -> None:
+        before = self._optimizer
+        ordered = sorted(self.pieces)
+        self._optimizer = self._make_optimizer([(self.pieces[n], self._weights[n]) for n in ordered]) if ordered else None
+        if before is None or self._optimizer is None:
+            return
+        for number in ordered:
+            if self._weights[number] in before.state:
+                self._optimizer.state[self._weights[number]] = before.state[self._weights[number]]
+        for new, old in zip(self._optimizer.param_groups, before.param_groups, strict=False):
+            new.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
+
+    # -- the weights ---------------------------------------------------------------------------------------------
+
+    def weight(self, number: int) -> torch.Tensor:
+        """The elements of a piece, in a row: a view."""
+        return self._weights[number].detach().view(-1)
+
+    def put(self, number: int, values: torch.Tensor) -> None:
+        """Set a piece's weights."""
+        self.weight(number).copy_(values.reshape(-1))
+
+    def apply(self, gradients: Mapping[int, torch.Tensor], scale: float, groups: Sequence[Numbers] | None = None) -> None:
+        """One step of the optimizer over the pieces that have a gradient; the others are left alone.
+
+        Args:
+            gradients: by piece, elements in a row; not changed.
+            scale: what they are multiplied by.
+            groups: hyperparameters to use from now on, one mapping for each group of the optimizer.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        for group, numbers in zip(optimizer.param_groups, groups or (), strict=False):
+            group.update(numbers)
+        # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
+        for begun in (True, False):
+            chosen = [n for n in gradients if (self._weights[n] in optimizer.state) == begun]
+            for number in chosen:
+                gradient = gradients[number].view_as(self._weights[number])
+                self._weights[number].grad = gradient if scale == 1.0 else gradient * scale
+            if chosen:
+                optimizer.step()
+            for number in chosen:
+                self._weights[number].grad = None
+
+    # -- keeping and moving --------------------------------------------------------------------------------------
+
+    def state(self, number: int) -> dict[str, Any]:
+        """What the optimizer keeps of a piece: tensors (views) and plain numbers; empty before its first step."""
+        if self._optimizer is None:
+            return {}
+        found = self._optimizer.state.get(self._weights[number], {})
+        for key, value in found.items():
+            if not isinstance(value, (torch.Tensor, int, float, bool, type(None))):
+                raise NotBuiltError(
+                    f"{type(self._optimizer).__name__} keeps a {type(value).__name__} ({key}) for a parameter, which servers "
+                    "cannot save; take another optimizer, or a plan without ps."
+                )
+        return dict(found)
+
+    def put_state(self, number: int, state: Mapping[str, Any]) -> None:
+        """Put it back: copied."""
+        assert self._optimizer is not None
+        if state:
+            own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in state.items()}
+            self._optimizer.state[self._weights[number]] = own
+        else:
+            self._optimizer.state.pop(self._weights[number], None)
+
+    @property
+    def groups(self) -> list[Numbers]:
+        """The hyperparameters in use that are numbers."""
+        return plain_groups(self._optimizer) if self._optimizer is not None else []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces.values())
+
+
+def plain_groups(optimizer: torch.optim.Optimizer) -> list[Numbers]:
+    """The hyperparameters of an optimizer that are numbers, or several: what can change while it runs, and be sent."""
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return all(plain(v) for v in value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "param_names") and plain(value)}
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,172 @@
+"""A server: a shard behind an endpoint. One thread answers one request after the other, so nobody sees half a push."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from shoal.errors import JobFailed, RequestError, ShoalError
+from shoal.ps import messages
+from shoal.ps.applied import PartlyApplied, PushId
+from shoal.ps.endpoint import Endpoint
+from shoal.ps.messages import (
+    Block,
+    Commit,
+    Done,
+    Forms,
+    Norm,
+    Normed,
+    Ping,
+    Pull,
+    Pulled,
+    PulledRows,
+    PullRows,
+    PushHead,
+    Put,
+    Refused,
+    Request,
+    Take,
+    Taken,
+)
+from shoal.ps.shard import Push, Shard, add_up
+from shoal.ps.wire import Malformed
+
+_SLICE_S = 0.1
+
+
+class Keeper(Protocol):
+    """What makes updates survive the process that made them: a log, or a peer that has the same shard."""
+
+    def when_kept(self, version: int, then: Callable[[], None]) -> None:
+        """Call ``then`` once all updates up to ``version`` will survive: at once, or later out of ``Endpoint.receive``."""
+
+
+class InMemory:
+    """Updates go with their process."""
+
+    def when_kept(self, version: int, then: Callable[[], None]) -> None:
+        then()
+
+
+class ShardServer:
+    """Answers clients; ``keeper``: an update is acknowledged once it says so."""
+
+    def __init__(self, shard: Shard, endpoint: Endpoint, keeper: Keeper | None = None) -> None:
+        self.shard = shard
+        self.endpoint = endpoint
+        self._keeper: Keeper = keeper if keeper is not None else InMemory()
+        # Pushes that wait to be applied with others.
+        self._staged: dict[PushId, Push] = {}
+        self._sum: Push | None = None
+
+    def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
+        """Answer until ``over``; ``between`` is called several times a second."""
+        while not over():
+            for identity, frames in self.endpoint.receive(_SLICE_S):
+                self._take(identity, frames)
+            between()
+
+    def _take(self, identity: bytes, frames: Sequence[Any]) -> None:
+        try:
+            message = messages.decode_request(frames)
+        except Malformed as error:
+            self.endpoint.complain(str(error))
+            return
+
+        def answer(answered: msgspec.Struct, further: Sequence[Any] = ()) -> None:
+            self.endpoint.send(identity, messages.encode(answered), further)
+
+        try:
+            self._answer(message, frames[1:], answer)
+        except Malformed as error:
+            self.endpoint.complain(str(error))
+        except (PartlyApplied, RequestError, JobFailed) as error:
+            answer(Refused(message.number, str(error)))
+        except ShoalError as error:
+            answer(Refused(message.number, str(error)))
+
+    def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
+        shard, number = self.shard, message.number
+
+        def done(new: bool) -> None:
+            version = shard.version
+            self._keeper.when_kept(version, lambda: answer(Done(number, version, new)))
+
+        if isinstance(message, PushHead):
+            push = messages.unpack_push(message, frames, self._forms())
+            done(self._stage(push) if message.staged else shard.apply(push))
+        elif isinstance(message, Pull):
+            pieces = shard.pull() if message.have != shard.version else {}
+            _, views = messages.pack_tensors({str(piece): tensor for piece, tensor in pieces.items()})
+            answer(Pulled(number, shard.version, tuple(map(Block, pieces))), views)
+        elif isinstance(message, PullRows):
+            rows = shard.pull_rows(message.table, messages.unpack_keys(message, frames), message.step)
+            heads, views = messages.pack_tensors({"": rows})
+            answer(PulledRows(number, shard.version, heads[0]), views)
+        elif isinstance(message, (Norm, Commit)):
+            self._together(message, answer, done)
+        elif isinstance(message, Take):
+            self._give(message, answer)
+        elif isinstance(message, Put):
+            snapshot = messages.unpack_snapshot(message, frames)
+            (shard.restore if message.whole else shard.merge)(snapshot)
+            done(True)
+        else:
+            assert isinstance(message, Ping)
+            answer(Done(number, shard.version))
+
+    def _forms(self) -> Forms:
+        shard = self.shard
+        return Forms(
+            {number: (piece.numel, piece.dtype) for number, piece in shard.dense.pieces.items()},
+            {number: (table.spec.width, table.spec.dtype) for number, table in shard.tables.items()},
+        )
+
+    # -- pushes that are applied together ------------------------------------------------------------------------
+
+    def _stage(self, push: Push) -> bool:
+        if self.shard.ledger.has(push.ids):
+            return False
+        self.shard.check(push)
+        if len(push.ids) != 1:
+            raise RequestError("A push that waits for others has one id.")
+        new = push.ids[0] not in self._staged
+        # The same again may come from another worker; what is there has been acknowledged.
+        self._staged.setdefault(push.ids[0], push)
+        return new
+
+    def _together(self, message: Norm | Commit, answer: Callable[..., None], done: Callable[[bool], None]) -> None:
+        if self.shard.ledger.has(message.ids):
+            done(False) if isinstance(message, Commit) else answer(Normed(message.number, 0.0))
+            return
+        missing = [id for id in message.ids if id not in self._staged]
+        if missing or not message.ids:
+            answer(Refused(message.number, f"{len(missing)} of {len(message.ids)} pushes are not here", missing=True))
+            return
+        if self._sum is None or self._sum.ids != message.ids:
+            pushes = [self._staged[id] for id in message.ids]
+            self._sum = add_up(pushes, self.shard.tables, 1.0, None)
+        if isinstance(message, Norm):
+            answer(Normed(message.number, self._sum.norm_squared()))
+            return
+        whole, self._sum = self._sum, None
+        new = self.shard.apply(
+            Push(
+                ids=whole.ids, step=whole.step, settled=max(whole.settled, message.settled), dense=whole.dense,
+                rows=whole.rows, scale=message.scale, groups=message.groups,
+            )
+        )  # fmt: skip
+        self._staged = {id: push for id, push in self._staged.items() if id not in self.shard.ledger}
+        done(new)
+
+    def _give(self, message: Take, answer: Callable[..., None]) -> None:
+        shard = self.shard
+        wanted = None
+        if message.row_shards is not None:
+            wanted = {int(n): shards for n, shards in message.row_shards.items() if n.isdigit()}
+        if any(n not in shard.tables for n in wanted or ()) or any(n not in shard.dense.pieces for n in message.pieces or ()):
+            raise RequestError("Something was asked for that is not held here.")
+        kept, heads, frames = messages.pack_snapshot(shard.snapshot(message.pieces, wanted))
+        answer(Taken(message.number, kept, heads), frames)
