@@ -33,13 +33,18 @@ stripe until all servers have posted UPDATED, so none is lost and none is applie
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from shoal.axes.data import ArenaData
 from shoal.axes.updating import Hooks, SliceUpdater, Totals, Updates
 from shoal.axes.waiting import Waiting
-from shoal.comm.arena import Signal
+from shoal.comm.arena import Note, Signal
 from shoal.comm.store import Store
+
+# How long a copy of the weights may hold an update up, and how often a server looks whether it is made.
+_READING_S = 2.0
+_NAP_S = 50e-6
 
 
 class NothingToUpdate:
@@ -113,8 +118,18 @@ class Server(Updates):
     def take(self, step: int) -> None:
         """Begin the update of a step."""
         if not self.has_taken(step):
+            self._let_read(step)
             self.begin_update()
             self.slot.post(Signal.GRADIENTS, step + 1)
+
+    def _let_read(self, step: int) -> None:
+        """Wait while whoever publishes the weights copies them; not where another server has begun: a cut is of one step."""
+        supervisor, others = self.arena.supervisor, self.arena.servers
+        until = time.monotonic() + _READING_S
+        while supervisor.note(Note.READING) and time.monotonic() < until:
+            if any(slot.signal(Signal.GRADIENTS) > step for slot in others):
+                return
+            time.sleep(_NAP_S)
 
     def sum_up(self, step: int) -> Totals:
         """The loss over the global batch, and the factor of the gradients' sum."""

@@ -86,6 +86,7 @@ class Note(IntEnum):
     STOP_AT = 24
     FIRST_STEP = 25
     UNITS_SEEN = 26
+    READING = 27
 
 
 class Phase(IntEnum):

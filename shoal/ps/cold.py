@@ -7,9 +7,12 @@ A row that has come back into memory stays here until it is written over; memory
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +45,16 @@ class ColdStore:
         self._owner = os.getpid() if directory is None else -1
         self._path = Path(tempfile.mkdtemp(prefix="shoal-rows-")) if directory is None else directory
         self._pid = -1
+        # Somebody who publishes the rows may be the first to look, as well as whoever writes them.
+        self._opening = threading.Lock()
         self._environment: Any = None
         self._databases: list[Any] = []
 
     def _open(self) -> Any:
+        with self._opening:
+            return self._open_once()
+
+    def _open_once(self) -> Any:
         if self._pid != os.getpid():
             lmdb = self._lmdb
             try:
@@ -94,6 +103,26 @@ class ColdStore:
             raise self._trouble(error) from None
         positions = np.array(at, np.int64)
         return positions, self._unpack(keys[positions], b"".join(found))
+
+    def keys(self, shard: int, begin: int, count: int) -> np.ndarray:
+        """The next keys from ``begin`` on, both as unsigned numbers; sorted as such."""
+        found: list[bytes] = []
+        with self._open().begin(db=self._databases[shard]) as transaction:
+            cursor = transaction.cursor()
+            if cursor.set_range(begin.to_bytes(8, sys.byteorder)):
+                found = [bytes(name) for name in itertools.islice(cursor.iternext(values=False), count)]
+        return np.frombuffer(b"".join(found), np.int64).copy()
+
+    def forget(self, shard: int, keys: np.ndarray | None) -> None:
+        """Delete the rows of these keys; None: all."""
+        try:
+            with self._open().begin(write=True) as transaction:
+                if keys is None:
+                    transaction.drop(self._databases[shard], delete=False)
+                for key in [] if keys is None else keys:
+                    transaction.delete(key.tobytes(), db=self._databases[shard])
+        except (self._lmdb.Error, OSError) as error:
+            raise self._trouble(error) from None
 
     def all(self, shard: int) -> Rows:
         """Everything of a shard."""

@@ -27,6 +27,8 @@ from shoal.ps.table import Rows, Table
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Of a table that is only read, or trained in a plain loop, so many parts are enough.
 _LOCAL_SHARDS = 8
+# What a table is called whose module is the whole model.
+_ROOT = "(the model)"
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,20 @@ class Embedding(nn.Module):
     def export(self) -> Rows:
         return self.table.export()
 
+    def begin_as(self, spec: TableSpec) -> None:
+        """Have no rows, and read keys without one as a table with this seed does."""
+        if self.spec.seed != spec.seed:
+            self.spec = dataclasses.replace(self.spec, seed=spec.seed)
+            self._table = None
+        elif self._table is not None:
+            self._table.discard(None)
+        self._gathered = []
+
+    def put_rows(self, keys: np.ndarray, rows: torch.Tensor) -> None:
+        """Put weights there, (n, width), with the optimizer's first state."""
+        if len(keys):
+            self.table.put(with_first_state(torch.from_numpy(keys), rows, self.spec))
+
     def extra_repr(self) -> str:
         spec = self.spec
         return f"{spec.width}, optimizer={spec.optimizer}, init={spec.init}"
@@ -245,6 +261,16 @@ def embeddings(model: nn.Module) -> Iterator[tuple[str, Embedding]]:
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
             yield name, module
+
+
+def table_name(path: str) -> str:
+    """What the table of the module at a path of a model is called; the model itself may be one."""
+    return path or _ROOT
+
+
+def prefix_of(spec: TableSpec) -> str:
+    """What the names of a table's tensors in the model's state_dict begin with."""
+    return "" if spec.name == _ROOT else spec.name + "."
 
 
 def step(model: nn.Module) -> None:

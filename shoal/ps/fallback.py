@@ -192,6 +192,9 @@ class _Shard:
         words[Word.LIVE] = np.count_nonzero(self.heads()["live"])
         words[Word.STRUCTURE] = (int(words[Word.STRUCTURE]) | 1) + 1
 
+    def note_changed(self, keys: np.ndarray) -> None:
+        self._table.memory.note_changed(self._shard, keys)
+
     def note(self, record: bytes) -> None:
         """Write to the undo log: the record, and behind it its length."""
         at = int(self.words[Word.UNDO])
@@ -375,6 +378,7 @@ class Fallback:
                                for n, k, c in zip(numbers, at, counts, strict=True)], bool)  # fmt: skip
         at, numbers, counts = at[chosen], numbers[chosen], counts[chosen]
         keys = push.keys[at]
+        part.note_changed(keys)
         given = push.rows.numpy()[at]
         fresh = numbers < 0
         begin = int(part.words[Word.ROWS_USED])

@@ -20,6 +20,7 @@ SPAN = 1 << 34
 HEAD = 1 << 24
 LEDGER_AT, LEDGER_IDS = 4096, 1 << 16
 FILTER_AT, FILTER_BITS = 1 << 21, 24
+CHANGES_AT, MOST_CHANGES = 1 << 23, 1 << 20
 UNDO_AT, ROWS_AT = 1 << 30, 1 << 31
 SKETCH_BITS = 22
 _MAGIC = 0x5F53574F525F5450
@@ -81,6 +82,26 @@ class TableMemory:
         found: np.ndarray = self.bytes[at : at + count * row_bytes].reshape(count, row_bytes)
         return found
 
+    def changes(self, shard: int, size: int) -> np.ndarray:
+        """A shard's ring of the keys that changed last, int64 (size): a view."""
+        at = self.head(shard) + CHANGES_AT
+        found: np.ndarray = self.bytes[at : at + 8 * size].view(np.int64)
+        return found
+
+    def note_changed(self, shard: int, keys: np.ndarray) -> None:
+        """Tell whoever listens that these rows change; the shard's lock is held."""
+        words = self.words(shard)
+        size, begin = int(words[Word.HEARD]), int(words[Word.CHANGES])
+        if size:
+            kept = keys[-size:]
+            self.changes(shard, size)[(begin + len(keys) - len(kept) + np.arange(len(kept))) % size] = kept
+            words[Word.CHANGES] = begin + len(keys)
+
+    def listen(self, shard: int, size: int) -> None:
+        """Have keys noted from now on, in a ring of ``size``, a power of two; the lock is held. OSError: no memory is left."""
+        os.posix_fallocate(self.fd, self.head(shard) + CHANGES_AT, 8 * size)
+        self.words(shard)[Word.HEARD] = size
+
     def sketch(self) -> np.ndarray:
         """Both rows of the sketch, uint16 (2, 2^22): a view."""
         size = 4 << SKETCH_BITS
@@ -109,6 +130,7 @@ class Word:
 
     PHASE, PENDING, UNDO, STRUCTURE, LEVEL, ROWS_USED, ROWS_RESERVED, UNDO_RESERVED, INDEX_RESERVED = range(9)
     FREE_COUNT, LIVE, LEDGER_BASE, LEDGER_NEXT, PENDING_NEXT, SPILLED, PUSHES, REPAIRS = range(9, 17)
+    HEARD, CHANGES = 17, 18
 
 
 def _size(shards: int) -> int:

@@ -7,15 +7,21 @@ publication is a vector of versions.
 
 What changed is found by comparing with the last publication, block by block, so servers need to know nothing of readers,
 and nothing at all is done while there is none. It holds 2 · P bytes for P of weights, once there is a reader.
+
+Which rows of tables have changed is noted by whoever changes them (``rows.c``), once there is a reader; their values are read
+in the same moment as the weights. Nothing holds a second table: a new reader gets the rows piece by piece while they change,
+and then all changes since the first piece, read in one moment, which make a whole of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +29,7 @@ import zmq
 
 from shoal.ps import wire
 from shoal.ps.keys import Doorkeeper, Pair, ReadKey
+from shoal.ps.row_log import Changes, RowLog, last_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,22 @@ _COPYING_SHARE = 4
 # A reader that has asked nothing for so long has gone; those who have not are told of the end, if they ask until then.
 _GONE_S = 10.0
 _FAREWELL_S = 2.0
+# What is kept of changed rows for readers that are slow; more only while somebody is being given all rows.
+_KEPT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What was found in one moment between two updates.
+
+    Attributes:
+        versions: of the servers that were looked at, how many updates each had made.
+        rows: what has changed in tables since the last time, by the table's number; None in the place of changes: more than
+            was noted.
+    """
+
+    versions: tuple[int, ...]
+    rows: tuple[tuple[int, Changes | None], ...] = ()
 
 
 class Source(Protocol):
@@ -46,14 +69,28 @@ class Source(Protocol):
     def size(self) -> int:
         """Bytes of all tensors."""
 
+    @property
+    def tables(self) -> Sequence[wire.Table]:
+        """Tables of rows."""
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """Which servers are copied together, in one moment."""
+
     def versions(self) -> tuple[int, ...]:
         """How many updates each server has made."""
 
-    def copy(self, server: int, out: np.ndarray) -> int | None:
-        """Copy what a server holds to its places in ``out`` (uint8, of ``size``), all of one version; return that version.
+    def listen(self) -> None:
+        """Note from now on which rows change. OSError where there is no memory for that."""
+
+    def copy(self, servers: Sequence[int], out: np.ndarray) -> Copied | None:
+        """Copy what a group holds to its places in ``out`` (uint8, of ``size``), all of one version each.
 
         None, and nothing copied, where there was no moment between two updates for long enough.
         """
+
+    def piece(self, table: int, shard: int, cold: bool, at: int) -> tuple[np.ndarray, np.ndarray, int | None]:
+        """Some rows, at whatever moment: see ``Table.piece``."""
 
 
 class Publisher:
@@ -80,6 +117,8 @@ class Publisher:
         self._waiting: dict[bytes, tuple[int, float]] = {}
         # Who has asked for something, and when.
         self._heard: dict[bytes, float] = {}
+        # Who is being given the rows: of which publication, and when the last piece was read.
+        self._filling: dict[bytes, tuple[int, float]] = {}
         self._closing: str | None = None
         self._thread = threading.Thread(target=self._serve, name="shoal-publisher", daemon=True)
         self._thread.start()
@@ -98,17 +137,31 @@ class Publisher:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._door.socket, zmq.POLLIN)
-        pause_s = PERIOD_S
+        due = 0.0
         while self._closing is None:
-            for socket, _ in poller.poll(int(pause_s * 1000)):
+            pause_s = max(0.0, due - time.monotonic()) if self._waiting else PERIOD_S
+            for socket, _ in poller.poll(math.ceil(pause_s * 1000)):
                 if socket is self._door.socket:
                     self._door.attend()
                 else:
                     self._take()
-            took_s = self._answer() if self._waiting else 0.0
-            # Copying may take one part in so many of the time.
-            pause_s = max(PERIOD_S, _COPYING_SHARE * took_s)
+            now = time.monotonic()
+            if now >= due and (self._waiting or self._filling):
+                took_s = self._answer()
+                # Copying may take one part in so many of the time.
+                due = now + max(PERIOD_S, (_COPYING_SHARE + 1) * took_s)
+                self._forget_the_gone(now)
         self._say_farewell()
+
+    def _forget_the_gone(self, now: float) -> None:
+        """A reader that is there asks again as soon as it has an answer, and has one within a heartbeat."""
+        for identity in [identity for identity, at in self._heard.items() if now - at > _GONE_S]:
+            self._drop(identity)
+
+    def _drop(self, identity: bytes) -> None:
+        self._heard.pop(identity, None)
+        self._waiting.pop(identity, None)
+        self._filling.pop(identity, None)
 
     def _take(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -120,31 +173,57 @@ class Publisher:
                     logger.warning("A message from a reader was dropped: %s.", error)
                     continue
                 if isinstance(request, wire.Bye):
-                    self._heard.pop(identity, None)
-                    self._waiting.pop(identity, None)
+                    self._drop(identity)
                     continue
+                self._heard[identity] = time.monotonic()
                 if isinstance(request, wire.Hello):
                     source = self._source
-                    welcome = wire.Welcome(self._run, source.size, len(source.versions()), tuple(source.tensors))
-                    self._send(identity, welcome)
+                    servers, tensors, tables = len(source.versions()), tuple(source.tensors), tuple(source.tables)
+                    self._send(identity, wire.Welcome(self._run, source.size, servers, tensors, tables))
+                elif isinstance(request, wire.Rows):
+                    self._send_piece(identity, request)
                 else:
                     self._waiting[identity] = (request.have, time.monotonic())
-                self._heard[identity] = time.monotonic()
+
+    def _send_piece(self, identity: bytes, asked: wire.Rows) -> None:
+        tables = self._source.tables
+        if not (0 <= asked.table < len(tables) and 0 <= asked.shard < tables[asked.table].shards and 0 <= asked.at < 1 << 64):
+            logger.warning("A message from a reader was dropped: it asks for rows of table %d.", asked.table)
+            return
+        keys, rows, after = self._source.piece(asked.table, asked.shard, asked.cold, asked.at)
+        self._filling[identity] = (asked.have, time.monotonic())
+        piece = wire.Piece(asked.table, asked.shard, asked.cold, len(keys), after)
+        self._send(identity, piece, keys.tobytes() + rows.tobytes())
 
     def _answer(self) -> float:
         """Bring the edition up to date and answer those for whom it has something new; how long the copying took, in s."""
         began = time.monotonic()
-        self._edition.renew()
+        wholes = any(identity in self._filling and have for identity, (have, _) in self._waiting.items())
+        needed = min((have for have, _ in self._filling.values()), default=None)
+        try:
+            self._edition.renew(everybody=wholes, needed=needed)
+        except OSError as error:
+            logger.warning("Rows are not published: there is no memory to note which of them change (%s).", error.strerror)
         took_s = time.monotonic() - began
         now = time.monotonic()
         for identity, (have, since) in list(self._waiting.items()):
-            if have != self._edition.number or now - since > HEARTBEAT_S:
+            late = now - since > HEARTBEAT_S
+            if have and identity in self._filling:
+                if self._edition.settled_at > self._filling[identity][1]:
+                    del self._waiting[identity], self._filling[identity]
+                    self._send_update(identity, have)
+                elif late:
+                    del self._waiting[identity]
+                    self._send(identity, self._edition.nothing(have))
+            elif have != self._edition.number or late:
                 del self._waiting[identity]
                 self._send_update(identity, have)
         return took_s
 
     def _send_update(self, identity: bytes, have: int) -> None:
         update, payload = self._edition.since(have)
+        if not update.whole:
+            self._filling[identity] = (update.number, math.inf)
         self._send(identity, update, payload)
 
     def _send(self, identity: bytes, message: wire.FromPublisher, payload: bytes = b"") -> None:
@@ -157,14 +236,11 @@ class Publisher:
         """Everybody who is there and asks within a moment gets the last edition, then the reason."""
         now = time.monotonic()
         untold = {identity for identity, at in self._heard.items() if now - at < _GONE_S}
-        if untold:
-            self._edition.renew()
         while untold and time.monotonic() < now + _FAREWELL_S:
+            self._answer()
             for identity, (have, _) in list(self._waiting.items()):
-                del self._waiting[identity]
-                if have != self._edition.number:
-                    self._send_update(identity, have)
-                else:
+                if have == self._edition.number and identity not in self._filling:
+                    del self._waiting[identity]
                     self._send(identity, wire.Closed(self._closing or ""))
                     untold.discard(identity)
             if untold and self._socket.poll(100):
@@ -172,51 +248,98 @@ class Publisher:
 
 
 class _Edition:
-    """The last publication: its bytes, and for each block the publication in which it last changed."""
+    """The last publication: its bytes, for each block the publication in which it last changed, and the rows that did lately."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.number = 0
         self.versions: tuple[int, ...] = ()
+        self.settled_at = -math.inf
+        """When everything was read that it holds, each server's between two of its updates."""
         self._taken_at = 0.0
         self._bytes = self._next = np.empty(0, np.uint8)
         self._changed = np.empty(0, np.int64)
+        self._logs: list[RowLog] = []
 
-    def renew(self) -> None:
-        """Copy what has changed since the last time."""
+    def _begin(self) -> None:
+        source = self._source
+        source.listen()
+        self._bytes, self._next = (np.zeros(_whole(source.size), np.uint8) for _ in range(2))
+        self._changed = np.zeros(len(self._bytes) // wire.BLOCK_BYTES, np.int64)
+        most = _KEPT_BYTES // max(1, len(source.tables))
+        self._logs = [RowLog(table.width, np.dtype(table.dtype), 0, most) for table in source.tables]
+
+    def renew(self, everybody: bool = False, needed: int | None = None) -> None:
+        """Copy what has changed since the last time.
+
+        ``everybody``: look at all servers, also at those that say that nothing has. ``needed``: of changed rows, what came after
+        that publication has to be kept. OSError where memory has run out.
+        """
         found = self._source.versions()
-        if self.number and found == self.versions:
+        if self.number and found == self.versions and not everybody:
             return
         first = not self.number
-        if first:
-            self._bytes, self._next = (np.zeros(_whole(self._source.size), np.uint8) for _ in range(2))
-            self._changed = np.zeros(len(self._bytes) // wire.BLOCK_BYTES, np.int64)
-        self._taken_at = time.time()
+        if first and not len(self._changed):
+            self._begin()
+        began, taken_at = time.monotonic(), time.time()
         versions = list(self.versions or [-1] * len(found))
-        for server, version in enumerate(found):
-            if version != versions[server]:
-                copied = self._source.copy(server, self._next)
-                versions[server] = versions[server] if copied is None else copied
-        if -1 in versions or (self.number and tuple(versions) == self.versions):
+        failed, rows = False, list[tuple[int, Changes | None]]()
+        for group in self._source.groups:
+            if everybody or any(found[server] != versions[server] for server in group):
+                copied = self._source.copy(group, self._next)
+                failed |= copied is None
+                if copied is not None:
+                    rows += copied.rows
+                    for server, version in zip(group, copied.versions, strict=True):
+                        versions[server] = version
+        if everybody and not failed:
+            self.settled_at = began
+        if -1 in versions or (self.number and tuple(versions) == self.versions and not rows):
             return
+        self._taken_at = taken_at
         self.number += 1
         self.versions = tuple(versions)
+        self._log(rows, needed)
         words = (len(self._changed), wire.BLOCK_BYTES // 8)
         before, after = (b.view(np.int64).reshape(words) for b in (self._bytes, self._next))
         differs = np.ones(len(before), bool) if first else (before != after).any(axis=1)
         self._changed[differs] = self.number
         before[differs] = after[differs]
 
+    def _log(self, rows: Sequence[tuple[int, Changes | None]], needed: int | None) -> None:
+        for number, log in enumerate(self._logs):
+            own = [changes for table, changes in rows if table == number]
+            known = [changes for changes in own if changes is not None]
+            if len(known) < len(own):
+                log.forget(self.number)
+            elif known:
+                log.add(self.number, last_of(known), needed)
+
+    def nothing(self, have: int) -> wire.Update:
+        """What is said to a reader who waits to be whole, and is not yet."""
+        return wire.Update(have, have, self.versions, self._taken_at, (), whole=False)
+
     def since(self, have: int) -> tuple[wire.Update, bytes]:
-        """What somebody who has publication ``have`` lacks; everything for one that was never made here."""
+        """What somebody who has publication ``have`` lacks; everything but rows for one that is not known here."""
         base = have if 0 < have <= self.number else 0
+        changes = [log.since(base) for log in self._logs] if base else []
+        known = [each for each in changes if each is not None]
+        if len(known) < len(changes):
+            base, known = 0, []
         blocks = np.flatnonzero(self._changed > base)
         runs = _runs(blocks)
         size = self._source.size
-        data = b"".join(
+        data = [
             self._bytes[first * wire.BLOCK_BYTES : min((first + count) * wire.BLOCK_BYTES, size)].data for first, count in runs
-        )
-        return wire.Update(self.number, base, self.versions, self._taken_at, runs), data
+        ]
+        changed = []
+        for table, each in enumerate(known):
+            if len(each.keys):
+                there = each.there
+                changed.append(wire.Changed(table, int(there.sum()), int((~there).sum())))
+                data += [each.keys[there].data, each.keys[~there].data, np.ascontiguousarray(each.rows[there]).data]
+        whole = bool(base) or not self._logs
+        return wire.Update(self.number, base, self.versions, self._taken_at, runs, tuple(changed), whole), b"".join(data)
 
 
 def _whole(size: int) -> int:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import zmq
 
-from shoal.errors import DeadlineError, RequestError
+from shoal.errors import DeadlineError, RequestError, ShoalError
 from shoal.ps import wire
 from shoal.ps.keys import ReadKey
+from shoal.ps.reader_copy import Copy
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,9 @@ class Reader:
             reader.load_into(model)              # the newest weights, now
             reader.wait(reader.number + 1)       # until there are newer ones
 
-    A copy never shows half an update of one server. ``versions`` says how many updates each server had made; with
-    ``sync`` they are equal at every step's end, and otherwise a vector.
+    A copy never shows half an update of one server, rows of ``shoal.ps.Embedding`` included. ``versions`` says how many updates
+    each server had made; with ``sync`` they are equal: it is a copy of one step's end. Rows may take here what they may in the
+    run (``memory``); beyond that they go to disk.
     """
 
     def __init__(self, run: str | Path, deadline_s: float = _DEADLINE_S) -> None:
@@ -53,15 +54,15 @@ class Reader:
         self._key = ReadKey.read(Path(run))
         self._from = str(run)
         self._lock = threading.Condition()
-        self._bytes = np.empty(0, np.uint8)
-        self._tensors: tuple[wire.Tensor, ...] = ()
+        # What is shown, and what is not whole yet.
+        self._copy = Copy(0, (), ())
+        self._coming: Copy | None = None
+        # Into which modules which rows were written last: of which copy, and up to which publication.
+        self._loaded: weakref.WeakKeyDictionary[nn.Module, tuple[Copy, int]] = weakref.WeakKeyDictionary()
         self._heard_at = time.monotonic()
-        self._error: RequestError | None = None
+        self._error: ShoalError | None = None
         self._ended: str | None = None
         self._closing = False
-        self.number = 0
-        """Of the publication that this copy is of; it counts up."""
-        self.versions: tuple[int, ...] = ()
         self.lag_s = float("nan")
         """How old the newest publication was when it had arrived here, in seconds (on one machine, or with equal clocks)."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -88,6 +89,16 @@ class Reader:
         self._context.term()
 
     # -- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """Of the publication that this copy is of; it counts up."""
+        return self._copy.number
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How many updates each server had made."""
+        return self._copy.versions
 
     @property
     def ended(self) -> str | None:
@@ -121,28 +132,37 @@ class Reader:
             return self.number
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """A copy of the newest weights under the model's own names; tied names share a tensor."""
-        import torch
+        """A copy of the newest weights under the model's own names; tied names share a tensor.
 
-        found: dict[str, torch.Tensor] = {}
-        with self._lock:
-            for tensor, data in self._views():
-                own = torch.from_numpy(data.copy()).view(getattr(torch, tensor.dtype)).view(tensor.shape)
-                found.update(dict.fromkeys(tensor.names, own))
-        return found
-
-    def load_into(self, model: nn.Module) -> int:
-        """Write the newest weights into a model's parameters and buffers; return the publication's number.
-
-        RequestError where the model has not the same names and shapes.
+        Tables are ``keys`` and ``rows``.
         """
         import torch
 
-        with torch.no_grad(), self._lock:
-            own = {
-                **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False)),
-            }  # fmt: skip
-            for tensor, data in self._views():
+        from shoal.ps.embedding import prefix_of, state_of
+
+        found: dict[str, torch.Tensor] = {}
+        with self._lock:
+            for tensor, data in self._copy.views():
+                own = torch.from_numpy(data.copy()).view(getattr(torch, tensor.dtype)).view(tensor.shape)
+                found.update(dict.fromkeys(tensor.names, own))
+            for table in self._copy.tables:
+                found.update(state_of(prefix_of(table.spec), table.export(), table.spec))
+        return found
+
+    def load_into(self, model: nn.Module) -> int:
+        """Write the newest weights into a model's parameters and buffers, rows into its tables; return the publication's number.
+
+        Of rows those are written that have changed since the last time. RequestError where the model has no place for one of
+        them: it is not the run's.
+        """
+        import torch
+
+        from shoal.ps.embedding import embeddings, table_name
+
+        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        modules = {table_name(path): module for path, module in embeddings(model)}
+        with self._lock, torch.no_grad():
+            for tensor, data in self._copy.views():
                 there = own.get(tensor.names[0])
                 if there is None or tuple(there.shape) != tensor.shape:
                     raise RequestError(
@@ -150,12 +170,17 @@ class Reader:
                         "the job does."
                     )
                 there.copy_(torch.from_numpy(data).view(getattr(torch, tensor.dtype)).view(there.shape))
-            return self.number
-
-    def _views(self) -> Iterator[tuple[wire.Tensor, np.ndarray]]:
-        for tensor in self._tensors:
-            size = wire.nbytes(tensor)
-            yield tensor, self._bytes[tensor.offset : tensor.offset + size]
+            for number, table in enumerate(self._copy.tables):
+                module = modules.get(table.spec.name)
+                if module is None or (module.spec.width, module.spec.dtype) != (table.spec.width, table.spec.dtype):
+                    raise RequestError(
+                        f"The model has no table {table.spec.name} with rows of {table.spec.width} × {table.spec.dtype} as the "
+                        "run has; build it as the job does."
+                    )
+                copy, since = self._loaded.get(module, (None, 0))
+                self._copy.write_rows(number, module, since if copy is self._copy and module.has_rows else None)
+                self._loaded[module] = (self._copy, self._copy.number)
+            return self._copy.number
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -187,39 +212,61 @@ class Reader:
             frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
             heard = self._heard_at = time.monotonic()
             try:
-                message, payload = wire.decode_answer(frames, len(self._bytes) or None)
-                self._take(message, payload)
+                copy = self._coming or self._copy
+                message, payload = wire.decode_answer(frames, len(copy.bytes) or None, copy.described)
+                answer = self._take(message, payload)
             except wire.Malformed as error:
-                with self._lock:
-                    self._error = RequestError(
-                        f"What {self._from} publishes cannot be read ({error}); use the same version of shoal."
-                    )
+                self._fail(
+                    RequestError(f"What {self._from} publishes cannot be read ({error}); use the same version of shoal.")
+                )
+                return
+            except ShoalError as error:
+                # No disk for rows, no memory.
+                self._fail(error)
                 return
             if self._ended is not None:
                 return
-            _send(socket, wire.Next(self.number))
+            _send(socket, answer)
         _send(socket, wire.Bye())
 
-    def _take(self, message: wire.FromPublisher, payload: memoryview) -> None:
+    def _fail(self, error: ShoalError) -> None:
+        with self._lock:
+            self._error = error
+
+    def _take(self, message: wire.FromPublisher, payload: memoryview) -> wire.FromReader:
+        """Take in what the publisher said; what it is to be asked next."""
+        if isinstance(message, wire.Piece):
+            if self._coming is None:
+                raise wire.Malformed("rows that nobody asked for")
+            return self._coming.take_piece(message, payload)
         with self._lock:
             if isinstance(message, wire.Welcome):
-                if any(t.offset + wire.nbytes(t) > message.size for t in message.tensors):
-                    raise wire.Malformed("a tensor lies outside of what is published")
-                if (message.size, message.tensors) != (len(self._bytes), self._tensors):
-                    self._bytes, self._tensors, self.number = np.zeros(message.size, np.uint8), message.tensors, 0
+                self._coming = None
+                if not self._copy.is_of(message):
+                    self._copy = Copy(message.size, message.tensors, message.tables)
             elif isinstance(message, wire.Closed):
                 self._ended = message.reason
-            elif message.number != self.number:
-                if message.base not in (0, self.number):
-                    raise wire.Malformed(f"changes to publication {message.base} where {self.number} is here")
-                at = 0
-                for first, count in message.runs:
-                    place = self._bytes[first * wire.BLOCK_BYTES : (first + count) * wire.BLOCK_BYTES]
-                    place[:] = np.frombuffer(payload[at : at + len(place)], np.uint8)
-                    at += len(place)
-                self.number, self.versions = message.number, message.versions
-                self.lag_s = time.time() - message.taken_at
+            else:
+                self._update(message, payload)
             self._lock.notify_all()
+            coming = self._coming
+        return wire.Next(self.number) if coming is None else coming.next_request()
+
+    def _update(self, update: wire.Update, payload: memoryview) -> None:
+        copy = self._coming or self._copy
+        if not update.base and update.number and (self._coming is not None or update.number != copy.number):
+            # All anew; what is shown stays until this is whole.
+            copy = copy.empty()
+            copy.take(update, payload)
+            self._coming = copy
+        elif update.whole and update.base != copy.number and update.number != copy.number:
+            raise wire.Malformed(f"changes to publication {update.base} where {copy.number} is here")
+        elif update.whole and (update.number != copy.number or self._coming is not None):
+            copy.take(update, payload)
+        if self._coming is not None and update.whole:
+            self._copy, self._coming = self._coming, None
+        if self._copy is copy and update.whole:
+            self.lag_s = time.time() - update.taken_at
 
 
 def _send(socket: Any, message: wire.FromReader) -> None:

@@ -275,6 +275,14 @@ static inline void note_down(const struct table *t, i64 s, u32 kind, u32 at, u64
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
 }
 
+/* Tell whoever listens that a row changes. It may be undone again: then it is only read once more. */
+static inline void note_change(const struct table *t, i64 s, i64 key) {
+    struct shard *c = shard_of(t, s);
+    if (!c->heard) return;
+    ((i64 *)(span(t, s) + CHANGES_AT))[c->changes & (c->heard - 1)] = key;
+    STORE(c->changes, c->changes + 1);
+}
+
 /* Whether a key that has no row was seen often enough to get one; counts it. */
 static int admitted(const struct table *t, i64 s, u64 hash, u32 count) {
     if (t->admit <= 1) return 1;
@@ -342,6 +350,7 @@ static void apply_one(const struct table *t, i64 s, const struct push *p, i64 at
         if (row && !p->overwrite) return;
     } else if (!row && !admitted(t, s, hash, count))
         return;
+    note_change(t, s, p->keys[at]);
     if (fresh) row = make_row(t, s, p->keys[at], hash);
     else note_down(t, s, CHANGED, (u32)(((char *)row - (char *)row_of(t, s, 0)) / t->row_bytes), 0, row);
     STORE(row->version, row->version | 1);

@@ -27,6 +27,7 @@ struct table {
 enum { SPAN_BITS = 34, HEAD_BYTES = 1 << 24, LEDGER_BITS = 1 << 16, SKETCH_BITS = 22, FILTER_BITS = 24, LEAST_LEVEL = 8, MOST_LEVEL = 25 };
 #define LEDGER_AT ((i64)4096)
 #define FILTER_AT ((i64)1 << 21)
+#define CHANGES_AT ((i64)1 << 23)
 #define FREE_AT ((i64)1 << 26)
 #define INDEX_AT ((i64)1 << 29)
 #define UNDO_AT ((i64)1 << 30)
@@ -41,6 +42,7 @@ struct shard {
     u64 level, rows_used, rows_reserved, undo_reserved, index_reserved, free_count, live;
     u64 ledger_base, ledger_next, pending_next;
     u64 spilled, pushes, repairs;
+    u64 heard, changes; /* the size of the ring of changed keys, a power of two (0: nobody listens), and how many were written to it */
 };
 
 /* Before every row. ``version`` is odd while the row is being written. */

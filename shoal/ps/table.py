@@ -9,7 +9,7 @@ with its next push.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,15 @@ import torch
 
 from shoal.errors import JobError, JobFailed
 from shoal.ps.cold import ColdStore
-from shoal.ps.kernel import MAYBE_COLD, Batch, Kernel, Part, Push, TableHandle, load
+from shoal.ps.kernel import FOUND, MAYBE_COLD, Batch, Kernel, Part, Push, TableHandle, load
 from shoal.ps.memory import TableMemory, Word
 from shoal.ps.spec import HEAD_BYTES, TableSpec
 
 # Of a shard that is over its limit, so much goes to disk at once.
 _EVICTED = 1 / 8
 _NO_ROWS = np.empty(0, np.int64)
+_EVERYTHING = 0
+"""As a step: no row is too old for it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,72 @@ class Table:
             fresh = self._not_aged(found.last, step)
             rows[torch.from_numpy(asked[at[fresh]])] = found.values[torch.from_numpy(fresh), : self.spec.width]
         return rows
+
+    def read(self, keys: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """(weights of different keys, which of them have a row, in memory or on disk; those that have none mean nothing)."""
+        rows, flags = self.kernel.pull(self._handle, np.ascontiguousarray(keys), _EVERYTHING)
+        there = flags == FOUND
+        if self._cold is not None and (flags == MAYBE_COLD).any():
+            asked = np.flatnonzero(flags == MAYBE_COLD)
+            at, found = self._cold.read(keys[asked], self._shards_of(keys[asked]))
+            rows[torch.from_numpy(asked[at])] = found.values[:, : self.spec.width]
+            there[asked[at]] = True
+        return rows, there
+
+    def piece(self, shard: int, cold: bool, at: int, count: int) -> tuple[np.ndarray, torch.Tensor, int | None]:
+        """Some rows of a shard: (keys, weights, where the next ones begin, or None after the last of them).
+
+        From 0 on, first those in memory, then with ``cold`` those on disk. Others may be writing: what changes meanwhile may be
+        missing, be there twice or torn, and all of that is among the keys that ``changed`` names afterwards.
+        """
+        if cold:
+            keys = np.empty(0, np.int64) if self._cold is None else self._cold.keys(shard, at, count)
+            rows, there = self.read(keys)
+            after = int(keys[-1:].view(np.uint64)[0]) + 1 if len(keys) == count else None
+            return keys[there], rows[torch.from_numpy(there)], None if after is None or after >= 1 << 64 else after
+        used = int(self._words[shard][Word.ROWS_USED])
+        raw = self.memory.rows(shard, used, self.spec.row_bytes)[at : at + count].copy()
+        live = raw[:, 12:16].copy().view(np.uint32).reshape(-1) != 0
+        raw = raw[live]
+        size = self.spec.width * self.spec.dtype.itemsize
+        keys = raw[:, :8].copy().view(np.int64).reshape(-1)
+        rows = self.spec.values(raw[:, HEAD_BYTES : HEAD_BYTES + size])
+        return keys, rows.view(len(keys), self.spec.width), at + count if at + count < used else None
+
+    def pieces(self, count: int = 1 << 14) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """All rows piece by piece, (keys, weights); nobody may be writing to them meanwhile."""
+        for shard in range(self.spec.shards):
+            for cold in (False, True)[: 1 + (self._cold is not None)]:
+                at: int | None = 0
+                while at is not None:
+                    keys, rows, at = self.piece(shard, cold, at, count)
+                    yield keys, rows
+
+    def listen(self, shard: int, size: int) -> int:
+        """Have the keys of rows that change noted, the last ``size`` (a power of two); where the count of them is.
+
+        OSError where memory has run out.
+        """
+        self.kernel.lock(self._handle, shard)
+        try:
+            self.memory.listen(shard, size)
+            return int(self._words[shard][Word.CHANGES])
+        finally:
+            self.kernel.unlock(self._handle, shard)
+
+    def changed(self, shard: int, since: int) -> tuple[np.ndarray | None, int]:
+        """(keys that have changed since the count was ``since``, None where there were too many to be noted; the count now).
+
+        Nobody may be writing meanwhile.
+        """
+        words = self._words[shard]
+        now, size = int(words[Word.CHANGES]), int(words[Word.HEARD])
+        if now == since:
+            return _NO_ROWS, now
+        if now - since > size:
+            return None, now
+        ring = self.memory.changes(shard, size)
+        return ring[(since + np.arange(now - since)) % size], now
 
     def _not_aged(self, last: np.ndarray, step: int) -> np.ndarray:
         age = self.spec.max_age
@@ -185,11 +253,30 @@ class Table:
                 old = live & (step - last > self.spec.max_age)
                 numbers = np.flatnonzero(old).astype(np.uint32)
                 if len(numbers):
+                    self.memory.note_changed(shard, self._heads(shard)[1][old])
                     self.kernel.remove(self._handle, shard, numbers)
                 gone += len(numbers)
             finally:
                 self.kernel.unlock(self._handle, shard)
         return gone
+
+    def discard(self, keys: np.ndarray | None) -> None:
+        """Forget the rows of these keys, in memory and on disk; None: all."""
+        order, starts = (None, None) if keys is None else self.kernel.partition(np.ascontiguousarray(keys), self.spec.shards)
+        for shard in range(self.spec.shards):
+            own = None if keys is None or order is None or starts is None else keys[order[starts[shard] : starts[shard + 1]]]
+            if own is not None and not len(own):
+                continue
+            self.kernel.lock(self._handle, shard)
+            try:
+                live, there, _, _ = self._heads(shard)
+                numbers = np.flatnonzero(live if own is None else live & np.isin(there, own)).astype(np.uint32)
+                if len(numbers):
+                    self.kernel.remove(self._handle, shard, numbers)
+                if self._cold is not None:
+                    self._cold.forget(shard, own)
+            finally:
+                self.kernel.unlock(self._handle, shard)
 
     def _heads(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Of every row of a shard: whether there is one, its key, count and last use."""

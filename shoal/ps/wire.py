@@ -41,6 +41,17 @@ def nbytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * dtype.itemsize
 
 
+class Table(msgspec.Struct, frozen=True):
+    """A table of rows by key: where it is in the model, and how its rows are; ``memory``: what they may take, in bytes."""
+
+    name: str
+    width: int
+    dtype: str
+    shards: int
+    seed: int
+    memory: int | None
+
+
 class Hello(msgspec.Struct, tag="hello", frozen=True):
     """A reader asks what there is."""
 
@@ -52,6 +63,7 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     size: int
     servers: int
     tensors: tuple[Tensor, ...]
+    tables: tuple[Table, ...] = ()
 
 
 class Next(msgspec.Struct, tag="next", frozen=True):
@@ -60,8 +72,29 @@ class Next(msgspec.Struct, tag="next", frozen=True):
     have: int
 
 
+class Rows(msgspec.Struct, tag="rows", frozen=True):
+    """A reader that has publication ``have`` but for its rows asks for some of those of one shard, from ``at`` on.
+
+    ``cold``: of those on disk, which come after those in memory.
+    """
+
+    have: int
+    table: int
+    shard: int
+    cold: bool
+    at: int
+
+
 class Bye(msgspec.Struct, tag="bye", frozen=True):
     """A reader leaves."""
+
+
+class Changed(msgspec.Struct, frozen=True):
+    """Of a table, so many rows are new or have changed, and so many are no longer there."""
+
+    table: int
+    rows: int
+    gone: int
 
 
 class Update(msgspec.Struct, tag="update", frozen=True):
@@ -69,6 +102,8 @@ class Update(msgspec.Struct, tag="update", frozen=True):
 
     ``versions``: how many updates each server had made; ``taken_at``: when the first of them was read, in seconds of the Unix
     clock; ``runs``: (first block, number of blocks) of the bytes that follow in one frame. None of them: nothing is new.
+    Behind them come for each of ``changed`` the keys of its rows, those that are gone, and the rows. A snapshot has no rows:
+    the reader asks for them, and has a whole copy with the first update after them that is ``whole``.
     """
 
     number: int
@@ -76,6 +111,18 @@ class Update(msgspec.Struct, tag="update", frozen=True):
     versions: tuple[int, ...]
     taken_at: float
     runs: tuple[tuple[int, int], ...]
+    changed: tuple[Changed, ...] = ()
+    whole: bool = True
+
+
+class Piece(msgspec.Struct, tag="piece", frozen=True):
+    """So many rows of a shard, keys first; the next ones begin at ``after``, None after the last of this kind."""
+
+    table: int
+    shard: int
+    cold: bool
+    rows: int
+    after: int | None
 
 
 class Closed(msgspec.Struct, tag="closed", frozen=True):
@@ -84,8 +131,8 @@ class Closed(msgspec.Struct, tag="closed", frozen=True):
     reason: str
 
 
-FromReader = Hello | Next | Bye
-FromPublisher = Welcome | Update | Closed
+FromReader = Hello | Next | Rows | Bye
+FromPublisher = Welcome | Update | Piece | Closed
 _encoder = msgspec.msgpack.Encoder()
 _from_reader = msgspec.msgpack.Decoder(FromReader)
 _from_publisher = msgspec.msgpack.Decoder(FromPublisher)
@@ -103,10 +150,12 @@ def decode_request(frames: Sequence[Any]) -> FromReader:
     return _decode(_from_reader, frames[0])  # type: ignore[no-any-return]
 
 
-def decode_answer(frames: Sequence[Any], size: int | None) -> tuple[FromPublisher, memoryview]:
+def decode_answer(
+    frames: Sequence[Any], size: int | None, tables: Sequence[Table] = ()
+) -> tuple[FromPublisher, memoryview]:
     """Read what a publisher sent: the message and the bytes with it. Raises Malformed.
 
-    ``size``: of what is published, where that is known; runs of blocks beyond it are refused.
+    ``size``: of what is published, where that is known; runs of blocks beyond it are refused, and rows of other than ``tables``.
     """
     message: FromPublisher = _decode(_from_publisher, frames[0] if frames else b"")
     payload = memoryview(frames[1]) if len(frames) > 1 else memoryview(b"")
@@ -117,9 +166,26 @@ def decode_answer(frames: Sequence[Any], size: int | None) -> tuple[FromPublishe
             if first < 0 or count <= 0 or size is None or start >= size:
                 raise Malformed(f"blocks {first} to {first + count} of {size} bytes")
             wanted += min(stop, size) - start
+        wanted += sum(_rows_bytes(tables, c.table, c.rows, c.gone) for c in message.changed)
+    elif isinstance(message, Piece):
+        wanted = _rows_bytes(tables, message.table, message.rows, 0)
     if len(frames) != 1 + (wanted > 0) or payload.nbytes != wanted:
         raise Malformed(f"{payload.nbytes} bytes where {wanted} belong")
     return message, payload
+
+
+def _rows_bytes(tables: Sequence[Table], number: int, rows: int, gone: int) -> int:
+    if not 0 <= number < len(tables) or rows < 0 or gone < 0:
+        raise Malformed(f"{rows} rows of table {number} where there are {len(tables)}")
+    return 8 * (rows + gone) + rows * row_bytes(tables[number])
+
+
+def row_bytes(table: Table) -> int:
+    """What the numbers of a row take. Raises Malformed where they are of no kind that rows are."""
+    size = {"float32": 4, "float64": 8}.get(table.dtype)
+    if size is None or table.width < 1:
+        raise Malformed(f"rows of {table.width} × {table.dtype}")
+    return table.width * size
 
 
 def _decode(decoder: Any, head: Any) -> Any:

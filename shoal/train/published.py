@@ -11,21 +11,28 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from shoal.comm.arena import Arena, Signal
+from shoal.comm.arena import Arena, Note, Signal
 from shoal.comm.parts import put
 from shoal.comm.store import Store
 from shoal.comm.table import align
 from shoal.ps import wire
 from shoal.ps.keys import READ_KEY
 from shoal.ps.ledger import Ledger
-from shoal.ps.publish import Publisher
+from shoal.ps.publish import Copied, Publisher
+from shoal.ps.table import Table
+from shoal.train.published_rows import PublishedRows
 
 _WHOLE_S = 1.0
 _NAP_S = 20e-6
 
 
 class Clocks(Protocol):
-    """How many updates a server has begun, and how many it has finished."""
+    """How many updates a server has begun, and how many it has finished.
+
+    ``together``: whether all of them are to be seen after the same number of updates.
+    """
+
+    together: bool
 
     def begun(self, server: int) -> int: ...
     def finished(self, server: int) -> int: ...
@@ -37,8 +44,10 @@ class Clocks(Protocol):
 class StepClocks:
     """Of servers that update once a step."""
 
+    together = True
+
     def __init__(self, arena: Arena) -> None:
-        self._slots = arena.servers
+        self._slots, self._supervisor = arena.servers, arena.supervisor
 
     def begun(self, server: int) -> int:
         return self._slots[server].signal(Signal.GRADIENTS)
@@ -47,11 +56,14 @@ class StepClocks:
         return self._slots[server].signal(Signal.UPDATED)
 
     def hold(self, server: int, holds: bool) -> None:
-        """There is time while the workers compute."""
+        """One word for all of them."""
+        self._supervisor.write(Note.READING, float(holds))
 
 
 class PushClocks:
     """Of servers that update with every push: a version is odd while they do."""
+
+    together = False
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -67,19 +79,24 @@ class PushClocks:
 
 
 class PublishedWeights:
-    """A run's parameters and buffers as one block of bytes; implements ``shoal.ps.publish.Source``.
+    """A run's parameters, buffers and rows; implements ``shoal.ps.publish.Source``. Tensors are one block of bytes.
 
-    What each server updates is copied for itself, and versions are a vector. Where the model is cut and a whole tensor is held
-    by several, all servers are looked at as one.
+    What each server updates is copied for itself, and versions are a vector; under ``sync`` all of it is of one step. Where the
+    model is cut and a whole tensor is held by several, all servers are looked at as one.
     """
 
-    def __init__(self, store: Store, clocks: Clocks) -> None:
+    def __init__(self, store: Store, clocks: Clocks, tables: Sequence[Table] = ()) -> None:
         self._store = store
         self._clocks = clocks
         table = store.table
         servers = range(len(store.arena.servers))
         self._cut = any(spec.regions for spec in table.parameters)
-        self._groups: list[Sequence[int]] = [servers] if self._cut else [(server,) for server in servers]
+        # Of each entry of the versions, whose updates it counts.
+        self._members: list[Sequence[int]] = [servers] if self._cut else [(server,) for server in servers]
+        entries = range(len(self._members))
+        self.groups: list[Sequence[int]] = [entries] if clocks.together else [(entry,) for entry in entries]
+        self._rows = PublishedRows(tables, len(servers))
+        self.tables = self._rows.described
         tensors: dict[str, wire.Tensor] = {}
         at = 0
         for spec in table.parameters:
@@ -96,44 +113,54 @@ class PublishedWeights:
         self.size = self._buffers_at + table.buffer_bytes
 
     def versions(self) -> tuple[int, ...]:
-        return tuple(sum(self._clocks.finished(server) for server in group) for group in self._groups)
+        return tuple(sum(self._clocks.finished(server) for server in members) for members in self._members)
 
-    def copy(self, server: int, out: np.ndarray) -> int | None:
-        group = self._groups[server]
-        for each in group:
+    def listen(self) -> None:
+        self._rows.listen()
+
+    def piece(self, table: int, shard: int, cold: bool, at: int) -> tuple[np.ndarray, np.ndarray, int | None]:
+        return self._rows.piece(table, shard, cold, at)
+
+    def copy(self, servers: Sequence[int], out: np.ndarray) -> Copied | None:
+        everybody = [server for entry in servers for server in self._members[entry]]
+        for each in everybody:
             self._clocks.hold(each, True)
         try:
-            return self._copy(server, group, out)
+            return self._copy(servers, everybody, out)
         finally:
-            for each in group:
+            for each in everybody:
                 self._clocks.hold(each, False)
 
-    def _copy(self, server: int, group: Sequence[int], out: np.ndarray) -> int | None:
+    def _copy(self, entries: Sequence[int], servers: Sequence[int], out: np.ndarray) -> Copied | None:
         deadline = time.monotonic() + _WHOLE_S
         while time.monotonic() < deadline:
-            before = [self._clocks.begun(each) for each in group]
-            if before == [self._clocks.finished(each) for each in group]:
-                taken = self._take(server, before[0])
-                if before == [self._clocks.begun(each) for each in group]:
+            before = [self._clocks.begun(each) for each in servers]
+            still = before == [self._clocks.finished(each) for each in servers]
+            if still and (not self._clocks.together or len(set(before)) == 1):
+                taken = [part for entry in entries for part in self._take(entry, before[0])]
+                rows = self._rows.take(servers)
+                if before == [self._clocks.begun(each) for each in servers]:
                     for start, data in taken:
                         out[start : start + len(data)] = data
-                    return sum(before)
+                    counts = dict(zip(servers, before, strict=True))
+                    versions = tuple(sum(counts[server] for server in self._members[entry]) for entry in entries)
+                    return Copied(versions, self._rows.accept(rows))
             time.sleep(_NAP_S)
         return None
 
-    def _take(self, server: int, step: int) -> list[tuple[int, np.ndarray]]:
-        """Copies of what is a server's, with their places."""
+    def _take(self, entry: int, step: int) -> list[tuple[int, np.ndarray]]:
+        """Copies of what belongs to an entry of the versions, with their places."""
         store, table = self._store, self._store.table
         if self._cut:
             taken = self._whole_tensors()
         else:
-            ranges = store.ranges(server)
-            if server + 1 == len(self._groups):
+            ranges = store.ranges(entry)
+            if entry + 1 == len(self._members):
                 # What nobody trains, behind what is trained, comes with the last one.
                 ranges.append((table.trained_bytes, table.weight_bytes))
             weights = store.arena.region("weights").numpy()
             taken = [(start, weights[start:stop].copy()) for start, stop in ranges]
-        if server == 0 and table.buffer_bytes:
+        if entry == 0 and table.buffer_bytes:
             size = table.buffer_bytes
             held = store.arena.region("buffers")[step % 2 * size : (step % 2 + 1) * size]
             taken.append((self._buffers_at, held.numpy().copy()))
@@ -155,12 +182,14 @@ class PublishedWeights:
 
 
 @contextlib.contextmanager
-def published(store: Store, clocks: Clocks, run: str, directory: Path) -> Iterator[None]:
+def published(
+    store: Store, clocks: Clocks, tables: Sequence[Table], run: str, directory: Path
+) -> Iterator[None]:
     """Let readers subscribe to a run meanwhile; its directory holds the key. Nothing where there are no servers."""
     if not store.arena.servers:
         yield
         return
-    publisher = Publisher(PublishedWeights(store, clocks), run)
+    publisher = Publisher(PublishedWeights(store, clocks, tables), run)
     # A full disk must not end a run because of readers that may never come.
     with contextlib.suppress(OSError):
         publisher.read_key.write(directory)

@@ -25,14 +25,11 @@ from torch import nn
 from shoal.errors import PlanError, RequestError
 from shoal.plan import Plan
 from shoal.ps import outbox
-from shoal.ps.embedding import embeddings, state_of
+from shoal.ps.embedding import embeddings, prefix_of, state_of, table_name
 from shoal.ps.kernel import Part
 from shoal.ps.spec import MOST_SHARDS, TableSpec
 from shoal.ps.table import Rows, Table, check_gradients, from_tensors, to_tensors
 from shoal.train.update import Saved, Updater
-
-# What a table is called whose module is the whole model.
-_ROOT = "embedding"
 
 
 def cold_path(directory: str | Path, number: int) -> Path:
@@ -43,13 +40,8 @@ def cold_path(directory: str | Path, number: int) -> Path:
 def name_tables(model: nn.Module) -> tuple[TableSpec, ...]:
     """Give every table of a model its module's path as a name, and say what they are."""
     for name, module in embeddings(model):
-        module.spec = dataclasses.replace(module.spec, name=name or _ROOT)
+        module.spec = dataclasses.replace(module.spec, name=table_name(name))
     return tuple(run_spec(module.spec) for _, module in embeddings(model))
-
-
-def prefix_of(spec: TableSpec) -> str:
-    """What the names of a table's tensors in the model's state_dict begin with."""
-    return "" if spec.name == _ROOT else spec.name + "."
 
 
 def check_tables(plan: Plan, tables: Sequence[TableSpec]) -> None:

@@ -139,7 +139,7 @@ class Session:
         self._interrupts.armed = True
         self._crew.start()
         clocks = PushClocks(Ledger(arena)) if self._plan.waits_for_nobody else StepClocks(arena)
-        with published(store, clocks, self._job.name, self._directory.path):
+        with published(store, clocks, self._tables.tables, self._job.name, self._directory.path):
             self._loop()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         return self._end(began)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from torch import nn
 
 import shoal
+from shoal.data.order import epoch_order
 
 
 def build() -> nn.Module:
@@ -59,3 +64,135 @@ def test_a_reader_keeps_up_and_ends_with_the_trained_model(tmp_path: Path, plan:
     for name, value in run.weights().items():
         assert torch.equal(value, seen[-1][name]), name
     assert not (path / "read.key").exists()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+SAMPLES, BATCH, EPOCHS, AGE = 120, 12, 3, 9
+
+
+class Keyed(nn.Module):
+    """A table for every sample, and one that has all there is: keys that come in late, go early, and do not fit into memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = shoal.ps.Embedding(6)
+        self.bag = shoal.ps.Embedding(
+            6, optimizer=shoal.ps.Adam(lr=0.01), mode="sum", padding_key=0, admission=2, max_age=AGE, memory=6_000
+        )
+        self.out = nn.Linear(12, 1)
+        self.double()
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        first = self.rows(keys[:, 0] * (2**40 + 3) - 5)
+        return self.out(torch.cat([first, self.bag(keys)], dim=1))[:, 0]
+
+
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    keys = (torch.rand(SAMPLES, 4, generator=generator) ** 3 * 120).long()
+    return keys, torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+
+
+def keyed_job() -> shoal.Job:
+    return shoal.Job(
+        name="keyed", model=Keyed, train_data=samples, loss=nn.functional.mse_loss, batch_size=BATCH, epochs=EPOCHS,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.05),
+    )  # fmt: skip
+
+
+def plain_states() -> list[dict[str, torch.Tensor]]:
+    """What one process has before the first step and after each."""
+    torch.manual_seed(0)
+    model = Keyed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    keys, target = samples()
+    states = [copy.deepcopy(model.state_dict())]
+    for epoch in range(EPOCHS):
+        for batch in torch.from_numpy(epoch_order(SAMPLES, 0, epoch)).split(BATCH):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(keys[batch]), target[batch]).backward()
+            optimizer.step()
+            shoal.ps.step(model)
+            states.append(copy.deepcopy(model.state_dict()))
+    return states
+
+
+def rows_of(state: dict[str, torch.Tensor], table: str) -> dict[int, torch.Tensor]:
+    return dict(zip(state[f"{table}.keys"].tolist(), state[f"{table}.rows"], strict=True))
+
+
+def read_along(job: shoal.Job, plan: str, path: Path) -> tuple[shoal.Run, shoal.ps.Reader, list[tuple[tuple[int, ...], dict]]]:
+    """Train, and follow: what a model that is loaded again and again had, with the versions."""
+    seen: list[tuple[tuple[int, ...], dict]] = []
+    reader: list[shoal.ps.Reader] = []
+    there = threading.Event()
+
+    def on_event(event: dict) -> None:
+        if event["kind"] == "step" and not thread.is_alive() and not final:
+            thread.start()
+            there.wait(60)
+        # Workers wait meanwhile: there is more to be seen.
+        time.sleep(0.02)
+
+    def read() -> None:
+        reader.append(shoal.ps.Reader(path))
+        model, other = Keyed(), Keyed()
+        while reader[0].ended is None or reader[0].number != (seen[-1][2] if seen else 0):
+            number = reader[0].load_into(model)
+            with reader[0]._lock:
+                if reader[0].number != number:
+                    continue
+                versions, state = reader[0].versions, reader[0].state_dict()
+            if len(seen) % 4 == 0:
+                # One that begins in the midst of it has the same.
+                reader[0].load_into(other)
+            seen.append((versions, copy.deepcopy(model.state_dict()), number))
+            assert all(torch.equal(state[name], value) for name, value in seen[-1][1].items()), versions
+            there.set()
+            with contextlib.suppress(shoal.ShoalError):
+                reader[0].wait(number + 1)
+        final.append(other)
+        reader[0].load_into(other)
+
+    final: list[nn.Module] = []
+    thread = threading.Thread(target=read, daemon=True)
+    run = shoal.train(job, plan=plan, run_dir=path, on_event=on_event)
+    thread.join(60)
+    assert final and "The run has ended" in str(reader[0].ended)
+    assert all(torch.equal(value, seen[-1][1][name]) for name, value in final[0].state_dict().items())
+    return run, reader[0], [(versions, state) for versions, state, _ in seen]
+
+
+@pytest.mark.parametrize("plan", ["ps=2,workers=2,sync", "ps=2,workers=2,async"])
+def test_rows_are_followed_through_the_death_of_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    monkeypatch.setenv("SHOAL_FAULTS", "kill(server=1,step=8,phase=update);kill(server=0,step=15,phase=updated)")
+    run, reader, seen = read_along(keyed_job(), plan, tmp_path / "run")
+    assert len([e for e in map(json.loads, (run.path / "events.jsonl").open()) if e["kind"] == "death"]) == 2
+    assert len(seen) > 5
+    for name, value in run.weights().items():
+        assert torch.equal(value, seen[-1][1][name]), name
+    assert any(len(table) < len(rows_of(seen[-1][1], "bag")) for table in reader._copy.tables[1:])
+    if "async" in plan:
+        return
+    # Whatever was seen is what one process has after as many steps, as a whole.
+    states = plain_states()
+    aged = 0
+    for versions, state in seen:
+        step = versions[0]
+        assert versions == (step, step)
+        for name in ("out.weight", "out.bias"):
+            torch.testing.assert_close(state[name], states[step][name], rtol=1e-9, atol=1e-12)
+        for table in ("rows", "bag"):
+            mine, plain = rows_of(state, table), rows_of(states[step], table)
+            assert mine.keys() <= plain.keys()
+            for key in plain.keys() - mine.keys():
+                # Dropped by its age, which one process does when it is needed next.
+                assert table == "bag" and torch.equal(plain[key], rows_of(states[step - AGE], table)[key])
+                aged += 1
+            for key, row in mine.items():
+                torch.testing.assert_close(row, plain[key], rtol=1e-9, atol=1e-12)
+    assert aged

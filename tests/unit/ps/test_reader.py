@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import zmq
 from shoal.errors import DeadlineError, RequestError, TargetError
 from shoal.ps import wire
 from shoal.ps.keys import Pair, ReadKey
-from shoal.ps.publish import Publisher
+from shoal.ps.publish import Copied, Publisher
 from shoal.ps.reader import Reader
 
 WIDTH = 5000
@@ -42,11 +43,18 @@ class Servers:
     def versions(self) -> tuple[int, ...]:
         return tuple(self.made)
 
-    def copy(self, server: int, out: np.ndarray) -> int:
+    tables = ()
+    groups = ((0,), (1,))
+
+    def listen(self) -> None:
+        pass
+
+    def copy(self, servers: Sequence[int], out: np.ndarray) -> Copied:
+        (server,) = servers
         with self.lock:
             start = server * WIDTH * 4
             out[start : start + WIDTH * 4] = self.values[server].view(np.uint8)
-            return self.made[server]
+            return Copied((self.made[server],))
 
     def push(self, server: int) -> None:
         with self.lock:
