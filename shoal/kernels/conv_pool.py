@@ -6,7 +6,6 @@ what the pooling lets through, and is written and read several times. Here it ne
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import functools
 import subprocess
@@ -20,6 +19,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
 from shoal.kernels.build import build
+from shoal.kernels.parallel import cut, run_all
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _WINDOWS = (1, 2)
@@ -168,9 +168,7 @@ class _Made:
         self.shape = _Shape(images, x.shape[1], *kernel, outputs, rows, columns, window, relu, *x.stride())
         self._offsets = _offsets(x.shape[1], *kernel, x.stride()[1:])
         self._kind = _NAMES[x.dtype]
-        count = max(1, min(torch.get_num_threads(), images))
-        bounds = [images * k // count for k in range(count + 1)]
-        self._cuts = [_Piece(k, bounds[k], bounds[k + 1]) for k in range(count)]
+        self._cuts = [_Piece(k, *bounds) for k, bounds in enumerate(cut(images))]
 
     @property
     def pieces(self) -> int:
@@ -189,13 +187,4 @@ class _Made:
             tensors = arguments(piece)
             first = (self._offsets,) if with_offsets else ()
             calls.append(functools.partial(function, ctypes.byref(shape), *first, *(t.data_ptr() for t in tensors)))
-        if len(calls) == 1:
-            calls[0]()
-            return
-        for done in [_threads(len(calls)).submit(call) for call in calls]:
-            done.result()
-
-
-@functools.lru_cache(maxsize=1)
-def _threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="shoal-kernel")
+        run_all(calls)

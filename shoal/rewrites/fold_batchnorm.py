@@ -40,8 +40,13 @@ def rewrite(region: Region) -> int:
     return places
 
 
-def folded(layer: Any, norm: Any, frozen: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that computes ``norm(layer(x))`` in one."""
+def folded(
+    layer: Any, norm: Any, frozen: bool, convolve: Callable[..., torch.Tensor] | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that computes ``norm(layer(x))`` in one; its attribute ``folds`` is the two.
+
+    ``convolve``: (x, weight, bias) -> what the layer would give with these, where another way is wanted than its own.
+    """
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def layer_with_norm(x: torch.Tensor) -> torch.Tensor:
@@ -53,8 +58,9 @@ def folded(layer: Any, norm: Any, frozen: bool) -> Callable[[torch.Tensor], torc
             held.append((weight, bias))
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
-        return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
+        return (convolve or layer._conv_forward)(x, weight, bias)  # type: ignore[no-any-return]
 
+    layer_with_norm.folds = layer, norm  # type: ignore[attr-defined]
     return layer_with_norm
 
 
