@@ -14,19 +14,21 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
 from shoal.axes.server_async import PushingWorker, PushServer, make_bells
 from shoal.axes.updating import Hooks, Totals
 from shoal.axes.waiting import Waiting
+from shoal.comm import dense
 from shoal.comm.arena import Arena, Note, Order
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.plan import Plan
 from shoal.ps.ledger import regions
 from shoal.train.describe import describe
-from shoal.train.gradients import examine
+from shoal.train.gradients import find_bad
 from shoal.train.update import ElementwiseUpdater
 
 
@@ -95,7 +97,7 @@ def _work(store: Store, rank: int, plan: Plan, bells: list[int], times: int, res
     worker = PushingWorker(store, rank, Waiting(spin_s=0.0), plan, bells)
     own = torch.empty(store.table.trained_bytes, dtype=torch.uint8)
     gradient = torch.ones(store.table.parameters[0].numel)
-    place = store.gradient(rank, 0)
+    place, finite, take = store.gradient(rank, 0), np.zeros(1, dtype=bool), dense.load().take
     seconds = []
     warm = 2
     for number in range(times):
@@ -105,10 +107,10 @@ def _work(store: Store, rank: int, plan: Plan, bells: list[int], times: int, res
         claim = worker.claims.claim(rank)
         worker.pull(own)
         worker.empty_stripe()
-        place.copy_(gradient)
+        # As the hooks of a model's parameters do.
+        finite[0] = take(place, gradient) is True
         store.touched[rank, 0] = 1
-        squared, bad = examine(store, rank, worker.own)
-        assert bad is None and squared > 0
+        assert find_bad(store, rank, worker.own, finite) is None
         worker.push(claim.unit, 1.0)  # type: ignore[union-attr]
         worker.await_applied()
         seconds.append(time.perf_counter() - start)

@@ -38,6 +38,7 @@ import torch
 from shoal.axes.server import ServedWorker
 from shoal.axes.updating import SliceUpdater, Updates
 from shoal.axes.waiting import Waiting
+from shoal.comm import dense
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import Store
 from shoal.plan import Plan
@@ -67,6 +68,7 @@ class PushingWorker(ServedWorker):
         self.ledger = Ledger(store.arena)
         self.claims = claims_of(store, plan)
         self._bells = bells
+        self._copy = dense.load().copy
         self._ranges = [store.ranges(server) for server in range(self.ledger.servers)]
 
     @property
@@ -95,7 +97,7 @@ class PushingWorker(ServedWorker):
                     self._await_version(server, version)
                     continue
                 for copy, original in shared:
-                    copy.copy_(original)
+                    self._copy(copy, original)
                 if ledger.version(server) == version:
                     break
             ledger.set_reading(rank, server, False)

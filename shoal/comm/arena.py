@@ -78,6 +78,7 @@ class Note(IntEnum):
     PUSH_UNIT = 15
     PUSH_IN_WORK = 16
     METRICS_EPOCH = 17
+    UNDO_BYTES = 18
     # the supervisor's
     STOP_WANTED = 20
     CHECKPOINT_WANTED = 21
@@ -234,6 +235,10 @@ class Slot:
 
     def note(self, note: Note) -> float:
         return float(self._notes[int(note)])
+
+    def address(self, note: Note) -> int:
+        """Where a note lies, for native code that writes it."""
+        return self._address + _NOTES_AT + 8 * int(note)
 
     def write(self, note: Note, value: float) -> None:
         self._notes[int(note)] = value

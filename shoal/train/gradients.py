@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shoal.comm import dense
 from shoal.comm.store import Store
 from shoal.train.row_tables import RowGradients
 
@@ -95,6 +96,8 @@ class Gradients:
         """``rows``: what takes the gradients of embeddings whose rows are no parameters."""
         self._touched = store.touched[stripe]
         self._echoed = store.echoed[stripe]
+        # Of each gradient, whether it was seen to be finite when it was taken.
+        self.finite = np.zeros(len(store.table.trained), dtype=bool)
         self._store, self._stripe = store, stripe
         self._shards = shards
         self._rows = rows
@@ -106,6 +109,7 @@ class Gradients:
     def begin(self) -> None:
         """Forget what was gathered: a step begins, or begins again."""
         self._echoed[self._own_echoes] = 0
+        self.finite[:] = False
         if self._shards is not None:
             self._shards.sharded.begin()
         if self._rows is not None:
@@ -124,20 +128,23 @@ class Gradients:
             target.parameter.register_post_accumulate_grad_hook(drop)
             return
 
-        rows = _SparseRows(place)
+        rows, owned, take = _SparseRows(place), target.index is not None, dense.load().take
 
         def keep(p: torch.Tensor) -> None:
             gradient = p.grad
             assert gradient is not None
+            finite: bool | None = None
             if gradient.is_sparse and gradient.sparse_dim() == 1:
                 rows.write(gradient, bool(marks[at]))
             elif marks[at]:
                 place.add_(gradient)
                 rows.forget()
             else:
-                place.copy_(gradient)
+                finite = take(place, gradient)
                 rows.forget()
             marks[at] = 1
+            if owned:
+                self.finite[at] = bool(finite)
             p.grad = None
 
         target.parameter.register_post_accumulate_grad_hook(keep)
@@ -191,7 +198,15 @@ def examine(store: Store, stripe: int, own: np.ndarray) -> tuple[float, str | No
     for index in np.flatnonzero(store.touched[stripe] & own):
         gradient = store.gradient(stripe, int(index))
         norm = float(torch.linalg.vector_norm(gradient))
-        if not math.isfinite(norm) and not bool(torch.isfinite(gradient).all()):
+        if not math.isfinite(norm) and not dense.load().finite(gradient):
             return math.nan, store.table.parameters[index].name
         squared += norm * norm
     return squared, None
+
+
+def find_bad(store: Store, stripe: int, own: np.ndarray, finite: np.ndarray) -> str | None:
+    """The same without the norm; ``finite``: of each trained parameter, whether its gradient is known to be."""
+    for index in np.flatnonzero(store.touched[stripe] & own & ~finite):
+        if not dense.load().finite(store.gradient(stripe, int(index))):
+            return store.table.parameters[index].name
+    return None

@@ -30,7 +30,7 @@ from shoal.train.buffers import Buffers
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, Share
-from shoal.train.gradients import Gradients, examine
+from shoal.train.gradients import Gradients, find_bad
 from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.objective import Outcome
 from shoal.train.passes import Passes
@@ -194,7 +194,7 @@ class Loop:
     def _examine(self, step: int, record: np.ndarray) -> None:
         """A gradient that is no number never reaches a server. A loss that is none is found by all together."""
         store, replica = self.parts.store, self._replica
-        _, bad = examine(store, store.stripe_of(self.rank), self.parts.axis.own)
+        bad = find_bad(store, store.stripe_of(self.rank), self.parts.axis.own, self.parts.gradients.finite)
         if bad is None or not math.isfinite(record[Columns.LOSS]) or self.parts.axis.is_late(step):
             return
         samples = tuple(int(s) for share in self.parts.feed.shares(step) for s in share.indices)

@@ -18,7 +18,7 @@ from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.process.failure import user_code
 from shoal.ps.claims import Claim
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
-from shoal.train.gradients import examine
+from shoal.train.gradients import examine, find_bad
 from shoal.train.loop import Loop, Parts, Sums
 from shoal.train.passes import Surroundings
 from shoal.train.settings import BadPush
@@ -211,7 +211,11 @@ class PushLoop(Loop):
             return
         step = units[-1] // axis.world_size
         rows = [axis.ledger.row(unit) for unit in units]
-        squared, bad = examine(self.parts.store, self.rank, axis.own)
+        clip, squared = self.parts.job.grad_clip, 0.0
+        if clip is None:
+            bad = find_bad(self.parts.store, self.rank, axis.own, self.parts.gradients.finite)
+        else:
+            squared, bad = examine(self.parts.store, self.rank, axis.own)
         loss = sum(row[UnitColumns.LOSS] for row in rows)
         if bad is not None or not math.isfinite(loss):
             self._reject(bad)
@@ -222,7 +226,6 @@ class PushLoop(Loop):
         # The rows of all that has gathered go together, as the stripe does.
         self.parts.gradients.collect()
         squared += self.parts.gradients.rows_squared
-        clip = self.parts.job.grad_clip
         if clip is not None:
             factor *= min(1.0, clip / (math.sqrt(squared) * factor + 1e-6))
         self._metric_notes.keep(axis.pushes + 1)

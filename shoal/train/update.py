@@ -3,7 +3,8 @@
 An update must survive the worker that makes it. Each chunk is therefore copied to a small undo log before it is touched:
 weights, optimizer state and scalars. A replacement puts the chunk in work back and goes on from there; chunks that
 were finished stay finished. Two notes say where a worker is: CHUNK_SAVED (the undo log holds this chunk of this step) and
-CHUNK_DONE (chunks before this one are finished).
+CHUNK_DONE (chunks before this one are finished). Where only single lines are saved, or blocks just before they are changed,
+UNDO_LINES says so: see ``shoal.train.sparse_lines`` and ``shoal.train.sgd``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from shoal.comm.lines import LINE_BYTES
 from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of_lane, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
+from shoal.train.sgd import PARTLY, SgdChunk
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
 _LET_GO_BYTES = 64 << 10
@@ -151,20 +153,22 @@ class ElementwiseUpdater(Updater):
         self._lines = LineWork(longest, 1 + len(table.state_keys))
         self._slot = store.arena.updaters[rank]
         self._current = 0
+        # Where a step that is made at once keeps what it changes.
+        self._kept: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
         return len(self.chunks)
 
     def sum_gradients(self, chunk: int, factor: float) -> None:
-        self._current = chunk
+        self._current, self._kept = chunk, None
         self.chunks[chunk].sum_gradients(self._scratch, self._lines, factor)
 
     def norm_squared(self) -> float:
         return self.chunks[self._current].norm_squared()
 
     def apply(self, chunk: int, scale: float) -> None:
-        self.chunks[chunk].apply(self._lines, scale)
+        self.chunks[chunk].apply(self._lines, scale, self._kept, self._slot.address(Note.UNDO_BYTES))
 
     def take_sources(self, stripes: Sequence[int]) -> None:
         for chunk in self.chunks:
@@ -181,6 +185,11 @@ class ElementwiseUpdater(Updater):
         return self.chunks[chunk].ranges
 
     def save(self, chunk: int) -> None:
+        if self.chunks[chunk].at_once:
+            self._kept = self._undo
+            self._slot.write(Note.UNDO_BYTES, 0)
+            self._slot.write(Note.UNDO_LINES, PARTLY)
+            return
         if self._lines.gradients is None:
             super().save(chunk)
         else:
@@ -192,6 +201,11 @@ class ElementwiseUpdater(Updater):
         count = int(self._slot.note(Note.UNDO_LINES))
         if count == WHOLE:
             super().restore(chunk)
+            return
+        if count == PARTLY:
+            size = int(self._slot.note(Note.UNDO_BYTES))
+            self._ranges(chunk)[0][:size].copy_(self._undo[:size])
+            self.reload(chunk)
             return
         *held, rows = self._ranges(chunk)
         restore_ranges(self._undo[restore_lines(self._undo, count, held) :], [rows])
@@ -253,7 +267,10 @@ class _ElementwiseChunk:
         self._gradients: list[torch.Tensor | None] = []
         self._bound = [False] * len(self._pieces)
         self._here = store.arena.device.type == "cpu"
-        self._sparse = self._here and zeros_change_nothing(self._optimizer)
+        self._sgd = SgdChunk(weights, self._spans, [self._groups.index(g) for g in self._group_of])
+        # How the step in work is made: with the sum's factor where it is made at once.
+        self._factor, self.at_once = 1.0, False
+        self._look_at_groups()
         self.reload()
 
     def _make_optimizer(self, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -283,11 +300,16 @@ class _ElementwiseChunk:
             own.update(hyperparameters(groups[index]))
             if "fused" in own:
                 own["fused"] = fused
+        self._look_at_groups()
+
+    def _look_at_groups(self) -> None:
         self._sparse = self._here and zeros_change_nothing(self._optimizer)
+        self._fits = self._here and not self._echoes and self._sgd.fits(self._optimizer)
 
     def sum_gradients(self, scratch: torch.Tensor, lines: LineWork, factor: float) -> None:
         touched = self.store.touched[self._rows_of][:, self._indices]
         lines.forget()
+        self.at_once = False
         # From the second update on, when the optimizer's state is there.
         worth_trying = self._sparse and factor > 0 and self._ends[-1] >= LEAST_LINES and not self._echoes
         if worth_trying and all(self._bound) and touched.all():
@@ -298,6 +320,9 @@ class _ElementwiseChunk:
         total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
         width = self._dtype.itemsize
         native = self.store.arena.native
+        if self._fits and all(self._bound) and touched.all():
+            self.at_once, self._factor, self._total = True, factor, total
+            return
         if len(self._stripes) == 1 and factor == 1.0 and not self._echoes:
             # One worker alone: its stripe is the sum already.
             self._gradients = [
@@ -335,11 +360,18 @@ class _ElementwiseChunk:
         ]
 
     def norm_squared(self) -> float:
-        return sum(
-            float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self._gradients if g is not None
-        )
+        gradients = self._gradients
+        if self.at_once:
+            total, width = self._total, self._dtype.itemsize
+            self.store.arena.native.sum_into(total, [stripe[: len(total)] for stripe in self._stripes], self._factor)
+            gradients = [total[a // width : b // width] for a, b in self._spans]
+        return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients if g is not None)
 
-    def apply(self, lines: LineWork, scale: float) -> None:
+    def apply(self, lines: LineWork, scale: float, undo: torch.Tensor | None, saved: int) -> None:
+        """Step; ``undo`` and ``saved``: see ``SgdStep``, for what is made at once."""
+        if self.at_once:
+            self._sgd.step(self._optimizer, self._stripes, self._factor, scale, undo, saved)
+            return
         if lines.gradients is None:
             self._step(scale)
             return

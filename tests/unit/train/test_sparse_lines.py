@@ -13,6 +13,7 @@ from shoal.axes.updating import Hooks, Totals
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Note
 from shoal.train import sparse_lines
+from shoal.train.sgd import PARTLY
 
 STEPS = 4
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -109,7 +110,8 @@ def test_single_lines_get_the_bits_that_everything_would(
     assert max(said) > 0
     monkeypatch.setattr(sparse_lines.LineWork, "sum_gradients", lambda self, *rest: None)
     everything, said = _train(OPTIMIZERS[name], clip)
-    assert said == {sparse_lines.WHOLE}
+    # Of plain SGD, save for the first step of each piece, in one pass.
+    assert said == ({sparse_lines.WHOLE} if "adagrad" in name else {sparse_lines.WHOLE, PARTLY})
     if clip is None:
         assert bits == everything
     else:
