@@ -84,3 +84,53 @@ void shoal_put_lines(char *to, const char *row, const int64_t *lines, int64_t n)
     }
 DEFINE_ADD_ROWS(shoal_add_rows_f32, float)
 DEFINE_ADD_ROWS(shoal_add_rows_f64, double)
+
+/* Rows of a table: set them to zero, and copy them from another table; those beyond the table are left out. */
+void shoal_clear_rows(char *table, const int64_t *rows, int64_t n, int64_t bytes, int64_t count) {
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i] >= 0 && rows[i] < count) memset(table + rows[i] * bytes, 0, bytes);
+}
+
+void shoal_copy_rows(char *table, const char *from, const int64_t *rows, int64_t n, int64_t bytes, int64_t count) {
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i] >= 0 && rows[i] < count) memcpy(table + rows[i] * bytes, from + rows[i] * bytes, bytes);
+}
+
+/* A step of an optimizer on single lines where they lie: grads holds their gradients one after the other. Whether torch's own
+ * kernel rounds once or twice where it multiplies and adds depends on how it was built, so there is one of either kind. */
+#define SGD_ONCE(T, FMA) w[k] = FMA(-rate, g, w[k])
+#define SGD_TWICE(T, FMA) w[k] = w[k] - rate * g
+#define DEFINE_SGD(NAME, T, FMA, MOVE)                                                                             \
+    void NAME(char *weights, const T *grads, const int64_t *lines, int64_t n, T scale, T rate) {                   \
+        enum { WIDTH = LINE_BYTES / sizeof(T) };                                                                   \
+        for (int64_t i = 0; i < n; i++) {                                                                          \
+            T *w = (T *)(weights + lines[i] * LINE_BYTES);                                                         \
+            for (int k = 0; k < WIDTH; k++) {                                                                      \
+                T g = grads[i * WIDTH + k] * scale;                                                                \
+                MOVE(T, FMA);                                                                                      \
+            }                                                                                                      \
+        }                                                                                                          \
+    }
+DEFINE_SGD(shoal_sgd_lines_once_f32, float, __builtin_fmaf, SGD_ONCE)
+DEFINE_SGD(shoal_sgd_lines_once_f64, double, __builtin_fma, SGD_ONCE)
+DEFINE_SGD(shoal_sgd_lines_twice_f32, float, __builtin_fmaf, SGD_TWICE)
+DEFINE_SGD(shoal_sgd_lines_twice_f64, double, __builtin_fma, SGD_TWICE)
+
+#define SQUARE_ONCE(T, FMA) FMA(g, g, s[k])
+#define SQUARE_TWICE(T, FMA) (s[k] + g * g)
+#define DEFINE_ADAGRAD(NAME, T, FMA, ROOT, ADD_SQUARE)                                                             \
+    void NAME(char *weights, char *squares, const T *grads, const int64_t *lines, int64_t n, T scale, T rate, T eps) { \
+        enum { WIDTH = LINE_BYTES / sizeof(T) };                                                                   \
+        for (int64_t i = 0; i < n; i++) {                                                                          \
+            T *w = (T *)(weights + lines[i] * LINE_BYTES), *s = (T *)(squares + lines[i] * LINE_BYTES);            \
+            for (int k = 0; k < WIDTH; k++) {                                                                      \
+                T g = grads[i * WIDTH + k] * scale;                                                                \
+                s[k] = ADD_SQUARE(T, FMA);                                                                         \
+                w[k] = w[k] - rate * g / (ROOT(s[k]) + eps);                                                       \
+            }                                                                                                      \
+        }                                                                                                          \
+    }
+DEFINE_ADAGRAD(shoal_adagrad_lines_once_f32, float, __builtin_fmaf, __builtin_sqrtf, SQUARE_ONCE)
+DEFINE_ADAGRAD(shoal_adagrad_lines_once_f64, double, __builtin_fma, __builtin_sqrt, SQUARE_ONCE)
+DEFINE_ADAGRAD(shoal_adagrad_lines_twice_f32, float, __builtin_fmaf, __builtin_sqrtf, SQUARE_TWICE)
+DEFINE_ADAGRAD(shoal_adagrad_lines_twice_f64, double, __builtin_fma, __builtin_sqrt, SQUARE_TWICE)

@@ -22,7 +22,7 @@ from shoal.kernels.build import build
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "lines.c", "dense.c", "rounds.c", "letters.c", "waiting.h")]
 # No fused multiply-add: the C path must round exactly as torch does.
-_FLAGS = ("-ffp-contract=off",)
+_FLAGS = ("-ffp-contract=off", "-fno-math-errno")
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from shoal.comm import dense
 from shoal.comm.store import Store
+from shoal.train.embedding import Embeddings
 from shoal.train.row_tables import RowGradients
 
 
@@ -63,14 +64,30 @@ class Shards:
 class _SparseRows:
     """A place for a gradient of which most rows are zero: only those that were written to are cleared before the next."""
 
-    def __init__(self, place: torch.Tensor) -> None:
-        self._place = place
+    def __init__(self, place: torch.Tensor, embeddings: Embeddings | None) -> None:
+        self._place, self._embeddings = place, embeddings
         # None: any row may hold something; a predecessor's, say.
         self._written: list[torch.Tensor] | None = None
 
     def forget(self) -> None:
         """Something else was written to the place."""
         self._written = None
+
+    def take(self, parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
+        """Copy a dense gradient there of which it is known what may not be zero, and nothing else; False where it is not."""
+        embeddings = self._embeddings
+        rows = None if embeddings is None else embeddings.rows(parameter, gradient)
+        if embeddings is None or rows is None:
+            return False
+        if self._written is None:
+            self._place.copy_(gradient)
+        else:
+            for old in self._written:
+                embeddings.clear_rows(self._place, old)
+            embeddings.copy_rows(self._place, gradient, rows)
+        self._written = [rows]
+        embeddings.give_back(gradient)
+        return True
 
     def write(self, gradient: torch.Tensor, adds: bool) -> None:
         """Put a sparse gradient there, or add it to what is there, row by row in its own order."""
@@ -91,16 +108,17 @@ class Gradients:
     """The gradients of one worker. Hooks take each one as it comes, so that no second copy of them builds up."""
 
     def __init__(
-        self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None, rows: RowGradients | None = None
-    ) -> None:
-        """``rows``: what takes the gradients of embeddings whose rows are no parameters."""
+        self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None, rows: RowGradients | None = None,
+        embeddings: Embeddings | None = None,
+    ) -> None:  # fmt: skip
+        """``rows``: what takes the gradients of embeddings whose rows are no parameters; ``embeddings``: makes those of others."""
         self._touched = store.touched[stripe]
         self._echoed = store.echoed[stripe]
         # Of each gradient, whether it was seen to be finite when it was taken.
         self.finite = np.zeros(len(store.table.trained), dtype=bool)
         self._store, self._stripe = store, stripe
         self._shards = shards
-        self._rows = rows
+        self._rows, self._embeddings = rows, embeddings
         self._own_echoes = [t.echo for t in targets if t.echo is not None]
         self._own_echoes += [echo for echo, _ in shards.echoes] if shards is not None else []
         for target in targets:
@@ -128,7 +146,7 @@ class Gradients:
             target.parameter.register_post_accumulate_grad_hook(drop)
             return
 
-        rows, owned, take = _SparseRows(place), target.index is not None, dense.load().take
+        rows, owned, take = _SparseRows(place, self._embeddings), target.index is not None, dense.load().take
 
         def keep(p: torch.Tensor) -> None:
             gradient = p.grad
@@ -139,7 +157,7 @@ class Gradients:
             elif marks[at]:
                 place.add_(gradient)
                 rows.forget()
-            else:
+            elif not rows.take(p, gradient):
                 finite = take(place, gradient)
                 rows.forget()
             marks[at] = 1

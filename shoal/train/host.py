@@ -40,7 +40,7 @@ from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
 from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer, move_buffers
-from shoal.train.embedding import quicken_embeddings
+from shoal.train.embedding import Embeddings, quicken_embeddings
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, division_of
@@ -143,7 +143,7 @@ class TrainHost:
         self._store: Store | None = None
         self._settings: RunSettings | None = None
         self._bells: list[int] = []
-        self._embeddings: torch.library.Library | None = None
+        self._embeddings: Embeddings | None = None
         self._rewrites: Installed | None = None
         # Where no store has the whole model: what it has come to, for the bundle.
         self.final_state: Mapping[str, torch.Tensor] | None = None
@@ -369,6 +369,7 @@ class TrainHost:
             gradients=Gradients(
                 store, store.stripe_of(rank), part.targets, part.shards,
                 RowGradients(part.model, rank, lambda: clock.signal(Signal.UPDATED)) if self._tables else None,
+                self._embeddings,
             ),
             store=store,
             axis=axis,

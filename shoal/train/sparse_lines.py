@@ -12,12 +12,14 @@ follows from its gradients alone, so whoever makes an update again makes it in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from shoal.comm.lines import LINE_BYTES, load
 from shoal.comm.table import align
+from shoal.train.line_step import LineStep
 
 WHOLE = -1
 # Smaller chunks are updated faster than their lines are looked through.
@@ -86,6 +88,18 @@ class LineWork:
         for work, source in zip(self._work, held, strict=True):
             self._lines.take(work[:size], source, self._own)
         return [[flat[a:b] for a, b in self._cuts] for flat in (work.view(dtype) for work in self._work)]
+
+    def step(
+        self, step: LineStep, held: Sequence[torch.Tensor], groups: Sequence[dict[str, Any]], counts: np.ndarray, scale: float
+    ) -> None:
+        """Update the lines where they lie; of each piece there are its optimizer's group and which step this is."""
+        assert self.gradients is not None
+        at = 0
+        for gradient, group, count in zip(self.gradients, groups, counts, strict=True):
+            stop = at + gradient.nbytes // LINE_BYTES
+            if stop > at:
+                step.run(held, gradient, self._own[at:stop], group, float(count), scale)
+            at = stop
 
     def scatter(self, held: Sequence[torch.Tensor]) -> None:
         """Put the work back."""

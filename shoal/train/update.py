@@ -23,6 +23,7 @@ from shoal.comm.lines import LINE_BYTES
 from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of_lane, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
+from shoal.train.line_step import find as find_line_step
 from shoal.train.sgd import PARTLY, SgdChunk
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
@@ -273,6 +274,22 @@ class _ElementwiseChunk:
         self._look_at_groups()
         self.reload()
 
+    def _look_at_groups(self) -> None:
+        """What follows from the groups: whether lines without a gradient can be left out, and what steps over the others."""
+        self._sparse = self._here and zeros_change_nothing(self._optimizer)
+        self._line_step = find_line_step(self._optimizer, self._dtype, self._keys) if self._sparse else None
+        groups = dict(zip(self._groups, self._optimizer.param_groups, strict=True))
+        self._hyperparameters = [groups[of] for of in self._group_of]
+        self._steps = self._count_steps()
+        self._fits = self._here and not self._echoes and self._sgd.fits(self._optimizer)
+
+    def _count_steps(self) -> np.ndarray:
+        """Of each piece how many steps its optimizer has made, to be counted on in place where it keeps count."""
+        if self._line_step is None or not self._scalar_keys:
+            return np.zeros(len(self._pieces))
+        counts = self._rows[:, 8 : 8 + self.store.table.scalar_dtype.itemsize].numpy()
+        return counts.view(np.float64 if self.store.table.scalar_dtype == torch.float64 else np.float32)[:, 0]
+
     def _make_optimizer(self, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
         self._groups = sorted(set(self._group_of))
         return optimizer_like(
@@ -301,10 +318,6 @@ class _ElementwiseChunk:
             if "fused" in own:
                 own["fused"] = fused
         self._look_at_groups()
-
-    def _look_at_groups(self) -> None:
-        self._sparse = self._here and zeros_change_nothing(self._optimizer)
-        self._fits = self._here and not self._echoes and self._sgd.fits(self._optimizer)
 
     def sum_gradients(self, scratch: torch.Tensor, lines: LineWork, factor: float) -> None:
         touched = self.store.touched[self._rows_of][:, self._indices]
@@ -376,6 +389,10 @@ class _ElementwiseChunk:
             self._step(scale)
             return
         held = self.ranges[:-1]
+        if self._line_step is not None:
+            self._steps += 1
+            lines.step(self._line_step, held, self._hyperparameters, self._steps, scale)
+            return
         weights, *states = lines.gather(held, self._dtype)
         self._lend(weights, states)
         self._step(scale)

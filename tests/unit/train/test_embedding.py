@@ -49,7 +49,7 @@ def test_bits_are_those_of_torch(plain: list[list[torch.Tensor]]) -> None:
             for ours, theirs in zip(gradients(dtype, index, **options), expected, strict=True):
                 assert torch.equal(ours, theirs)
     finally:
-        held._destroy()
+        held.end()
     for ours, theirs in zip(gradients(torch.float32, torch.int64), plain[0], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -66,6 +66,6 @@ def test_rows_that_the_batch_does_not_reach_take_no_memory() -> None:
         (gradient,) = torch.autograd.grad(found.sum(), table)
         assert psutil.Process().memory_info().rss - before < gradient.nbytes / 4
     finally:
-        held._destroy()
+        held.end()
     assert torch.equal(gradient.sum(1).nonzero()[:, 0], torch.tensor([5, 1 << 15]))
     assert gradient[5].tolist() == [2.0] * 256

@@ -83,7 +83,7 @@ def test_what_nobody_trains_is_dropped_and_sparse_gradients_become_dense(store: 
 
 def test_only_what_was_written_is_cleared_and_nothing_else_is_left() -> None:
     place = torch.full((50, 3), 7.0)
-    rows = _SparseRows(place)
+    rows = _SparseRows(place, None)
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
