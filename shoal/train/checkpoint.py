@@ -39,7 +39,7 @@ from shoal.tensorfile import Entry, dtype_name
 from shoal.train import notes
 from shoal.train.metric_state import Piece, read_pieces
 from shoal.train.row_tables import SavedRows
-from shoal.train.update import Saved, as_bytes, lane_kind
+from shoal.train.saved import Saved, as_bytes, lane_kind
 
 KEPT = 2
 EVERY_S = 20.0

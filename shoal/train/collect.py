@@ -19,7 +19,8 @@ from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import FROZEN, ParameterTable, TensorSpec
 from shoal.train.checkpoint import PartWriter, ScalarRows
 from shoal.train.own import Own
-from shoal.train.update import Saved, Updater, as_bytes
+from shoal.train.saved import Saved, as_bytes
+from shoal.train.update import Updater
 
 _ON_THE_WAY_BYTES = 64 << 20
 

@@ -14,7 +14,6 @@ import ctypes
 import mmap
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +25,24 @@ _HEAP_BYTES = 32 << 20
 """Up to here memory comes from the heap, and is kept there (see ``allocator.py``); beyond, it is mapped anew each time anyway."""
 _MOST_KEPT = 8
 _LINE_BYTES = 64
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
 class _Table:
     """A gradient that was made, and the rows that something was added to. Its storage has another owner while it is in use."""
 
-    table: torch.Tensor
-    rows: torch.Tensor
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+        self.rows = _NONE
+        self._storage = table.untyped_storage()
+        self._owners = self._count()
 
     @property
     def unused(self) -> bool:
-        return int(torch._C._storage_Use_Count(self.table.untyped_storage()._cdata)) == 1
+        return self._count() == self._owners
+
+    def _count(self) -> int:
+        return int(torch._C._storage_Use_Count(self._storage._cdata))
 
 
 class Embeddings:
@@ -109,28 +114,30 @@ class Embeddings:
         adder = self._adders.get(gradient.dtype)
         if adder is None or by_frequency or indices.dtype != torch.int64:
             return None
-        width = gradient.size(-1)
-        rows, added = indices.contiguous().reshape(-1), gradient.contiguous()
-        pays = self._counts and rows.numel() * 2 * max(_LINE_BYTES, width * gradient.element_size()) <= count * width * gradient.element_size()
-        table = (self._cleared(count, width, gradient.dtype) if pays else None)
-        if table is None:
-            table = _zeros(count, width, gradient.dtype)
-        adder(table.data_ptr(), added.data_ptr(), rows.data_ptr(), rows.numel(), width, count, skipped)
-        if not pays:
+        width, size = gradient.size(-1), gradient.element_size()
+        rows, added = indices.contiguous().view(-1), gradient.contiguous()
+        made = None
+        if self._counts and rows.numel() * 2 * max(_LINE_BYTES, width * size) <= count * width * size:
+            made = self._cleared(count, width, gradient.dtype) or _Table(_zeros(count, width, gradient.dtype))
+        table = _zeros(count, width, gradient.dtype) if made is None else made.table
+        address = table.data_ptr()
+        adder(address, added.data_ptr(), rows.data_ptr(), rows.numel(), width, count, skipped)
+        if made is None:
             return table
+        made.rows = rows
         if len(self._made) >= _MOST_KEPT:
             self._made.pop(next(iter(self._made)))
-        self._made[table.data_ptr()] = _Table(table, rows)
+        self._made[address] = made
         # Another tensor, so that autograd finds that nobody else holds it.
         return table.detach()
 
-    def _cleared(self, count: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def _cleared(self, count: int, width: int, dtype: torch.dtype) -> _Table | None:
         """A table that was given back, all zeros again; None where there is none."""
         for at, made in enumerate(self._returned):
             if made.table.shape == (count, width) and made.table.dtype == dtype and made.unused:
                 del self._returned[at]
                 self.clear_rows(made.table, made.rows)
-                return made.table
+                return made
         return None
 
 

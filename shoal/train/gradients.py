@@ -108,10 +108,10 @@ class Gradients:
     """The gradients of one worker. Hooks take each one as it comes, so that no second copy of them builds up."""
 
     def __init__(
-        self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None, rows: RowGradients | None = None,
-        embeddings: Embeddings | None = None,
+        self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None,
+        rows: RowGradients | None = None, embeddings: Embeddings | None = None,
     ) -> None:  # fmt: skip
-        """``rows``: what takes the gradients of embeddings whose rows are no parameters; ``embeddings``: makes those of others."""
+        """``rows``: what takes the gradients of embeddings whose rows are no parameters; ``embeddings``: makes others'."""
         self._touched = store.touched[stripe]
         self._echoed = store.echoed[stripe]
         # Of each gradient, whether it was seen to be finite when it was taken.

@@ -34,7 +34,8 @@ from shoal.ps.lbfgs import (
     STATE_KEYS,
     combine,
 )
-from shoal.train.update import Saved, Updater, as_bytes
+from shoal.train.saved import Saved, as_bytes
+from shoal.train.update import Updater
 
 _FLAT, _STILL = 1e-7, 1e-9
 """torch's tolerances, of the largest gradient and of the slope along the direction."""

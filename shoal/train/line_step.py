@@ -21,6 +21,8 @@ from shoal.comm.lines import LINE_BYTES
 _ELEMENTS = {torch.float32: ("f32", ctypes.c_float), torch.float64: ("f64", ctypes.c_double)}
 _PROBED_LINES = 256
 _ROUNDINGS = ("once", "twice")
+_KINDS: dict[Any, tuple[str, ...]] = {torch.optim.SGD: (), torch.optim.Adagrad: ("sum",)}
+"""The optimizers, and the kinds of state that each has."""
 Kernel = Callable[..., None]
 
 
@@ -50,15 +52,17 @@ class LineStep:
 
 def find(optimizer: torch.optim.Optimizer, dtype: torch.dtype, state_keys: Sequence[str]) -> LineStep | None:
     """What steps as this optimizer does, one that zeros leave alone; None where nothing gives the same bits."""
-    kind = type(optimizer)
-    wanted = {torch.optim.SGD: (), torch.optim.Adagrad: ("sum",)}.get(kind)
+    kind: Any = type(optimizer)
+    wanted = _KINDS.get(kind)
     if wanted is None or tuple(state_keys) != wanted or dtype not in _ELEMENTS:
         return None
     groups = optimizer.param_groups
     if any(isinstance(group[key], torch.Tensor) for group in groups for key in ("lr", "lr_decay", "eps") if key in group):
         return None
-    ways = {(group.get("fused"), group.get("foreach")) for group in groups}
-    return _find(kind, dtype, *ways.pop()) if len(ways) == 1 else None
+    fused, foreach = groups[0].get("fused"), groups[0].get("foreach")
+    if any((group.get("fused"), group.get("foreach")) != (fused, foreach) for group in groups):
+        return None
+    return _find(kind, dtype, fused, foreach)
 
 
 @functools.cache

@@ -29,7 +29,8 @@ from shoal.ps.embedding import embeddings, prefix_of, state_of, table_name
 from shoal.ps.kernel import Part
 from shoal.ps.spec import MOST_SHARDS, TableSpec
 from shoal.ps.table import Rows, Table, check_gradients, from_tensors, to_tensors
-from shoal.train.update import Saved, Updater
+from shoal.train.saved import Saved
+from shoal.train.update import Updater
 
 
 def cold_path(directory: str | Path, number: int) -> Path:

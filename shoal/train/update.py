@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,53 +20,14 @@ from torch import nn
 from shoal.comm.arena import Note
 from shoal.comm.lines import LINE_BYTES
 from shoal.comm.store import Store, scalar_row_bytes
-from shoal.comm.table import Chunk, Lane, TensorSpec, align, chunks_of_lane, deal_tensors
+from shoal.comm.table import Chunk, Lane, align, chunks_of_lane, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 from shoal.train.line_step import find as find_line_step
+from shoal.train.saved import Saved, as_bytes, lane_kind, restore_ranges, save_ranges
 from shoal.train.sgd import PARTLY, SgdChunk
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
 _LET_GO_BYTES = 64 << 10
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Bytes of a tensor that a checkpoint takes: where they go in the tensor, and a view of them.
-
-    ``part``: the part of a whole tensor that ``start_byte`` counts from the beginning of, where it is kept in parts.
-    """
-
-    kind: str
-    name: str
-    start_byte: int
-    data: torch.Tensor
-    part: TensorSpec | None = None
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's bytes, 1-D uint8, without copying."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def lane_kind(kind: str, replica: int | None) -> str:
-    """How a checkpoint names what a replica has of its own: the first one's names are the plain ones."""
-    return f"{kind}@{replica}" if replica else kind
-
-
-def save_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
-    """Copy bytes to the undo log, one range after the other."""
-    at = 0
-    for data in ranges:
-        undo[at : at + data.numel()].copy_(data)
-        at += align(data.numel())
-
-
-def restore_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
-    """Copy them back."""
-    at = 0
-    for data in ranges:
-        data.copy_(undo[at : at + data.numel()])
-        at += align(data.numel())
 
 
 class Updater:

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from shoal.train.embedding import quicken_embeddings
+from shoal.train.embedding import Embeddings, quicken_embeddings
 
 
 def gradients(dtype: torch.dtype, index_dtype: torch.dtype, **options: object) -> list[torch.Tensor]:
@@ -69,3 +69,52 @@ def test_rows_that_the_batch_does_not_reach_take_no_memory() -> None:
         held.end()
     assert torch.equal(gradient.sum(1).nonzero()[:, 0], torch.tensor([5, 1 << 15]))
     assert gradient[5].tolist() == [2.0] * 256
+
+
+@pytest.fixture
+def embeddings() -> Iterator[Embeddings]:
+    held = quicken_embeddings()
+    if held is None:
+        pytest.skip("no compiler, or a torch without get_kernel")
+    yield held
+    held.end()
+
+
+def _backward(table: torch.nn.Parameter, rows: list[int], factor: float = 1.0) -> torch.Tensor:
+    table.grad = None
+    (torch.nn.functional.embedding(torch.tensor(rows), table).sum() * factor).backward()
+    assert table.grad is not None
+    return table.grad
+
+
+def test_a_table_that_is_given_back_is_the_next_gradient(embeddings: Embeddings) -> None:
+    table = torch.nn.Parameter(torch.rand(4000, 16))
+    gradient = _backward(table, [5, 7, 5])
+    rows = embeddings.rows(table, gradient)
+    assert rows is not None and rows.tolist() == [5, 7, 5]
+    place = gradient.data_ptr()
+    embeddings.give_back(gradient)
+    # While somebody has it, it is nobody else's.
+    other = _backward(table, [9])
+    assert other.data_ptr() != place and gradient[:, 0].nonzero().view(-1).tolist() == [5, 7]
+    del gradient
+    again = _backward(table, [3], 2.0)
+    assert again.data_ptr() == place and again.sum() == 32 and again[3].tolist() == [2.0] * 16
+
+
+def test_what_others_may_have_changed_is_taken_as_a_whole(embeddings: Embeddings) -> None:
+    table = torch.nn.Parameter(torch.rand(4000, 16))
+    gradient = _backward(table, [5])
+    gradient.add_(1.0)
+    assert embeddings.rows(table, gradient) is None
+    gradient = _backward(table, [5])
+    assert embeddings.rows(table, gradient) is not None
+    assert embeddings.rows(table, gradient.clone()) is None
+    handle = table.register_hook(lambda g: None)
+    assert embeddings.rows(table, _backward(table, [5])) is None
+    handle.remove()
+    tied = table[0].sum() + torch.nn.functional.embedding(torch.tensor([5]), table).sum()
+    table.grad = None
+    tied.backward()
+    assert table.grad is not None and embeddings.rows(table, table.grad) is None
+    assert table.grad[[0, 5]].eq(1.0).all() and table.grad.sum() == 32

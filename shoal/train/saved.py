@@ -1,0 +1,50 @@
+"""Bytes of weights and state: how the undo log keeps them, and what a checkpoint calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.comm.table import TensorSpec, align
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of a tensor that a checkpoint takes: where they go in the tensor, and a view of them.
+
+    ``part``: the part of a whole tensor that ``start_byte`` counts from the beginning of, where it is kept in parts.
+    """
+
+    kind: str
+    name: str
+    start_byte: int
+    data: torch.Tensor
+    part: TensorSpec | None = None
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes, 1-D uint8, without copying."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def lane_kind(kind: str, replica: int | None) -> str:
+    """How a checkpoint names what a replica has of its own: the first one's names are the plain ones."""
+    return f"{kind}@{replica}" if replica else kind
+
+
+def save_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
+    """Copy bytes to the undo log, one range after the other."""
+    at = 0
+    for data in ranges:
+        undo[at : at + data.numel()].copy_(data)
+        at += align(data.numel())
+
+
+def restore_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
+    """Copy them back."""
+    at = 0
+    for data in ranges:
+        data.copy_(undo[at : at + data.numel()])
+        at += align(data.numel())
