@@ -20,6 +20,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shoal.serve.asgi import TIMEOUT_HEADER
+from shoal.serve.heads import Heads
 from shoal.serve.protocols.v2 import error_body
 from shoal.serve.refusals import Refusal
 
@@ -41,11 +42,19 @@ class Asker(Protocol):
 class Shortcut(Protocol):
     """A way past the application for the most usual requests, see ``shoal.serve.direct.Direct``."""
 
-    def plan(self, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Any:
-        """What a POST is whose head was read; None where it has to go to the application."""
+    heads: Heads
+
+    def route(self, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Any:
+        """What a POST asks for by its head alone; None where only the application knows."""
+
+    def plan(self, route: Any) -> Any:
+        """What becomes of such a request that has just come; None where it has to go to the application."""
 
     def begin(self, planned: Any, body: bytes, asker: Asker) -> bool:
         """Have it answered, once; False where it has to go to the application after all."""
+
+    def handed_on(self) -> None:
+        """Told of each request that was planned, and goes to the application after all."""
 
 
 _OWN_DEADLINE = b'"timeout"'
@@ -170,7 +179,10 @@ class Connection(HttpToolsProtocol):
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self._shortcut = shortcut
+        self._route: Any = None
         self._planned: Any = None
+        # Nothing of another request was read; and the piece that is read now, as long as it may be one whole request.
+        self._between, self._single = True, b""
         self._overload = overload
         self._refuse: Callable[[], Refusal] | None = None
         self._held: list[bytes] = []
@@ -208,6 +220,10 @@ class Connection(HttpToolsProtocol):
                 self.transport.close()
             return
         self._unset_keepalive_if_required()
+        if self._between:
+            if self._shortcut is not None and self._answer_known(self._shortcut, data):
+                return
+            self._single = data
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -221,12 +237,13 @@ class Connection(HttpToolsProtocol):
         if self._refuse is not None:
             # Its body takes longer than that.
             self._go_on()
+        self._single = b""
         if self._in_head or self._raw > _MOST_AROUND:
             self._look_at_size()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
+        self._in_head, self._between = True, False
         # The piece that a request begins in is not counted with it.
         self._ticks = self._raw = self._body = 0
 
@@ -266,6 +283,7 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._between = True
         if self._planned is not None and self._answer_directly():
             return
         if self._refuse is not None:
@@ -282,7 +300,27 @@ class Connection(HttpToolsProtocol):
     def _plan(self) -> Any:
         if self._shortcut is None or self.flow.write_paused or self.parser.get_method() != b"POST":
             return None
-        return self._shortcut.plan(self.url, self.headers) if self.parser.get_http_version() == "1.1" else None
+        if self.parser.get_http_version() != "1.1":
+            return None
+        self._route = self._shortcut.route(self.url, self.headers)
+        return None if self._route is None else self._shortcut.plan(self._route)
+
+    def _answer_known(self, shortcut: Shortcut, piece: bytes) -> bool:
+        """Have a whole request answered past the parser, too, where it has a head that was parsed before."""
+        before = self.cycle
+        if self.flow.write_paused or not (before is None or before.response_complete):
+            return False
+        known = shortcut.heads.find(piece)
+        planned = None if known is None else shortcut.plan(known[0])
+        if known is None or planned is None:
+            return False
+        self.cycle = short = _Short(self, keep_alive=True)  # type: ignore[assignment]
+        if not shortcut.begin(planned, known[1], short):  # type: ignore[arg-type]
+            self.cycle = before
+            return False
+        self._asked = True
+        self._ticks = self._raw = self._body = 0
+        return True
 
     def _answer_directly(self) -> bool:
         """Have a whole request answered past the application, if that is possible."""
@@ -291,6 +329,9 @@ class Connection(HttpToolsProtocol):
         self.cycle = short  # type: ignore[assignment]
         body = self._held[0] if len(self._held) == 1 else b"".join(self._held)
         if self._shortcut.begin(self._planned, body, short):
+            if self._single and short.keep_alive and self._single.endswith(body):
+                self._shortcut.heads.keep(self._single, len(body), self._route)
+            self._single = b""
             self._planned, self._held = None, []
             return True
         self.cycle = before
@@ -312,6 +353,8 @@ class Connection(HttpToolsProtocol):
 
     def _go_on(self) -> None:
         """Give a request to the application after all."""
+        if self._planned is not None and self._shortcut is not None:
+            self._shortcut.handed_on()
         held, self._refuse, self._planned, self._held = self._held, None, None, []
         super().on_headers_complete()
         for body in held:

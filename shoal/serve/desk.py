@@ -69,6 +69,7 @@ class Desk:
         self.signature = model.signature
         self.sample = model.sample
         self._fixed = model.signature.longest is None
+        self.takes_encoded = model.signature.encoded is not None
         self._free_inputs = [spec.free for spec in model.signature.inputs]
         self.expected = model.expected
         self.why = model.why
@@ -189,11 +190,14 @@ class Desk:
         outputs = zip(self.signature.outputs, self.slots.outputs, strict=True)
         return [array[index][:, :length].copy() if spec.free else array[index].copy() for spec, array in outputs]
 
-    def hopeless(self, deadline_s: float, now: float) -> bool:
-        """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered."""
+    def hopeless(self, deadline_s: float, now: float, ahead: int = 0, wait_s: float = 0.0) -> bool:
+        """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered.
+
+        ``ahead``: rows that will be here before it, ``wait_s`` seconds from now.
+        """
         if self._remembered is not None or not self._replicas:
             return False
-        return self.dispatcher.admit(1, deadline_s, USUAL_PRIORITY, now) is not None
+        return self.dispatcher.admit(1 + ahead, deadline_s, USUAL_PRIORITY, now, after_s=wait_s) is not None
 
     def refused(self) -> Refusal:
         """Count a request as refused that was not read, and say so."""

@@ -88,15 +88,17 @@ class Dispatcher:
 
     # -- letting in ----------------------------------------------------------------------------------------------
 
-    def admit(self, count: int, deadline_s: float, priority: int, now: float, units: int = 1) -> float | None:
+    def admit(
+        self, count: int, deadline_s: float, priority: int, now: float, units: int = 1, after_s: float = 0.0
+    ) -> float | None:
         """None where ``count`` rows, of so many units each, are let in; else after how many seconds to try again.
 
-        ``put`` has to follow at once.
+        ``put`` has to follow at once. ``after_s``: none of them is computed before that.
         """
         if self._replicas == 0:
             return max(_LEAST_RETRY_S, self._latency.predict(1))
         ahead = self._units_in_flight + self._units_before(priority)
-        wait_s = (ahead + (count - 1) * units) * self._seconds_a_unit()
+        wait_s = max((ahead + (count - 1) * units) * self._seconds_a_unit(), after_s)
         own_s = self._latency.predict(max(units, min(count * units, self._batch_limit)))
         # With nothing ahead the margin does not count: it is learned from what is let in, so refusing all would keep it for ever.
         margin_s = self._margin_s if self._queued or self._in_flight else 0.0

@@ -11,10 +11,10 @@ from typing import Any
 
 import uvicorn
 
+from shoal.serve.accepting import Accepting
 from shoal.serve.connection import Connection, ConnectionLimits, Overload, Shortcut, Watch, connections_possible
 
 _KEEP_ALIVE_S = 75
-_BACKLOG = 2048
 # Who does not say goodbye in TLS holds up nobody's shutdown.
 _TLS_LEAVE_S = 1.0
 
@@ -49,11 +49,7 @@ class HttpServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         greet_s, leave_s = (None, None) if self._tls is None else (self._limits.head_s, _TLS_LEAVE_S)
         for sock in sockets or []:
-            server = await loop.create_server(
-                self._connection, sock=sock, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=greet_s,
-                ssl_shutdown_timeout=leave_s,
-            )  # fmt: skip
-            self.servers.append(server)
+            self.servers.append(Accepting(sock, self._connection, self._tls, greet_s, leave_s))  # type: ignore[arg-type]
         self._watch = loop.create_task(Watch(self.server_state.connections).run())
         self._opened.set()
 

@@ -12,6 +12,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from shoal.serve.connection import Connection, ConnectionLimits
+from shoal.serve.heads import Heads
 from shoal.serve.refusals import Refusal
 
 _LIMITS = ConnectionLimits(connections=2, head_bytes=2000, headers=10, head_s=10, idle_s=75, ahead=4)
@@ -24,7 +25,8 @@ class _Server:
     def __init__(self) -> None:
         self.turned: list[str] = []
         self.overloaded = False
-        self.refused = 0
+        self.refused = self.routed = 0
+        self.heads = Heads()
         self.askers: list[Any] = []
         self.let_go = asyncio.Event()
         self.state = ServerState()
@@ -47,8 +49,15 @@ class _Server:
             shortcut=self,
         )  # fmt: skip
 
-    def plan(self, url: bytes, headers: Any) -> Any:
+    def route(self, url: bytes, headers: Any) -> Any:
+        self.routed += 1
         return url if url.startswith(b"/short") else None
+
+    def plan(self, route: bytes) -> Any:
+        return route
+
+    def handed_on(self) -> None:
+        pass
 
     def begin(self, planned: bytes, body: bytes, asker: Any) -> bool:
         """/short?later is answered after ``let_go``, /short?app by the application."""
@@ -317,6 +326,38 @@ def test_the_short_way_is_answered_in_order_and_the_connection_goes_on() -> None
         assert not service.turned
         writer.write(_short(b"", b"last", b"Connection: close\r\n"))
         assert (await reader.read()).endswith(b"short last")
+
+    _run(test)
+
+
+def test_a_head_that_was_read_before_is_not_parsed_again() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        reader, writer = await connect()
+        for number in range(3):
+            writer.write(_short(b"", b"one %d" % number))
+            assert (await _answer(reader))[1] == b"short one %d" % number
+        assert service.routed == 1
+        # In two pieces, behind another one, longer than it says, with another length: all as before.
+        whole = _short(b"", b"one 4")
+        for cut in (10, len(whole) - 2):
+            writer.write(whole[:cut])
+            await asyncio.sleep(0.02)
+            writer.write(whole[cut:])
+            assert (await _answer(reader))[1] == b"short one 4"
+        writer.write(whole + _short(b"app", b"five") + whole)
+        assert [(await _answer(reader))[1] for _ in range(3)] == [b"short one 4", b"/short", b"/short"]
+        writer.write(_short(b"later", b"six"))
+        while len(service.askers) < 7:
+            await asyncio.sleep(0.001)
+        # Known, but one is under way: it waits for it.
+        writer.write(whole)
+        await asyncio.sleep(0.02)
+        service.let_go.set()
+        assert [(await _answer(reader))[1] for _ in range(2)] == [b"short six", b"/short"]
+        writer.write(whole + b"GET")
+        assert (await _answer(reader))[1] == b"short one 4"
+        await service.tick(11)
+        assert b"408" in (await reader.read())
 
     _run(test)
 

@@ -146,7 +146,9 @@ def test_who_read_the_head_before_a_version_left_asks_the_application(model: _Mo
         direct = Direct(Common(
             limits=Limits(slo_s=60.0), metrics=metrics, catalogue=catalogue, guard=None, bodies=Bodies(1 << 20), pace=Pace(60.0)
         ))  # fmt: skip
-        plans = [direct.plan(b"/v2/models/m/infer", [(b"content-length", b"%d" % len(body))]) for _ in range(2)]
+        route = direct.route(b"/v2/models/m/infer", [(b"content-length", b"%d" % len(body))])
+        assert route is not None
+        plans = [direct.plan(route) for _ in range(2)]
         assert plans[0] is not None and plans[1] is not None
         first, second = Asker(), Asker()
         assert direct.begin(plans[0], body, first)
