@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from shoal.cli import compare, data, doctor, evaluate, load, not_built, plan, predict, route, runs, serve, train
+from shoal.cli import compare, data, doctor, evaluate, load, not_built, plan, predict, replan, route, runs, serve, train
 from shoal.cli.answer import Answer
 
 HELP = "Train and serve a PyTorch model on all the cores you have: shoal plans it, says why, and does it."
@@ -39,6 +39,7 @@ class Command:
 COMMANDS: tuple[Command, ...] = (
     Command(name="plan", function=plan.plan, parser=plan.PlanCommand),
     Command(name="train", function=train.train),
+    Command(name="replan", function=replan.replan),
     Command(name="eval", function=evaluate.evaluate),
     Command(name="predict", function=predict.predict),
     Command(name="compare", function=compare.compare),

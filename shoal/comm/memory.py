@@ -49,9 +49,10 @@ class Memory:
         """Of memory that others keep: count it no longer to this process's. It stays as it is, and comes back when it is read."""
 
     def close(self) -> None:
-        """Give the descriptor back; the mapping goes when the last view of it does."""
-        if self.fd >= 0:
-            os.close(self.fd)
+        """Give the descriptor back, once; the mapping goes when the last view of it does."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class PrivateMemory(Memory):

@@ -37,6 +37,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "push_ack": ("rank", "epoch", "batch", "shard", "versions", "staleness"),
         "push_dropped": ("rank", "epoch", "batch", "shard"),
         "push_rejected": ("rank", "epoch", "batch", "shard", "parameter", "samples"),
+        "replan": ("step", "before", "plan", "world_size", "pause_s", "by", "why"),
         "warning": ("text",),
         "stop": ("step", "reason"),
         "error": ("sentence", "rank", "traceback"),

@@ -123,6 +123,13 @@ def _recovered(event: Event) -> list[str]:
     ]
 
 
+def _replan(event: Event) -> list[str]:
+    line = f"plan changed after step {event.get('step')}: {brief(event.get('before'))} → {brief(event.get('plan'))}"
+    if event.get("pause_s") is not None:
+        line += f" (pause {event['pause_s']:.2f} s)"
+    return [line]
+
+
 def _stall(event: Event) -> list[str]:
     line = (
         f"{_who(event)} (pid {event.get('pid')}) has not answered for {event.get('waited_s') or 0.0:.1f} s"
@@ -179,6 +186,7 @@ _WRITERS: Mapping[str, Callable[[Event], list[str]]] = {
     "epoch": _epoch,
     "death": _death,
     "recovered": _recovered,
+    "replan": _replan,
     "stall": _stall,
     "run_end": _run_end,
     "warning": lambda event: [f"warning: {event.get('text')}"],

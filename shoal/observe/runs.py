@@ -19,7 +19,7 @@ from shoal.plan import Plan
 
 EVENTS_FILE = "events.jsonl"
 _TAIL_BYTES = 1 << 16
-_TOLD = ("run_start", "plan", "epoch", "checkpoint", "stop", "run_end")
+_TOLD = ("run_start", "plan", "replan", "epoch", "checkpoint", "stop", "run_end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ def read_run(path: Path) -> RunRow:
             if event["kind"] == "run_start":
                 started = event["t"] if started is None else started
                 status = ""  # resumed: what an earlier end said no longer holds
+                told.pop("replan", None)
             steps = max(steps, event.get("step") or event.get("steps") or 0)
             metric = _metric(event) or metric if event["kind"] == "epoch" else metric
             status = event["status"] if event["kind"] == "run_end" else status
@@ -91,7 +92,7 @@ def read_run(path: Path) -> RunRow:
     return RunRow(
         name=path.name,
         job=str(start.get("job") or described.get("name") or ""),
-        plan=str(told.get("plan", {}).get("plan") or start.get("plan") or _plan_of(path)),
+        plan=str((told.get("replan") or told.get("plan", {})).get("plan") or start.get("plan") or _plan_of(path)),
         status=status or "killed",
         steps=steps,
         metric=metric[0] if metric else None,

@@ -257,6 +257,11 @@ class Supervisor:
             self._drain(child)
         return children
 
+    def dismiss(self) -> None:
+        """End every child for good: whoever is forked from now on has what the template holds then."""
+        for child in self.end_children():
+            self._forget(child)
+
     def restart(self, timeout_s: float) -> None:
         """Begin again with a new template after the old one died: same host, no children."""
         load = self._load

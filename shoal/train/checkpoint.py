@@ -132,8 +132,7 @@ class PartWriter:
     def write(self, parts: Iterable[Saved | SavedRows]) -> None:
         """Write pieces; OSError where the disk does not take them."""
         if self._fd < 0:
-            self._path.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self._path / "state.safetensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = self._open()
         for saved in parts:
             if isinstance(saved, SavedRows):
                 saved.write(self._path)
@@ -141,6 +140,10 @@ class PartWriter:
             data = saved.data.cpu().numpy()
             for part, offset in self._layout.places(saved):
                 self._write_at(data[part], offset)
+
+    def _open(self) -> int:
+        self._path.mkdir(parents=True, exist_ok=True)
+        return os.open(self._path / "state.safetensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def write_rest(self, *ranks: int) -> None:
         """Write what is no chunk: these ranks' notes, and for rank 0 the header, frozen weights and buffers.
@@ -176,7 +179,10 @@ class PartWriter:
             metrics = read_pieces(Journal(self._store.arena, rank), mark)
         # Into memory first: torch tells a full disk by a RuntimeError.
         kept = {"notebook": self._store.read_notebook(rank, mark), "sums": sums, "metrics": metrics}
-        (self._path / f"rank-{rank}.pt").write_bytes(notes.to_bytes(kept))
+        self._write_page(rank, notes.to_bytes(kept))
+
+    def _write_page(self, rank: int, page: memoryview) -> None:
+        (self._path / f"rank-{rank}.pt").write_bytes(page)
 
     def write_all(self) -> None:
         """Write everything, while no worker is at work."""
@@ -319,16 +325,29 @@ class Restored:
 def restore(checkpoint: Checkpoint, store: Store) -> Restored:
     """Fill the arena from a checkpoint, whatever number of workers wrote it. RequestError where it is of another model."""
     check(checkpoint, store.table)
-    with open_tensors(checkpoint) as file:
-        _restore_tensors(store, file, _lanes_in(file.keys()))
+    restore_tensors(store, _state_file(checkpoint))
     return restore_notes(checkpoint)
+
+
+def restore_tensors(store: Store, path: Path) -> None:
+    """Fill the arena's tensors from what a ``PartWriter`` wrote for the same model, under any plan."""
+    with _open(path) as file:
+        _restore_tensors(store, file, _lanes_in(file.keys()))
 
 
 def open_tensors(checkpoint: Checkpoint) -> Any:
     """The tensors of a checkpoint, as safetensors opens them: mapped, and read when they are asked for."""
+    return _open(_state_file(checkpoint))
+
+
+def _state_file(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path / "state.safetensors"
+
+
+def _open(path: Path) -> Any:
     from safetensors import safe_open
 
-    return safe_open(checkpoint.path / "state.safetensors", framework="pt")
+    return safe_open(path, framework="pt")
 
 
 def read_state(checkpoint: Checkpoint, table: ParameterTable) -> dict[str, torch.Tensor]:
@@ -391,11 +410,16 @@ def _restore_tensors(store: Store, file: Any, lanes: int) -> None:
 
 def restore_notes(checkpoint: Checkpoint) -> Restored:
     """What a checkpoint holds beside tensors."""
+    paths = sorted(checkpoint.path.glob("rank-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
+    return bring_together(notes.read(path) for path in paths)
+
+
+def bring_together(pages: Iterable[Mapping[str, Any]]) -> Restored:
+    """What the notes of all places, in their order, come to."""
     notebook: dict[str, Any] | None = None
     sums: Any = 0.0
     metrics: list[list[Piece]] = []
-    for path in sorted(checkpoint.path.glob("rank-*.pt"), key=lambda p: int(p.stem.split("-")[1])):
-        kept = notes.read(path)
+    for kept in pages:
         # A server has computed nothing and keeps no metrics.
         if kept["sums"]:
             sums = sums + np.array(kept["sums"])

@@ -65,8 +65,8 @@ class _Replaced:
     action: str
 
 
-def bind(supervisor: Supervisor, settings: RunSettings, fds: tuple[int, ...], last: bool) -> None:
-    """Let the template take up the arena of a run and write the first weights there; a killed template is made again.
+def bind(supervisor: Supervisor, settings: RunSettings, fds: tuple[int, ...], last: bool, write: bool = True) -> None:
+    """Let the template take up the arena of a run and, with ``write``, write the first weights there; a killed one is made again.
 
     ``fds``: of the arena and the tables; ``last``: no other run begins with the first weights after this one.
     """
@@ -74,7 +74,7 @@ def bind(supervisor: Supervisor, settings: RunSettings, fds: tuple[int, ...], la
         try:
             if attempt:
                 supervisor.restart(timeout_s=600.0)
-            supervisor.call("bind", settings, True, fds=fds)
+            supervisor.call("bind", settings, write, fds=fds)
             if last:
                 supervisor.call("forget_first_weights")
             return
@@ -139,6 +139,11 @@ class Crew:
 
     def _place(self, child: Child) -> int:
         return child.rank + (self._arena.world_size if child.role == SERVER else 0)
+
+    @property
+    def begun(self) -> bool:
+        """Whether every place has a process that has taken it up."""
+        return all(self._has_begun(place) for place in range(len(self._arena.places)))
 
     @property
     def finished(self) -> bool:

@@ -35,13 +35,18 @@ class Emitter:
         self._observers = observers
         self._on_event = on_event
         self.stop_wanted = False
+        # What the user's own callback wants the run to go on with.
+        self.plan_wanted: Plan | None = None
         self._flushed = time.monotonic()
 
     def __call__(self, kind: str, **fields: Any) -> None:
         event = self._log.write(kind, **fields)
         for observer in self._observers:
             observer(event)
-        if self._on_event is not None and self._on_event(event) == "stop":
+        answer = self._on_event(event) if self._on_event is not None else None
+        if isinstance(answer, Plan):
+            self.plan_wanted = answer
+        elif answer == "stop":
             self.stop_wanted = True
         if time.monotonic() - self._flushed > 0.5:
             self.flush()
@@ -96,9 +101,9 @@ def run_job(
             finished = finished_run(directory, job, options, facts)
             if finished is not None:
                 return finished
-            from shoal.train.session import Session
+            from shoal.train.elastic import ElasticSession
 
-            session = Session(job, options, directory, supervisor, facts, emitter, interrupts)
+            session = ElasticSession(job, options, directory, supervisor, facts, emitter, interrupts)
             return session.run(plan, began)
         except ShoalError as error:
             text = error.traceback_text if isinstance(error, UserCodeError) else None

@@ -91,7 +91,6 @@ class Lead(Session):
         first = self._restore(store)
         self._write_beginning(first)
         self._recorder = Recorder(store, self._emit, settings.steps_per_epoch, first)
-        self._first_step = first
         self._tell_processes()
 
     # Where the model is split: how rank 0 comes to the parts of the others.

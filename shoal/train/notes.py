@@ -42,6 +42,11 @@ def read(path: Path) -> Any:
         raise RequestError(f"{path} cannot be read ({str(error).splitlines()[0]}); begin another run.") from None
 
 
+def from_bytes(data: memoryview) -> Any:
+    """What ``to_bytes`` made of it."""
+    return _load(io.BytesIO(data))
+
+
 def _load(file: Any) -> Any:
     with torch.serialization.safe_globals(_numpy()):
         return torch.load(file, weights_only=True)

@@ -47,6 +47,11 @@ class PushRecorder(Recorder):
         self._told: set[int] = set()
         self.staleness: Counter[int] = Counter()
 
+    def go_on_from(self, before: Recorder) -> None:
+        super().go_on_from(before)
+        if isinstance(before, PushRecorder):
+            self.staleness.update(before.staleness)
+
     def drain(self, until: int | None = None) -> None:
         while (last := self.committed()) > self.step:
             super().drain(last)

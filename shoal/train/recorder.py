@@ -28,10 +28,16 @@ class Recorder:
         self.train_s = 0.0
         self.samples = 0.0
         self.lost_events = 0
-        self._last_end: float | None = None
+        self.last_end: float | None = None
         self.first_step_at: float | None = None
         self._epoch_train_s = 0.0
         self._epoch_samples = 0.0
+
+    def go_on_from(self, before: Recorder) -> None:
+        """Go on with the sums and the clock of the plan that was; steps' times are those of one plan."""
+        self.names, self.longest_step_s, self.first_step_at = before.names, before.longest_step_s, before.first_step_at
+        self.train_s, self.samples, self.lost_events = before.train_s, before.samples, before.lost_events
+        self._epoch_train_s, self._epoch_samples = before._epoch_train_s, before._epoch_samples
 
     def committed(self) -> int:
         """Steps that all workers have finished."""
@@ -53,8 +59,8 @@ class Recorder:
         ended = max(float(row[Columns.ENDED]) for row in rows.values())
         began = min(float(row[Columns.BEGAN]) for row in rows.values())
         new_epoch = step % self._steps_per_epoch == 0
-        step_s = ended - (began if self._last_end is None or new_epoch else self._last_end)
-        self._last_end = ended
+        step_s = ended - (began if self.last_end is None or new_epoch else self.last_end)
+        self.last_end = ended
         if self.first_step_at is None:
             self.first_step_at = ended
         if new_epoch:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from shoal import bundle
-from shoal.axes.data import COLLECTIVES_A_STEP
 from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.journal import Journal
-from shoal.comm.store import Columns, Store
+from shoal.comm.store import Store
 from shoal.errors import JobFailed, LossNotFiniteError, RequestError
 from shoal.job import Job
 from shoal.observe.compare import weights_sha256
@@ -27,12 +26,13 @@ from shoal.ps.ledger import Ledger
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
 from shoal.train.backed_recorder import BackedRecorder
+from shoal.train.carried import begin_at
 from shoal.train.choose import choose, predicted_step, remember
 from shoal.train.crew import Crew, bind
 from shoal.train.driver import Emitter, versions
 from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
-from shoal.train.metric_state import deal_pieces, write_pieces
+from shoal.train.metric_state import write_pieces
 from shoal.train.pacing import Pacer, PushRecorder, of_bad_push
 from shoal.train.published import PushClocks, StepClocks, published
 from shoal.train.recorder import Goal, Recorder
@@ -107,42 +107,58 @@ class Session:
         self._predicted_s = predicted_step(plan, job, facts)
         self._predicted_mb = None if choice.need is None else round(choice.need.total / 1e6, 1)
         self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints, split)
-        arena = Arena.create(self._settings.layout)
+        self._arena = Arena.create(self._settings.layout)
         self._tables = RunTables(facts.tables, self._settings.cold_dir)
         try:
-            return self._run_in(arena, began)
+            return self._run_in(began)
         finally:
             self._finish_completing()
             self._supervisor.close()
-            arena.memory.close()
+            self._arena.memory.close()
             self._tables.close()
             with contextlib.suppress(OSError):
                 self._directory.release([])
 
-    def _run_in(self, arena: Arena, began: float) -> Run:
-        store = Store(arena, table_of(self._facts, self._settings.split))
-        self._store, self._arena = store, arena
-        fds = (arena.memory.fd, *self._tables.fds)
-        bind(self._supervisor, self._settings, fds, last=True)
-        first = self._restore(store)
-        store.spread()
+    def _run_in(self, began: float) -> Run:
+        self._store = Store(self._arena, table_of(self._facts, self._settings.split))
+        bind(self._supervisor, self._settings, self._fds, last=True)
+        first = self._restore(self._store)
+        self._store.spread()
         self._write_beginning(first)
-        self._crew = Crew(self._supervisor, arena, self._settings, self._emit, fds)
-        self._recorder: Recorder
-        if self._plan.waits_for_nobody:
-            pushes = PushRecorder(store, self._emit, self._settings, first)
-            self._recorder, self._pacer = pushes, Pacer(store, self._settings, pushes, first)
-        else:
-            kind = BackedRecorder if self._plan.backup else Recorder
-            self._recorder = kind(store, self._emit, self._settings.steps_per_epoch, first)
-        self._first_step = first
+        self._man(first)
         self._interrupts.armed = True
         self._crew.start()
-        clocks = PushClocks(Ledger(arena)) if self._plan.waits_for_nobody else StepClocks(arena)
-        with published(store, clocks, self._tables.tables, self._job.name, self._directory.path):
-            self._loop()
+        self._train()
+        while self._goes_on():
+            self._train()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         return self._end(began)
+
+    @property
+    def _fds(self) -> tuple[int, ...]:
+        return (self._arena.memory.fd, *self._tables.fds)
+
+    def _man(self, first: int) -> None:
+        """Make those who work in the arena, and who looks after them and reads what they leave."""
+        self._crew = Crew(self._supervisor, self._arena, self._settings, self._emit, self._fds)
+        self._recorder: Recorder
+        self._pacer = None
+        if self._plan.waits_for_nobody:
+            pushes = PushRecorder(self._store, self._emit, self._settings, first)
+            self._recorder, self._pacer = pushes, Pacer(self._store, self._settings, pushes, first)
+        else:
+            kind = BackedRecorder if self._plan.backup else Recorder
+            self._recorder = kind(self._store, self._emit, self._settings.steps_per_epoch, first)
+
+    def _goes_on(self) -> bool:
+        """The crew has left: whether another one is there to go on. Not here: see ``shoal.train.elastic``."""
+        return False
+
+    def _train(self) -> None:
+        """See the crew through to the end, of the run or of its plan."""
+        clocks = PushClocks(Ledger(self._arena)) if self._plan.waits_for_nobody else StepClocks(self._arena)
+        with published(self._store, clocks, self._tables.tables, self._job.name, self._directory.path):
+            self._loop()
 
     def _restore(self, store: Store) -> int:
         """Fill the arena from the newest checkpoint, if this is a resumed run that has one; the steps it had done."""
@@ -159,27 +175,9 @@ class Session:
         restored = self._read_checkpoint(found, store)
         step = found.step
         self._tables.restore(found.path, step)
-        for place, slot in enumerate(self._arena.places):
-            for signal in (Signal.COMPUTED, Signal.GRADIENTS, Signal.NORM, Signal.UPDATED):
-                slot.post(signal, step)
-            slot.post(Signal.EVALUATED, found.meta["epochs_done"])
-            slot.post(Signal.COLLECTIVE, step * COLLECTIVES_A_STEP)
-            if restored.notebook is not None:
-                store.write_notebook(place, step, restored.notebook)
-        for rank, pieces in enumerate(deal_pieces(restored.metrics, self._arena.world_size)):
-            write_pieces(Journal(self._arena, rank), step, pieces)
-        row = store.record(0, step - 1)
-        row[Columns.STEP] = step
-        count = Columns.SAMPLES_SUM + 1 - Columns.LOSS_SUM
-        row[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1] = restored.sums[:count]
-        row[Columns.VALUE_SUMS :] = restored.sums[count:]
         self._history = list(found.meta["history"])
         self._epochs_done = int(found.meta["epochs_done"])
-        for place in range(self._arena.world_size):
-            # Metrics were taken up as they were in the midst of an epoch.
-            self._arena.slots[place].write(Note.METRICS_EPOCH, self._epochs_done)
-        self._arena.supervisor.write(Note.EVAL_LOSS, float(found.meta.get("eval_loss") or 0.0))
-        self._arena.supervisor.post(Order.EPOCH_DONE, self._epochs_done)
+        begin_at(store, restored, step, self._epochs_done, float(found.meta.get("eval_loss") or 0.0))
         self._last_checkpoint = found
         self._checkpoint_settled = step
         return step
@@ -246,7 +244,7 @@ class Session:
         self._end_epochs()
         if self._pacer is not None:
             due = time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s()
-            self._pacer.attend(self._stopped_by is not None, self._last_one if due and self._recorder.step else None)
+            self._pacer.attend(self._rests, self._last_one if due and self._recorder.step else None)
         else:
             self._checkpoint()
         if self._not_finite:
@@ -270,13 +268,21 @@ class Session:
     def _look_for_stop(self) -> None:
         if self._stopped_by is None and (self._interrupts.wanted or self._emit.stop_wanted):
             self._stopped_by = "interrupt" if self._interrupts.wanted else "on_event"
-            supervisor, step = self._arena.supervisor, self._recorder.step
-            # While all wait for the observer of this very step, it can be the last. Replicas must first be averaged.
-            all_wait = self._settings.wait_for_observer and supervisor.signal(Order.STEP_SEEN) < step
-            if all_wait and (self._settings.plan.local_steps or 1) == 1 and self._pacer is None:
-                supervisor.write(Note.STOP_AT, step)
-            else:
-                supervisor.write(Note.STOP_WANTED, 1)
+            self._rest_after_step()
+
+    @property
+    def _rests(self) -> bool:
+        """Whether those at work are to leave after the step."""
+        return self._stopped_by is not None
+
+    def _rest_after_step(self) -> None:
+        supervisor, step = self._arena.supervisor, self._recorder.step
+        # While all wait for the observer of this very step, it can be the last. Replicas must first be averaged.
+        all_wait = self._settings.wait_for_observer and supervisor.signal(Order.STEP_SEEN) < step
+        if all_wait and (self._settings.plan.local_steps or 1) == 1 and self._pacer is None:
+            supervisor.write(Note.STOP_AT, step)
+        else:
+            supervisor.write(Note.STOP_WANTED, 1)
 
     def _end_epochs(self) -> None:
         """Close an epoch once every worker has sent its part of it."""
@@ -304,14 +310,14 @@ class Session:
         self._look_for_stop()
         if reason is not None and self._stopped_by is None:
             self._stopped_by = reason
-        if self._stopped_by is not None:
+        if self._rests:
             supervisor.write(Note.STOP_EPOCH, epoch)
         elif self._pacer is None:
             self._want_checkpoint()
         elif time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s():
             self._last_one(self._recorder.step)
         supervisor.post(Order.EPOCH_DONE, epoch)
-        if self._pacer is not None and self._stopped_by is not None:
+        if self._pacer is not None and self._rests:
             self._pacer.end(self._recorder.step)
 
     def _all_evaluated(self, epoch: int) -> bool:

@@ -43,7 +43,7 @@ def test_help_lists_every_command_and_says_which_are_not_built() -> None:
     lines = {line.split()[0]: line for line in done.stdout.split("Commands:")[1].strip().splitlines()}
     not_built = {name for name, line in lines.items() if "(not built yet)" in line}
     assert not_built == {"compress"}
-    built = {"plan", "train", "eval", "predict", "compare", "serve", "route", "load", "runs", "data", "doctor"}
+    built = {"plan", "train", "replan", "eval", "predict", "compare", "serve", "route", "load", "runs", "data", "doctor"}
     assert set(lines) - not_built == built
     assert shoal().stdout == done.stdout
 

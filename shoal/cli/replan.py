@@ -1,0 +1,36 @@
+"""``shoal replan``: let a running run go on under another plan."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli.answer import Answer
+from shoal.cli.options import JsonFlag, RunArgument
+from shoal.observe.lines import brief
+
+_DEADLINE_S = 600.0
+
+_Plan = Annotated[
+    str,
+    typer.Option(
+        "--plan", metavar="PLAN", help='What is to be different, such as "ps=2,workers=3"; what it says nothing of stays.'
+    ),
+]
+
+
+def replan(run: RunArgument, plan: _Plan, json: JsonFlag = False) -> Answer:
+    """Change the plan of a running run: add and remove workers and servers.
+
+    The run goes on after the step that it is at, and the command ends when it has.
+    """
+    from shoal.plan import Plan
+    from shoal.train.orders import ask
+
+    told = ask(run, str(Plan.parse(plan)), _DEADLINE_S)
+    lines = [
+        f"{brief(told['before'])} → {brief(told['plan'])}",
+        f"from step {told['step'] + 1} on, after a pause of {told['pause_s']:.2f} s",
+    ]
+    return Answer(told, lines)
