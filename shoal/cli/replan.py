@@ -21,9 +21,9 @@ _Plan = Annotated[
 
 
 def replan(run: RunArgument, plan: _Plan, json: JsonFlag = False) -> Answer:
-    """Change the plan of a running run: add and remove workers and servers.
+    """Change the plan of a running run.
 
-    The run goes on after the step that it is at, and the command ends when it has.
+    Workers and servers are added or removed after the step that it is at; the command ends when it goes on.
     """
     from shoal.plan import Plan
     from shoal.train.orders import ask
