@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-SumSmall = Callable[[torch.Tensor], torch.Tensor]
-Averages = tuple[torch.Tensor | None, torch.Tensor | None]
+from shoal.kernels import batchnorm
+
 _SIGNATURE = inspect.signature(F.batch_norm)
 
 
@@ -54,18 +54,27 @@ class GlobalBatchNorm:
                     return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
             module._check_input_dim(x)
             averages = (module.running_mean, module.running_var)
-            return self._normalize(x, module.weight, module.bias, averages, _count_batch(module), module.eps)
+            return self._normalize(x, module.weight, module.bias, averages, batchnorm.count_batch(module), module.eps)
 
+        # For the rewrite that computes a layer together with what follows it.
+        forward.batch_sums = self._batch_sums  # type: ignore[attr-defined]
         return forward
 
-    def _normalize(
-        self, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float
-    ) -> torch.Tensor:
+    def _batch_sums(self) -> batchnorm.SumSmall | None:
+        """What adds up over the workers that take part in the microbatch in work; None where one computes alone."""
         add_up, replicas = self.add_up, self._replicas
+        if len(replicas) < 2:
+            return None
         assert add_up is not None
-        result: torch.Tensor = _Normalize.apply(
-            x, weight, bias, averages, momentum, eps, lambda values: add_up(values, replicas)
-        )
+        return lambda values: add_up(values, replicas)
+
+    def _normalize(
+        self, x: torch.Tensor, weight: Any, bias: Any, averages: batchnorm.Averages, momentum: float, eps: float
+    ) -> torch.Tensor:
+        sums = self._batch_sums()
+        if batchnorm.fits(x, weight):
+            return batchnorm.batch_norm(x, weight, bias, averages, momentum, eps, add_up=sums)
+        result: torch.Tensor = _Normalize.apply(x, weight, bias, averages, momentum, eps, sums)
         return result
 
 
@@ -106,20 +115,11 @@ def statistics_bytes(model: nn.Module) -> int:
     return sum((2 * n + 1) * 8 + 64 + 2 * n * 8 + 64 for n in features)
 
 
-def _count_batch(module: _BatchNorm) -> float:
-    """Count the batch and return the weight that it has in the running averages, as torch does."""
-    if not module.track_running_stats or module.running_mean is None:
-        return 0.0
-    assert module.num_batches_tracked is not None
-    module.num_batches_tracked.add_(1)
-    return 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
-
-
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, averages: Averages, momentum: float, eps: float,
-        add_up: SumSmall,
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, averages: batchnorm.Averages, momentum: float, eps: float,
+        add_up: batchnorm.SumSmall,
     ) -> torch.Tensor:  # fmt: skip
         running_mean, running_var = averages
         channels = x.shape[1]

@@ -18,6 +18,9 @@ CASES: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = [
     (lambda: nn.BatchNorm2d(2, momentum=None), (2, 3, 2), (3, 1)),
     (lambda: nn.BatchNorm2d(2, track_running_stats=False), (2, 3, 2), (2, 2)),
     (lambda: nn.BatchNorm3d(2, momentum=0.3, eps=1e-3), (2, 2, 3, 2), (1, 2)),
+    # By the operator in C.
+    (lambda: nn.BatchNorm2d(48, momentum=0.3), (48, 7, 6), (1, 2)),
+    (lambda: nn.BatchNorm2d(16, affine=False), (16, 3, 2), (3, 1)),
 ]
 
 
@@ -52,7 +55,8 @@ def halves(make: Any, parts: list[torch.Tensor], slopes: list[torch.Tensor]) -> 
         hook.taking_part([0, 1])
         outputs, gradients = [], []
         for scale in (1.0, 3.0):
-            x = (parts[rank] * scale + scale).requires_grad_()
+            x = parts[rank] * scale + scale
+            x = (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x).requires_grad_()
             y = module(x)
             y.backward(slopes[rank])
             outputs.append(y.detach())
