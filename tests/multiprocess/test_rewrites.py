@@ -66,6 +66,35 @@ def test_rewritten_runs_equal_those_as_written(tmp_path: Path, monkeypatch: pyte
     assert_equal(auto.weights(), whole, within=1e-9)
 
 
+class Residual(nn.Module):
+    """3 × 3 convolutions, BatchNorm over the global batch, a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.last, self.head = nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = torch.relu(self.norm(self.conv(x)))
+        y = torch.relu(self.last(self.conv(y)) + x)
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.timeout(240)
+def test_convolutions_and_norms_of_our_own_under_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    residual = job().replace(name="residual", model=lambda: Residual().double())
+    runs = [
+        shoal.train(residual, plan=f"dp={dp},threads=1,layout={layout},rewrites={names}", run_dir=tmp_path / f"{k}", steps=STEPS)
+        for k, (dp, layout, names) in enumerate(
+            [(1, "contiguous", "none"), (2, "channels_last", "none"), (2, "channels_last", "winograd+norm_relu")]
+        )
+    ]
+    for run in runs[1:]:
+        assert_equal(run.weights(), runs[0].weights(), within=1e-9)
+
+
 def test_names_that_cannot_be_used_are_refused_in_a_sentence(tmp_path: Path) -> None:
     linear = job().replace(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 14 * 14, 5)).double())
     for plan, sentence in (
