@@ -1,4 +1,4 @@
-"""BatchNorm, the addition of a shortcut and the ReLU behind it are computed as one while the model is trained.
+"""A BatchNorm, the addition of a shortcut and the ReLU behind it are computed as one while the model is trained.
 
 Each of the three would read and write the whole picture, forward and backward. Where the kernel does not take the tensors that
 come (``kernels/batchnorm.py: fits``), the author's layers compute the same.
