@@ -11,10 +11,11 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shoal.serve import labels, pictures
-from shoal.serve.asgi import JSON, Receive, Scope, Send, headers_of, refuse, respond, say, state, timeout_of
+from shoal.serve.asgi import JSON, Receive, Scope, Send, gone, headers_of, refuse, respond, say, state, timeout_of
 from shoal.serve.common import Common
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
@@ -107,8 +108,7 @@ class App:
         held = len(body) if len(body) > _LONG_BYTES else 0
         self._bodies.bytes += held
         try:
-            gone = lambda: state(receive, "disconnected")  # noqa: E731
-            outputs = await self.catalogue.infer(desk, request, self._limits.slo_s, gone, arrived_s)
+            outputs = await self.catalogue.infer(desk, request, self._limits.slo_s, partial(gone, receive), arrived_s)
         finally:
             self._bodies.bytes -= held
         content, header_length = v2.encode(desk.signature, request, outputs)
@@ -137,8 +137,9 @@ class App:
         desk = shelf.active if shelf is not None else None
         if desk is not None:
             now = time.monotonic()
-            if self._pace.full() or desk.hopeless(self._pace.waiting_since(now) + self._limits.slo_s, now):
-                return desk.refused
+            arrived_s = self._pace.waiting_since(now)
+            if self._pace.full() or desk.hopeless(arrived_s + self._limits.slo_s, now):
+                return partial(desk.refused, arrived_s)
         self._pace.handed_on()
         return None
 
@@ -146,7 +147,7 @@ class App:
         """Refuse what will not be in time before it is read; what has a deadline of its own has to be read first."""
         hopeless = self._pace.behind(seen_s) or desk.hopeless(arrived_s + self._limits.slo_s, seen_s)
         if hopeless and b'"timeout"' not in body:
-            raise desk.refused()
+            raise desk.refused(arrived_s)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int | None = None) -> bytes:
         """All of a body; Refusal where it is longer than ``most`` bytes, or takes too long to come."""
@@ -239,15 +240,14 @@ class App:
                 raise Refusal(400, f"{name} gives no scores of classes.")
             limit_s = timeout_of(headers) or self._limits.slo_s
             if desk.hopeless(arrived_s + limit_s, time.monotonic()):
-                raise desk.refused()
+                raise desk.refused(arrived_s)
             with self._bodies.holding(len(body)):
                 row = await asyncio.to_thread(pictures.decode, [raw], signature)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             raise
         request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
-        gone = lambda: state(receive, "disconnected")  # noqa: E731
-        (scores,) = await desk.infer(request, limit_s, gone, arrived_s)
+        (scores,) = await desk.infer(request, limit_s, partial(gone, receive), arrived_s)
         found = labels.top(numbers_of(signature.outputs[0], scores)[0], signature.labels, _TOP)
         label, score = found[0]
         if b"application/json" in headers.get(b"accept", b""):
@@ -258,24 +258,24 @@ class App:
     async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""
         desk = None
+        arrived_s = self._pace.arrive(time.monotonic())
         try:
             body = await self._body(dict(scope["headers"]), receive)
             name, given, as_base64 = embeddings.decode(body)
             desk = self.catalogue.desk(name)
             if desk.text is None or desk.signature.outputs[0].free or len(desk.signature.outputs) != 1:
                 raise Refusal(400, f"{name} gives no embeddings of texts.")
+            limit_s = timeout_of(dict(scope["headers"])) or self._limits.slo_s
+            if desk.hopeless(arrived_s + limit_s, time.monotonic()):
+                raise desk.refused(arrived_s)
             tokens = [t if isinstance(t, list) else [] for t in given]
             if isinstance(given[0], str):
                 with self._bodies.holding(len(body)):
                     tokens = await tokens_of(desk.text, [text for text in given if isinstance(text, str)])
 
-            def left() -> bool:
-                return state(receive, "disconnected")
-
             parts = tuple(map(desk.text.request, tokens))
             request = v2.InferRequest("", (), len(parts), (), None, v2.USUAL_PRIORITY, parts=parts)
-            limit_s = timeout_of(dict(scope["headers"])) or self._limits.slo_s
-            (vectors,) = await self.catalogue.infer(desk, request, limit_s, left)
+            (vectors,) = await self.catalogue.infer(desk, request, limit_s, partial(gone, receive), arrived_s)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             return await refuse(receive, send, refusal, embeddings.error_body(refusal))

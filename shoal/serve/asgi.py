@@ -88,6 +88,12 @@ def state(receive: Receive, word: str) -> bool:
     return bool(getattr(getattr(receive, "__self__", None), word, False))
 
 
+def gone(receive: Receive) -> bool:
+    """Whether the client has left, or may have: it has closed its side of the connection, as who leaves does too."""
+    cycle = getattr(receive, "__self__", None)
+    return bool(getattr(cycle, "disconnected", False) or getattr(getattr(cycle, "transport", None), "half_closed", False))
+
+
 async def _discard(receive: Receive) -> None:
     """Read what a client goes on sending, for a moment and up to a size."""
     until, size = time.monotonic() + _DISCARD_S, 0

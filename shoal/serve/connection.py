@@ -103,6 +103,8 @@ class _OneWrite:
         self._transport = transport
         self._write = transport.write
         self._head = b""
+        # Whether the client says nothing more, and may have left.
+        self.half_closed = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -155,6 +157,9 @@ class _Short:
         self.disconnected = self.response_complete = False
 
     def gone(self) -> bool:
+        return self._left() or self._connection.transport.half_closed  # type: ignore[attr-defined,no-any-return]
+
+    def _left(self) -> bool:
         # Where another request waits behind this one, only that one is told that the client left.
         return self.disconnected or self._connection.transport.is_closing()
 
@@ -162,7 +167,7 @@ class _Short:
         """The one answer, if there is still somebody to get it."""
         if not self.response_complete:
             self.response_complete = True
-            if not self.gone():
+            if not self._left():
                 self._connection.answered(self, answered)
 
 
@@ -206,6 +211,15 @@ class Connection(HttpToolsProtocol):
             # It ended within a body: the application counts it.
             self._go_on()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """The client says nothing more: it has left, or (``printf … | nc -N``) waits for its answer; both look alike."""
+        cycle = self.cycle
+        if not self._between or cycle is None or cycle.response_complete or self._given_up or self.scheme == "https":
+            return None
+        self.transport.half_closed = True  # type: ignore[attr-defined]
+        self._finish_and_close()
+        return True
 
     def shutdown(self) -> None:
         if self._planned is not None:
@@ -462,8 +476,9 @@ def _whole(status: int, sentence: str, retry_after_s: int | None, keep_alive: bo
     body = error_body(sentence)
     more = "" if retry_after_s is None else f"retry-after: {retry_after_s}\r\n"
     more += "" if keep_alive else "connection: close\r\n"
+    phrase = "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
     head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n{more}"
+        f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n{more}"
         f"content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

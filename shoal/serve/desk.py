@@ -40,6 +40,7 @@ _TRY_AGAIN_S = 1.0
 _LOOK_AFTER_S = 0.02
 # Where every replica has just died, the next is there within this; a request that can wait so long is taken in.
 _REPLACED_WITHIN_S = 0.5
+_LEFT = "The client left, or closed its side of the connection while others were before it; keep it open to wait."
 # A request in whose batch so many replicas have died is not given to another one.
 _MOST_DEATHS = 3
 
@@ -166,6 +167,7 @@ class Desk:
         later = self._later(request, now, deadline)
         if later is not None:
             self.slots.count(Outcome.REFUSED)
+            self.times.refused(now - arrived_s)
             raise self._refusal(later)
         self.slots.count(Outcome.ACCEPTED)
         reply = Reply(partial(self._outputs, length=request.length), self._free_slots, done)
@@ -199,9 +201,10 @@ class Desk:
             return False
         return self.dispatcher.admit(1 + ahead, deadline_s, USUAL_PRIORITY, now, after_s=wait_s) is not None
 
-    def refused(self) -> Refusal:
+    def refused(self, arrived_s: float) -> Refusal:
         """Count a request as refused that was not read, and say so."""
         self.slots.count(Outcome.REFUSED)
+        self.times.refused(time.monotonic() - arrived_s)
         return self._refusal(_TRY_AGAIN_S)
 
     def _later(self, request: InferRequest, now: float, deadline: float) -> float | None:
@@ -307,7 +310,7 @@ class Desk:
         if ticket is None or ticket.ended:
             return False
         if now - ticket.arrived_s > _LOOK_AFTER_S and ticket.abandoned():
-            self._end(ticket, Outcome.CANCELLED, Refusal(499, "The client left."))
+            self._end(ticket, Outcome.CANCELLED, Refusal(499, _LEFT))
             return False
         return True
 

@@ -109,7 +109,7 @@ class Direct:
             return False
         if planned.refuse and not _has(_OWN_DEADLINE, b"o", said):
             self._pace.arrive(time.monotonic())
-            asker.answer(desk.refused())
+            asker.answer(desk.refused(planned.arrived_s))
             return True
         # Texts and pictures take longer than a turn.
         if desk.takes_encoded and _has(b"BYTES", b"Y", said):

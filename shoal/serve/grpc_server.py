@@ -153,7 +153,7 @@ class GrpcServer:
             timed = "timeout" in message.parameters
             deadline_s = arrived_s + (self._limits.slo_s if until_s is None else until_s)
             if not timed and (common.pace.behind(seen_s) or desk.hopeless(deadline_s, seen_s)):
-                raise desk.refused()
+                raise desk.refused(arrived_s)
             request = v2_grpc.decode(desk.signature, message, desk.max_rows)
             if until_s is not None:
                 request = request.within(until_s)

@@ -19,7 +19,7 @@ Done = Callable[["list[np.ndarray] | None", "Refusal | None"], None]
 class Reply:
     """Stands where a ticket's future does, for who is called and does not wait: no task has to be woken."""
 
-    __slots__ = ("_done", "_free", "_outputs", "ticket")
+    __slots__ = ("__weakref__", "_done", "_free", "_outputs", "ticket")
 
     def __init__(
         self, outputs: Callable[[list[int]], list[np.ndarray]], free: Callable[[Ticket], None], done: Done
@@ -33,15 +33,20 @@ class Reply:
         return False
 
     def set_result(self, _: float) -> None:
-        assert self.ticket is not None
-        outputs = self._outputs(self.ticket.slots)
-        self._free(self.ticket)
+        ticket = self._take()
+        outputs = self._outputs(ticket.slots)
+        self._free(ticket)
         self._done(outputs, None)
 
     def set_exception(self, refusal: Refusal) -> None:
-        assert self.ticket is not None
-        self._free(self.ticket)
+        self._free(self._take())
         self._done(None, refusal)
+
+    def _take(self) -> Ticket:
+        """The ticket, which is let go of: it has this, and a cycle for each request would be collected in long pauses."""
+        assert self.ticket is not None
+        ticket, self.ticket = self.ticket, None
+        return ticket
 
 
 @dataclass(slots=True)

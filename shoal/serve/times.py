@@ -24,6 +24,7 @@ class Times:
     compute_ns: int = 0
     by_batch: dict[int, tuple[int, int]] = field(default_factory=dict)
     latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    refused_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     hits: int = 0
     hit_ns: int = 0
     misses: int = 0
@@ -52,8 +53,13 @@ class Times:
         self.latest_s.append(took_s)
         self.observe(took_s)
 
-    def latest_ms(self) -> dict[str, float]:
-        """Percentiles of the latest answers."""
+    def refused(self, waited_s: float) -> None:
+        """A request was refused so long after it may have come at the earliest."""
+        self.refused_s.append(waited_s)
+
+    def latest_ms(self) -> dict[str, float | None]:
+        """Percentiles of the latest answers, and of the latest refusals; None where there was none."""
         latest = np.array(self.latest_s) if self.latest_s else np.zeros(1)
         p50, p95, p99 = (float(v) * 1e3 for v in np.percentile(latest, (50, 95, 99)))
-        return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+        refused = float(np.percentile(self.refused_s, 99)) * 1e3 if self.refused_s else None
+        return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "refused_p99_ms": refused}

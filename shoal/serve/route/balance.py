@@ -144,7 +144,7 @@ class Balancer:
     ) -> None:
         """It was asked, and this came of it; once for each ``begin``."""
         upstream = self.upstreams[index]
-        began_s, _, load = upstream.asked.pop(number)
+        began_s, due_s, load = upstream.asked.pop(number)
         upstream.counts[ended] += 1
         if ended is Ended.FAULT:
             upstream.breaker.fault(now_s)
@@ -159,7 +159,9 @@ class Balancer:
             upstream.pressure.refused(retry_after_s, now_s)
         elif ended in (Ended.ANSWERED, Ended.LATE):
             upstream.pressure.answered(now_s)
-            self._latency(upstream, ask).learn(load, now_s - began_s, began_s, number)
+            # What was given up at a client's deadline would have taken longer: that it took less than predicted is no news.
+            took_s = now_s - began_s if ended is Ended.ANSWERED else max(now_s, due_s) - began_s
+            self._latency(upstream, ask).learn(load, took_s, began_s, number)
 
     def _latency(self, upstream: Upstream, ask: Ask) -> Latency:
         found = upstream.latencies.get(ask.kind)

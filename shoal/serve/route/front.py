@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from shoal.serve.asgi import Receive, Scope, Send, refuse, respond, say, state
+from shoal.serve.asgi import Receive, Scope, Send, gone, refuse, respond, say, state
 from shoal.serve.refusals import Refusal
 from shoal.serve.route.balance import Ask, Balancer, Ended
 from shoal.serve.route.link import Broken, Head, Link, Links
@@ -23,6 +23,8 @@ from shoal.serve.tracing import Tracing
 _LOOK_EVERY_S = 0.02
 _MOST_TRIES = 5
 _PAUSE_S = 0.05
+# Who has closed its side of the connection may have left, or may have said all that it wanted: so long its answer is waited for.
+_HALF_CLOSED_S = 1.0
 # Where nobody can be asked: services that are restarted are back in less.
 _WAIT_FOR_ANYBODY_S = 2.0
 _CONNECT_S = 1.0
@@ -69,6 +71,7 @@ class _Open:
 
     receive: Receive
     deadline_s: float
+    began_s: float
     link: Link | None = None
     index: int = -1
     begun: bool = False
@@ -158,7 +161,7 @@ class Front:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         began_s = time.monotonic()
         self.accepted += 1
-        request = _Open(receive, began_s + self._timeout_s)
+        request = _Open(receive, began_s + self._timeout_s, began_s)
         self._open.add(request)
         outcome = Outcome.FAILED
         try:
@@ -309,12 +312,16 @@ class Front:
 
     async def _cut(self, request: _Open, outcome: Outcome) -> Outcome:
         """End a connection whose answer broke off: its client must not take a part for the whole."""
-        transport = getattr(getattr(request.receive, "__self__", None), "transport", None)
-        if transport is not None:
-            transport.abort()
+        if self._abort(request):
             # uvicorn hears of it in a later turn of the loop, and would complain of an answer that was not finished.
             await asyncio.sleep(_PAUSE_S)
         return outcome
+
+    def _abort(self, request: _Open) -> bool:
+        transport = getattr(getattr(request.receive, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
+        return transport is not None
 
     def _traced(self, asked: Asked) -> contextlib.AbstractContextManager[list[tuple[bytes, bytes]]]:
         """A span around a request where traces are kept; headers that tell services of it."""
@@ -337,9 +344,13 @@ class Front:
             for request in self._open:
                 if request.link is None:
                     continue
+                late = now - request.began_s > _HALF_CLOSED_S
                 if now >= request.deadline_s:
                     request.link.fail(_Late())
-                elif state(request.receive, "disconnected"):
+                    if request.begun:
+                        # Who does not read its answer would hold a service's connection.
+                        self._abort(request)
+                elif state(request.receive, "disconnected") or (late and gone(request.receive)):
                     request.link.fail(_Left())
 
     def down(self, index: int) -> None:

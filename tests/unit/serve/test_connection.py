@@ -394,6 +394,29 @@ def test_who_left_is_known_and_gets_nothing() -> None:
     _run(test)
 
 
+def test_who_has_said_all_and_waits_is_answered() -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        for asked in (b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n", _short(b"later", b"x")):
+            service.let_go.clear()
+            reader, writer = await connect()
+            writer.write(asked)
+            writer.write_eof()
+            (connection,) = service.state.connections
+            while not connection.transport.half_closed:  # type: ignore[union-attr]
+                await asyncio.sleep(0.001)
+            assert not service.askers or service.askers[0].gone(), "it may as well have left: others go first"
+            service.let_go.set()
+            assert (await reader.read()).endswith((b"/wait", b"short x")) and not service.state.connections
+        # In the middle of a request, or where nothing was asked, it has left.
+        for asked in (b"", _short(b"later", b"x")[:-1], b"POST /in HTTP/1.1\r\nContent-Length: 9\r\n\r\n"):
+            reader, writer = await connect()
+            writer.write(asked)
+            writer.write_eof()
+            assert await reader.read() == b""
+
+    _run(test, uvloop.run)
+
+
 def test_a_connection_that_was_cut_off_with_another_request_behind_gets_nothing() -> None:
     async def test(service: _Server, connect: Any) -> None:
         troubles: list[dict[str, Any]] = []

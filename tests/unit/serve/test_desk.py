@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -122,6 +124,23 @@ def test_what_was_ended_while_a_dead_replica_had_it_leaves_nothing_behind(model:
     model.desk._end(ticket, Outcome.EXPIRED, Refusal(504, "Late."))
     model.desk.replica_down(0)
     assert model.answers[1.0] == "Late." and model.settled()
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(model: _Model) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        left = []
+        for value in (1.0, -2.0):
+            model.ask(value)
+            (ticket,) = model.desk._tickets.values()
+            left.append(weakref.ref(ticket.future))
+            del ticket
+            model.compute()
+        assert [reference() for reference in left] == [None, None], "collecting 50,000 of them stops the loop for 25 ms"
+    finally:
+        gc.enable()
+    assert model.answers[1.0][0].item() == 2.0 and model.answers[-2.0] == "The model raised ValueError."
 
 
 def test_who_read_the_head_before_a_version_left_asks_the_application(model: _Model) -> None:

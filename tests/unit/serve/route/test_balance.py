@@ -115,6 +115,17 @@ def test_only_faults_trip_a_breaker(ended: Ended) -> None:
     assert balancer.upstreams[0].breaker.state(101.8) == "closed"
 
 
+def test_what_a_client_gave_up_makes_nobody_quicker() -> None:
+    balancer = _balancer(2)
+    for step in range(20):
+        for index, took_s in ((0, 0.2), (1, 0.3)):
+            balancer.end(index, balancer.begin(index, _ASK, step), _ASK, Ended.ANSWERED, step + took_s)
+    for step in range(20, 40):
+        # Its clients wait for 50 ms, and it would have taken 300.
+        balancer.end(1, balancer.begin(1, _ASK, step), _ASK, Ended.LATE, step + 0.05)
+    assert balancer.predict(1, _ASK, 40.0) > 0.25 and balancer.choose(_ASK, 40.0) == 0
+
+
 def test_keys_stay_where_they_are_and_loads_are_bounded() -> None:
     balancer = _balancer()
     keys = [f"user-{k}" for k in range(300)]

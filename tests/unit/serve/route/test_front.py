@@ -216,6 +216,38 @@ def test_a_service_that_answers_before_it_has_read_everything_is_understood() ->
     uvloop.run(run())
 
 
+def test_who_does_not_read_its_answer_holds_no_service() -> None:
+    class Client:
+        """Reads nothing; what is to be sent waits until its connection is gone."""
+
+        disconnected = False
+
+        def __init__(self) -> None:
+            self.transport = self
+            self.aborted = asyncio.Event()
+
+        def abort(self) -> None:
+            self.aborted.set()
+
+        async def receive(self) -> dict[str, Any]:
+            return {"type": "http.request", "body": _BODY}
+
+        async def send(self, message: Any) -> None:
+            if message.get("body"):
+                await self.aborted.wait()
+
+    async def work(services: list[Service], ask: Any, front: Front) -> None:
+        services[0].otherwise = services[1].otherwise = lambda request: respond(200, b"x" * (8 << 20))
+        client = Client()
+        scope = {"type": "http", "method": "POST", "path": _INFER, "raw_path": _INFER.encode(),
+                 "headers": [(b"x-shoal-timeout-ms", b"200")]}  # fmt: skip
+        await front(scope, client.receive, client.send)
+        assert client.aborted.is_set() and front.numbers()["expired"] == 1
+        assert all(upstream.outstanding == 0 for upstream in front._balancer.upstreams)
+
+    _with(work)
+
+
 def test_a_deadline_ends_the_wait() -> None:
     async def work(services: list[Service], ask: Any, front: Front) -> None:
         # Nobody's number is too long for the route; whether it makes sense is for services to say.
