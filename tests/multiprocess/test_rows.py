@@ -105,6 +105,22 @@ def test_a_run_goes_on_from_its_checkpoint_with_another_number_of_workers(
     assert_equal(run.weights(), expected, 1e-9)
 
 
+def test_rows_stay_where_they_are_while_servers_and_workers_come_and_go(
+    tmp_path: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    """An epoch has five steps."""
+    changes = {3: "ps=2,workers=3", 10: "dp=2", 16: "ps=3,workers=1"}
+
+    def on_event(event: dict[str, Any]) -> shoal.Plan | None:
+        wanted = changes.get(event["step"]) if event["kind"] == "step" else None
+        return shoal.Plan.parse(wanted) if wanted else None
+
+    run = shoal.train(make_job(), plan="ps=1,workers=2,sync", run_dir=tmp_path, on_event=on_event)
+    told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in told if event["kind"] == "replan"] == list(changes)
+    assert_equal(run.weights(), expected, 1e-9)
+
+
 def test_a_gradient_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     class Poisoned(Keyed):
         def forward(self, keys: torch.Tensor) -> torch.Tensor:
