@@ -7,7 +7,8 @@ L-BFGS using MapReduce": the two-loop recursion of Nocedal 1980, in the space of
 combines its slices by these coefficients. So nobody sees all parameters, and one exchange of some hundred numbers is enough.
 
 The result is that of ``torch.optim.LBFGS(lr=1, max_iter=1, history_size=10)`` without a line search, one iteration a step.
-Workers balance large batches as ever: each computes its share. After a resume the history begins anew.
+Workers balance large batches as ever: each computes its share. What is remembered beside the vectors is a page of numbers, the
+same on every server; it is in the notebook, too, so a run that goes on from a checkpoint, or under another plan, has its history.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class LbfgsUpdater(Updater):
         words = store.arena.region("products").numpy().view(np.float64).reshape(store.grid.servers, -1)
         self._all = words[:, : SIZE * SIZE + 2]
         self._pages = words[rank, SIZE * SIZE + 2 :].reshape(2, PAGE)
+        # The step whose page was written last.
+        self._next = 0
         self._sources: Sequence[int] = self.lane.sources
         self._gradient = torch.empty(0)
         self._weights_of = np.zeros(SIZE)
@@ -119,6 +122,15 @@ class LbfgsUpdater(Updater):
         else:
             self._stands = True
         self._pages[(step + 1) % 2] = page
+        self._next = step + 1
+
+    def memory(self) -> dict[str, Any]:
+        page = [float(number) for number in self._pages[self._next % 2]]
+        return {"state": {}, "common": {}, "lbfgs": page, "step": self._next}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        self._next = int(memory["step"])
+        self._pages[self._next % 2] = memory["lbfgs"]
 
     # -- chunk by chunk ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from shoal.comm.store import Store
 from shoal.job import Job
 from shoal.train import notes
 from shoal.train.describe import hyperparameters
-from shoal.train.update import Updater, WholeUpdater
+from shoal.train.update import Updater
 
 
 class NoSchedule:
@@ -52,7 +52,7 @@ class Schedule:
         # How many steps and epochs the scheduler has seen.
         self._steps = 0
         self.epochs = 0
-        self._keeps = self._scheduler is not None or isinstance(updater, WholeUpdater)
+        self._keeps = self._scheduler is not None or updater.memory() is not None
 
     def recall(self, step: int) -> None:
         """Take up what was kept at the beginning of ``step``, or keep the beginning."""
@@ -65,7 +65,7 @@ class Schedule:
                 self._scheduler.load_state_dict(page["scheduler"])
             for group, kept in zip(self._optimizer.param_groups, page["groups"], strict=True):
                 group.update(kept)
-            if isinstance(self._updater, WholeUpdater):
+            if page["optimizer"] is not None:
                 self._updater.remember(page["optimizer"])
         elif self._keeps:
             self._keep(step, check=True)
@@ -110,7 +110,7 @@ class Schedule:
             "groups": [hyperparameters(g) for g in self._optimizer.param_groups],
             "steps": self._steps,
             "epochs": self.epochs,
-            "optimizer": self._updater.memory() if isinstance(self._updater, WholeUpdater) else None,
+            "optimizer": self._updater.memory(),
         }
         if check:
             # Better now than when somebody wants to go on with the run.

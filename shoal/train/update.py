@@ -91,6 +91,13 @@ class Updater:
         """Take up the optimizer state that the arena holds for a chunk."""
         raise NotImplementedError
 
+    def memory(self) -> dict[str, Any] | None:
+        """What the optimizer remembers that is no tensor, for the notebook; None: nothing."""
+        return None
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Go back to what the notebook holds."""
+
 
 class ElementwiseUpdater(Updater):
     """For optimizers that treat every element alike: a worker owns a slice of the flat weights, cut anywhere.

@@ -109,7 +109,10 @@ def test_more_servers_than_parameters_are_refused_in_one_sentence(tmp_path: Path
 
 
 def test_lbfgs_on_servers_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A convex problem, badly scaled; the whole data is the batch. A server dies in the midst of an update."""
+    """A convex problem, badly scaled; the whole data is the batch. Servers die in the midst of an update, and become more.
+
+    The history goes along from a checkpoint, and under another plan.
+    """
     steps = 25
 
     def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +139,12 @@ def test_lbfgs_on_servers_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         name="convex", model=build, train_data=data, loss=F.cross_entropy, batch_size=200, epochs=steps, optimizer="lbfgs"
     )
     monkeypatch.setenv("SHOAL_FAULTS", "kill(server=1,step=7,phase=update);kill(server=0,step=9,phase=taken)")
-    assert_equal(train(job, "ps=2,workers=2,sync", tmp_path, steps).weights(), model.state_dict(), within=1e-9)
+    train(job, "ps=2,workers=2,sync", tmp_path, 15)
+    run = train(
+        job, "ps=1,workers=1,sync", tmp_path, steps, resume=True,
+        on_event=lambda e: shoal.Plan.parse("ps=3,workers=2") if (e["kind"], e.get("step")) == ("step", 20) else None,
+    )  # fmt: skip
+    assert len(list(read_events(run.path / "events.jsonl", {"replan"}))) == 1
+    assert_equal(run.weights(), model.state_dict(), within=1e-9)
     with pytest.raises(PlanError, match="runs on parameter servers"):
         train(job, "dp=2", tmp_path / "dp")
