@@ -379,14 +379,21 @@ def check_gradients(name: str, keys: np.ndarray, gradients: torch.Tensor, width:
     """JobError where gradients do not belong to the keys; JobFailed, with the key, where one is no finite number."""
     if tuple(gradients.shape) != (len(keys), width):
         raise JobError(f"The table {name} got gradients of shape {tuple(gradients.shape)} for {len(keys)} keys of width {width}.")
+    bad = find_bad_key(keys, gradients)
+    if bad is not None:
+        raise JobFailed(
+            f"The gradient of key {bad} of the table {name} is not finite, so it was not applied; look at the samples with "
+            "this key, or lower the learning rate."
+        )
+
+
+def find_bad_key(keys: np.ndarray, gradients: torch.Tensor) -> int | None:
+    """The first key whose gradient (a row of ``gradients``) is no finite number."""
     # A sum may overflow where no gradient does; only then is every number looked at.
-    if len(keys) and not bool(torch.isfinite(gradients.sum())):
-        bad = torch.nonzero(~torch.isfinite(gradients).all(dim=1)).reshape(-1)
-        if len(bad):
-            raise JobFailed(
-                f"The gradient of key {int(keys[int(bad[0])])} of the table {name} is not finite, so it was not applied; "
-                "look at the samples with this key, or lower the learning rate."
-            )
+    if not len(keys) or bool(torch.isfinite(gradients.sum())):
+        return None
+    bad = torch.nonzero(~torch.isfinite(gradients).all(dim=1)).reshape(-1)
+    return int(keys[int(bad[0])]) if len(bad) else None
 
 
 def _without(rows: Rows, keys: np.ndarray) -> Rows:

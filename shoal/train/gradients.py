@@ -207,6 +207,12 @@ class Gradients:
         return self._rows.squared if self._rows is not None else 0.0
 
 
+    @property
+    def bad_row(self) -> str | None:
+        """The first of these whose gradient is no number, in words; None where there is none."""
+        return self._rows.bad if self._rows is not None else None
+
+
 def examine(store: Store, stripe: int, own: np.ndarray) -> tuple[float, str | None]:
     """The squared norm of a stripe's gradients, and the name of a parameter whose gradient is no number.
 

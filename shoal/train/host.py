@@ -368,7 +368,7 @@ class TrainHost:
             passes=make_passes(part, around, feed, plan),
             gradients=Gradients(
                 store, store.stripe_of(rank), part.targets, part.shards,
-                RowGradients(part.model, rank, lambda: clock.signal(Signal.UPDATED)) if self._tables else None,
+                RowGradients(part.model, rank, lambda: clock.signal(Signal.UPDATED), grid.servers > 0) if self._tables else None,
                 self._embeddings,
             ),
             store=store,

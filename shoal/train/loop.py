@@ -195,6 +195,7 @@ class Loop:
         """A gradient that is no number never reaches a server. A loss that is none is found by all together."""
         store, replica = self.parts.store, self._replica
         bad = find_bad(store, store.stripe_of(self.rank), self.parts.axis.own, self.parts.gradients.finite)
+        bad = bad or self.parts.gradients.bad_row
         if bad is None or not math.isfinite(record[Columns.LOSS]) or self.parts.axis.is_late(step):
             return
         samples = tuple(int(s) for share in self.parts.feed.shares(step) for s in share.indices)

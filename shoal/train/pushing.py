@@ -212,10 +212,13 @@ class PushLoop(Loop):
         step = units[-1] // axis.world_size
         rows = [axis.ledger.row(unit) for unit in units]
         clip, squared = self.parts.job.grad_clip, 0.0
+        # The rows of all that has gathered go together, as the stripe does.
+        self.parts.gradients.collect()
         if clip is None:
             bad = find_bad(self.parts.store, self.rank, axis.own, self.parts.gradients.finite)
         else:
             squared, bad = examine(self.parts.store, self.rank, axis.own)
+        bad = bad or self.parts.gradients.bad_row
         loss = sum(row[UnitColumns.LOSS] for row in rows)
         if bad is not None or not math.isfinite(loss):
             self._reject(bad)
@@ -223,8 +226,6 @@ class PushLoop(Loop):
         weight = sum(row[UnitColumns.WEIGHT] for row in rows)
         measured = any(row[UnitColumns.MEASURED] for row in rows)
         factor = len(units) / weight if measured and weight else 1.0
-        # The rows of all that has gathered go together, as the stripe does.
-        self.parts.gradients.collect()
         squared += self.parts.gradients.rows_squared
         if clip is not None:
             factor *= min(1.0, clip / (math.sqrt(squared) * factor + 1e-6))

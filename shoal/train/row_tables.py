@@ -28,7 +28,7 @@ from shoal.ps import outbox
 from shoal.ps.embedding import embeddings, prefix_of, state_of, table_name
 from shoal.ps.kernel import Part
 from shoal.ps.spec import MOST_SHARDS, TableSpec
-from shoal.ps.table import Rows, Table, check_gradients, from_tensors, to_tensors
+from shoal.ps.table import Rows, Table, check_gradients, find_bad_key, from_tensors, to_tensors
 from shoal.train.saved import Saved
 from shoal.train.update import Updater
 
@@ -110,12 +110,16 @@ class RunTables:
 class RowGradients:
     """The gradients of one worker's rows, on their way into its outboxes."""
 
-    def __init__(self, model: nn.Module, rank: int, steps_done: Callable[[], int]) -> None:
-        """``steps_done``: the number of the step that is computed; ageing counts by it."""
+    def __init__(self, model: nn.Module, rank: int, steps_done: Callable[[], int], served: bool = False) -> None:
+        """``steps_done``: the number of the step that is computed; ageing counts by it.
+
+        ``served``: what is published goes to servers, and whoever publishes looks at ``bad`` before it is pushed.
+        """
         self._modules = [module for _, module in embeddings(model)]
-        # The squared norm of what was published last.
+        # The squared norm of what was published last; the first row of it whose gradient is no number.
         self.squared = 0.0
-        self._rank = rank
+        self.bad: str | None = None
+        self._rank, self._served = rank, served
         for module in self._modules:
             module.clock = steps_done
 
@@ -125,13 +129,17 @@ class RowGradients:
             module.forget_gathered()
 
     def publish(self) -> None:
-        """Leave the step's gradients where all can read them. JobFailed where one is no finite number."""
-        self.squared = 0.0
+        """Leave the step's gradients where all can read them. JobFailed where one is no number, and no servers are there."""
+        self.squared, self.bad = 0.0, None
         for module in self._modules:
             table, found = module.table, module.take_gathered()
             if found is not None:
                 self.squared += float(torch.linalg.vector_norm(found.rows, dtype=torch.float64)) ** 2
-                check_gradients(table.spec.name, found.keys, found.rows, table.spec.width)
+                if self._served:
+                    key = find_bad_key(found.keys, found.rows)
+                    self.bad = self.bad or (None if key is None else f"{table.spec.name} (key {key})")
+                else:
+                    check_gradients(table.spec.name, found.keys, found.rows, table.spec.width)
             outbox.write(table.memory, table.kernel, table.spec, self._rank, found)
 
     def withdraw(self) -> None:

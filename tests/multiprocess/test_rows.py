@@ -131,3 +131,31 @@ def test_a_gradient_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(JobFailed, match="gradient of key 77 of the table rows is not finite"):
         shoal.train(make_job(model=Poisoned), plan="dp=1", run_dir=tmp_path)
+
+
+def test_servers_go_on_without_a_push_whose_rows_have_a_gradient_that_is_no_number(tmp_path: Path) -> None:
+    """In either mode: under async for eight of twenty steps, then under sync. Sample 17 spoils whatever is pushed with it."""
+    keys, target = samples()
+    numbered = torch.cat([keys, torch.arange(SAMPLES)[:, None]], dim=1)
+
+    class Poisoned(Keyed):
+        def forward(self, numbered: torch.Tensor) -> torch.Tensor:
+            out = super().forward(numbered[:, :4])
+            bad = self.rows(torch.tensor([77]))
+            return out + torch.sqrt(bad * 0).sum() * 0 if bool((numbered[:, 4] == 17).any()) else out
+
+    def on_event(event: dict[str, Any]) -> shoal.Plan | None:
+        return shoal.Plan.parse("ps=2,workers=2,sync") if (event["kind"], event.get("step")) == ("step", 8) else None
+
+    job = make_job(model=Poisoned, train_data=lambda: (numbered, target), eval_data=None)
+    run = shoal.train(job, plan="ps=1,workers=2,async", run_dir=tmp_path, on_event=on_event, skip_bad_pushes=True)
+    told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    rejected = [event for event in told if event["kind"] == "push_rejected"]
+    assert [event["epoch"] for event in rejected] == list(range(1, EPOCHS + 1))
+    assert all(event["parameter"] == "rows (key 77)" and 17 in event["samples"] for event in rejected)
+    weights = run.weights()
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values() if value.is_floating_point())
+    assert 77 not in weights["rows.keys"].tolist()
+    # Nothing else is missing: each key is there that some other sample has.
+    others = {int(k) * (2**40 + 3) - 5 for k in keys[torch.arange(SAMPLES) != 17, 0]}
+    assert set(weights["rows.keys"].tolist()) >= others - {77}
