@@ -215,6 +215,12 @@ class PushServer(Updates):
         unit, factor = int(slot.note(Note.PUSH_UNIT)), slot.note(Note.PUSH_FACTOR)
         return Pushed(worker, slot.signal(Signal.GRADIENTS), unit, factor)
 
+    def staleness(self, pushed: Pushed) -> int:
+        """How many updates this server has made since the pull that a push was computed from; the same whoever applies it."""
+        units = self._claims.open(pushed.worker)
+        pulled = [int(self.ledger.pulled(u)[self.number]) for u in units if self.ledger.row(u)[UnitColumns.PUSH] == pushed.push]
+        return self.updates - min(pulled, default=self.updates)
+
     def take(self, pushed: Pushed) -> None:
         """Begin to apply a push, or go on with it."""
         if self._resumed is None:

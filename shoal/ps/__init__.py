@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from shoal.ps.optimizers import Adam as Adam
     from shoal.ps.optimizers import RowWiseAdagrad as RowWiseAdagrad
     from shoal.ps.reader import Reader as Reader
+    from shoal.ps.staleness import staleness_aware as staleness_aware
 
 _EXPORTS = {
     "Reader": "shoal.ps.reader",
+    "staleness_aware": "shoal.ps.staleness",
     **dict.fromkeys(("Embedding", "step"), "shoal.ps.embedding"),
     **dict.fromkeys(("Constant", "Normal", "Uniform", "Zeros"), "shoal.ps.initialisers"),
     **dict.fromkeys(("FTRL", "SGD", "Adagrad", "Adam", "RowWiseAdagrad"), "shoal.ps.optimizers"),

@@ -10,7 +10,7 @@ with its next push.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,12 @@ class Table:
     def attach(cls, spec: TableSpec, fd: int, cold_dir: Path | None = None) -> Table:
         """Take up the table behind a descriptor."""
         return cls(spec, TableMemory.attach(spec, fd), cold_dir)
+
+    def scale_lr(self, factor: float) -> None:
+        """Let this process's next pushes use the optimizer's learning rate times ``factor``."""
+        optimizer = self.spec.optimizer
+        spec = replace(self.spec, optimizer=replace(optimizer, lr=optimizer.lr * factor))
+        self._handle = TableHandle(spec, self.memory)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

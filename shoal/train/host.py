@@ -33,6 +33,7 @@ from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import SERVER, Assign
 from shoal.ps.lbfgs import BatchLBFGS
+from shoal.ps.staleness import factor_of
 from shoal.ps.table import Table
 from shoal.rewrites.install import Installed, install
 from shoal.train import streams
@@ -295,7 +296,10 @@ class TrainHost:
         if settings.plan.waits_for_nobody:
             pushed = PushServer(store, number, updater, waiting, settings.plan, self._bells[number], settings.guard)
             return PushServerLoop(
-                PushServerParts(job=built.job, axis=pushed, updater=updater, schedule=schedule, faults=faults)
+                PushServerParts(
+                    job=built.job, axis=pushed, updater=updater, schedule=schedule, faults=faults,
+                    factor_of=factor_of(built.optimizer),
+                )  # fmt: skip
             )
         axis = Server(store, number, updater, waiting, settings.guard)
         if settings.plan.backup:

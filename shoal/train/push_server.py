@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shoal.axes.server_async import Pushed, PushServer
@@ -18,13 +20,17 @@ from shoal.train.update import Updater, WholeUpdater
 
 @dataclass(frozen=True, kw_only=True)
 class PushServerParts:
-    """What a server works with, put together by its host."""
+    """What a server works with, put together by its host.
+
+    ``factor_of``: staleness -> what learning rates are multiplied by; None: nothing.
+    """
 
     job: Job
     axis: PushServer
     updater: Updater
     schedule: Schedule
     faults: Faults
+    factor_of: Callable[[int], float] | None = None
 
 
 class PushServerLoop:
@@ -32,6 +38,8 @@ class PushServerLoop:
 
     def __init__(self, parts: PushServerParts) -> None:
         self.parts = parts
+        # Scales learning rates once more, while a push is applied for which they are scaled.
+        self._rescale: Callable[[], None] | None = None
         self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
 
     def run(self) -> None:
@@ -61,14 +69,29 @@ class PushServerLoop:
             # The schedule goes by batches, in whatever order their shards come.
             parts.schedule.reach(step)
         parts.updater.take_sources((axis.store.stripe_of(pushed.worker),))
-        with user_code("optimizer"):
+        with user_code("optimizer"), self._corrected(pushed):
             axis.update(step, Totals(0.0, pushed.factor), None, self._hooks)
         parts.faults.reach("updated", step)
         parts.schedule.keep(updates + 1)
         axis.commit(pushed)
         parts.faults.reach("committed", step)
 
+    @contextlib.contextmanager
+    def _corrected(self, pushed: Pushed) -> Iterator[None]:
+        """Learning rates for a push that comes as late as this one."""
+        if self.parts.factor_of is None:
+            yield
+            return
+        factor = float(self.parts.factor_of(self.parts.axis.staleness(pushed)))
+        if isinstance(self.parts.updater, TableUpdater):
+            self.parts.updater.scale_lr(factor)
+        with self.parts.schedule.scaled(factor) as self._rescale:
+            yield
+        self._rescale = None
+
     def _before_chunk(self, chunk: int, step: int) -> None:
+        if self._rescale is not None:
+            self._rescale()
         updater = self.parts.updater
         if isinstance(updater.inner if isinstance(updater, TableUpdater) else updater, WholeUpdater):
             streams.reseed(streams.UPDATE, self.parts.job.seed, self.parts.axis.updates, self.parts.axis.number)

@@ -241,6 +241,11 @@ class TableUpdater(Updater):
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         self.inner.take_groups(groups)
 
+    def scale_lr(self, factor: float) -> None:
+        """Use the rows' learning rates times ``factor`` from the next update on."""
+        for table in self._tables:
+            table.scale_lr(factor)
+
     def saved(self, chunk: int) -> Iterator[Saved | SavedRows]:  # type: ignore[override]
         if chunk < self.inner.count:
             yield from self.inner.saved(chunk)

@@ -7,7 +7,9 @@ from there.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,6 +98,27 @@ class Schedule:
         self.epochs += 1
         if self._scheduler is not None and self._every == "epoch":
             self._advance(eval_loss)
+
+    @contextlib.contextmanager
+    def scaled(self, factor: float) -> Iterator[Callable[[], None]]:
+        """Let the updater use the learning rates times ``factor`` meanwhile.
+
+        Gives what does so once more, for when an update has put the optimizer back to what it was.
+        """
+        groups = self._optimizer.param_groups
+        kept = [group["lr"] for group in groups]
+
+        def scale() -> None:
+            for group, lr in zip(groups, kept, strict=True):
+                group["lr"] = lr * factor
+
+        try:
+            scale()
+            self._updater.take_groups(groups)
+            yield scale
+        finally:
+            for group, lr in zip(groups, kept, strict=True):
+                group["lr"] = lr
 
     def _advance(self, eval_loss: float | None) -> None:
         if self._wants_loss:

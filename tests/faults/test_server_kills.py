@@ -111,6 +111,31 @@ def test_each_push_counts_once_over_stops_and_other_plans(tmp_path: Path) -> Non
     assert torch.equal(weights, weights[:, :1].expand_as(weights))
 
 
+def test_late_pushes_move_weights_less_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each push by 1 / (1 + its own staleness), whoever dies: of slices, and with an optimizer that works on whole tensors."""
+
+    class Whole(torch.optim.SGD):
+        pass
+
+    monkeypatch.setenv(
+        "SHOAL_FAULTS", "kill(server=0,step=3,phase=update);kill(server=0,step=9,phase=updated);slow(rank=1,factor=5)"
+    )
+    for kind in (torch.optim.SGD, Whole):
+        job = counting_job(optimizer=lambda params, kind=kind: shoal.ps.staleness_aware(kind(params, lr=1.0)))
+        run = shoal.train(job, plan="ps=1,workers=3,async,threads=1", run_dir=tmp_path / kind.__name__, steps=15)
+        acks = events(run.path, "push_ack")
+        assert len(acks) == 15 * 3 and any(e["staleness"] for e in acks)
+        expected = torch.zeros(SAMPLES, dtype=torch.float64)
+        for e in acks:
+            rows = batch_indices(epoch_order(SAMPLES, 0, e["epoch"] - 1), e["batch"] - 1, 8)
+            first, last = share_bounds(8, (1, 1, 1))[e["shard"]]
+            expected[rows[first:last]] -= 1 / (last - first) / (1 + e["staleness"])
+        found = run.weights()["weight"]
+        assert torch.allclose(found[:, 0].double(), expected, atol=1e-5)
+        assert torch.allclose(found, found[:, :1].expand_as(found), atol=1e-6)
+        assert len(events(run.path, "death")) == 2
+
+
 def test_late_pushes_are_dropped_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of three workers is slow, others die: each step holds the mean over exactly the pushes that are acknowledged."""
     monkeypatch.setenv(

@@ -116,6 +116,17 @@ def test_what_momentum_ftrl_and_rowwise_adagrad_do_is_what_their_papers_say() ->
         np.testing.assert_allclose(table.pull(np.array([5]))[0], w, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_learning_rates_are_scaled_for_one_process_from_what_the_table_says(kernel: Kernel) -> None:
+    """Adagrad's first step is lr, whatever the gradient, so it is the rate that is scaled; twice is not twice over."""
+    spec = TableSpec(width=2, optimizer=ps.Adagrad(lr=0.5), init=ps.Zeros(), dtype=torch.float64)
+    table, keys = Table.create(spec, kernel=kernel), np.arange(3)
+    for key, factor in ((0, 1.0), (1, 0.5), (2, 0.25)):
+        table.scale_lr(factor)
+        table.push(keys[key : key + 1], torch.full((1, 2), 3.0, dtype=torch.float64))
+    assert torch.allclose(table.pull(keys)[:, 0], torch.tensor([-0.5, -0.25, -0.125], dtype=torch.float64))
+
+
 def test_neither_the_order_of_keys_nor_who_comes_first_matters() -> None:
     spec = TableSpec(width=4, dtype=torch.float64, admission=3, shards=8, seed=3)
     ordered, shuffled = Table.create(spec), Table.create(spec)
