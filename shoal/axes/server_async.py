@@ -37,7 +37,7 @@ import torch
 
 from shoal.axes.server import ServedWorker
 from shoal.axes.updating import SliceUpdater, Updates
-from shoal.axes.waiting import Waiting
+from shoal.axes.waiting import Patience, Waiting
 from shoal.comm import dense
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import Store
@@ -69,6 +69,7 @@ class PushingWorker(ServedWorker):
         self.claims = claims_of(store, plan)
         self._bells = bells
         self._copy = dense.load().copy
+        self._for_version, self._for_update = Patience(), Patience()
         self._ranges = [store.ranges(server) for server in range(self.ledger.servers)]
 
     @property
@@ -106,7 +107,11 @@ class PushingWorker(ServedWorker):
 
     def _await_version(self, server: int, version: int) -> None:
         place, ledger = self.world_size + server, self.ledger
-        self.wait_for(lambda s: -1 if ledger.wait_version(server, version, *s) else place, "a whole version to pull")
+
+        def attempt(times: tuple[float, float]) -> int:
+            return -1 if ledger.wait_version(server, version, *times) else place
+
+        self.wait_for(attempt, "a whole version to pull", patience=self._for_version)
 
     def push(self, unit: int, factor: float) -> None:
         """Hand the stripe to the servers; ``unit``: the first of those in it, ``factor``: of the gradients."""
@@ -128,7 +133,7 @@ class PushingWorker(ServedWorker):
             late = self.ledger.wait_applied(self.rank, push, *times)
             return late if late < 0 else self.world_size + late
 
-        self.wait_for(attempt, f"push {push} to be applied")
+        self.wait_for(attempt, f"push {push} to be applied", patience=self._for_update)
         self.claims.finish(self.rank)
         self.slot.post(Signal.UPDATED, push)
 
@@ -165,6 +170,7 @@ class PushServer(Updates):
         self.ledger = Ledger(store.arena)
         self._claims = claims_of(store, plan)
         self._bell = bell
+        self._for_push = Patience()
         self._first = int(store.arena.supervisor.note(Note.FIRST_STEP))
         work = int(self.slot.note(Note.PUSH_IN_WORK))
         self._resumed: Pushed | None = None
@@ -190,16 +196,16 @@ class PushServer(Updates):
         found: list[Pushed] = []
 
         def attempt(times: tuple[float, float]) -> int:
-            found[:] = self._waiting_pushes()
-            if found or over():
-                return -1
-            select.select([self._bell], [], [], times[1])
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._bell)
+            if not self.ledger.any_push(self.number, times[0]) and not over():
+                # The bell says that somebody has pushed since it was last read.
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+                if not self.ledger.any_push(self.number, 0.0) and not over():
+                    select.select([self._bell], [], [], times[1])
             found[:] = self._waiting_pushes()
             return -1 if found or over() else 0
 
-        self.wait_for(attempt, "a push")
+        self.wait_for(attempt, "a push", patience=self._for_push)
         return min(found, key=lambda pushed: pushed.unit, default=None)
 
     def _waiting_pushes(self) -> list[Pushed]:

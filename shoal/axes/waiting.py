@@ -23,6 +23,27 @@ class Waiting:
     slice_s: float = 0.2
 
 
+class Patience:
+    """How long to look at a word before sleeping on it, by how long it has taken lately.
+
+    A sleeper is woken in some 50 to 300 µs, which is more than a small push takes. So short waits are spun through, the
+    core given up at each look; where waits are long, spinning would only take time from those who work.
+    """
+
+    def __init__(self, most_s: float = 500e-6) -> None:
+        self._most_s = most_s
+        self._usual_s = 0.0
+
+    @property
+    def spin_s(self) -> float:
+        return self._most_s if self._usual_s < self._most_s else 0.0
+
+    def learn(self, waited_s: float) -> None:
+        """A wait took so long."""
+        # One that was very long says no more than that.
+        self._usual_s += (min(waited_s, 8 * self._most_s) - self._usual_s) / 4
+
+
 class Waiter:
     """One process's way of waiting for others in an arena; ``place``: its own (see ``Arena.places``)."""
 
@@ -63,15 +84,17 @@ class Waiter:
         )
 
     def wait_for(
-        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None
-    ) -> None:
+        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None,
+        patience: Patience | None = None,
+    ) -> None:  # fmt: skip
         """Repeat a short wait (its argument: spin and timeout in s; its result: -1 or the missing place) until it succeeds.
 
-        ``check`` is asked between the attempts, and may raise.
+        ``check`` is asked between the attempts, and may raise. ``patience``: how long it spins, where cores are not for all.
         """
         waiting = self._waiting
         began = time.monotonic()
-        missing = attempt((waiting.spin_s, waiting.slice_s))
+        spin_s = waiting.spin_s if patience is None else max(waiting.spin_s, patience.spin_s)
+        missing = attempt((spin_s, waiting.slice_s))
         while missing >= 0:
             self.slot.write(Note.WAITS_FOR, missing)
             # A worker that waits is alive: it says so at each round, and the supervisor looks for those who do not.
@@ -91,4 +114,7 @@ class Waiter:
                 )
             missing = attempt((0.0, waiting.slice_s))
         self.slot.write(Note.WAITS_FOR, -1)
-        self.waited_s += time.monotonic() - began
+        waited_s = time.monotonic() - began
+        self.waited_s += waited_s
+        if patience is not None:
+            patience.learn(waited_s)

@@ -29,7 +29,7 @@ from shoal.comm.native import Native, load
 
 _LINE = 64
 _PAGE = 4096
-_SLOT = 1024
+SLOT_BYTES = 1024
 _NOTES_AT = 512
 FAULT_NOTES = 32
 
@@ -129,7 +129,7 @@ class ArenaLayout:
         regions: dict[str, tuple[int, int]] = {}
         grid = grid or Grid(dp=world_size)
         at = 0
-        for name, size in {"control": _SLOT * (world_size + grid.servers + 1), **sizes}.items():
+        for name, size in {"control": SLOT_BYTES * (world_size + grid.servers + 1), **sizes}.items():
             regions[name] = (at, size)
             at += -(-size // _PAGE) * _PAGE
         return cls(regions, max(at, _PAGE), world_size, grid)
@@ -204,9 +204,13 @@ class Arena:
             return self.wait_all(signal, target, spin_s, timeout_s)
         return self._wait(self.world_size, len(self.servers), signal, target, spin_s, timeout_s)
 
+    def slot_address(self, signal: Signal) -> int:
+        """Where a signal of the first slot lies; those of the others follow at every SLOT_BYTES."""
+        return self.memory.address + self.layout.regions["control"][0] + int(signal) * _LINE
+
     def _wait(self, first: int, count: int, signal: Signal, target: int, spin_s: float, timeout_s: float) -> int:
-        address = self.memory.address + self.layout.regions["control"][0] + first * _SLOT + int(signal) * _LINE
-        late = self.native.wait_all(address, _SLOT, count, target, spin_s, timeout_s)
+        address = self.slot_address(signal) + first * SLOT_BYTES
+        late = self.native.wait_all(address, SLOT_BYTES, count, target, spin_s, timeout_s)
         return late if late < 0 else first + late
 
 
@@ -214,10 +218,10 @@ class Slot:
     """One process's corner of the control region: see the module's docstring."""
 
     def __init__(self, arena: Arena, index: int) -> None:
-        offset = arena.layout.regions["control"][0] + index * _SLOT
+        offset = arena.layout.regions["control"][0] + index * SLOT_BYTES
         self._native = arena.native
         self._address = arena.memory.address + offset
-        raw = arena.memory.bytes[offset : offset + _SLOT].numpy()
+        raw = arena.memory.bytes[offset : offset + SLOT_BYTES].numpy()
         self._words = raw[:_NOTES_AT].view(np.uint32)
         self._notes = raw[_NOTES_AT:].view(np.float64)
 

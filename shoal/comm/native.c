@@ -46,6 +46,25 @@ int shoal_wait_all(char *base, int64_t stride, int n, uint32_t target, int64_t s
     return -1;
 }
 
+/* Wait until some of n words differs from its fellow; both lie stride bytes apart. Its index, or -1 after spin_ns: whoever
+ * waits longer than that sleeps on something else. */
+int shoal_wait_any(const char *base, int64_t stride, const char *fellows, int64_t fellow_stride, int n, int64_t spin_ns) {
+    int64_t start = 0;
+    for (int spins = 0;; spins++) {
+        for (int i = 0; i < n; i++) {
+            const uint32_t *word = (const uint32_t *)(base + i * stride), *fellow = (const uint32_t *)(fellows + i * fellow_stride);
+            if (__atomic_load_n(word, __ATOMIC_ACQUIRE) != __atomic_load_n(fellow, __ATOMIC_ACQUIRE)) return i;
+        }
+        if (spin_ns <= 0) return -1;
+        relax();
+        if ((spins & 15) != 0) continue;
+        int64_t now = now_ns();
+        if (start == 0) start = now;
+        if (now - start >= spin_ns) return -1;
+        if (now - start >= SPIN_ALONE_NS) sched_yield();
+    }
+}
+
 /* Results from here on do not stay in a cache anyway: written past it, their old contents need not be read first. */
 enum { STREAM_BYTES = 8 << 20 };
 

@@ -1,6 +1,6 @@
 """The C helpers of the arena: built by the machine's own compiler when first used, with a fallback that needs none.
 
-``load()`` returns an object with three functions. The fallback gives the same answers: it sums in the same order with
+``load()`` returns an object with four functions. The fallback gives the same answers: it sums in the same order with
 torch, and waits through the same futex system call.
 """
 
@@ -37,6 +37,9 @@ class Native(Protocol):
     def wait_all(self, address: int, stride: int, n: int, target: int, spin_s: float, timeout_s: float) -> int:
         """Wait until n words have reached target; -1, or the index of the first that has not after timeout_s."""
 
+    def wait_any(self, words: int, stride: int, fellows: int, fellow_stride: int, n: int, spin_s: float) -> int:
+        """Look for a word that differs from its fellow, for spin_s at most; the index of the first, or -1."""
+
     def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
         """out = (sources[0] + sources[1] + ...) * scale, elementwise in that order; all 1-D and contiguous."""
 
@@ -54,6 +57,11 @@ class _Compiled:
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64,
         ]  # fmt: skip
         self._wait.restype = ctypes.c_int
+        self._wait_any = lib.shoal_wait_any
+        self._wait_any.argtypes = [
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64,
+        ]  # fmt: skip
+        self._wait_any.restype = ctypes.c_int
         self._sum = {
             torch.float32: (lib.shoal_sum_f32, ctypes.c_float),
             torch.float64: (lib.shoal_sum_f64, ctypes.c_double),
@@ -67,6 +75,9 @@ class _Compiled:
 
     def wait_all(self, address: int, stride: int, n: int, target: int, spin_s: float, timeout_s: float) -> int:
         return int(self._wait(address, stride, n, target & 0xFFFFFFFF, int(spin_s * 1e9), int(timeout_s * 1e9)))
+
+    def wait_any(self, words: int, stride: int, fellows: int, fellow_stride: int, n: int, spin_s: float) -> int:
+        return int(self._wait_any(words, stride, fellows, fellow_stride, n, int(spin_s * 1e9)))
 
     def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
         entry = self._sum.get(out.dtype)
@@ -105,6 +116,14 @@ class _Fallback:
                 nap = (ctypes.c_long * 2)(int(left), int(left % 1 * 1e9))
                 self._syscall(self._number, ctypes.c_void_p(address + i * stride), 0, seen, nap, None, 0)
         return -1
+
+    def wait_any(self, words: int, stride: int, fellows: int, fellow_stride: int, n: int, spin_s: float) -> int:
+        def word(address: int) -> int:
+            return int(ctypes.c_uint32.from_address(address).value)
+
+        # Looked at once: there is no spinning in Python.
+        differs = (i for i in range(n) if word(words + i * stride) != word(fellows + i * fellow_stride))
+        return next(differs, -1)
 
     def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
         torch_sum(out, sources, scale)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shoal.comm.arena import Arena
+from shoal.comm.arena import SLOT_BYTES, Arena, Signal
 from shoal.comm.store import VALUE_COLUMNS
 
 LINE = 64
@@ -106,6 +106,11 @@ class Ledger:
         address = self._address("applied", worker)
         stride = self.workers * LINE
         return self._arena.native.wait_all(address, stride, self.servers, push, spin_s, timeout_s)
+
+    def any_push(self, server: int, spin_s: float) -> bool:
+        """Whether a server has a push of some worker yet to apply; looks for spin_s at most."""
+        slots, applied = self._arena.slot_address(Signal.GRADIENTS), self._address("applied", server * self.workers)
+        return self._arena.native.wait_any(slots, SLOT_BYTES, applied, LINE, self.workers, spin_s) >= 0
 
     def updates(self, server: int, first: int) -> int:
         """How many updates a server has made, counted from ``first``."""
