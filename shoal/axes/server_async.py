@@ -68,7 +68,8 @@ class PushingWorker(ServedWorker):
         self.ledger = Ledger(store.arena)
         self.claims = claims_of(store, plan)
         self._bells = bells
-        self._copy = dense.load().copy
+        self._pulled_into: torch.Tensor | None = None
+        self._pullers: list[Callable[[], int]] = []
         self._for_version, self._for_update = Patience(), Patience()
         self._ranges = [store.ranges(server) for server in range(self.ledger.servers)]
 
@@ -87,23 +88,24 @@ class PushingWorker(ServedWorker):
 
     def pull(self, own: torch.Tensor) -> list[int]:
         """Copy the trained weights, as bytes, each server's part at one version; these versions (numbers of updates)."""
-        ledger, rank = self.ledger, self.rank
+        if self._pulled_into is not own:
+            self._pulled_into, self._pullers = own, self._pullers_into(own)
         versions = []
-        for server, ranges in enumerate(self._ranges):
-            shared = [(own[a:b], self.store.weight_range(a, b, torch.uint8)) for a, b in ranges]
-            ledger.set_reading(rank, server, True)
-            while True:
-                version = ledger.version(server)
-                if version % 2:
+        for server, pull in enumerate(self._pullers):
+            while (version := pull()) < 0:
+                if (version := self.ledger.version(server)) % 2:
                     self._await_version(server, version)
-                    continue
-                for copy, original in shared:
-                    self._copy(copy, original)
-                if ledger.version(server) == version:
-                    break
-            ledger.set_reading(rank, server, False)
             versions.append(version // 2)
         return versions
+
+    def _pullers_into(self, own: torch.Tensor) -> list[Callable[[], int]]:
+        return [
+            dense.load().puller(
+                *self.ledger.pull_words(self.rank, server),
+                [(own[a:b], self.store.weight_range(a, b, torch.uint8)) for a, b in ranges],
+            )
+            for server, ranges in enumerate(self._ranges)
+        ]
 
     def _await_version(self, server: int, version: int) -> None:
         place, ledger = self.world_size + server, self.ledger
@@ -148,7 +150,7 @@ class PushingWorker(ServedWorker):
             self.await_worker(worker)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pushed:
     """A push that a server has not applied yet."""
 

@@ -54,6 +54,22 @@ void shoal_copy(char *dst, const char *src, int64_t bytes) {
     finish_past();
 }
 
+/* Copy n stretches while nobody writes to them. *version is odd while somebody does, who does not begin while *reading is set,
+ * unless it was for too long; so it is looked at again afterwards. Returns the version that the copy is of, or -1 where there
+ * was none just then: *reading stays set. */
+int64_t shoal_pull(uint32_t *version, uint32_t *reading, int n, char **dst, char **src, const int64_t *bytes) {
+    __atomic_store_n(reading, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+        uint32_t before = __atomic_load_n(version, __ATOMIC_SEQ_CST);
+        if (before & 1) return -1;
+        for (int k = 0; k < n; k++) shoal_copy(dst[k], src[k], bytes[k]);
+        __atomic_thread_fence(__ATOMIC_ACQ_REL);
+        if (__atomic_load_n(version, __ATOMIC_RELAXED) != before) continue;
+        __atomic_store_n(reading, 0, __ATOMIC_RELEASE);
+        return before;
+    }
+}
+
 /* Whether all of n numbers are finite: of those that are not, every bit of the exponent is set. With dst, they are copied there. */
 #define DEFINE_FINITE(NAME, T, EXPONENT)                                       \
     int NAME(T *dst, const T *src, int64_t n) {                                \

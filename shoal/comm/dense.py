@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,8 +40,12 @@ class SgdStep:
 class Dense(Protocol):
     """What can be done with whole tensors."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy bytes; both 1-D uint8 of one length, in this processor's memory."""
+    def puller(self, version: int, reading: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], int]:
+        """What copies each pair's second to its first (1-D uint8 of one length) while nobody writes there.
+
+        ``version``: the address of a word that is odd while somebody does; ``reading``: of one that is 1 while this copies,
+        whereupon nobody begins to. A call returns the version that the copy is of, or -1 where there was none just then.
+        """
 
     def take(self, target: torch.Tensor, source: torch.Tensor) -> bool | None:
         """Copy a tensor. Whether all of it is finite; None where that was not looked at."""
@@ -63,8 +67,8 @@ class Dense(Protocol):
 class _Compiled:
     def __init__(self, lib: ctypes.CDLL) -> None:
         pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._copy = lib.shoal_copy
-        self._copy.argtypes, self._copy.restype = [pointer, pointer, number], None
+        self._pull = lib.shoal_pull
+        self._pull.argtypes, self._pull.restype = [pointer, pointer, integer, pointer, pointer, pointer], number
         self._finite = {torch.float32: lib.shoal_finite_f32, torch.float64: lib.shoal_finite_f64}
         for function in self._finite.values():
             function.argtypes, function.restype = [pointer, pointer, number], integer
@@ -78,8 +82,12 @@ class _Compiled:
     def steps(self) -> Sequence[torch.dtype]:
         return list(self._sgd)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._copy(target.data_ptr(), source.data_ptr(), target.numel())
+    def puller(self, version: int, reading: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], int]:
+        n = len(pairs)
+        targets = (ctypes.c_void_p * n)(*(target.data_ptr() for target, _ in pairs))
+        sources = (ctypes.c_void_p * n)(*(source.data_ptr() for _, source in pairs))
+        sizes = (ctypes.c_int64 * n)(*(target.numel() for target, _ in pairs))
+        return functools.partial(self._pull, version, reading, n, targets, sources, sizes)
 
     def take(self, target: torch.Tensor, source: torch.Tensor) -> bool | None:
         function = self._finite.get(target.dtype)
@@ -111,8 +119,20 @@ def _plain(tensor: torch.Tensor) -> bool:
 class _Torch:
     steps: Sequence[torch.dtype] = ()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
+    def puller(self, version: int, reading: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], int]:
+        shared, own = ctypes.c_uint32.from_address(version), ctypes.c_uint32.from_address(reading)
+
+        def pull() -> int:
+            own.value = 1
+            while not (before := shared.value) & 1:
+                for target, source in pairs:
+                    target.copy_(source)
+                if shared.value == before:
+                    own.value = 0
+                    return before
+            return -1
+
+        return pull
 
     def take(self, target: torch.Tensor, source: torch.Tensor) -> bool | None:
         target.copy_(source)

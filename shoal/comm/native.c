@@ -32,7 +32,7 @@ int shoal_wait_all(char *base, int64_t stride, int n, uint32_t target, int64_t s
             if (spin_ns > 0 && waited < spin_ns) {
                 relax();
                 /* Whom this waits for may have to share the core with it. */
-                if (waited >= SPIN_ALONE_NS) sched_yield();
+                if (waited >= SPIN_BRIEFLY_NS) sched_yield();
                 continue;
             }
             uint32_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
@@ -61,7 +61,7 @@ int shoal_wait_any(const char *base, int64_t stride, const char *fellows, int64_
         int64_t now = now_ns();
         if (start == 0) start = now;
         if (now - start >= spin_ns) return -1;
-        if (now - start >= SPIN_ALONE_NS) sched_yield();
+        if (now - start >= SPIN_BRIEFLY_NS) sched_yield();
     }
 }
 

@@ -11,8 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* So long a spin keeps the core for itself. */
-enum { SPIN_ALONE_NS = 10000 };
+/* So long a spin keeps the core for itself; where whom it waits for has to compute first, it need not for as long. */
+enum { SPIN_ALONE_NS = 10000, SPIN_BRIEFLY_NS = 1000 };
 
 static inline int64_t now_ns(void) {
     struct timespec t;

@@ -15,7 +15,6 @@ ledger lies in the arena, in words that have one writer each, so that it is exac
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 
 import numpy as np
@@ -49,6 +48,7 @@ class UnitColumns:
     VERSIONS = 16 + VALUE_COLUMNS
 
 
+_WORDS = ("applied", "versions", "reading")
 EMPTY, REJECTED = -1, -2
 """What PUSH says of a unit without samples, and of one whose gradient was no number."""
 
@@ -72,6 +72,9 @@ class Ledger:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self.workers, self.servers = arena.world_size, len(arena.servers)
+        self._words = {name: arena.region(name).numpy().view(np.uint32)[:: LINE // 4] for name in _WORDS}
+        self._bases = {name: arena.memory.address + arena.layout.regions[name][0] for name in _WORDS}
+        self._pushes_at = arena.slot_address(Signal.GRADIENTS)
         rows = arena.region("units").numpy().view(np.float64)
         self.rows: np.ndarray = rows.reshape(UNITS_KEPT, -1)
 
@@ -109,12 +112,13 @@ class Ledger:
 
     def any_push(self, server: int, spin_s: float) -> bool:
         """Whether a server has a push of some worker yet to apply; looks for spin_s at most."""
-        slots, applied = self._arena.slot_address(Signal.GRADIENTS), self._address("applied", server * self.workers)
-        return self._arena.native.wait_any(slots, SLOT_BYTES, applied, LINE, self.workers, spin_s) >= 0
+        applied = self._address("applied", server * self.workers)
+        return self._arena.native.wait_any(self._pushes_at, SLOT_BYTES, applied, LINE, self.workers, spin_s) >= 0
 
     def updates(self, server: int, first: int) -> int:
         """How many updates a server has made, counted from ``first``."""
-        return first + sum((self.applied(server, worker) - first) & 0xFFFFFFFF for worker in range(self.workers))
+        own = self._words["applied"][server * self.workers : (server + 1) * self.workers]
+        return first + sum((count - first) & 0xFFFFFFFF for count in own.tolist())
 
     def begin_at(self, first: int) -> None:
         """Let all counts begin at ``first``. For the supervisor, before anybody works."""
@@ -139,16 +143,20 @@ class Ledger:
     def reading(self, worker: int, server: int) -> bool:
         return self._word("reading", worker * self.servers + server) == 1
 
+    def pull_words(self, worker: int, server: int) -> tuple[int, int]:
+        """Where a server's version lies, and a worker's word that it reads there; see ``shoal.comm.dense``."""
+        return self._address("versions", server), self._address("reading", worker * self.servers + server)
+
     def set_reading(self, worker: int, server: int, reads: bool) -> None:
         self._post("reading", worker * self.servers + server, int(reads))
 
     # -- words ---------------------------------------------------------------------------------------------------
 
     def _address(self, region: str, index: int) -> int:
-        return self._arena.memory.address + self._arena.layout.regions[region][0] + index * LINE
+        return self._bases[region] + index * LINE
 
     def _word(self, region: str, index: int) -> int:
-        return int(ctypes.c_uint32.from_address(self._address(region, index)).value)
+        return int(self._words[region][index])
 
     def _post(self, region: str, index: int, value: int) -> None:
         self._arena.native.post(self._address(region, index), value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,9 +33,13 @@ def test_a_tensor_is_copied_and_looked_through(kind: dense.Dense, dtype: torch.d
     target = torch.full((count + 1,), 7.0, dtype=dtype)
     assert kind.take(target[:count], source) in (True, None) and kind.finite(source)
     assert torch.equal(target[:count], source) and target[-1] == 7.0
-    again = torch.zeros_like(target)
-    kind.copy(again[:count].view(torch.uint8), source.view(torch.uint8))
+    again, words = torch.zeros_like(target), np.array([4, 9], np.uint32)
+    pairs = [(again[:count].view(torch.uint8), source.view(torch.uint8))]
+    pull = kind.puller(words.ctypes.data, words.ctypes.data + 4, pairs)
+    assert pull() == 4 and words.tolist() == [4, 0]
     assert torch.equal(again[:count], source) and again[-1] == 0.0
+    words[0] = 5
+    assert pull() == -1 and words.tolist() == [5, 1]
     for at, value in ((0, math.inf), (count // 2, math.nan), (count - 1, -math.inf)):
         if count:
             bad = source.clone()

@@ -62,3 +62,15 @@ def test_a_large_result_may_be_one_of_the_sources(compiled: native.Native) -> No
     expected = ((given[0] + given[1]) + given[2]) * 0.25
     compiled.sum_into(given[1], given, 0.25)
     assert torch.equal(given[1], expected)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_word_that_differs_from_its_fellow_is_found(compiled: native.Native, fallback: bool) -> None:
+    helpers = native._Fallback() if fallback else compiled
+    words, fellows = torch.zeros(3, 16, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)
+    given = (words.data_ptr(), 64, fellows.data_ptr(), 8, 3)
+    assert helpers.wait_any(*given, spin_s=0.0) == helpers.wait_any(*given, spin_s=1e-4) == -1
+    words[2, 0] = words[1, 1] = fellows[1, 1] = 5
+    assert helpers.wait_any(*given, spin_s=60.0) == 2
+    fellows[2, 0], fellows[0, 0] = 5, 1
+    assert helpers.wait_any(*given, spin_s=0.0) == 0
