@@ -14,9 +14,8 @@ def test_short_waits_are_spun_through_and_long_ones_slept_through() -> None:
     # One long wait is an accident; when they are the rule, nobody spins.
     patience.learn(3600.0)
     assert patience.spin_s == 0.0
-    patience.learn(100e-6)
-    patience.learn(100e-6)
-    patience.learn(100e-6)
+    for _ in range(5):
+        patience.learn(100e-6)
     assert patience.spin_s == 500e-6
     for _ in range(3):
         patience.learn(2e-3)
