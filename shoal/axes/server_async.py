@@ -37,7 +37,7 @@ import torch
 
 from shoal.axes.server import ServedWorker
 from shoal.axes.updating import SliceUpdater, Updates
-from shoal.axes.waiting import Patience, Waiting
+from shoal.axes.waiting import Spinning, Waiting
 from shoal.comm import dense
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import Store
@@ -70,7 +70,7 @@ class PushingWorker(ServedWorker):
         self._bells = bells
         self._pulled_into: torch.Tensor | None = None
         self._pullers: list[Callable[[], int]] = []
-        self._for_version, self._for_update = Patience(), Patience()
+        self._for_version, self._for_update = Spinning(), Spinning()
         self._ranges = [store.ranges(server) for server in range(self.ledger.servers)]
 
     @property
@@ -113,7 +113,7 @@ class PushingWorker(ServedWorker):
         def attempt(times: tuple[float, float]) -> int:
             return -1 if ledger.wait_version(server, version, *times) else place
 
-        self.wait_for(attempt, "a whole version to pull", patience=self._for_version)
+        self.wait_briefly(attempt, "a whole version to pull", self._for_version)
 
     def push(self, unit: int, factor: float) -> None:
         """Hand the stripe to the servers; ``unit``: the first of those in it, ``factor``: of the gradients."""
@@ -135,7 +135,7 @@ class PushingWorker(ServedWorker):
             late = self.ledger.wait_applied(self.rank, push, *times)
             return late if late < 0 else self.world_size + late
 
-        self.wait_for(attempt, f"push {push} to be applied", patience=self._for_update)
+        self.wait_briefly(attempt, f"push {push} to be applied", self._for_update)
         self.claims.finish(self.rank)
         self.slot.post(Signal.UPDATED, push)
 
@@ -172,7 +172,7 @@ class PushServer(Updates):
         self.ledger = Ledger(store.arena)
         self._claims = claims_of(store, plan)
         self._bell = bell
-        self._for_push = Patience()
+        self._for_push = Spinning()
         self._first = int(store.arena.supervisor.note(Note.FIRST_STEP))
         work = int(self.slot.note(Note.PUSH_IN_WORK))
         self._resumed: Pushed | None = None
@@ -207,7 +207,7 @@ class PushServer(Updates):
             found[:] = self._waiting_pushes()
             return -1 if found or over() else 0
 
-        self.wait_for(attempt, "a push", patience=self._for_push)
+        self.wait_briefly(attempt, "a push", self._for_push)
         return min(found, key=lambda pushed: pushed.unit, default=None)
 
     def _waiting_pushes(self) -> list[Pushed]:

@@ -23,7 +23,7 @@ class Waiting:
     slice_s: float = 0.2
 
 
-class Patience:
+class Spinning:
     """How long to look at a word before sleeping on it, by how long it has taken lately.
 
     A sleeper is woken in some 50 to 300 µs, which is more than a small push takes. So short waits are spun through, the
@@ -84,17 +84,15 @@ class Waiter:
         )
 
     def wait_for(
-        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None,
-        patience: Patience | None = None,
-    ) -> None:  # fmt: skip
+        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None
+    ) -> None:
         """Repeat a short wait (its argument: spin and timeout in s; its result: -1 or the missing place) until it succeeds.
 
-        ``check`` is asked between the attempts, and may raise. ``patience``: how long it spins, where cores are not for all.
+        ``check`` is asked between the attempts, and may raise.
         """
         waiting = self._waiting
         began = time.monotonic()
-        spin_s = waiting.spin_s if patience is None else max(waiting.spin_s, patience.spin_s)
-        missing = attempt((spin_s, waiting.slice_s))
+        missing = attempt((waiting.spin_s, waiting.slice_s))
         while missing >= 0:
             self.slot.write(Note.WAITS_FOR, missing)
             # A worker that waits is alive: it says so at each round, and the supervisor looks for those who do not.
@@ -114,7 +112,11 @@ class Waiter:
                 )
             missing = attempt((0.0, waiting.slice_s))
         self.slot.write(Note.WAITS_FOR, -1)
-        waited_s = time.monotonic() - began
-        self.waited_s += waited_s
-        if patience is not None:
-            patience.learn(waited_s)
+        self.waited_s += time.monotonic() - began
+
+    def wait_briefly(self, attempt: Callable[[tuple[float, float]], int], what: str, spinning: Spinning) -> None:
+        """The same for what is likely to come soon: also where the cores are not for all, the first attempt may spin."""
+        began = time.monotonic()
+        first = [max(spinning.spin_s, self._waiting.spin_s)]
+        self.wait_for(lambda times: attempt((first.pop(), times[1]) if first else times), what)
+        spinning.learn(time.monotonic() - began)

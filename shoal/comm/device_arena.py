@@ -57,5 +57,8 @@ class _OnDevice:
     def wait_all(self, address: int, stride: int, n: int, target: int, spin_s: float, timeout_s: float) -> int:
         return int(self._here.wait_all(address, stride, n, target, spin_s, timeout_s))
 
+    def wait_any(self, words: int, stride: int, fellows: int, fellow_stride: int, n: int, spin_s: float) -> int:
+        return int(self._here.wait_any(words, stride, fellows, fellow_stride, n, spin_s))
+
     def sum_into(self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float) -> None:
         torch_sum(out, sources, scale)
