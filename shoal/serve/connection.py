@@ -115,7 +115,9 @@ class _OneWrite:
         elif data.endswith(b"\r\n\r\n") and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
             self._head = data
             return
-        self._write(data)
+        # Of several requests on a connection that has ended, uvicorn tells only the newest.
+        if not self._transport.is_closing():
+            self._write(data)
 
     def write_whole(self, data: bytes) -> None:
         """Write a whole response, however it ends."""
@@ -215,8 +217,11 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client says nothing more: it has left, or (``printf … | nc -N``) waits for its answer; both look alike."""
         cycle = self.cycle
-        if not self._between or cycle is None or cycle.response_complete or self._given_up or self.scheme == "https":
+        if not self._between or cycle is None or cycle.response_complete or self.scheme == "https":
             return None
+        if self._given_up:
+            # Said again when an answer to one of several requests lets reading go on.
+            return self.transport.half_closed or None  # type: ignore[attr-defined]
         self.transport.half_closed = True  # type: ignore[attr-defined]
         self._finish_and_close()
         return True

@@ -407,6 +407,15 @@ def test_who_has_said_all_and_waits_is_answered() -> None:
             assert not service.askers or service.askers[0].gone(), "it may as well have left: others go first"
             service.let_go.set()
             assert (await reader.read()).endswith((b"/wait", b"short x")) and not service.state.connections
+        # All that was asked is answered, in order.
+        service.let_go.clear()
+        reader, writer = await connect()
+        writer.write(_short(b"later", b"1") + _short(b"", b"2") + b"GET /3 HTTP/1.1\r\nHost: a\r\n\r\n")
+        writer.write_eof()
+        await asyncio.sleep(0.02)
+        service.let_go.set()
+        said = await reader.read()
+        assert 0 < said.find(b"short 1") < said.find(b"/short") < said.find(b"/3")
         # In the middle of a request, or where nothing was asked, it has left.
         for asked in (b"", _short(b"later", b"x")[:-1], b"POST /in HTTP/1.1\r\nContent-Length: 9\r\n\r\n"):
             reader, writer = await connect()
@@ -436,6 +445,22 @@ def test_a_connection_that_was_cut_off_with_another_request_behind_gets_nothing(
         assert not troubles and len(service.askers) == 1
 
     _run(test, uvloop.run)
+
+
+def test_an_answer_of_the_application_to_who_left_is_no_mishap(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(service: _Server, connect: Any) -> None:
+        _, writer = await connect()
+        writer.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n" + b"GET /get HTTP/1.1\r\nHost: a\r\n\r\n")
+        (connection,) = service.state.connections
+        while not connection.pipeline:  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        connection.transport.abort()  # type: ignore[union-attr]
+        await asyncio.sleep(0.01)
+        service.let_go.set()
+        await asyncio.sleep(0.01)
+
+    _run(test, uvloop.run)
+    assert not caplog.records
 
 
 def test_refusals_are_not_piled_up_for_who_does_not_read() -> None:
