@@ -111,6 +111,14 @@ def _rows(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def build(path: Path) -> nn.Module:
+    """Return the model of a bundle as its code makes it. TargetError where that cannot be found."""
+    model = _built(path, read_description(path))
+    if model is None:
+        raise TargetError(f"The code of the model in {path} cannot be found; make the module that defines it importable.")
+    return model
+
+
 def load_with(path: Path, checkpoint: Path) -> nn.Module:
     """Return the model of a bundle with the weights of a checkpoint of the same model, in evaluation mode.
 
@@ -118,9 +126,7 @@ def load_with(path: Path, checkpoint: Path) -> nn.Module:
     """
     import torch
 
-    model = _built(path, read_description(path))
-    if model is None:
-        raise TargetError(f"The code of the model in {path} cannot be found; make the module that defines it importable.")
+    model = build(path)
     state = read_checkpoint(checkpoint)
     own = model.state_dict(keep_vars=True)
     known = {id(own[name]) for name in state if name in own}

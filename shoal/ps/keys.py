@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import zmq
-from zmq.utils import z85
 
 from shoal.errors import RequestError, TargetError
+
+if TYPE_CHECKING:
+    import zmq
 
 READ_KEY = "read.key"
 """The file in a run's directory that lets somebody subscribe to it."""
@@ -25,6 +27,8 @@ class Pair:
 
     @classmethod
     def new(cls) -> Pair:
+        import zmq
+
         public, secret = zmq.curve_keypair()
         return cls(public.decode(), secret.decode())
 
@@ -68,6 +72,9 @@ class Doorkeeper:
     """Answers ZeroMQ's question who may connect (ZAP, RFC 27): those whose public key is known."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: set[str]) -> None:
+        import zmq
+        from zmq.utils import z85
+
         self._allowed = {z85.decode(key) for key in allowed}
         self.socket = context.socket(zmq.REP)
         self.socket.linger = 0

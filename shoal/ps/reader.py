@@ -101,6 +101,11 @@ class Reader:
         return self._copy.versions
 
     @property
+    def published_at(self) -> float:
+        """When the run had what is here, in seconds of the Unix clock."""
+        return self._copy.published_at
+
+    @property
     def ended(self) -> str | None:
         """Why there will be nothing newer; None while there may be."""
         return self._ended

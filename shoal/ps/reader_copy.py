@@ -30,6 +30,7 @@ class Copy:
         self.tensors, self.described = tuple(tensors), tuple(described)
         self.number = 0
         self.versions: tuple[int, ...] = ()
+        self.published_at = float("nan")
         self.tables: list[Table] = []
         self._logs: list[RowLog] = []
         # Whose rows are asked for next.
@@ -63,7 +64,7 @@ class Copy:
             place = self.bytes[first * wire.BLOCK_BYTES : (first + count) * wire.BLOCK_BYTES]
             place[:] = np.frombuffer(payload[at : at + len(place)], np.uint8)
             at += len(place)
-        self.number, self.versions = update.number, update.versions
+        self.number, self.versions, self.published_at = update.number, update.versions, update.taken_at
         if not update.base:
             self._wanted = wire.Rows(update.number, 0, 0, False, 0) if self.described else None
             most = _KEPT_BYTES // max(1, len(self.described))

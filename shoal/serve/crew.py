@@ -6,6 +6,7 @@ gateway's queue before another takes over its ring: inference is pure, so it is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +16,12 @@ from typing import Any
 from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import ChannelClosed
 from shoal.process.supervisor import Child, Supervisor
-from shoal.serve.messages import AddModel, Attach, Attached, Edition
+from shoal.serve.messages import AddModel, Attach, Attached, Edition, FollowRun, Lost, Skipped
 from shoal.serve.precision import Precision
 from shoal.serve.replica import AS_IT_IS, ModelSource
 from shoal.serve.scaling import ReplicaRange
 from shoal.serve.signature import UNIT, ModelSignature
-from shoal.serve.slots import SlotLayout, Slots, row_bytes
+from shoal.serve.slots import LIVE, SlotLayout, Slots, row_bytes
 
 _HOST = "shoal.serve.replica:ReplicaHost"
 _MEMORY_BYTES = 128 << 20
@@ -32,6 +33,7 @@ _WARM_S = 0.05
 _LOAD_S = 120.0
 _ATTACH_S = 60.0
 _STALLED_S = 30.0
+_FIRST_WORD_S = 5.0
 # A replica that dies so often without having been given anything would do so for ever.
 _MOST_FRUITLESS = 5
 
@@ -71,6 +73,11 @@ class Crew:
         self._measured: dict[int, dict[int, float]] = {}
         self.on_up: Callable[[int, int], None] = lambda rank, wake: None
         self.on_down: Callable[[int], None] = lambda rank: None
+        # Told why weights that follow a run do so no more, and of updates that were not taken.
+        self.on_lost: Callable[[str], None] = lambda reason: None
+        self.on_skipped: Callable[[str], None] = lambda sentence: None
+        self._follower: Child | None = None
+        self._follows = False
         self.deaths = 0
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -100,12 +107,21 @@ class Crew:
 
     def _choose_computing(self, like: Crew | None) -> None:
         """``like``: whose layout and precision are taken over, the latter only if it is within the tolerance here as well."""
+        self.precision: Precision
+        self.rewrites: tuple[str, ...]
         layout, name = (None, None) if like is None else (like.memory_layout, like.precision.name)
         self.memory_layout: str = self._supervisor.call("choose_layout", layout, timeout_s=_LOAD_S)
-        self.precision: Precision = self._supervisor.call("choose_precision", name, timeout_s=_LOAD_S)
+        if self.source.live is not None:
+            # Nothing that is computed from weights beforehand: they change.
+            self.precision, self.rewrites = Precision(), ()
+            self._supervisor.call("make_banks", timeout_s=_LOAD_S)
+            return
+        if like is not None and like.source.live is not None:
+            name = None
+        self.precision = self._supervisor.call("choose_precision", name, timeout_s=_LOAD_S)
         # Another version may be another network, which has to be checked anew.
         names = self.rewrites if like is self else None
-        self.rewrites: tuple[str, ...] = self._supervisor.call("choose_rewrites", names, timeout_s=_LOAD_S)
+        self.rewrites = self._supervisor.call("choose_rewrites", names, timeout_s=_LOAD_S)
 
     def choose(self, like: Crew | None = None) -> None:
         """Find out whether many replicas of one thread or one of all cores answers more, and keep the better.
@@ -136,6 +152,7 @@ class Crew:
             + (f", pictures {self.memory_layout}" if self.memory_layout != AS_IT_IS else "")
             + (f"; {self.precision}" if self.precision.tried else "")
             + (f", rewritten by {' and '.join(self.rewrites)}" if self.rewrites else "")
+            + ("; its weights follow their run, so it is computed as it is" if self.source.live is not None else "")
         )
         self._supervisor.fork()
 
@@ -168,7 +185,7 @@ class Crew:
         return AddModel(
             signature=self.signature, layout=self.layout, measured_s=self.measured_s, why=self.why, sample=self._sample,
             expected=self._expected, tokenizer=self._tokenizer,
-            precision=self.precision.describe(),
+            precision=self.precision.describe(), live=self.source.live is not None,
         )  # fmt: skip
 
     @property
@@ -224,6 +241,38 @@ class Crew:
         for place in self._places.values():
             place.leaving = False
 
+    # -- weights that follow a run -------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Let the weights keep up with the run from now on; ``on_lost`` says when that ends."""
+        if self.source.live is None:
+            return
+        self._follows = True
+        child = self._follower = self._supervisor.standby()
+        self._supervisor.assign(child, "follower", 0, 0)
+        self.slots.live[LIVE.PUBLISHED_AT] = time.time()
+        with contextlib.suppress(ChannelClosed):
+            child.channel.send(FollowRun(self.layout, self.source.live, _FIRST_WORD_S), (self.slots.fd,))
+        self._supervisor.fork()
+
+    def _attend_follower(self, dead: Sequence[Child]) -> None:
+        child = self._follower
+        if child is None:
+            return
+        while child.inbox:
+            message = child.inbox.pop(0)
+            if isinstance(message, Skipped):
+                self.on_skipped(message.sentence)
+            elif isinstance(message, Lost):
+                self._follows = False
+                self.slots.live[LIVE.ENDED] = 1
+                self.on_lost(message.reason)
+        if child in dead:
+            self._follower = None
+            if self._follows:
+                self.deaths += 1
+                self.follow()
+
     # -- a replica's life ----------------------------------------------------------------------------------------
 
     def _assign(self, place: _Place, batches: tuple[int, ...], budget_s: float) -> None:
@@ -269,6 +318,7 @@ class Crew:
             dead = self._supervisor.poll(timeout_s)
         except ChannelClosed:
             return self._begin_again()
+        self._attend_follower(dead)
         for place in list(self._places.values()):
             if place.child in dead:
                 self._bury(place)
@@ -278,6 +328,7 @@ class Crew:
 
     def _bury(self, place: _Place) -> None:
         self.deaths += 1
+        self.slots.using[place.rank] = 0
         place.deaths += 1
         posted = self.slots.rings[place.rank].posted
         place.fruitless = place.fruitless + 1 if posted == place.posted_at_death else 0
@@ -295,8 +346,13 @@ class Crew:
         for place in list(self._places.values()):
             if place.child is not None:
                 self._bury(place)
+        self.slots.using[:] = 0
         self._supervisor.restart(_LOAD_S)
         self._choose_computing(self)
+        self._follower = None
+        self.slots.live[LIVE.BANK] = 0
+        if self._follows:
+            self.follow()
 
     def release(self, rank: int) -> None:
         """The gateway uses nothing of a dead replica's ring any more: the next one may have it."""

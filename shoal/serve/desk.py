@@ -505,5 +505,5 @@ class Desk:
             "batches": self.times.batches, "rows": self.times.rows, "busy_s": self.times.busy_s,
             "cache": self._remembered and self._remembered.numbers(),
             **self.times.latest_ms(), **self.dispatcher.statistics(), "chosen": self.why,
-            "precision": self.precision,
+            "precision": self.precision, "weights": self.slots.weights(),
         }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal import bundle
 from shoal.errors import RequestError, TargetError
+from shoal.ps.keys import READ_KEY
 from shoal.serve.crew import Crew
 from shoal.serve.follow import Follower, checkpoints_of
 from shoal.serve.messages import (
@@ -64,7 +65,7 @@ class Fleet:
         self._active: dict[str, Crew] = {}
         self._rollouts: dict[str, Rollout] = {}
         self._leaving: list[Crew] = []
-        self._followers: list[Follower] = []
+        self._followers: dict[str, Follower] = {}
         # Models whose run had no checkpoint yet when it began to be followed.
         self._awaited: set[str] = set()
         self._unloading: dict[Edition, Callable[[str | None], None]] = {}
@@ -123,7 +124,7 @@ class Fleet:
             time.sleep(timeout_s)
         for crew in list(self._crews):
             crew.poll(timeout_s / len(self._crews))
-        for follower in self._followers:
+        for follower in self._followers.values():
             follower.look(time.monotonic())
         for rollout in list(self._rollouts.values()):
             self._move_on(rollout)
@@ -230,12 +231,12 @@ class Fleet:
 
     def load(
         self, name: str, source: Path | None = None, trial: Trial | None = None,
-        done: Callable[[str | None], None] = lambda trouble: None, checkpoint: Path | None = None,
+        done: Callable[[str | None], None] = lambda trouble: None, checkpoint: Path | None = None, live: Path | None = None,
     ) -> None:  # fmt: skip
         """Load a model anew, or a new one, beside what answers; ``done`` is called with None, or with why it did not come in.
 
         ``source``: the bundle; None for where it came from last time. ``checkpoint``: whose weights to take instead of the
-        bundle's. RequestError where that cannot be begun.
+        bundle's; ``live``: the run whose weights are taken, and whose updates they follow. RequestError where that cannot begin.
         """
         if name in self._rollouts:
             raise RequestError(f"A new version of {name} is on its way already; wait for it.")
@@ -245,7 +246,7 @@ class Fleet:
         self._versions[name] = self._versions.get(name, 0) + 1
         self._sources.setdefault(name, source)
         old = self._active.get(name)
-        asked = ModelSource(source, name, str(self._versions[name]), checkpoint, self._tolerance)
+        asked = ModelSource(source, name, str(self._versions[name]), checkpoint, self._tolerance, live)
         crew = Crew(asked, self._cores, self._replicas, gentle=True)
         rollout = Rollout(crew, old, trial or Trial(), done)
         rollout.start()
@@ -254,18 +255,21 @@ class Fleet:
     def follow(self, name: str, run: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
         """Take each new checkpoint of a run, and at last its finished model, as the next version of a model.
 
-        Where there is no such model yet, the run's first checkpoint becomes one. ``say`` is told what became of each.
-        TargetError where ``run`` is no run's directory.
+        Where there is no such model yet, the run's first checkpoint becomes one. A run that publishes its weights (``ps=…``) is
+        followed by its updates instead, as one version. ``say`` is told what became of each. TargetError where ``run`` is no
+        run's directory.
         """
         run = run.resolve()
 
         def load(path: Path, done: Callable[[str | None], None]) -> None:
-            if (path / bundle.DESCRIPTION).is_file():
+            if path.name == READ_KEY:
+                self.load(name, self._sources.get(name) or checkpoints_of(run), done=done, live=run)
+            elif (path / bundle.DESCRIPTION).is_file():
                 self.load(name, path, done=done)
             else:
                 self.load(name, self._sources.get(name) or checkpoints_of(run), done=done, checkpoint=path)
 
-        self._followers.append(Follower(run, load, say, self._sources.get(name)))
+        self._followers[name] = Follower(run, load, say, self._sources.get(name))
         if name not in self._sources:
             self._awaited.add(name)
             self._tell(Known(self._unavailable()))
@@ -333,8 +337,13 @@ class Fleet:
         self._awaited.discard(crew.signature.name)
         self._tell(Take(crew.edition))
         if old is not None:
+            old.on_lost = old.on_skipped = lambda sentence: None
             self._retire(old)
         self._finish(rollout, None)
+        follower = self._followers.get(crew.signature.name)
+        if follower is not None:
+            crew.on_lost, crew.on_skipped = follower.lost, follower.say
+        crew.follow()
 
     def _give_up(self, rollout: Rollout, trouble: str) -> None:
         self._retire(rollout.crew)

@@ -1,14 +1,21 @@
-"""Following a run in training: each new checkpoint becomes the next version of the model that is served."""
+"""Following a run in training: by what its servers publish, or each new checkpoint becomes the next version of the model.
+
+A run under a parameter server has a key in its directory while it trains (``ps/keys.py``). Then its weights are read as they
+change (``serve/live.py``), as one version. Where there is none, or the run is heard no more, it is checkpoints: but none that is
+older than what is served, so a run that is lost leaves the service with its last weights until it is resumed or has ended.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from shoal import bundle
 from shoal.errors import DeadlineError, RequestError, TargetError
+from shoal.ps.keys import READ_KEY
 
 _LOOK_EVERY_S = 1.0
 _BEGIN_S = 60.0
@@ -30,8 +37,11 @@ class Follower:
             raise TargetError(_NO_RUN.format(run))
         self._run = run.resolve()
         self._load = load
-        self._say = say
+        self.say = say
         self._taken = served
+        # The key that was tried last, and whether weights follow the run by it now.
+        self._key: tuple[int, int] | None = None
+        self._follows = False
         self._busy = False
         self._looked_s = float("-inf")
 
@@ -40,22 +50,52 @@ class Follower:
         if self._busy or now_s - self._looked_s < _LOOK_EVERY_S:
             return
         self._looked_s = now_s
+        key = self._find_key()
+        if key is not None and key != self._key and (self._taken is not None or describes(self._run)):
+            self._key = key
+            return self._begin(self._run / READ_KEY)
+        if self._follows:
+            return
         found = newest(self._run)
         if found is None or found == self._taken:
             return
         if self._taken is None and found.name != "model" and not describes(self._run):
             return
-        self._taken, self._busy = found, True
-        try:
-            self._load(found, self._ended)
-        except RequestError as error:
-            self._ended(str(error))
+        self._taken = found
+        self._begin(found)
 
-    def _ended(self, trouble: str | None) -> None:
+    def lost(self, reason: str) -> None:
+        """The weights follow the run no more; what they are now is newer than any checkpoint that there is."""
+        self._follows = False
+        found = newest(self._run)
+        if found is not None and found.name != "model":
+            self._taken = found
+        self.say(f"{self._run}: its updates come no more. {reason}")
+
+    def _begin(self, found: Path) -> None:
+        self._busy, self._follows = True, False
+        try:
+            self._load(found, partial(self._ended, found))
+        except RequestError as error:
+            self._ended(found, str(error))
+
+    def _ended(self, found: Path, trouble: str | None) -> None:
         self._busy = False
-        assert self._taken is not None
-        name = self._taken.name if self._taken.name != "model" else "the finished model"
-        self._say(f"{self._run}: {name} answers now." if trouble is None else f"{self._run}: {name} was not taken. {trouble}")
+        live = found.name == READ_KEY
+        self._follows = live and trouble is None
+        name = {"model": "the finished model", READ_KEY: "what its servers have now"}.get(found.name, found.name)
+        if trouble is not None:
+            self.say(f"{self._run}: {name} was not taken. {trouble}")
+        else:
+            self.say(f"{self._run}: {name} answers now" + (", and follows its updates." if live else "."))
+
+    def _find_key(self) -> tuple[int, int] | None:
+        """What tells the key of a run apart from that of the run that it goes on from."""
+        try:
+            found = (self._run / READ_KEY).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
 
 def checkpoints_of(run: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from shoal.serve.credentials import TlsFiles
@@ -59,6 +60,7 @@ class AddModel:
     ``tokenizer``: path of what turns texts into rows.
     ``precision``: how it is computed, and what else was tried (``Precision.describe``).
     ``cache_bytes``: how much of its answers to remember, for ``cache_ttl_s`` seconds each; 0: nothing.
+    ``live``: its weights follow a run.
     """
 
     signature: ModelSignature
@@ -71,6 +73,7 @@ class AddModel:
     precision: dict[str, Any] = field(default_factory=dict)
     cache_bytes: int = 0
     cache_ttl_s: float = 300.0
+    live: bool = False
 
     @property
     def edition(self) -> Edition:
@@ -232,3 +235,29 @@ class Attached:
     """Replica to supervisor: ready, with the measured seconds of a batch by its size."""
 
     measured_s: dict[int, float]
+
+
+@dataclass(frozen=True)
+class FollowRun:
+    """Supervisor to a process that keeps weights current with a run (``serve/live.py``). Descriptor: the slots.
+
+    ``within_s``: how long to wait for its first word.
+    """
+
+    layout: SlotLayout
+    run: Path
+    within_s: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """That process to the supervisor: weights were not taken, and why."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """That process to the supervisor: the run publishes nothing more, or cannot be heard, and why."""
+
+    reason: str

@@ -54,19 +54,26 @@ class _Counts(Collector):
         gauges = {name: GaugeMetricFamily(f"shoal_{name}", text, labels=["model"]) for name, text in _GAUGES.items()}
         batches = CounterMetricFamily("shoal_batches", "Batches computed.", labels=["model"])
         rows = CounterMetricFamily("shoal_rows", "Rows computed.", labels=["model"])
+        updates = CounterMetricFamily("shoal_weights_updates", "Updates of the run that were taken into the weights, for models "
+                                      "that follow one.", labels=["model"])  # fmt: skip
         for name, desk in self.desks.items():
             for outcome in Outcome:
                 outcomes.add_metric([name, outcome.name.lower()], int(desk.slots.counts[outcome]))
             gauges["queued_rows"].add_metric([name], desk.dispatcher.queued)
             gauges["open_requests"].add_metric([name], desk.open_requests)
             gauges["replicas"].add_metric([name], desk.replicas_up)
+            weights = desk.slots.weights()
+            if weights is not None:
+                gauges["weights_age_seconds"].add_metric([name], weights["age_s"])
+                updates.add_metric([name], weights["updates"])
             batches.add_metric([name], desk.times.batches)
             rows.add_metric([name], desk.times.rows)
-        yield from (outcomes, *gauges.values(), batches, rows)
+        yield from (outcomes, *gauges.values(), batches, rows, updates)
 
 
 _GAUGES = {
     "queued_rows": "Rows that wait for a replica.",
     "open_requests": "Requests that were accepted and have no outcome yet.",
     "replicas": "Replicas that take batches.",
+    "weights_age_seconds": "Seconds since the run that the weights follow had them.",
 }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,13 +29,17 @@ from shoal.rewrites import registry
 from shoal.rewrites.install import install
 from shoal.serve import hugging_face, precision
 from shoal.serve.latency import GAIN
-from shoal.serve.messages import Attach, Attached
+from shoal.serve.messages import Attach, Attached, FollowRun
 from shoal.serve.precision import Precision
 from shoal.serve.sample_rows import sample_rows
 from shoal.serve.shelf import numbers_of
 from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
 from shoal.serve.tolerance import Tolerance
+
+if TYPE_CHECKING:
+    # What follows a run speaks ZeroMQ, which most services need not load.
+    from shoal.serve.live import Banks, Holder
 
 _LEAST_RUNS, _MOST_RUNS = 2, 50
 # Slow models may take so many times the time that is meant for measuring: a batch size that was not tried is never used.
@@ -54,7 +58,7 @@ class ModelSource:
     """What the template loads: a bundle's directory, the name to serve it under (None: the job's), the version to call it.
 
     ``checkpoint``: a checkpoint of the same model, whose weights are taken instead of the bundle's. ``tolerance``: how far
-    answers may be off; None for what the bundle says.
+    answers may be off; None for what the bundle says. ``live``: the directory of a run whose updates the weights follow.
     """
 
     path: Path
@@ -62,6 +66,7 @@ class ModelSource:
     version: str = "1"
     checkpoint: Path | None = None
     tolerance: Tolerance | None = None
+    live: Path | None = None
 
 
 class ReplicaHost:
@@ -76,6 +81,8 @@ class ReplicaHost:
         can_be_served(self.signature)
         with user_code("building the model"):
             self.model: nn.Module = _load(source)
+        self._banks: Banks | None = None
+        self._followed = source.live is not None or source.checkpoint is not None
         self._layout = AS_IT_IS
         self._exact = True
         self._tolerance = source.tolerance or Tolerance.of(description.get("tolerance"))
@@ -95,6 +102,27 @@ class ReplicaHost:
         """Run the model once on a sample; TargetError where the answer is not what the bundle says."""
         outputs = self._run(_sample(self.signature, 2))
         _fits(outputs, self.signature)
+        if self._followed:
+            self._must_be_numbers(outputs)
+
+    def _must_be_numbers(self, outputs: Sequence[np.ndarray]) -> None:
+        """Of a run in training nobody has said yet that its weights are any good. TargetError where some are no numbers."""
+        from shoal.serve.live import not_a_number
+
+        bad = not_a_number(self.model)
+        if bad is not None:
+            raise TargetError(f"{bad} is not a number in what the run of {self.signature.name} has now; see its losses.")
+        for spec, values in zip(self.signature.outputs, outputs, strict=True):
+            if values.dtype.kind == "f" and np.isnan(numbers_of(spec, values)).any():
+                raise TargetError(f"{self.signature.name} answers with {spec.name} that is not a number; see the run's losses.")
+
+    def make_banks(self) -> None:
+        """Hold the model twice in shared memory, for weights that change while they are used. RequestError where that fails."""
+        from shoal.serve.live import Banks
+
+        self._banks = Banks(self.model)
+        gc.collect()
+        gc.freeze()
 
     def choose_layout(self, given: str | None) -> str:
         """Lay pictures out as answers come quickest, as they are or channels last; ``given`` is taken without trying.
@@ -182,6 +210,8 @@ class ReplicaHost:
     def run(self, role: Any, channel: Channel) -> None:
         """A replica's whole life."""
         message, fds = channel.receive()
+        if isinstance(message, FollowRun):
+            return self._follow(message, fds, channel)
         assert isinstance(message, Attach)
         # The template may run user code on one thread only; a replica may have more, none was started before the fork.
         torch.set_num_threads(message.threads)
@@ -192,6 +222,22 @@ class ReplicaHost:
         channel.send(Attached(measured))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _Loop(self, slots, message.ring, work=fds[1], done=fds[2]).serve()
+
+    def _follow(self, message: FollowRun, fds: Sequence[int], channel: Channel) -> None:
+        """The life of the process that keeps the weights current."""
+        from shoal.serve.live import follow
+
+        assert self._banks is not None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        follow(self._banks, Slots(fds[0], message.layout), message, channel)
+
+    def holder(self, slots: Slots, ring: int) -> Holder | None:
+        """How a replica comes to the newest weights; None where they stay as they are."""
+        if self._banks is None:
+            return None
+        from shoal.serve.live import Holder
+
+        return Holder(self._banks, slots, ring)
 
     def _measure(self, batches: Sequence[int], budget_s: float, typical: Callable[[Any], Any]) -> dict[int, float]:
         """Typical seconds of a batch by its size; the largest are left out where the budget is long spent."""
@@ -233,6 +279,10 @@ def describe(path: Path) -> dict[str, Any]:
 def _load(source: ModelSource) -> nn.Module:
     if hugging_face.is_folder(source.path):
         return hugging_face.load(source.path)
+    if source.live is not None:
+        from shoal.serve.live import first_weights
+
+        return first_weights(bundle.build(source.path), source.path, source.live)
     if source.checkpoint is None:
         return bundle.load(source.path)
     return bundle.load_with(source.path, source.checkpoint)
@@ -247,6 +297,7 @@ class _Loop:
         self._ring = slots.rings[ring]
         self._work = work
         self._done = done
+        self._holder = host.holder(slots, ring)
 
     def serve(self) -> None:
         while True:
@@ -255,18 +306,21 @@ class _Loop:
                 continue
             start = time.perf_counter()
             failure = None
+            model = None if self._holder is None else self._holder.take()
             try:
-                self._answer(self._ring.slots_of(self._ring.done))
+                self._answer(self._ring.slots_of(self._ring.done), model)
             except Exception as error:
                 failure = f"The model raised {type(error).__name__}."
+            if self._holder is not None:
+                self._holder.leave()
             self._ring.finish(time.perf_counter() - start, failure)
             os.eventfd_write(self._done, 1)
 
-    def _answer(self, rows: list[int]) -> None:
+    def _answer(self, rows: list[int], model: nn.Module | None) -> None:
         # One row is a view of the slot, more are gathered.
         index: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
         if self._fixed:
-            outputs = self._host._run([array[index] for array in self._slots.inputs])
+            outputs = self._host._run([array[index] for array in self._slots.inputs], model)
             for place, values in zip(self._slots.outputs, outputs, strict=True):
                 place[index] = values
             return
@@ -276,7 +330,7 @@ class _Loop:
             _padded(array, rows, lengths, longest, spec.padding) if spec.free else array[index]
             for spec, array in zip(self._signature.inputs, self._slots.inputs, strict=True)
         ]
-        outputs = self._host._run(inputs)
+        outputs = self._host._run(inputs, model)
         for spec, place, values in zip(self._signature.outputs, self._slots.outputs, outputs, strict=True):
             if spec.free:
                 place[rows, :longest] = values

@@ -190,7 +190,8 @@ class Service:
 
     def _adapt(self, model: AddModel) -> AddModel:
         """A model's introduction with what the options say of it."""
-        size = self._options.cache_bytes(model.signature.name)
+        # An answer is worth nothing any more when the weights have changed.
+        size = 0 if model.live else self._options.cache_bytes(model.signature.name)
         return replace(model, cache_bytes=size, cache_ttl_s=self._options.cache_ttl_s)
 
     def _await_opened(self) -> None:

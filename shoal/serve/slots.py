@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 import select
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,6 +26,7 @@ import numpy as np
 from shoal.serve.signature import ModelSignature, TensorSignature
 
 _ALIGN = 64
+_LIVE_AT, _USING_AT = 1024, 2048
 RING_ENTRIES = 4
 TEXT_BYTES = 240
 
@@ -40,6 +42,16 @@ class Outcome(IntEnum):
     LOST = 5  # open when the gateway died; written by the supervisor
     REFUSED = 6
     INVALID = 7
+
+
+class LIVE(IntEnum):
+    """What is said of weights that follow a run by its updates, float64 each; written by the process that follows it."""
+
+    BANK = 0  # which of the two to use
+    UPDATES = 1  # how often it changed
+    PUBLISHED_AT = 2  # when the run had these weights, in seconds of the Unix clock; 0: they follow nothing
+    LAG_S = 3  # how old they were when they could be used
+    ENDED = 4  # nothing newer will come
 
 
 ENDED = (Outcome.ANSWERED, Outcome.EXPIRED, Outcome.FAILED, Outcome.CANCELLED, Outcome.LOST)
@@ -102,6 +114,9 @@ class Slots:
         self._map = mmap.mmap(fd, layout.size)
         raw = np.frombuffer(self._map, np.uint8)
         self.counts = raw[: 8 * len(Outcome)].view(np.uint64)
+        self.live = raw[_LIVE_AT : _LIVE_AT + 8 * len(LIVE)].view(np.float64)
+        # Of each replica the bank that it computes with, and 1; 0: none.
+        self.using = raw[_USING_AT : _USING_AT + layout.rings]
         at = layout._rings_at
         size = layout.rings * layout.ring.itemsize
         self.rings = [Ring(raw[at + k * layout.ring.itemsize :], layout) for k in range(layout.rings)]
@@ -135,6 +150,16 @@ class Slots:
     def open_requests(self) -> int:
         """Accepted requests that have no outcome yet."""
         return int(self.counts[Outcome.ACCEPTED]) - sum(int(self.counts[o]) for o in ENDED)
+
+    def weights(self) -> dict[str, float | bool] | None:
+        """Of weights that follow a run by its updates: how many came, how old they are. None where they follow nothing."""
+        live = self.live
+        if not live[LIVE.PUBLISHED_AT]:
+            return None
+        return {
+            "updates": int(live[LIVE.UPDATES]), "age_s": max(0.0, time.time() - float(live[LIVE.PUBLISHED_AT])),
+            "lag_s": float(live[LIVE.LAG_S]), "following": not live[LIVE.ENDED],
+        }  # fmt: skip
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -249,6 +249,9 @@ class Session:
             self._checkpoint()
         if self._not_finite:
             self._stop_for_loss()
+        if self._arena.servers and self._recorder.step:
+            # Whoever follows the run by what its servers publish need not wait for a checkpoint.
+            self._describe_checkpoints()
         self._measure_memory()
 
     def _take(self, message: Any) -> None:
