@@ -3,7 +3,8 @@
 Part ``dense``: two workers each copy all parameters from one server into tensors of their own and push a gradient, which the
 server applies by SGD, 64 KB to 400 MB, beside Ray actors that hold a tensor and TensorFlow's ParameterServerStrategy. Bandwidth
 is the payload, copied into workers and pushed, of both workers by wall clock; the machine's own is that of two processes which
-copy tensors. Part ``slow``: the time to a given accuracy with one of two workers slowed four-fold, by mode.
+copy tensors. Part ``slow``: the time to a given accuracy with one of two workers slowed four-fold, by mode. Part ``reader``: how
+old the weights of a reader and the answers of a service are that follow a run at full speed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common, venvs  # noqa: E402
+from benchmarks import common, parameter_server_reader, venvs  # noqa: E402
 from benchmarks.common import Bar, Group, Peer, Result  # noqa: E402
 
 SIZES = (64 << 10, 1 << 20, 10_000_000, 100_000_000, 400_000_000)
@@ -139,7 +140,9 @@ def slow_bars(results: Mapping[str, Result]) -> list[Bar]:
 
 def main() -> int:
     parser = common.arguments(__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--parts", nargs="+", choices=("dense", "slow"), default=["dense", "slow"], help="what is measured")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("dense", "slow", "reader"), default=["dense", "slow"], help="what is measured"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="bytes of parameters")
     parser.add_argument(
         "--peers", nargs="*", choices=("serving", "tensorflow"), default=["serving", "tensorflow"],
@@ -165,6 +168,12 @@ def main() -> int:
         tables.append(common.group_table(group, "s"))
         groups.append(group)
         bars += slow_bars(slow)
+    if "reader" in options.parts:
+        table, age_bars, ages = parameter_server_reader.measure()
+        tables.append(table)
+        bars += age_bars
+        title = "age of what a reader has, p99"
+        groups.append(Group(title=title, results=ages, references=[], less_is_better=True, unit="ms"))
     settings = {key: value for key, value in vars(options).items() if key != "func"}
     done = common.report("parameter_server", groups, "GB/s", json.loads(json.dumps(settings, default=str)), machine, bars, tables)
     return 0 if done else 1

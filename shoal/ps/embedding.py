@@ -289,9 +289,11 @@ def state_of(prefix: str, rows: Rows | None, spec: TableSpec) -> dict[str, torch
 def with_first_state(keys: torch.Tensor, rows: torch.Tensor, spec: TableSpec) -> Rows:
     """Rows out of a state_dict, with the optimizer's first state."""
     first = getattr(spec.optimizer, "initial_accumulator_value", 0.0)
-    values = torch.full((len(keys), spec.width + spec.state), first, dtype=spec.dtype)
-    values[:, : spec.width] = rows
     n = len(keys)
+    # By numpy, on one thread: see ``Reader.load_into``.
+    filled = np.full((n, spec.width + spec.state), first, np.float32 if spec.dtype == torch.float32 else np.float64)
+    filled[:, : spec.width] = rows.detach().to("cpu", spec.dtype).numpy()
+    values = torch.from_numpy(filled)
     return Rows(keys.contiguous().numpy(), values, np.full(n, spec.admission, np.uint32), np.zeros(n, np.int64))
 
 
