@@ -45,6 +45,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return names[dtype]
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that the format calls so."""
+    import torch
+
+    known = (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+        torch.uint8, torch.bool, torch.complex64,
+    )  # fmt: skip
+    return next(dtype for dtype in known if dtype_name(dtype) == name)
+
+
 def header(entries: Mapping[str, Entry]) -> bytes:
     """The beginning of a file that holds these tensors."""
     described = {

@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shoal.axes.server import ServedWorker
@@ -248,6 +249,12 @@ class PushServer(Updates):
         self.ledger.commit(self.number, pushed.worker, pushed.push)
         self.ledger.post_version(self.number, 2 * made)
         self.slot.post(Signal.UPDATED, made)
+
+    def unit_rows(self, pushed: Pushed) -> np.ndarray:
+        """What the ledger says of the units in a push, a row each, for the log of server 0."""
+        rows = [self.ledger.row(unit) for unit in self._claims.open(pushed.worker)] if self.number == 0 else []
+        own = [row.copy() for row in rows if row[UnitColumns.PUSH] == pushed.push]
+        return np.stack(own) if own else np.empty((0, 0))
 
     def over(self) -> bool:
         """Whether the supervisor has said that no push will come any more."""

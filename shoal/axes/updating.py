@@ -39,10 +39,11 @@ class SliceUpdater(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What happens at certain points of an update: a fault on purpose, a chunk for a checkpoint."""
+    """What happens at certain points of an update: a fault on purpose, a chunk for a checkpoint, one for the log."""
 
     reach: Callable[[str, int], None]
     before_chunk: Callable[[int, int], None]
+    after_chunk: Callable[[int, float], None] | None = None
 
 
 class Updates(Waiter):
@@ -83,6 +84,11 @@ class Updates(Waiter):
             first = saved = 0
         if first < updater.count and saved == first:
             updater.restore(first)
+        if hooks.after_chunk is not None:
+            for chunk in range(first):
+                # What a predecessor has finished and not seen committed goes to the log once more.
+                updater.sum_gradients(chunk, totals.factor)
+                hooks.after_chunk(chunk, scale)
         for chunk in range(first, updater.count):
             hooks.before_chunk(chunk, step)
             updater.sum_gradients(chunk, totals.factor)
@@ -90,6 +96,8 @@ class Updates(Waiter):
                 updater.save(chunk)
                 slot.write(Note.CHUNK_SAVED, chunk)
             updater.apply(chunk, scale)
+            if hooks.after_chunk is not None:
+                hooks.after_chunk(chunk, scale)
             hooks.reach("update", step)
             slot.write(Note.CHUNK_DONE, chunk)
 

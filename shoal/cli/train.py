@@ -41,6 +41,10 @@ _TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write ev
 _SkipBadPushes = Annotated[
     bool, typer.Option("--skip-bad-pushes", help="With servers (ps): go on without gradients that are no numbers.")
 ]
+_PushLog = Annotated[
+    bool | None,
+    typer.Option("--push-log/--no-push-log", help="With servers (ps): acknowledge a push when it is in a log on disk."),
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but warnings and errors; draw no picture.")]
 
 
@@ -58,6 +62,7 @@ def train(
     resume: _Resume = False,
     tensorboard: _TensorBoard = False,
     skip_bad_pushes: _SkipBadPushes = False,
+    push_log: _PushLog = None,
     json: JsonFlag = False,
     quiet: _Quiet = False,
 ) -> Answer:
@@ -84,7 +89,7 @@ def train(
         machines = find_cluster(cluster, memory_limit)
         options = TrainOptions(
             plan=wanted, run_dir=run, resume=resume, epochs=epochs, steps=steps, cluster=machines, tensorboard=tensorboard,
-            skip_bad_pushes=skip_bad_pushes,
+            skip_bad_pushes=skip_bad_pushes, push_log=push_log,
             changes=settings(set or (), seed),
         )  # fmt: skip
         observer = _Quieted(display) if quiet else _with_resume_command(display, target, set, seed, data)

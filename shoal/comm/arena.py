@@ -79,6 +79,7 @@ class Note(IntEnum):
     PUSH_IN_WORK = 16
     METRICS_EPOCH = 17
     UNDO_BYTES = 18
+    LOGGED = 19
     # the supervisor's
     STOP_WANTED = 20
     CHECKPOINT_WANTED = 21
@@ -88,6 +89,7 @@ class Note(IntEnum):
     FIRST_STEP = 25
     UNITS_SEEN = 26
     READING = 27
+    CHECKPOINTED = 28
 
 
 class Phase(IntEnum):

@@ -95,6 +95,8 @@ class Claims:
         """Take the next unit, if it may be begun now."""
         with locked(self._arena, beat):
             unit = self.last() + 1
+            while self._ledger.was_logged(unit):
+                unit += 1
             step = unit // self._workers
             open_units = {units[0]: other for other in range(self._workers) if (units := self.open(other))}
             oldest = min(open_units, default=unit)

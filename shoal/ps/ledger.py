@@ -24,6 +24,7 @@ from shoal.comm.store import VALUE_COLUMNS
 
 LINE = 64
 UNITS_KEPT = 4096
+ORDER_KEPT = 1024
 
 
 class UnitColumns:
@@ -49,8 +50,8 @@ class UnitColumns:
 
 
 _WORDS = ("applied", "versions", "reading")
-EMPTY, REJECTED = -1, -2
-"""What PUSH says of a unit without samples, and of one whose gradient was no number."""
+EMPTY, REJECTED, LOGGED = -1, -2, -3
+"""What PUSH says of a unit without samples, of one whose gradient was no number, and of one that an earlier session has done."""
 
 
 def regions(workers: int, servers: int, push_every: int) -> Mapping[str, int]:
@@ -58,6 +59,8 @@ def regions(workers: int, servers: int, push_every: int) -> Mapping[str, int]:
     return {
         "applied": servers * workers * LINE,
         "versions": servers * LINE,
+        # How many pushes server 0 has taken, and whose the last ones were: see ``shoal.axes.server_order``.
+        "order": LINE + ORDER_KEPT * 8,
         # The last row is of whoever publishes the weights.
         "reading": (workers + 1) * servers * LINE,
         "units": UNITS_KEPT * (UnitColumns.VERSIONS + 2 * servers) * 8,
@@ -82,6 +85,11 @@ class Ledger:
         """A unit's row; it speaks of that unit where its UNIT column says so (unit + 1)."""
         row: np.ndarray = self.rows[unit % UNITS_KEPT]
         return row
+
+    def was_logged(self, unit: int) -> bool:
+        """Whether an earlier session has done a unit: its push is in the weights."""
+        row = self.row(unit)
+        return bool(row[UnitColumns.UNIT] == unit + 1 and row[UnitColumns.PUSH] == LOGGED)
 
     def pulled(self, unit: int) -> np.ndarray:
         """For each server, how many updates it had made when the unit's worker pulled."""

@@ -73,12 +73,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Push:
-    """A push in the log; ``notes`` is what its COMMIT holds, ``end`` where that ends in its segment."""
+    """A push in the log; ``notes`` is what its COMMIT holds, ``start`` and ``end`` where it lies in its segment."""
 
     number: int
     mark: int
     frames: tuple[Frame, ...]
     notes: bytes
+    start: int
     end: int
 
 
@@ -119,6 +120,22 @@ def prune(directory: Path, name: str, mark: int) -> int:
     return freed
 
 
+def cut(directory: Path, name: str, mark: int, last: int | None) -> None:
+    """Cut off the pushes with a mark of at least ``mark`` and a number beyond ``last``; all of them where that is None."""
+    own = segments(directory, name)
+    for at, segment in enumerate(own):
+        opened, end = Segment(segment.path), 0
+        for push in opened.pushes():
+            if push.mark >= mark and (last is None or push.number > last):
+                break
+            end = push.end
+        if end < len(opened.bytes):
+            os.truncate(segment.path, end)
+            for later in own[at + 1 :]:
+                later.path.unlink()
+            return
+
+
 def total_bytes(directory: Path) -> int:
     """What all logs in a directory take on disk."""
     size = 0
@@ -144,7 +161,7 @@ class Segment:
 
     def pushes(self) -> Iterator[Push]:
         """The pushes that it holds whole, up to the first that is torn."""
-        at, frames = 0, list[Frame]()
+        at, begun, frames = 0, 0, list[Frame]()
         number: int | None = None
         while at + _HEADER_BYTES <= len(self.bytes):
             head = self.bytes[at : at + _HEADER.size]
@@ -155,7 +172,7 @@ class Segment:
                 return
             if push != number:
                 # What a killed writer had begun; its successor has begun anew.
-                frames, number = [], push
+                frames, number, begun = [], push, at
             frame = Frame(Kind(kind), where, start, length, checksum, self)
             at = start + length
             if frame.kind is not Kind.COMMIT:
@@ -165,7 +182,7 @@ class Segment:
                 notes = bytes(frame.read())
             except TornError:
                 return
-            yield Push(push, mark, tuple(frames), notes, at)
+            yield Push(push, mark, tuple(frames), notes, begun, at)
             frames, number = [], None
 
 

@@ -32,6 +32,7 @@ class TrainOptions:
         tensorboard: also write TensorBoard event files into the run directory.
         on_event: called for every event; the run waits for it after each step, and "stop" ends the run cleanly.
         skip_bad_pushes: with a parameter server, go on without pushes whose gradient is no number.
+        push_log: keep a write-ahead log of pushes; None: as the run that is gone on with did, a new one does not.
         factory, source: where a bundle's reader finds the model's code.
         changes: fields of the job that were changed after it was found there.
     """
@@ -45,6 +46,7 @@ class TrainOptions:
     tensorboard: bool = False
     on_event: Observer | None = None
     skip_bad_pushes: bool = False
+    push_log: bool | None = None
     factory: str | None = None
     source: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +62,7 @@ def train(
     cluster: Cluster | None = None,
     on_event: Observer | None = None,
     skip_bad_pushes: bool = False,
+    push_log: bool | None = None,
 ) -> Run:
     """Train a job and return its Run.
 
@@ -74,6 +77,8 @@ def train(
         on_event: called in this process for every event; the run waits for it at each step. Returning "stop" ends the
             run cleanly after the step.
         skip_bad_pushes: with a parameter server, go on without pushes whose gradient is no number, instead of ending.
+        push_log: with a parameter server, acknowledge a push only when it is in a log on disk, so that nothing is lost where all
+            processes die at once. None: as the run that is gone on with did; a new one keeps none.
 
     Raises RequestError (or one of its kinds) where the request makes no sense, JobFailed where the job failed.
     """
@@ -83,7 +88,8 @@ def train(
         raise RequestError(f"shoal.train needs a shoal.Job, not a {type(job).__name__}; build one with shoal.Job(…).")
     options = TrainOptions(
         plan=plan, run_dir=None if run_dir is None else Path(run_dir), resume=resume, epochs=epochs, steps=steps,
-        cluster=cluster, on_event=on_event, skip_bad_pushes=skip_bad_pushes, factory=importable(job.model),
+        cluster=cluster, on_event=on_event, skip_bad_pushes=skip_bad_pushes, push_log=push_log,
+        factory=importable(job.model),
     )  # fmt: skip
     return run_job(job, options, [])
 

@@ -25,6 +25,7 @@ class BackedRecorder(Recorder):
     def committed(self) -> int:
         arena, step = self._store.arena, self.step
         done = min(slot.signal(Signal.UPDATED) for slot in arena.servers)
+        done = done if self.logged is None else min(done, self.logged())
         while step < done and all(arena.slots[r].signal(Signal.UPDATED) > step for r in self._chosen.ranks(step)):
             step += 1
         return step

@@ -322,10 +322,16 @@ class Restored:
     metrics: list[list[Piece]]
 
 
-def restore(checkpoint: Checkpoint, store: Store) -> Restored:
-    """Fill the arena from a checkpoint, whatever number of workers wrote it. RequestError where it is of another model."""
+def restore(checkpoint: Checkpoint, store: Store, tensors: Any = None) -> Restored:
+    """Fill the arena from a checkpoint, whatever number of workers wrote it. RequestError where it is of another model.
+
+    ``tensors``: what to read instead of the checkpoint's own, as ``open_tensors`` gives it.
+    """
     check(checkpoint, store.table)
-    restore_tensors(store, _state_file(checkpoint))
+    if tensors is None:
+        restore_tensors(store, _state_file(checkpoint))
+    else:
+        _restore_tensors(store, tensors, _lanes_in(tensors.keys()))
     return restore_notes(checkpoint)
 
 

@@ -24,6 +24,7 @@ from shoal.train.carried import Carried, begin_at
 from shoal.train.choose import predicted_step, split_of
 from shoal.train.crew import MOST_TEMPLATES, bind
 from shoal.train.orders import Inbox
+from shoal.train.push_log import wants_log
 from shoal.train.replan import TOO_LATE, Change, Replanner, complete
 from shoal.train.run import Run
 from shoal.train.session import Session
@@ -84,6 +85,9 @@ class ElasticSession(Session):
         """The whole plan that is meant, and the memory for it. RequestError where it makes no sense, or there is none."""
         cluster = self._options.cluster
         plan, split = complete(asked, self._plan, self._job, self._facts, self._supervisor, cluster)
+        if self._log.kept:
+            # It cannot be kept under every plan.
+            wants_log(True, plan, self._directory.path)
         if self._settings.split is not None:
             # How it divides the model is found out when there is a template again that has the whole of it.
             return plan, None
@@ -150,7 +154,9 @@ class ElasticSession(Session):
         self._plan, self._settings, self._arena = plan, settings, arena
         self._store = Store(arena, table_of(self._facts, split))
         left.memory.close()
-        bind(self._supervisor, settings, self._fds, last=True, write=False)
+        self._log.close()
+        self._keep_log()
+        bind(self._supervisor, self._settings, self._fds, last=True, write=False)
         begin_at(self._store, carried.restore(self._store), step, self._epochs_done, eval_loss)
         self._tables.begin_at(step)
         self._store.spread()

@@ -9,10 +9,10 @@
 
 Phases: data, forward, backward, reduce, update, checkpoint, evaluate; and places between phases: computed (its part of the
 model is, where it has one), published (its gradients are), updated (its part of the weights is), committed (the others have
-been told so), evaluated (its part is), meeting (those of its team are to begin again), taken (a server has the pushes). Steps
-count from 0 here: step 3 is the fourth. A fault in checkpoint strikes at the first checkpoint from that step on, since it is
-the clock that decides when one is made. How often a fault has struck is noted in the worker's slot, so that a
-replacement knows."""
+been told so), evaluated (its part is), meeting (those of its team are to begin again), taken (a server has the pushes), logged
+(its log has the update). Steps count from 0 here: step 3 is the fourth. A fault in checkpoint strikes at the first checkpoint
+from that step on, since it is the clock that decides when one is made. How often a fault has struck is noted in the worker's
+slot, so that a replacement knows."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ PHASES = (
     "evaluated",
     "meeting",
     "taken",
+    "logged",
 )
 
 

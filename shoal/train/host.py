@@ -20,6 +20,7 @@ from shoal.axes.data import ArenaData
 from shoal.axes.server import ServedWorker, Server
 from shoal.axes.server_async import PushingWorker, PushServer, make_bells
 from shoal.axes.server_backup import BackedServer, BackedWorker
+from shoal.axes.server_order import OrderedPushServer
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Arena, Note, Phase, Signal, Slot
 from shoal.comm.store import Store
@@ -60,6 +61,7 @@ from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
 from shoal.train.tune import Question, Tuned, rewrites_of, tune
 from shoal.train.update import Updater, make_updater
+from shoal.train.update_log import UpdateLog
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -293,12 +295,19 @@ class TrainHost:
         grid = settings.grid
         updater = self._with_tables(updater, Owner(number, grid.servers, grid.dp), slot)
         faults = Faults(number, slot, server=True)
+        log: UpdateLog | None = None
+        if settings.log_dir:
+            def beat() -> None:
+                slot.write(Note.PHASE_SINCE, time.monotonic())
+
+            log = UpdateLog(store, number, updater, settings.log_dir, channel.send, beat)
         if settings.plan.waits_for_nobody:
-            pushed = PushServer(store, number, updater, waiting, settings.plan, self._bells[number], settings.guard)
+            kind = PushServer if log is None else OrderedPushServer
+            pushed = kind(store, number, updater, waiting, settings.plan, self._bells[number], settings.guard)
             return PushServerLoop(
                 PushServerParts(
                     job=built.job, axis=pushed, updater=updater, schedule=schedule, faults=faults,
-                    factor_of=factor_of(built.optimizer),
+                    factor_of=factor_of(built.optimizer), log=log,
                 )  # fmt: skip
             )
         axis = Server(store, number, updater, waiting, settings.guard)
@@ -317,6 +326,7 @@ class TrainHost:
                 faults=faults,
                 settings=settings,
                 channel=channel,
+                log=log,
             )
         )
 

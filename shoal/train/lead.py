@@ -17,6 +17,7 @@ from shoal.train import checkpoint as checkpoints
 from shoal.train.choose import predicted_step
 from shoal.train.device import peak_mb
 from shoal.train.host import TrainHost
+from shoal.train.push_log import RunLog, wants_log
 from shoal.train.recorder import Recorder
 from shoal.train.row_tables import RunTables
 from shoal.train.run import Run
@@ -88,6 +89,8 @@ class Lead(Session):
         # A job with tables of rows is refused here.
         self._tables = RunTables((), settings.cold_dir)
         self._predicted_s = predicted_step(self._plan, self._job, self._facts)
+        run = self._directory.path
+        self._log = RunLog(run, self._plan, wants_log(self._options.push_log, self._plan, run, shared=False))
         first = self._restore(store)
         self._write_beginning(first)
         self._recorder = Recorder(store, self._emit, settings.steps_per_epoch, first)
@@ -104,6 +107,7 @@ class Lead(Session):
     def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
         if self.parts is None:
             return super()._read_checkpoint(found, store)
+        self._log.refuse(found)
         self.parts.begin_from(found)
         with checkpoints.open_tensors(found) as file:
             for index, spec in enumerate(store.table.buffers):

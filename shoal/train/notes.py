@@ -42,7 +42,7 @@ def read(path: Path) -> Any:
         raise RequestError(f"{path} cannot be read ({str(error).splitlines()[0]}); begin another run.") from None
 
 
-def from_bytes(data: memoryview) -> Any:
+def from_bytes(data: bytes | memoryview) -> Any:
     """What ``to_bytes`` made of it."""
     return _load(io.BytesIO(data))
 

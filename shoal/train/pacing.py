@@ -46,6 +46,7 @@ class PushRecorder(Recorder):
         self._next = first_step * self._workers
         self._told: set[int] = set()
         self.staleness: Counter[int] = Counter()
+        self.ahead = -1
 
     def go_on_from(self, before: Recorder) -> None:
         super().go_on_from(before)
@@ -79,7 +80,15 @@ class PushRecorder(Recorder):
         if row[UnitColumns.UNIT] != unit + 1:
             return False
         push = int(row[UnitColumns.PUSH])
-        return push in (EMPTY, REJECTED) or self.ledger.is_applied(int(row[UnitColumns.RANK]), push)
+        if push in (EMPTY, REJECTED):
+            return True
+        applied = self.ledger.is_applied(int(row[UnitColumns.RANK]), push)
+        return applied and (self.logged is None or max(self.ledger.made(unit)) <= self.logged())
+
+    def take_for_told(self, unit: int) -> None:
+        """An earlier session has done a unit, and told of it; no step is the last one before it."""
+        self._told.add(unit)
+        self.ahead = max(self.ahead, unit)
 
     def _tell(self, unit: int) -> None:
         row = self.ledger.row(unit)
@@ -220,7 +229,8 @@ class Pacer:
             if not held:
                 # It may have been stopped while it had it, and has to be found out and replaced meanwhile.
                 return None
-            step = -(-(self._recorder.claims.last() + 1) // self._store.arena.world_size)
+            last = max(self._recorder.claims.last(), self._recorder.ahead)
+            step = -(-(last + 1) // self._store.arena.world_size)
             self._supervisor.post(Order.STEPS_ALLOWED, step)
         return step
 

@@ -15,7 +15,9 @@ from shoal.train import streams
 from shoal.train.faults import Faults
 from shoal.train.row_tables import TableUpdater
 from shoal.train.schedule import Schedule
+from shoal.train.server import logging
 from shoal.train.update import Updater, WholeUpdater
+from shoal.train.update_log import Commit, UpdateLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class PushServerParts:
     schedule: Schedule
     faults: Faults
     factor_of: Callable[[int], float] | None = None
+    log: UpdateLog | None = None
 
 
 class PushServerLoop:
@@ -40,7 +43,10 @@ class PushServerLoop:
         self.parts = parts
         # Scales learning rates once more, while a push is applied for which they are scaled.
         self._rescale: Callable[[], None] | None = None
-        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._before_chunk)
+        self._hooks = Hooks(
+            reach=parts.faults.reach, before_chunk=self._before_chunk,
+            after_chunk=parts.log.after_chunk if parts.log is not None else None,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Serve until the supervisor says that no push will come any more."""
@@ -49,12 +55,20 @@ class PushServerLoop:
         step = 0
         while True:
             axis.slot.enter(Phase.WAITING, step)
-            pushed = axis.next_push(axis.over)
+            with logging(self.parts.log, axis):
+                pushed = axis.next_push(self._over)
             if pushed is None:
                 break
             step = pushed.unit // axis.arena.world_size
             self._apply(pushed, step)
+        if self.parts.log is not None:
+            self.parts.log.close()
         axis.slot.enter(Phase.DONE, step)
+
+    def _over(self) -> bool:
+        if self.parts.log is not None:
+            self.parts.log.check()
+        return self.parts.axis.over()
 
     def _apply(self, pushed: Pushed, step: int) -> None:
         parts, axis = self.parts, self.parts.axis
@@ -69,10 +83,16 @@ class PushServerLoop:
             # The schedule goes by batches, in whatever order their shards come.
             parts.schedule.reach(step)
         parts.updater.take_sources((axis.store.stripe_of(pushed.worker),))
-        with user_code("optimizer"), self._corrected(pushed):
-            axis.update(step, Totals(0.0, pushed.factor), None, self._hooks)
-        parts.faults.reach("updated", step)
-        parts.schedule.keep(updates + 1)
+        with logging(parts.log, axis):
+            if parts.log is not None:
+                parts.log.begin(updates)
+            with user_code("optimizer"), self._corrected(pushed):
+                axis.update(step, Totals(0.0, pushed.factor), None, self._hooks)
+            parts.faults.reach("updated", step)
+            parts.schedule.keep(updates + 1)
+            if parts.log is not None:
+                parts.log.commit(step, Commit(axis.unit_rows(pushed), parts.schedule.page(updates + 1)))
+                parts.faults.reach("logged", step)
         axis.commit(pushed)
         parts.faults.reach("committed", step)
 

@@ -28,6 +28,8 @@ class Recorder:
         self.train_s = 0.0
         self.samples = 0.0
         self.lost_events = 0
+        self.logged: Callable[[], int] | None = None
+        """Updates that are on disk, where a write-ahead log is kept: no other counts as done."""
         self.last_end: float | None = None
         self.first_step_at: float | None = None
         self._epoch_train_s = 0.0
@@ -41,7 +43,8 @@ class Recorder:
 
     def committed(self) -> int:
         """Steps that all workers have finished."""
-        return min(slot.signal(Signal.UPDATED) for slot in self._store.arena.slots)
+        done = min(slot.signal(Signal.UPDATED) for slot in self._store.arena.slots)
+        return done if self.logged is None else min(done, self.logged())
 
     def drain(self, until: int | None = None) -> None:
         """Turn every finished step that was not reported yet into an event."""

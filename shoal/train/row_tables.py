@@ -29,7 +29,7 @@ from shoal.ps.embedding import embeddings, prefix_of, state_of, table_name
 from shoal.ps.kernel import Part
 from shoal.ps.spec import MOST_SHARDS, TableSpec
 from shoal.ps.table import Rows, Table, check_gradients, find_bad_key, from_tensors, to_tensors
-from shoal.train.saved import Saved
+from shoal.train.saved import Applied, Lines, Saved
 from shoal.train.update import Updater
 
 
@@ -194,6 +194,7 @@ class TableUpdater(Updater):
         self._tables, self._own, self._steps_done = tables, own, steps_done
         self._merged: Part | None = None
         self._sources = tuple(range(own.workers))
+        self._lr_factor = 1.0
 
     @property
     def count(self) -> int:
@@ -231,7 +232,6 @@ class TableUpdater(Updater):
         age = table.spec.max_age
         if age is not None and step and step % max(1, age // 4) == 0:
             table.sweep(step, range(first, last))
-        self._merged = None
 
     def take_sources(self, stripes: Sequence[int]) -> None:
         self.inner.take_sources(stripes)
@@ -245,6 +245,7 @@ class TableUpdater(Updater):
         """Use the rows' learning rates times ``factor`` from the next update on."""
         for table in self._tables:
             table.scale_lr(factor)
+        self._lr_factor = factor
 
     def saved(self, chunk: int) -> Iterator[Saved | SavedRows]:  # type: ignore[override]
         if chunk < self.inner.count:
@@ -253,6 +254,15 @@ class TableUpdater(Updater):
             number = chunk - self.inner.count
             table = self._tables[number]
             yield SavedRows(f"rows-{number}-{self._own.number}.safetensors", table, *self._own.shards(table))
+
+    def changed(self, chunk: int, scale: float) -> Iterator[Saved | Lines | Applied]:
+        if chunk < self.inner.count:
+            yield from self.inner.changed(chunk, scale)
+            return
+        merged = self._merged
+        assert merged is not None
+        number = chunk - self.inner.count
+        yield Applied(number, merged.keys, merged.counts, merged.rows, self._steps_done(), scale, self._lr_factor)
 
     def save(self, chunk: int) -> None:
         if chunk < self.inner.count:

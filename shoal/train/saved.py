@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shoal.comm.table import TensorSpec, align
@@ -48,3 +49,32 @@ def restore_ranges(undo: torch.Tensor, ranges: Sequence[torch.Tensor]) -> None:
     for data in ranges:
         data.copy_(undo[at : at + data.numel()])
         at += align(data.numel())
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Some lines of a tensor, where only these have changed.
+
+    Attributes:
+        whole: the bytes that they are counted in: ``data`` of it is what they belong to.
+        numbers: int64, from its beginning.
+        data: (n, bytes of a line); the last one of the tensor may go beyond its end.
+    """
+
+    whole: Saved
+    numbers: np.ndarray
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Gradients of rows that were applied to a table: ``step`` and ``scale`` as ``Table.push`` takes them, ``lr_factor`` as
+    ``Table.scale_lr`` does."""
+
+    table: int
+    keys: np.ndarray
+    counts: np.ndarray
+    rows: torch.Tensor
+    step: int
+    scale: float
+    lr_factor: float = 1.0

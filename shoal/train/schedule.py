@@ -93,6 +93,10 @@ class Schedule:
             # An optimizer may keep something from its first step on.
             self._keep(updates, check=updates == self._first + 1)
 
+    def page(self, updates: int) -> Any:
+        """What was kept of it; None where nothing has to be."""
+        return self._store.read_notebook(self._place, updates) if self._keeps else None
+
     def after_epoch(self, eval_loss: float) -> None:
         """An epoch is over; a scheduler such as ReduceLROnPlateau gets the evaluation loss."""
         self.epochs += 1

@@ -5,12 +5,18 @@ Like a worker's loop it can be entered at any point: what was done is read from 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from shoal.axes.server import Server
+from shoal.axes.server_async import PushServer
 from shoal.axes.updating import Hooks
 from shoal.comm.arena import Note, Order, Phase, Signal
+from shoal.comm.store import Columns
 from shoal.job import Job
 from shoal.process.failure import user_code
 from shoal.train.faults import Faults
@@ -20,10 +26,35 @@ from shoal.train.saving import StepSaver, decide
 from shoal.train.schedule import Schedule
 from shoal.train.settings import RunSettings
 from shoal.train.update import Updater
+from shoal.train.update_log import Commit, LogError, UpdateLog
 
 
 class _RunEnds(Exception):
     """No further push will come."""
+
+
+@contextlib.contextmanager
+def logging(log: UpdateLog | None, axis: Server | PushServer) -> Iterator[None]:
+    """Where the log of an update cannot be written, say so and wait for the end of the run: no push is taken any more."""
+    try:
+        yield
+    except LogError as error:
+        assert log is not None
+        log.give_up(error)
+        axis.await_end()
+
+
+def epoch_sums(axis: Server, step: int) -> np.ndarray:
+    """A row: the running sums over the epoch as a checkpoint keeps them, and the samples of each rank whose push counts."""
+    if axis.number:
+        return np.empty((0, 0))
+    sources = axis.sources(step)
+    ranks = range(axis.arena.world_size) if sources is None else sources
+    records = {rank: axis.store.record(rank, step) for rank in ranks}
+    total = np.sum(list(records.values()), axis=0)
+    samples = np.zeros(axis.arena.world_size)
+    samples[list(records)] = [record[Columns.SAMPLES] for record in records.values()]
+    return np.concatenate([total[Columns.LOSS_SUM : Columns.SAMPLES_SUM + 1], total[Columns.VALUE_SUMS :], samples])[None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +68,7 @@ class ServerParts:
     faults: Faults
     settings: RunSettings
     channel: Sender
+    log: UpdateLog | None = None
 
 
 class ServerLoop:
@@ -52,7 +84,10 @@ class ServerLoop:
             axis, parts.updater, ranks, [axis.slot], settings.checkpoint_dir, parts.channel.send, parts.faults,
             (parts.job.seed, axis.number),
         )  # fmt: skip
-        self._hooks = Hooks(reach=parts.faults.reach, before_chunk=self._saver.before_chunk)
+        self._hooks = Hooks(
+            reach=parts.faults.reach, before_chunk=self._saver.before_chunk,
+            after_chunk=parts.log.after_chunk if parts.log is not None else None,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Serve until the last step, or until the run is stopped."""
@@ -69,17 +104,22 @@ class ServerLoop:
             except _RunEnds:
                 break
             step += 1
+        if self.parts.log is not None:
+            self.parts.log.close()
         slot.enter(Phase.DONE, step)
 
     def _step(self, step: int) -> None:
         parts, axis, slot = self.parts, self.parts.axis, self.parts.axis.slot
 
         def check() -> None:
+            if parts.log is not None:
+                parts.log.check()
             if axis.must_stop(step):
                 raise _RunEnds
 
         slot.enter(Phase.WAITING, step)
-        axis.await_pushes(step, check)
+        with logging(parts.log, axis):
+            axis.await_pushes(step, check)
         if axis.number == 0:
             decide(slot, axis.arena.supervisor, step)
         totals = axis.sum_up(step)
@@ -96,12 +136,18 @@ class ServerLoop:
         slot.enter(Phase.UPDATE, step)
         if isinstance(parts.updater, LbfgsUpdater):
             self._direct(parts.updater, step, totals.factor)
-        with user_code("optimizer"):
-            axis.update(step, totals, parts.job.grad_clip, self._hooks)
-        parts.faults.reach("updated", step)
-        self._saver.end(step)
-        with user_code("scheduler"):
-            parts.schedule.after_step(step)
+        with logging(parts.log, axis):
+            if parts.log is not None:
+                parts.log.begin(step, step)
+            with user_code("optimizer"):
+                axis.update(step, totals, parts.job.grad_clip, self._hooks)
+            parts.faults.reach("updated", step)
+            self._saver.end(step)
+            with user_code("scheduler"):
+                parts.schedule.after_step(step)
+            if parts.log is not None:
+                parts.log.commit(step, Commit(epoch_sums(axis, step), parts.schedule.page(step + 1), summed=True))
+                parts.faults.reach("logged", step)
         axis.commit(step)
         parts.faults.reach("committed", step)
 

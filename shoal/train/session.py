@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import time
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 
 from shoal import bundle
-from shoal.cluster import Cluster
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.journal import Journal
 from shoal.comm.store import Store
@@ -35,6 +35,7 @@ from shoal.train.memory import memory_of
 from shoal.train.metric_state import write_pieces
 from shoal.train.pacing import Pacer, PushRecorder, of_bad_push
 from shoal.train.published import PushClocks, StepClocks, published
+from shoal.train.push_log import RunLog, wants_log
 from shoal.train.recorder import Goal, Recorder
 from shoal.train.row_tables import RunTables
 from shoal.train.run import SUMMARY, Run
@@ -50,7 +51,8 @@ from shoal.train.settings import (
     batch_line,
     table_of,
 )
-from shoal.train.setup import refuse_another_job, run_settings
+from shoal.train.setup import job_page, refuse_another_job, run_settings, take_turns
+from shoal.train.update_log import LogTrouble
 
 # Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
@@ -84,6 +86,7 @@ class Session:
         self._checkpoint_every_s = checkpoints.cadence()
         self._checkpointed_at = time.monotonic()
         self._checkpoint_s = 0.0
+        self._checkpoint_bytes = 0
         self._checkpoint_wanted = 0
         self._checkpoint_settled = 0
         self._described = False
@@ -107,6 +110,7 @@ class Session:
         self._predicted_s = predicted_step(plan, job, facts)
         self._predicted_mb = None if choice.need is None else round(choice.need.total / 1e6, 1)
         self._settings = run_settings(plan, job, facts, self._options, self._directory.checkpoints, split)
+        self._keep_log()
         self._arena = Arena.create(self._settings.layout)
         self._tables = RunTables(facts.tables, self._settings.cold_dir)
         try:
@@ -114,6 +118,7 @@ class Session:
         finally:
             self._finish_completing()
             self._supervisor.close()
+            self._log.close()
             self._arena.memory.close()
             self._tables.close()
             with contextlib.suppress(OSError):
@@ -149,6 +154,17 @@ class Session:
         else:
             kind = BackedRecorder if self._plan.backup else Recorder
             self._recorder = kind(self._store, self._emit, self._settings.steps_per_epoch, first)
+        if self._log.kept and self._last_checkpoint is None:
+            # What the log is about to say is said of this.
+            self._last_one(first)
+        self._log.begin(self._recorder, self._arena, first, self._emit)
+
+    def _keep_log(self) -> None:
+        """Keep a log of pushes under the plan that there is now, where that is wanted."""
+        run = self._directory.path
+        self._log = RunLog(run, self._plan, wants_log(self._options.push_log, self._plan, run))
+        if self._log.kept:
+            self._settings = dataclasses.replace(self._settings, log_dir=str(self._log.directory))
 
     def _goes_on(self) -> bool:
         """The crew has left: whether another one is there to go on. Not here: see ``shoal.train.elastic``."""
@@ -170,34 +186,28 @@ class Session:
         for path, reason in damaged:
             self._emit("checkpoint_damaged", path=str(path), reason=reason)
         if found is None:
+            self._log.forget()
             return 0
         refuse_another_job(found, self._job)
+        self._last_checkpoint = found
         restored = self._read_checkpoint(found, store)
+        self._tables.restore(found.path, found.step)
+        found, restored = self._log.roll_forward(found, restored, self._tables, self._settings)
         step = found.step
-        self._tables.restore(found.path, step)
         self._history = list(found.meta["history"])
         self._epochs_done = int(found.meta["epochs_done"])
+        self._tables.begin_at(step)
         begin_at(store, restored, step, self._epochs_done, float(found.meta.get("eval_loss") or 0.0))
-        self._last_checkpoint = found
         self._checkpoint_settled = step
         return step
 
     def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
-        return checkpoints.restore(found, store)
+        return checkpoints.restore(found, store, self._log.tensors(found))
 
     def _write_beginning(self, first: int) -> None:
         job, plan, facts, directory = self._job, self._plan, self._facts, self._directory
         directory.write("plan.toml", plan.to_toml())
-        directory.write_json(
-            "job.json",
-            {
-                "name": job.name, "batch_size": job.batch_size, "epochs": self._options.epochs or job.epochs,
-                "seed": job.seed, "samples": facts.samples, "eval_samples": facts.eval_samples,
-                "parameters": sum(p.numel for p in facts.table.parameters), "factory": self._options.factory,
-                "source": str(self._options.source) if self._options.source else None,
-                "changes": dict(self._options.changes),
-            },
-        )  # fmt: skip
+        directory.write_json("job.json", job_page(job, facts, self._options))
         self._emit(
             "run_start", run=str(directory.path), job=job.name, plan=str(plan), world_size=plan.world_size,
             steps_total=self._settings.total_steps, epochs_total=self._options.epochs or job.epochs,
@@ -208,13 +218,8 @@ class Session:
             "plan", plan=str(plan), why=list(plan.explanation), batch=batch_line(plan, job, facts),
             predicted_step_s=self._predicted_s,
         )  # fmt: skip
-        cores = Cluster.local(measure=False).cores
-        if plan.world_size * (plan.threads or 1) > cores:
-            self._emit(
-                "warning",
-                text=f"{plan.world_size} workers × {plan.threads} threads are more than the {cores} cores there are, so "
-                "they take turns",
-            )
+        if crowded := take_turns(plan):
+            self._emit("warning", text=crowded)
 
     # -- while it runs -------------------------------------------------------------------------------------------
 
@@ -265,6 +270,8 @@ class Session:
             self._not_finite.append(message)
         elif isinstance(message, BadPush):
             self._reject(message)
+        elif isinstance(message, LogTrouble):
+            self._log.fail(message, self._emit)
         elif isinstance(message, CheckpointTrouble):
             self._emit("checkpoint_failed", step=message.step, reason=message.reason)
 
@@ -293,6 +300,8 @@ class Session:
         parts = self._parts.get(epoch, {})
         if len(parts) < self._arena.world_size or not self._all_evaluated(epoch):
             return
+        if not self._log.holds(self._recorder, epoch * self._settings.steps_per_epoch):
+            return
         del self._parts[epoch]
         self._recorder.drain(epoch * self._settings.steps_per_epoch)
         ordered: list[Any] = [parts[rank] for rank in sorted(parts)]
@@ -304,6 +313,7 @@ class Session:
         entry["samples_per_s"] = rate
         eval_s = max(part.seconds for part in ordered) if evaluated else 0.0
         self._eval_s += eval_s
+        self._log.keep_epoch(entry, float(entry.get("eval_loss", entry["loss"])))
         self._history.append(entry)
         self._epochs_done = epoch
         self._emit("epoch", **entry, step=self._recorder.step, train_s=self._recorder.epoch_train_s, eval_s=eval_s)
@@ -385,6 +395,8 @@ class Session:
     def _checkpoint_pause_s(self) -> float:
         """How long after the last one another may be made."""
         every_s = self._checkpoint_every_s
+        if every_s and self._log.is_long(self._checkpoint_bytes):
+            return 0.0
         return max(every_s if self._last_checkpoint else 0.0, _CHECKPOINT_COST * self._checkpoint_s if every_s else 0.0)
 
     def _checkpoint(self) -> None:
@@ -457,12 +469,18 @@ class Session:
         if isinstance(result, checkpoints.Checkpoint):
             self._last_checkpoint = result
             self._checkpoint_s = detail
-            size = sum(f.stat().st_size for f in result.path.iterdir())
-            self._emit("checkpoint", step=result.step, path=str(result.path), bytes=size, write_s=detail)
+            self._tell_checkpoint(result)
             self._describe_checkpoints()
         else:
             self._make_room()
             self._emit("checkpoint_failed", step=result, reason=detail)
+
+    def _tell_checkpoint(self, found: checkpoints.Checkpoint) -> None:
+        self._checkpoint_bytes = sum(f.stat().st_size for f in found.path.iterdir())
+        self._emit(
+            "checkpoint", step=found.step, path=str(found.path), bytes=self._checkpoint_bytes, write_s=self._checkpoint_s,
+        )  # fmt: skip
+        self._log.checkpointed(found)
 
     def _describe_checkpoints(self) -> None:
         """Say once how to build the model and what goes in and out, so that a service can follow a run that has no bundle yet."""
@@ -479,7 +497,7 @@ class Session:
         """The checkpoint of the run's end, the workers have gone; or one while they rest."""
         self._checkpointed_at = time.monotonic()
         self._finish_completing()
-        if step == 0 or (self._last_checkpoint is not None and self._last_checkpoint.step == step):
+        if (step == 0 and not self._log.kept) or (self._last_checkpoint is not None and self._last_checkpoint.step == step):
             return
         began = time.monotonic()
         checkpoints.discard_parts(self._directory.checkpoints)
@@ -493,8 +511,7 @@ class Session:
             return
         self._last_checkpoint = found
         self._checkpoint_s = time.monotonic() - began
-        size = sum(f.stat().st_size for f in found.path.iterdir())
-        self._emit("checkpoint", step=step, path=str(found.path), bytes=size, write_s=self._checkpoint_s)
+        self._tell_checkpoint(found)
 
     def _write_last(self, step: int) -> None:
         marks = self._pacer.marks() if self._pacer is not None else None

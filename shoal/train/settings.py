@@ -58,7 +58,11 @@ class JobFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run of a job under a plan; ``split``: how the model is divided, where it is; ``cold_dir``: for tables' cold rows."""
+    """One run of a job under a plan.
+
+    ``split``: how the model is divided, where it is; ``cold_dir``: for tables' cold rows; ``log_dir``: of the servers'
+    write-ahead logs, or nothing.
+    """
 
     plan: Plan
     layout: ArenaLayout
@@ -72,6 +76,7 @@ class RunSettings:
     skip_bad_pushes: bool = False
     split: Split | None = None
     cold_dir: str = ""
+    log_dir: str = ""
 
     @property
     def grid(self) -> Grid:

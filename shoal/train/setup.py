@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from shoal.cluster import Cluster
 from shoal.errors import RequestError
@@ -54,3 +55,21 @@ def spin_seconds(plan: Plan) -> float:
     """How long a worker spins before it sleeps: not at all when the cores do not suffice for all."""
     wanted = plan.world_size * (plan.threads or 1)
     return 200e-6 if wanted <= Cluster.local(measure=False).cores else 0.0
+
+
+def job_page(job: Job, facts: JobFacts, options: TrainOptions) -> dict[str, Any]:
+    """What ``job.json`` in a run directory says."""
+    return {
+        "name": job.name, "batch_size": job.batch_size, "epochs": options.epochs or job.epochs, "seed": job.seed,
+        "samples": facts.samples, "eval_samples": facts.eval_samples,
+        "parameters": sum(p.numel for p in facts.table.parameters), "factory": options.factory,
+        "source": str(options.source) if options.source else None, "changes": dict(options.changes),
+    }  # fmt: skip
+
+
+def take_turns(plan: Plan) -> str | None:
+    """What a person should know where a plan has more threads than there are cores."""
+    cores = Cluster.local(measure=False).cores
+    if plan.world_size * (plan.threads or 1) <= cores:
+        return None
+    return f"{plan.world_size} workers × {plan.threads} threads are more than the {cores} cores there are, so they take turns"

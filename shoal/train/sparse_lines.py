@@ -74,6 +74,11 @@ class LineWork:
             self.gradients = [sums[a:b] for a, b in self._cuts]
 
     @property
+    def own(self) -> np.ndarray:
+        """The numbers of the lines that are in work."""
+        return self._own.numpy()
+
+    @property
     def count(self) -> int:
         """How many lines are in work, or WHOLE."""
         return WHOLE if self.gradients is None else len(self._own)

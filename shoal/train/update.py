@@ -23,7 +23,7 @@ from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import Chunk, Lane, align, chunks_of_lane, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 from shoal.train.line_step import find as find_line_step
-from shoal.train.saved import Saved, as_bytes, lane_kind, restore_ranges, save_ranges
+from shoal.train.saved import Applied, Lines, Saved, as_bytes, lane_kind, restore_ranges, save_ranges
 from shoal.train.sgd import PARTLY, SgdChunk
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
@@ -73,6 +73,10 @@ class Updater:
     def saved(self, chunk: int) -> Iterator[Saved]:
         """What a checkpoint takes from this chunk."""
         raise NotImplementedError
+
+    def changed(self, chunk: int, scale: float) -> Iterator[Saved | Lines | Applied]:
+        """What an update has made of this chunk, for the write-ahead log; called while ``sum_gradients`` of it still holds."""
+        yield from self.saved(chunk)
 
     def _ranges(self, chunk: int) -> list[torch.Tensor]:
         """Everything that updating this chunk changes, as bytes."""
@@ -149,6 +153,12 @@ class ElementwiseUpdater(Updater):
     def saved(self, chunk: int) -> Iterator[Saved]:
         return self.chunks[chunk].saved()
 
+    def changed(self, chunk: int, scale: float) -> Iterator[Saved | Lines | Applied]:
+        own = self.chunks[chunk]
+        if self._lines.gradients is None or any(spec.regions for spec in own.specs):
+            return own.saved(touched_only=True)
+        return own.changed_lines(self._lines.own)
+
     def _ranges(self, chunk: int) -> list[torch.Tensor]:
         return self.chunks[chunk].ranges
 
@@ -195,12 +205,12 @@ class _ElementwiseChunk:
         self._lane = lane
         replica = lane.replica
         self._keys, self._scalar_keys = table.state_keys, table.scalar_keys
-        self._specs = [table.parameters[p.parameter] for p in chunk.pieces]
-        self._dtype = self._specs[0].dtype
+        self.specs = [table.parameters[p.parameter] for p in chunk.pieces]
+        self._dtype = self.specs[0].dtype
         width = self._dtype.itemsize
         flat = [
             (spec.offset + piece.start * width, spec.offset + piece.stop * width)
-            for piece, spec in zip(chunk.pieces, self._specs, strict=True)
+            for piece, spec in zip(chunk.pieces, self.specs, strict=True)
         ]
         self._spans = [(a - chunk.start, b - chunk.start) for a, b in flat]
         weights = store.weight_range(chunk.start, chunk.stop, self._dtype, replica)
@@ -230,7 +240,7 @@ class _ElementwiseChunk:
         self._echoes = [
             (k, echo) for k, i in enumerate(self._indices) for echo, e in enumerate(table.echoes) if e.parameter == i
         ]
-        self._group_of = [spec.group for spec in self._specs]
+        self._group_of = [spec.group for spec in self.specs]
         self._optimizer = self._make_optimizer(optimizer)
         self._gradients: list[torch.Tensor | None] = []
         self._bound = [False] * len(self._pieces)
@@ -424,9 +434,25 @@ class _ElementwiseChunk:
                 self._optimizer.state.update(fresh.state)
                 self._bound[k] = False
 
-    def saved(self) -> Iterator[Saved]:
+    def changed_lines(self, numbers: np.ndarray) -> Iterator[Saved | Lines]:
+        """These lines of the chunk, by weight and by state of each piece."""
+        held = [data.view(-1, LINE_BYTES).numpy() for data in self.ranges[:-1]]
+        kinds = ["weights", *(f"state.{key}" for key in self._keys)]
         width = self._dtype.itemsize
-        for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self._specs, strict=True)):
+        for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self.specs, strict=True)):
+            first = self._spans[k][0] // LINE_BYTES
+            own = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, self._ends[k])]
+            wholes = [self._weights[k], *(places[k] for places in self._states)]
+            for kind, whole, lines in zip(kinds, wholes, held, strict=True):
+                yield Lines(Saved(kind, spec.name, piece.start * width, as_bytes(whole), spec), own - first, lines[own])
+            if piece.start == 0 and spec.leads:
+                yield Saved("scalars", spec.name, 0, self._rows[k])
+
+    def saved(self, touched_only: bool = False) -> Iterator[Saved]:
+        width = self._dtype.itemsize
+        for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self.specs, strict=True)):
+            if touched_only and not self.at_once and self._gradients[k] is None:
+                continue
             start = piece.start * width
             if not self._lane.replica:
                 yield Saved("weights", spec.name, start, as_bytes(self._weights[k]), spec)
