@@ -36,6 +36,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "clock": ("rank", "clock", "slowest"),
         "push_ack": ("rank", "epoch", "batch", "shard", "versions", "staleness"),
         "push_dropped": ("rank", "epoch", "batch", "shard"),
+        "push_log_failed": ("server", "reason"),
         "push_rejected": ("rank", "epoch", "batch", "shard", "parameter", "samples"),
         "replan": ("step", "before", "plan", "world_size", "pause_s", "by", "why"),
         "warning": ("text",),

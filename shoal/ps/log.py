@@ -285,7 +285,7 @@ class LogWriter:
         for where, parts in pieces:
             length = checksum = 0
             for part in parts:
-                length += len(memoryview(part).cast("B"))
+                length += memoryview(part).nbytes
                 checksum = zlib.crc32(part, checksum)
             head = _HEADER.pack(_MAGIC, kind, 0, self._number, self._mark, where, length, checksum)
             buffers += (head + struct.pack("<I", zlib.crc32(head)), *parts)
@@ -347,7 +347,7 @@ class LogWriter:
             return
         if self.failure is not None:
             raise self.failure
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        views = [view.cast("B") for buffer in buffers if (view := memoryview(buffer)).nbytes]
         size = sum(map(len, views))
         try:
             if self._limit is not None and self._others + self._end + size > self._limit:

@@ -142,7 +142,7 @@ class UpdateLog:
                 whole += self._places(change)
             elif isinstance(change, Lines):
                 self._writer.add(Kind.LINES, [self._lines(change)])
-            else:
+            elif len(change.keys):
                 self._writer.add(Kind.ROWS, [(change.table, rows_payload(change))])
         self._writer.add(Kind.BYTES, whole)
 
