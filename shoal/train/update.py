@@ -436,16 +436,15 @@ class _ElementwiseChunk:
 
     def changed_lines(self, numbers: np.ndarray) -> Iterator[Saved | Lines]:
         """These lines of the chunk, by weight and by state of each piece."""
-        kinds, width = ["weights", *(f"state.{key}" for key in self._keys)], self._dtype.itemsize
-        for k, (piece, spec) in enumerate(zip(self.chunk.pieces, self.specs, strict=True)):
+        held = [data.view(-1, LINE_BYTES).numpy() for data in self.ranges[:-1]]
+        pieces = iter(self.saved())
+        for k, spec in enumerate(self.specs):
             first = self._spans[k][0] // LINE_BYTES
             own = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, self._ends[k])]
-            wholes = [self._weights[k], *(places[k] for places in self._states)]
-            for kind, whole, held in zip(kinds, wholes, self.ranges[:-1], strict=True) if len(own) else ():
-                lines = held.view(-1, LINE_BYTES).numpy()[own]
-                yield Lines(Saved(kind, spec.name, piece.start * width, as_bytes(whole), spec), own - first, lines)
-            if piece.start == 0 and spec.leads:
-                yield Saved("scalars", spec.name, 0, self._rows[k])
+            for lines in held:
+                yield Lines(next(pieces), own - first, lines[own])
+            if self.chunk.pieces[k].start == 0 and spec.leads:
+                yield next(pieces)
 
     def saved(self, touched_only: bool = False) -> Iterator[Saved]:
         width = self._dtype.itemsize

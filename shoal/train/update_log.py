@@ -141,7 +141,8 @@ class UpdateLog:
             if isinstance(change, Saved):
                 whole += self._places(change)
             elif isinstance(change, Lines):
-                self._writer.add(Kind.LINES, [self._lines(change)])
+                if len(change.numbers):
+                    self._writer.add(Kind.LINES, [self._lines(change)])
             elif len(change.keys):
                 self._writer.add(Kind.ROWS, [(change.table, rows_payload(change))])
         self._writer.add(Kind.BYTES, whole)
