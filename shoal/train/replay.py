@@ -197,6 +197,7 @@ class Replay:
         for frame in (f for _, pushes in self._parts for push in pushes for f in _frames(push) if f.kind is Kind.ROWS):
             table = tables.tables[frame.where]
             change = read_rows(frame.where, frame.read(), table.spec.dtype)
+            table.scale_lr(change.lr_factor)
             table.push(change.keys, change.rows, change.counts, step=change.step, scale=change.scale)
 
     def roll_forward(self, restored: Restored, plan: Plan, settings: RunSettings) -> tuple[Checkpoint, Restored]:

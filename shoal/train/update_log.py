@@ -189,11 +189,11 @@ class UpdateLog:
 
 
 def rows_payload(change: Applied) -> Sequence[Any]:
-    """The bytes of gradients of rows: how many, step, scale, width, dtype's size, keys, counts, rows."""
+    """The bytes of gradients of rows: how many, step, width, dtype's size, scales, keys, counts, rows."""
     rows = change.rows.detach().contiguous()
     head = np.array([len(change.keys), change.step, rows.shape[1], rows.element_size()], np.int64)
     return (
-        head, np.array([change.scale]), np.ascontiguousarray(change.keys), np.ascontiguousarray(change.counts, np.uint32),
+        head, np.array([change.scale, change.lr_factor]), np.ascontiguousarray(change.keys), np.ascontiguousarray(change.counts, np.uint32),
         rows.view(torch.uint8).numpy().reshape(-1),
     )  # fmt: skip
 
@@ -201,12 +201,13 @@ def rows_payload(change: Applied) -> Sequence[Any]:
 def read_rows(table: int, data: memoryview, dtype: torch.dtype) -> Applied:
     """What ``rows_payload`` was made of."""
     count, step, width, size = (int(n) for n in np.frombuffer(data, np.int64, 4))
-    at = 40
+    scale, lr_factor = (float(n) for n in np.frombuffer(data, np.float64, 2, 32))
+    at = 48
     keys = np.frombuffer(data, np.int64, count, at).copy()
     counts = np.frombuffer(data, np.uint32, count, at := at + 8 * count).copy()
     raw = np.frombuffer(data, np.uint8, count * width * size, at + 4 * count).copy()
     rows = torch.from_numpy(raw).view(dtype).view(count, width)
-    return Applied(table, keys, counts, rows, step, float(np.frombuffer(data, np.float64, 1, 32)[0]))
+    return Applied(table, keys, counts, rows, step, scale, lr_factor)
 
 
 def put_lines(target: np.ndarray, offset: int, data: memoryview) -> None:
