@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from shoal.comm.lines import LINE_BYTES
 from shoal.comm.table import TensorSpec, align
 
 
@@ -78,3 +79,29 @@ class Applied:
     step: int
     scale: float
     lr_factor: float = 1.0
+
+
+def cut_to_lines(
+    saved: Iterable[Saved], bounds: Sequence[tuple[int, int]], held: Sequence[torch.Tensor], numbers: np.ndarray
+) -> Iterator[Saved | Lines]:
+    """What has changed where only some lines of a chunk have.
+
+    Args:
+        saved: of each piece the weights, its state in order, and perhaps scalars, which stay whole.
+        bounds: of each piece its first line in the chunk, and the one behind its last.
+        held: the chunk's weights and states as bytes, whole lines of them.
+        numbers: of the lines, counted in the chunk.
+    """
+    lines = [data.view(-1, LINE_BYTES).numpy() for data in held]
+    piece, kind, first, own = -1, 0, 0, numbers[:0]
+    for each in saved:
+        if each.kind == "scalars":
+            yield each
+            continue
+        if each.kind == "weights":
+            piece, kind = piece + 1, 0
+            first, stop = bounds[piece]
+            own = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, stop)]
+        if len(own):
+            yield Lines(each, own - first, lines[kind][own])
+        kind += 1

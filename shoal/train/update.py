@@ -23,7 +23,7 @@ from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import Chunk, Lane, align, chunks_of_lane, deal_tensors
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
 from shoal.train.line_step import find as find_line_step
-from shoal.train.saved import Applied, Lines, Saved, as_bytes, lane_kind, restore_ranges, save_ranges
+from shoal.train.saved import Applied, Lines, Saved, as_bytes, cut_to_lines, lane_kind, restore_ranges, save_ranges
 from shoal.train.sgd import PARTLY, SgdChunk
 from shoal.train.sparse_lines import LEAST_LINES, WHOLE, LineWork, restore_lines, zeros_change_nothing
 
@@ -436,15 +436,8 @@ class _ElementwiseChunk:
 
     def changed_lines(self, numbers: np.ndarray) -> Iterator[Saved | Lines]:
         """These lines of the chunk, by weight and by state of each piece."""
-        held = [data.view(-1, LINE_BYTES).numpy() for data in self.ranges[:-1]]
-        pieces = iter(self.saved())
-        for k, spec in enumerate(self.specs):
-            first = self._spans[k][0] // LINE_BYTES
-            own = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, self._ends[k])]
-            for lines in held:
-                yield Lines(next(pieces), own - first, lines[own])
-            if self.chunk.pieces[k].start == 0 and spec.leads:
-                yield next(pieces)
+        bounds = [(first // LINE_BYTES, int(end)) for (first, _), end in zip(self._spans, self._ends, strict=True)]
+        return cut_to_lines(self.saved(), bounds, self.ranges[:-1], numbers)
 
     def saved(self, touched_only: bool = False) -> Iterator[Saved]:
         width = self._dtype.itemsize

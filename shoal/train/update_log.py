@@ -141,8 +141,7 @@ class UpdateLog:
             if isinstance(change, Saved):
                 whole += self._places(change)
             elif isinstance(change, Lines):
-                if len(change.numbers):
-                    self._writer.add(Kind.LINES, [self._lines(change)])
+                self._writer.add(Kind.LINES, [self._lines(change)])
             elif len(change.keys):
                 self._writer.add(Kind.ROWS, [(change.table, rows_payload(change))])
         self._writer.add(Kind.BYTES, whole)
@@ -193,7 +192,8 @@ def rows_payload(change: Applied) -> Sequence[Any]:
     rows = change.rows.detach().contiguous()
     head = np.array([len(change.keys), change.step, rows.shape[1], rows.element_size()], np.int64)
     return (
-        head, np.array([change.scale, change.lr_factor]), np.ascontiguousarray(change.keys), np.ascontiguousarray(change.counts, np.uint32),
+        head, np.array([change.scale, change.lr_factor]), np.ascontiguousarray(change.keys),
+        np.ascontiguousarray(change.counts, np.uint32),
         rows.view(torch.uint8).numpy().reshape(-1),
     )  # fmt: skip
 
