@@ -58,7 +58,7 @@ def make_bells(count: int) -> list[int]:
 
 def claims_of(store: Store, plan: Plan) -> Claims:
     """The claims of a run under a plan."""
-    return Claims(store.arena, plan.push_every or 1, plan.staleness if plan.mode == "bounded" else None)
+    return Claims(store.arena, plan.staleness if plan.mode == "bounded" else None)
 
 
 class PushingWorker(ServedWorker):

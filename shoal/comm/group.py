@@ -62,6 +62,11 @@ class Group:
         self._port: Port | None = None
         self._looked_at = 0.0
 
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all processes are on this machine."""
+        return self._one_machine
+
     # -- joining and leaving -------------------------------------------------------------------------------------
 
     @classmethod

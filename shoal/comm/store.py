@@ -91,12 +91,12 @@ def arena_layout(
         collective_bytes: room for what each gives to the small sums within a step.
         local: each trains a replica of its own.
         private: the memory is one worker's own, with room for one stripe of gradients; its peers have the same weights
-            in memory of theirs.
+            in memory of theirs, and servers, where there are some, have theirs.
         exchange_bytes: room for the messages of workers that compute a share together.
         further: regions of others, with their sizes.
     """
     world_size = ranks.world_size
-    grid = Grid() if private else ranks
+    grid = Grid(servers=ranks.servers) if private else ranks
     parts = grid.updaters
     own = slice_layout(table, grid, local)
     replicas = world_size if local else 0

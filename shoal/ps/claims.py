@@ -40,11 +40,10 @@ class Claims:
     """The claims in an arena.
 
     Args:
-        push_every: how many units a worker may have before it pushes.
         staleness: how many steps ahead of the oldest unfinished unit a worker may begin one; None for any.
     """
 
-    def __init__(self, arena: Arena, push_every: int, staleness: int | None) -> None:
+    def __init__(self, arena: Arena, staleness: int | None) -> None:
         self._arena = arena
         self._workers = arena.world_size
         self._staleness = staleness
@@ -53,7 +52,8 @@ class Claims:
         self._row_bytes = size // self._workers
         raw = arena.region("claims").numpy().view(np.int64).reshape(self._workers, -1)
         self._counts = raw[:, 0]
-        self._places = push_every + 1
+        # At least one more than a worker may have open.
+        self._places = (self._row_bytes - 2 * LINE) // 8
         self._units = raw[:, 2 * LINE // 8 : 2 * LINE // 8 + self._places]
 
     # -- what is there -------------------------------------------------------------------------------------------

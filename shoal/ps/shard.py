@@ -60,21 +60,22 @@ class Push:
 
 
 def add_up(pushes: Sequence[Push], tables: Mapping[int, Table], scale: float, groups: Sequence[Numbers] | None) -> Push:
-    """The sum of several pushes as one, added in the order that they are given in."""
+    """The sum of several pushes as one, each times its own scale, added in the order that they are given in."""
     first = pushes[0]
     dense: dict[int, torch.Tensor] = {}
     for number in sorted({n for push in pushes for n in push.dense}):
-        parts = [push.dense[number] for push in pushes if number in push.dense]
-        total = parts[0].clone() if len(parts) > 1 else parts[0]
-        for part in parts[1:]:
-            total += part
+        parts = [(push.dense[number], push.scale) for push in pushes if number in push.dense]
+        total = parts[0][0] * parts[0][1]
+        for part, factor in parts[1:]:
+            total.add_(part, alpha=factor)
         dense[number] = total
     rows: dict[int, RowGradients] = {}
     for number in sorted({n for push in pushes for n in push.rows}):
-        found = [push.rows[number] for push in pushes if number in push.rows]
-        if len(found) == 1:
-            rows[number] = found[0]
-            continue
+        found = [
+            RowGradients(own.keys, own.counts, own.gradients * push.scale)
+            for push in pushes
+            if (own := push.rows.get(number)) is not None
+        ]
         table = tables[number]
         batch = table.unique(np.concatenate([f.keys for f in found]))
         sums = table.kernel.scatter(torch.cat([f.gradients for f in found]), batch.inverse, 1, len(batch.keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
@@ -152,12 +153,8 @@ class ShardServer:
             answer(Normed(message.number, self._sum.norm_squared()))
             return
         whole, self._sum = self._sum, None
-        new = self.shard.apply(
-            Push(
-                ids=whole.ids, step=whole.step, settled=max(whole.settled, message.settled), dense=whole.dense,
-                rows=whole.rows, scale=message.scale, groups=message.groups,
-            )
-        )  # fmt: skip
+        settled = max(whole.settled, message.settled)
+        new = self.shard.apply(replace(whole, settled=settled, scale=message.scale, groups=message.groups))
         self._staged = {id: push for id, push in self._staged.items() if id not in self.shard.ledger}
         done(new)
 

@@ -33,15 +33,27 @@ from shoal.process.aside import aside
 from shoal.process.channel import Channel
 from shoal.process.failure import user_code
 from shoal.process.messages import SERVER, Assign
+from shoal.ps.dense import Numbers, Piece, plain_groups
+from shoal.ps.embedding import embeddings
 from shoal.ps.lbfgs import BatchLBFGS
+from shoal.ps.spec import TableSpec
 from shoal.ps.staleness import factor_of
-from shoal.ps.table import Table
+from shoal.ps.table import Rows, Table
 from shoal.rewrites.install import Installed, install
 from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
-from shoal.train.describe import bind, describe, fill, give_parameters, make_optimizer, move_buffers
+from shoal.train.describe import (
+    bind,
+    describe,
+    fill,
+    give_parameters,
+    make_optimizer,
+    move_buffers,
+    optimizer_like,
+    sliced_group,
+)
 from shoal.train.embedding import Embeddings, quicken_embeddings
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
@@ -249,7 +261,7 @@ class TrainHost:
         else:
             keep_freed_memory()
         torch.set_num_threads(settings.plan.threads or 1)
-        self._embeddings = quicken_embeddings()
+        self.quicken()
         place = role.rank + (store.arena.world_size if role.role == SERVER else 0)
         store.arena.places[place].write(Note.INCARNATION, role.incarnation)
         waiting = Waiting(spin_s=settings.spin_s)
@@ -269,6 +281,10 @@ class TrainHost:
         )
         with contextlib.suppress(KeyboardInterrupt):
             loop.run()
+
+    def quicken(self) -> None:
+        """Use what computes gradients of embeddings faster, in this process, from now on."""
+        self._embeddings = quicken_embeddings()
 
     def _with_tables(self, updater: Updater, own: Owner, slot: Slot) -> Updater:
         """The same updater, which also updates its part of the model's tables."""
@@ -337,6 +353,16 @@ class TrainHost:
 
         It is told no updater where servers update.
         """
+        parts, around, own = self.worker(rank, channel, make_axis, beside)
+        if parts.settings.plan.waits_for_nobody:
+            return PushLoop(parts, around, own_copy(parts.store, own))
+        return Loop(parts)
+
+    def worker(
+        self, rank: int, channel: Sender, make_axis: Callable[[Updater | None], ArenaData], beside: Beside | None = None,
+        make_rows: Callable[[nn.Module], RowGradients] | None = None,
+    ) -> tuple[Parts, Surroundings, Sequence[nn.Parameter]]:  # fmt: skip
+        """What a worker works with, and its trained parameters; ``make_rows``: what takes the gradients of its tables."""
         store, settings, built = self._store, self._settings, self._built
         assert store is not None and settings is not None
         plan, job, grid = settings.plan, built.job, settings.grid
@@ -368,8 +394,13 @@ class TrainHost:
                 schedule = Schedule(job, built.optimizer, store, rank, updater)
         feed = Feed(built.train, division_of(job, plan), grid.place(rank).data, job.collate, plan.layout == "channels_last")
         faults = Faults(rank, slot)
-        # Where each push is an update by itself, rows age by updates.
-        clock = store.arena.servers[0] if plan.waits_for_nobody else slot
+        if make_rows is None and self._tables:
+            # Where each push is an update by itself, rows age by updates.
+            clock = store.arena.servers[0] if plan.waits_for_nobody else slot
+
+            def make_rows(model: nn.Module) -> RowGradients:
+                return RowGradients(model, rank, lambda: clock.signal(Signal.UPDATED), grid.servers > 0)
+
         around = Surroundings(
             job=job, rank=rank, replica=feed.replica, slot=slot, faults=faults, precision=plan.precision,
             batchnorm=batchnorm, device=store.arena.device,
@@ -382,7 +413,7 @@ class TrainHost:
             passes=make_passes(part, around, feed, plan),
             gradients=Gradients(
                 store, store.stripe_of(rank), part.targets, part.shards,
-                RowGradients(part.model, rank, lambda: clock.signal(Signal.UPDATED), grid.servers > 0) if self._tables else None,
+                make_rows(part.model) if make_rows is not None else None,
                 self._embeddings,
             ),
             store=store,
@@ -397,9 +428,39 @@ class TrainHost:
             channel=channel,
             collect=None if beside is None or updater is None else beside.collector(updater),
         )
-        if settings.plan.waits_for_nobody:
-            return PushLoop(parts, around, own_copy(store, part.parameters))
-        return Loop(parts)
+        return parts, around, part.parameters
+
+    def optimizer_over(self, pieces: Sequence[tuple[Piece, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The job's kind of optimizer, with all its groups, over a server's pieces."""
+        like, table = self._built.optimizer, self._facts.table
+        held = [[p for piece, p in pieces if piece.group == group] for group in range(len(like.param_groups))]
+        if table.elementwise:
+            groups = [sliced_group(type(like), g, own) for g, own in zip(like.param_groups, held, strict=True)]
+            return optimizer_like(like, groups)
+        for group, own in zip(like.param_groups, held, strict=True):
+            group["params"] = own
+        return like
+
+    def schedule(self, place: int, updater: Updater) -> Schedule:
+        """The job's scheduler, over its optimizer, in the run that was taken up; ``updater`` is told the groups."""
+        assert self._store is not None
+        with user_code("scheduler"):
+            return Schedule(self._built.job, self._built.optimizer, self._store, place, updater)
+
+    def plain_groups(self) -> list[Numbers]:
+        """The hyperparameters of the job's optimizer that are numbers, as a schedule has left them."""
+        return plain_groups(self._built.optimizer)
+
+    @property
+    def first_rows(self) -> Mapping[str, Rows]:
+        """What the model's tables held when it was built, by the module's path."""
+        return self._first_rows
+
+    def use_tables(self, make: Callable[[int, TableSpec], Any]) -> nn.Module:
+        """Let the model's embeddings use these tables, by number, and return the model."""
+        for number, (_, module) in enumerate(embeddings(self._built.model)):
+            module.use(make(number, self._facts.tables[number]))
+        return self._built.model
 
     def _take_part(
         self, rank: int, slot: Slot, prepare: Callable[[nn.Module], None], beside: Beside | None

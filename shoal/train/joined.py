@@ -87,6 +87,10 @@ def run_joined(job: Job, options: TrainOptions, observers: Sequence[Observer], m
     threads = max(1, Cluster.local(measure=False).cores // member.local_size)
     interrupts = _PatientInterrupts()
     with Group.join(member, _deadline_s()) as group, interrupts.caught(), _callers_state():
+        if plan.ps is not None:
+            from shoal.train.remote import start
+
+            return start.run_joined(start.Request(job, options, plan, observers, interrupts, _deadline_s()), group, threads)
         return _Process(job, options, group, interrupts).run(plan, threads, observers)
 
 
@@ -100,6 +104,11 @@ def run_here(job: Job, options: TrainOptions, observers: Sequence[Observer]) -> 
         if options.resume and options.plan is None:
             plan = resumed_plan(directory)
             check_device(plan)
+        if plan.ps is not None:
+            from shoal.train.remote import start
+
+            stack.enter_context(_callers_state())
+            return start.run_here(start.Request(job, options, plan, observers, interrupts, _deadline_s()), directory)
         cores = Cluster.local(measure=False).cores
         ways = devices(plan, cores)
         count = plan.world_size if plan.names_axes else min(ways, job.batch_size)
@@ -120,8 +129,8 @@ def fit_plan(plan: Plan, world_size: int, threads: int) -> Plan:
     """The plan for a job of so many processes, with all axes that matter; PlanError where it is for another number."""
     if plan.ps is not None:
         raise NotBuiltError(
-            f"ps={plan.ps} is built for workers that share memory, on one machine; write dp={world_size} for processes that "
-            "do not."
+            f"The run has the plan ps={plan.ps}; to go on with it under torchrun or Slurm say so again: --plan ps={plan.ps},"
+            f"workers={plan.data_ways}."
         )
     if plan.local_steps:
         raise NotBuiltError(

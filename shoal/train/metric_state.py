@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from shoal.comm.journal import Journal
-from shoal.train.evaluate import merge, own_copy
+from shoal.train.evaluate import is_stateful, merge, own_copy
 
 Piece = dict[str, dict[str, dict[str, Any]]]
 _PLAIN = (int, float, str, bool, type(None))
@@ -132,6 +132,28 @@ def _read(journal: Journal, step: int) -> tuple[int, list[Piece]]:
 def write_pieces(journal: Journal, step: int, pieces: Sequence[Piece]) -> None:
     """Let a worker that begins at ``step`` find these."""
     journal.write_page(step, pickle.dumps((0, [], list(pieces)), protocol=5))
+
+
+def pieces_of(metrics: Mapping[str, Any]) -> list[Piece]:
+    """What metrics hold, as pieces."""
+    piece: Piece = {}
+    for path, metric in _states_of(metrics):
+        state = {name: getattr(metric, name) for name in metric._defaults}
+        piece[path] = {
+            "plain": _plain(vars(metric)),
+            "tensors": {name: value for name, value in state.items() if not isinstance(value, list)},
+            "lists": {name: _join(value) for name, value in state.items() if isinstance(value, list)},
+        }
+    return [piece] if piece else []
+
+
+def metrics_of(pieces: Sequence[Piece], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics that hold what pieces say; ``fresh``: the job's own, by name."""
+    found = {name: own_copy(metric) for name, metric in fresh.items() if is_stateful(metric)}
+    for piece in pieces:
+        for path, part in _states_of(found):
+            _take_up(part, piece.get(path, {}))
+    return found
 
 
 def deal_pieces(saved: Sequence[Sequence[Piece]], world_size: int) -> list[list[Piece]]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Neighbours:
     def start(cls, job: Job, options: TrainOptions, meeting: Path, world_size: int) -> Iterator[Neighbours]:
         """Start them, and end them when this is left. Each gets the job by value over its standard input."""
         from shoal.train.driver import portable
+        from shoal.train.joined import work_for
 
         meeting.unlink(missing_ok=True)
         portable(job)
@@ -44,7 +45,7 @@ class Neighbours:
         found = cls(meeting, [])
         try:
             for rank in range(1, world_size):
-                found._processes.append(_start(dumps((job, quiet, str(meeting), rank, world_size))))
+                found._processes.append(start_process(work_for, job, quiet, str(meeting), rank, world_size))
             yield found
         finally:
             found._end()
@@ -73,7 +74,12 @@ class Neighbours:
                     process.stdin.close()
 
 
-def _start(payload: bytes) -> subprocess.Popen[bytes]:
+def start_process(work: Callable[..., Any], *arguments: Any) -> subprocess.Popen[bytes]:
+    """Start a process that calls a function of a module with these arguments, which it gets over its standard input.
+
+    It ends when this process does; it ends with code 1 where the function raises, and says why only where that is a bug.
+    """
+    payload = dumps((work, arguments))
     environment = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1")}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -106,15 +112,13 @@ def main() -> int:
     # What user code prints must not get between the lines that a command promises on standard output.
     os.dup2(2, 1)
     sys.path[:] = _read()
-    job, options, meeting, rank, world_size = _read()
+    work, arguments = _read()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from shoal.train.joined import work_for
-
     try:
-        work_for(job, options, meeting, rank, world_size)
+        work(*arguments)
     except BaseException as error:
         # Rank 0 has heard of it and says it; only what is no error of the job's or shoal's own is worth a word here.
-        failure = Failure.of(error, rank)
+        failure = Failure.of(error)
         if not failure.kind and not isinstance(error, KeyboardInterrupt):
             print(failure.traceback_text, file=sys.stderr)
         return 1

@@ -43,8 +43,11 @@ def read(path: Path) -> Any:
 
 
 def from_bytes(data: bytes | memoryview) -> Any:
-    """What ``to_bytes`` made of it."""
-    return _load(io.BytesIO(data))
+    """What ``to_bytes`` made of it; RequestError where that is not what it holds."""
+    try:
+        return _load(io.BytesIO(data))
+    except (pickle.PickleError, RuntimeError, EOFError) as error:
+        raise RequestError(f"Notes cannot be read ({str(error).splitlines()[0]}).") from None
 
 
 def _load(file: Any) -> Any:

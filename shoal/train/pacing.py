@@ -53,6 +53,11 @@ class PushRecorder(Recorder):
         if isinstance(before, PushRecorder):
             self.staleness.update(before.staleness)
 
+    @property
+    def next_unit(self) -> int:
+        """The first unit that is not known to be done."""
+        return self._next
+
     def drain(self, until: int | None = None) -> None:
         while (last := self.committed()) > self.step:
             super().drain(last)

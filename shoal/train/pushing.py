@@ -211,24 +211,20 @@ class PushLoop(Loop):
             return
         step = units[-1] // axis.world_size
         rows = [axis.ledger.row(unit) for unit in units]
+        stripe = self.parts.store.stripe_of(self.rank)
         clip, squared = self.parts.job.grad_clip, 0.0
         # The rows of all that has gathered go together, as the stripe does.
         self.parts.gradients.collect()
         if clip is None:
-            bad = find_bad(self.parts.store, self.rank, axis.own, self.parts.gradients.finite)
+            bad = find_bad(self.parts.store, stripe, axis.own, self.parts.gradients.finite)
         else:
-            squared, bad = examine(self.parts.store, self.rank, axis.own)
+            squared, bad = examine(self.parts.store, stripe, axis.own)
         bad = bad or self.parts.gradients.bad_row
         loss = sum(row[UnitColumns.LOSS] for row in rows)
         if bad is not None or not math.isfinite(loss):
             self._reject(bad)
             return
-        weight = sum(row[UnitColumns.WEIGHT] for row in rows)
-        measured = any(row[UnitColumns.MEASURED] for row in rows)
-        factor = len(units) / weight if measured and weight else 1.0
-        squared += self.parts.gradients.rows_squared
-        if clip is not None:
-            factor *= min(1.0, clip / (math.sqrt(squared) * factor + 1e-6))
+        factor = self._factor(rows, squared + self.parts.gradients.rows_squared)
         self._metric_notes.keep(axis.pushes + 1)
         self._settle(units, axis.pushes + 1)
         axis.push(units[0], factor)
@@ -237,6 +233,14 @@ class PushLoop(Loop):
         axis.await_applied()
         self._gathered = []
         self.parts.faults.reach("committed", step)
+
+    def _factor(self, rows: Sequence[np.ndarray], squared: float) -> float:
+        """What the gradients of these units are multiplied by, so that their sum is a mean, and clipped."""
+        weight = sum(row[UnitColumns.WEIGHT] for row in rows)
+        measured = any(row[UnitColumns.MEASURED] for row in rows)
+        factor = len(rows) / weight if measured and weight else 1.0
+        clip = self.parts.job.grad_clip
+        return factor if clip is None else factor * min(1.0, clip / (math.sqrt(squared) * factor + 1e-6))
 
     def _reject(self, parameter: str | None) -> None:
         """A gradient that is no number never reaches a server."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -164,21 +165,23 @@ class SavedRows:
         if path.exists():
             # By a process that was killed afterwards, when it may have begun to update.
             return
-        from safetensors.torch import save_file
-
         table = self.table
         tensors = to_tensors(table.export(range(self.first, self.last)), table.export_sketch(self.first, self.last))
-        part = path.with_suffix(".part")
-        meta = {
-            "table": table.spec.name, "prefix": prefix_of(table.spec), "width": str(table.spec.width),
-            "sketch_from": repr(self.first / table.spec.shards),
-        }  # fmt: skip
-        try:
-            save_file(tensors, part, metadata=meta)
-        except Exception as error:
-            part.unlink(missing_ok=True)
-            raise OSError(str(error)) from None
-        os.replace(part, path)
+        write_rows(path, tensors, table.spec, self.first / table.spec.shards)
+
+
+def write_rows(path: Path, tensors: Mapping[str, torch.Tensor], spec: TableSpec, sketch_from: float) -> None:
+    """Write rows of a table to a file of a checkpoint. OSError where the disk does not take them."""
+    from safetensors.torch import save_file
+
+    part = path.with_suffix(".part")
+    meta = {"table": spec.name, "prefix": prefix_of(spec), "width": str(spec.width), "sketch_from": repr(sketch_from)}
+    try:
+        save_file(dict(tensors), part, metadata=meta)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        raise OSError(str(error)) from None
+    os.replace(part, path)
 
 
 class TableUpdater(Updater):
@@ -318,19 +321,32 @@ def run_spec(spec: TableSpec) -> TableSpec:
 
 
 def _restore(table: Table, path: Path) -> None:
+    rows, sketch, begin = _read(path, table.spec)
+    table.put(rows)
+    if sketch is not None and table.spec.admission > 1:
+        table.put_sketch(sketch, begin)
+
+
+def read_rows(checkpoint: Path, number: int, spec: TableSpec) -> Iterator[tuple[Rows, np.ndarray | None]]:
+    """The rows of a table in a checkpoint, file by file. RequestError where it lacks them, or has others."""
+    found = sorted(checkpoint.glob(f"rows-{number}-*.safetensors"))
+    if not found:
+        raise _another(checkpoint, spec.name)
+    for path in found:
+        rows, sketch, _ = _read(path, spec)
+        yield rows, sketch
+
+
+def _read(path: Path, spec: TableSpec) -> tuple[Rows, np.ndarray | None, float]:
     from safetensors import safe_open
 
-    spec = table.spec
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         meta = file.metadata() or {}
     rows, sketch = from_tensors(tensors)
     if meta.get("table") != spec.name or rows.values.shape[1] != spec.width + spec.state:
         raise _another(path.parent, spec.name)
-    table.put(rows)
-    begin = float(meta.get("sketch_from", "0"))
-    if sketch is not None and spec.admission > 1:
-        table.put_sketch(sketch, begin)
+    return rows, sketch, float(meta.get("sketch_from", "0"))
 
 
 def _another(checkpoint: Path, name: str) -> RequestError:

@@ -98,12 +98,15 @@ def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = 
         bool(plan.local_steps),
         private,
         team_bytes(grid),
-        _server_regions(plan, grid, facts),
+        _server_regions(plan, grid, facts, private),
     )
 
 
-def _server_regions(plan: Plan, grid: Grid, facts: JobFacts) -> Mapping[str, int]:
-    """What a parameter server keeps in the arena beside the weights."""
+def _server_regions(plan: Plan, grid: Grid, facts: JobFacts, private: bool) -> Mapping[str, int]:
+    """What a parameter server keeps in the arena beside the weights; without shared memory, what is known of its pushes."""
+    if plan.ps is not None and private:
+        # A worker may do what all others of a step should have done.
+        return regions(grid.world_size, grid.servers, max(plan.push_every or 1, grid.world_size))
     if plan.ps is not None and DIRECTION in facts.table.state_keys:
         return {"products": products_bytes(grid.servers)}
     if plan.waits_for_nobody:

@@ -121,7 +121,7 @@ class Deadly:
 def test_a_claim_that_is_not_counted_is_no_claim_and_one_that_is_says_whose(push_every: int) -> None:
     store = make_store(push_every=push_every)
     try:
-        dying, other = (Claims(store.arena, push_every, None) for _ in range(2))
+        dying, other = (Claims(store.arena, None) for _ in range(2))
         dying._counts = Deadly(dying._counts)  # type: ignore[assignment]
         assert other.claim(0) == Claim(0, 0)
         other.finish(0)

@@ -1,0 +1,59 @@
+"""How a lead answers: each question once, now or later; a question that comes again gets the same answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from shoal.ps.endpoint import Endpoint
+from shoal.ps.messages import encode
+from shoal.ps.wire import Malformed
+from shoal.train.remote import words
+
+
+@dataclass
+class Asked:
+    """A question that is not answered yet; ``frames``: what came with it."""
+
+    identity: bytes
+    said: words.Said
+    frames: Sequence[Any]
+    since: float = field(default_factory=time.monotonic)
+
+
+class Desk:
+    """The lead's endpoint, question by question. Everybody asks one thing at a time."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.open: list[Asked] = []
+        self._last: dict[bytes, tuple[int, bytes, Sequence[Any]]] = {}
+
+    def receive(self, timeout_s: float) -> list[Asked]:
+        """The questions that have come and are new; they are open until they are answered."""
+        found = []
+        for identity, frames in self.endpoint.receive(timeout_s):
+            try:
+                said = words.decode_said(frames)
+            except Malformed as error:
+                self.endpoint.complain(str(error))
+                continue
+            number, head, further = self._last.get(identity, (0, b"", ()))
+            if said.number == number:
+                self.endpoint.send(identity, head, further)
+            elif said.number > number and not any(a.identity == identity and a.said.number == said.number for a in self.open):
+                asked = Asked(identity, said, frames[1:])
+                self.open.append(asked)
+                found.append(asked)
+        return found
+
+    def answer(self, asked: Asked, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = ()) -> None:
+        """Answer a question."""
+        self.open.remove(asked)
+        head = encode(make(asked.said.number))
+        self._last[asked.identity] = (asked.said.number, head, frames)
+        self.endpoint.send(asked.identity, head, frames)

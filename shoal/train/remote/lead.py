@@ -1,0 +1,516 @@
+"""The lead of a run whose servers and workers share no memory: it hands out units and hears what was done of them.
+
+It keeps an arena of its own in which it writes what the processes of an arena would write there themselves: claims, the
+ledger's words and rows, signals. So what reads these (``PushRecorder``, ``Pacer``, ``Session``) is the same in both.
+
+Under ``sync`` pushes are staged on the servers; once those of all shards of a step are there the lead has the servers apply their
+sum, and only then are the workers answered. What a worker had begun when it was lost, another one does again, under the
+same id, so that no server counts it twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.comm.arena import Note, Order, Signal
+from shoal.comm.store import VALUE_COLUMNS, Store
+from shoal.errors import JobError, JobFailed, WorkerLostError
+from shoal.process.failure import Failure
+from shoal.ps import messages
+from shoal.ps.claims import Claim, Claims
+from shoal.ps.client import Client, NotStaged, Patience
+from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.ps.placement import Placement
+from shoal.train import checkpoint as checkpoints
+from shoal.train import notes
+from shoal.train.choose import predicted_step
+from shoal.train.evaluate import Tally
+from shoal.train.host import TrainHost
+from shoal.train.metric_state import metrics_of
+from shoal.train.pacing import Pacer, PushRecorder
+from shoal.train.remote import words
+from shoal.train.remote.desk import Asked, Desk
+from shoal.train.remote.line import Meeting
+from shoal.train.remote.members import Lost, Member, Members
+from shoal.train.remote.state import RemoteTables, StoreState, push_id
+from shoal.train.remote.worker import built_as
+from shoal.train.run import Run
+from shoal.train.schedule import Schedule
+from shoal.train.session import Session
+from shoal.train.settings import BadPush, EpochPart, RunSettings, ValueNames
+from shoal.train.update import WholeUpdater
+
+_POLL_S = 0.05
+# A question that waits for something is answered after so long all the same: who asks knows then that the lead lives.
+_HOLD_S = 0.5
+_LEAST_SILENCE_S = 60.0
+_START_S = 300.0
+MOST_DEATHS = 5
+"""So often may one worker die without having finished a unit in between."""
+
+
+class _Groups(WholeUpdater):
+    """What a schedule tells the hyperparameters; nothing is updated here."""
+
+    def __init__(self) -> None:
+        self.groups: Sequence[dict[str, Any]] | None = None
+
+    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.groups = groups
+
+    def memory(self) -> dict[str, Any]:
+        return {"state": {}, "common": {}, "groups": []}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """What servers keep is in their state."""
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A unit whose worker was lost; ``row``: the place in which it was claimed."""
+
+    unit: int
+    row: int
+
+
+class InLead:
+    """The built job inside the lead, where a session expects a template's supervisor."""
+
+    def __init__(self, host: TrainHost, members: Members) -> None:
+        self._host, self._members = host, members
+
+    def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
+        return getattr(self._host, method)(*arguments)
+
+    def processes(self) -> list[dict[str, Any]]:
+        return self._members.rows({"role": "supervisor", "rank": 0, "pid": os.getpid(), "host": socket.gethostname()})
+
+
+class RemoteLead(Session):
+    """The supervisor's part of such a run."""
+
+    _recorder: PushRecorder
+    _pacer: Pacer
+
+    def begin(
+        self, settings: RunSettings, store: Store, host: TrainHost, placement: Placement, members: Members, desk: Desk,
+        meeting: Meeting,
+    ) -> None:  # fmt: skip
+        """Take up the run; fill the store from a checkpoint where there is one to go on from."""
+        self._settings, self._plan = settings, settings.plan
+        self._store, self._arena = store, store.arena
+        self._host, self._placement, self._members = host, placement, members
+        self._desk, self._meeting = desk, meeting
+        self._built = built_as(self._facts)
+        self._sync = not self._plan.waits_for_nobody
+        self._tables = RemoteTables(self._facts.tables, placement)  # type: ignore[assignment]
+        self._state = StoreState(store, placement)
+        self._predicted_s = predicted_step(self._plan, self._job, self._facts)
+        self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
+        first = self._restore(store)
+        self._write_beginning(first)
+        self._recorder = PushRecorder(store, self._emit, settings, first)
+        self._pacer = Pacer(store, settings, self._recorder, first)
+        self._claims = Claims(store.arena, self._ahead())
+        self._first_step = first
+        self._groups = _Groups()
+        self._schedule: Schedule = host.schedule(store.arena.world_size, self._groups)
+        page = store.read_notebook(store.arena.world_size, first) if first else None
+        self._state.numbers = dict(((page or {}).get("optimizer") or {}).get("state", {}))
+        self._schedule.recall(first)
+        self._client: Client | None = None
+        self._collected = first
+        self._orphans: deque[Orphan] = deque()
+        # Who has which units: their rank -> (unit, the row that it was claimed in).
+        self._given: dict[int, list[Orphan]] = {}
+        # Under sync: what was reported of the units of the step in work.
+        self._staged: dict[int, tuple[words.Report, words.Row]] = {}
+        self._deaths: dict[int, int] = {}
+        self._died_at: dict[int, tuple[float, int]] = {}
+        self._began_at = time.monotonic()
+
+    def _ahead(self) -> int | None:
+        if self._sync:
+            return 0
+        return self._plan.staleness if self._plan.mode == "bounded" else None
+
+    # -- while it runs -------------------------------------------------------------------------------------------
+
+    def serve(self, began: float) -> Run:
+        """Bring the run to its end."""
+        self._interrupts.armed = True
+        while not self._is_over():
+            self._attend_members()
+            self._hear(_POLL_S)
+            if self._client is not None:
+                self._attend()
+        self._recorder.drain()
+        self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
+        run = self._end(began)
+        self._dismiss(run)
+        return run
+
+    def _is_over(self) -> bool:
+        return self._arena.supervisor.signal(Order.OVER) > 0 and self._claims.all_finished()
+
+    def _dismiss(self, run: Run) -> None:
+        """Tell everybody how it ended."""
+        summary = json.dumps(run.summary()).encode()
+        deadline = time.monotonic() + 10.0
+        while time.monotonic() < deadline:
+            for asked in list(self._desk.open):
+                if isinstance(asked.said, words.Leave):
+                    self._desk.answer(asked, lambda n: words.Ended(n, str(run.path), summary))
+                    self._members.of[asked.said.role, asked.said.rank].left = True
+                elif isinstance(asked.said, words.Join):
+                    self._desk.answer(asked, lambda n: messages.Refused(n, "the run has ended"))
+                elif isinstance(asked.said, words.Claim):
+                    self._desk.answer(asked, lambda n: words.Later(n, self._recorder.step, self._orders()))
+                else:
+                    self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+            if all(m.left or not m.joined for m in self._members.of.values()):
+                return
+            self._desk.receive(_POLL_S)
+
+    # -- what is said --------------------------------------------------------------------------------------------
+
+    def _hear(self, timeout_s: float) -> None:
+        for asked in self._desk.receive(timeout_s):
+            said = asked.said
+            if isinstance(said, words.Look):
+                self._members.hear(said.role, said.rank)
+            elif isinstance(said, (words.Claim, words.Report, words.Evaluated, words.Bad)):
+                self._members.hear("worker", said.rank)
+            self._take_said(asked)
+        for asked in list(self._desk.open):
+            self._answer_later(asked)
+
+    def _take_said(self, asked: Asked) -> None:
+        said, desk = asked.said, self._desk
+        if isinstance(said, words.Join):
+            self._join(said)
+        elif isinstance(said, words.Report):
+            self._report(asked, said)
+        elif isinstance(said, words.Names):
+            self._take(ValueNames(said.names))
+            desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+        elif isinstance(said, words.Evaluated):
+            self._evaluated(said, asked.frames)
+            desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+        elif isinstance(said, words.Bad):
+            desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+            self._take(BadPush(said.rank, said.units, said.parameter, said.samples))
+        elif isinstance(said, words.Failed):
+            desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+            error = Failure(said.kind, said.sentence, said.traceback, said.rank).error()
+            raise error
+
+    def _answer_later(self, asked: Asked) -> None:
+        """Answer what waits for something, where that is there, or where it has waited long enough."""
+        said, desk, held_s = asked.said, self._desk, time.monotonic() - asked.since
+        if isinstance(said, words.Claim):
+            self._answer_claim(asked, said, held_s > _HOLD_S)
+        elif isinstance(said, words.Look):
+            if said.seen != self._orders() or held_s > _HOLD_S:
+                desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+        elif isinstance(said, words.Join) and (said.role == "server" or self._client is not None):
+            servers = {str(m.rank): m.address for m in self._members.joined("server")} if said.role == "worker" else {}
+            desk.answer(
+                asked,
+                lambda n: words.Placed(
+                    number=n, plan=str(self._plan), total_steps=self._settings.total_steps, first_step=self._first_step,
+                    checkpoints=self._settings.checkpoint_dir, servers=servers, orders=self._orders(),
+                ),
+            )
+
+    def _orders(self) -> words.Orders:
+        supervisor = self._arena.supervisor
+        return words.Orders(
+            steps_allowed=supervisor.signal(Order.STEPS_ALLOWED), over=supervisor.signal(Order.OVER),
+            epoch_done=supervisor.signal(Order.EPOCH_DONE), stop_epoch=int(supervisor.note(Note.STOP_EPOCH)),
+            stop_at=int(supervisor.note(Note.STOP_AT)), eval_loss=supervisor.note(Note.EVAL_LOSS),
+            idle=self._claims.all_finished(),
+        )  # fmt: skip
+
+    def _join(self, said: words.Join) -> None:
+        if said.built != self._built:
+            raise JobError(
+                f"{said.role.capitalize()} {said.rank} has built another model or data set than the lead; let the job's "
+                "functions do the same in every process."
+            )
+        known = self._members.of.get((said.role, said.rank))
+        if known is not None and known.joined and known.pid != said.pid:
+            raise JobFailed(f"Two processes say that they are {said.role} {said.rank}; start each once.")
+        self._members.join(said.role, said.rank, said.pid, said.host, said.address)
+
+    def _evaluated(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
+        evaluation, training = (metrics_of(notes.from_bytes(frame), self._job.metrics) for frame in frames)
+        found = None
+        if said.sums is not None:
+            found = Tally({name: (a, b) for name, (a, b) in said.sums.items()}, evaluation)
+        self._arena.slots[said.rank].post(Signal.EVALUATED, said.epoch)
+        self._take(EpochPart(said.epoch, said.rank, found, Tally(metrics=training), said.seconds))
+
+    # -- units ---------------------------------------------------------------------------------------------------
+
+    def _answer_claim(self, asked: Asked, said: words.Claim, waited: bool) -> None:
+        """Hand out a unit: first those whose worker was lost, each to be pushed by itself."""
+        rank, workers = said.rank, self._arena.world_size
+        given = None
+        if self._orphans and not said.open:
+            given = self._orphans.popleft()
+        elif not self._orphans or said.open:
+            own = any(orphan.row == rank for orphan in (*self._orphans, *self._given_to_others(rank)))
+            got = None if own else self._claims.claim(rank)
+            if isinstance(got, Claim):
+                self._given.setdefault(rank, []).append(Orphan(got.unit, rank))
+                self._give(asked, got.unit, got.slowest, alone=False)
+                return
+        if given is not None:
+            self._given.setdefault(rank, []).append(given)
+            self._give(asked, given.unit, given.unit // workers, alone=True)
+            return
+        step = (self._claims.last() + 1) // workers
+        if waited or said.open or (self._claims.all_finished() and self._rests(step)):
+            self._desk.answer(asked, lambda n: words.Later(n, step, self._orders()))
+
+    def _rests(self, step: int) -> bool:
+        supervisor = self._arena.supervisor
+        return supervisor.signal(Order.STEPS_ALLOWED) <= step or supervisor.signal(Order.OVER) > 0
+
+    def _given_to_others(self, rank: int) -> list[Orphan]:
+        return [orphan for other, own in self._given.items() if other != rank for orphan in own]
+
+    def _give(self, asked: Asked, unit: int, slowest: int, alone: bool) -> None:
+        step = unit // self._arena.world_size
+        groups = self._groups_of(step) if not self._sync else None
+        tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
+        heads, frames = messages.pack_tensors(tensors)
+        copies = [bytes(frame) for frame in frames]
+        settled = self._id_of(self._recorder.next_unit)
+        self._desk.answer(
+            asked,
+            lambda n: words.Unit(
+                number=n, unit=unit, slowest=slowest, alone=alone, groups=groups, settled=settled, buffers=heads,
+                orders=self._orders(),
+            ),
+            copies,
+        )  # fmt: skip
+
+    def _id_of(self, unit: int) -> tuple[int, int, int]:
+        return push_id(unit, self._arena.world_size, self._settings.steps_per_epoch)
+
+    def _groups_of(self, step: int) -> tuple[dict[str, Any], ...] | None:
+        """The hyperparameters of a step, as far as they are numbers; None where no scheduler changes them."""
+        if self._job.scheduler is None:
+            return None
+        schedule, supervisor = self._schedule, self._arena.supervisor
+        while schedule.epochs < supervisor.signal(Order.EPOCH_DONE):
+            schedule.after_epoch(supervisor.note(Note.EVAL_LOSS))
+        # The schedule goes by batches, in whatever order their shards come.
+        schedule.reach(step)
+        return tuple(self._host.plain_groups())
+
+    def _report(self, asked: Asked, said: words.Report) -> None:
+        own = self._given.get(said.rank, [])
+        known = {orphan.unit for orphan in own}
+        rows = [row for row in said.rows if row.unit in known]
+        self._check_rows(said)
+        if said.buffers and rows:
+            found = messages.unpack_tensors(said.buffers, asked.frames)
+            for index, spec in enumerate(self._store.table.buffers):
+                for parity in (0, 1):
+                    self._store.buffer(parity, index).copy_(found[spec.name])
+        for row in rows:
+            if self._sync:
+                self._staged[row.unit] = (said, row)
+            else:
+                self._settle(row, said.rank, int(row.columns[UnitColumns.PUSH]), said.made)
+        if self._staged:
+            self._commit()
+        # Whoever reports something that was done by another meanwhile is told to go on.
+        self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+
+    def _check_rows(self, said: words.Report) -> None:
+        width = UnitColumns.VALUES + VALUE_COLUMNS
+        for row in said.rows:
+            if len(row.columns) != width or len(row.pulled) not in (0, self._plan.servers):
+                raise JobFailed(f"Worker {said.rank} has reported a unit in another form; run the same version everywhere.")
+
+    def _commit(self) -> None:
+        """Let the servers apply a step once all of its shards are there."""
+        workers, client = self._arena.world_size, self._client
+        assert client is not None
+        step = min(self._staged) // workers
+        units = range(step * workers, (step + 1) * workers)
+        if not all(unit in self._staged for unit in units):
+            return
+        counted = [u for u in units if int(self._staged[u][1].columns[UnitColumns.PUSH]) not in (EMPTY, REJECTED)]
+        made: Sequence[int] = ()
+        if counted:
+            weight = sum(self._staged[u][1].columns[UnitColumns.WEIGHT] for u in counted)
+            scale = 1.0 / weight if weight else 1.0
+            ids = [self._id_of(u) for u in counted]
+            settled = self._id_of(units.stop)
+            try:
+                clip = self._job.grad_clip
+                if clip is not None:
+                    norm = math.sqrt(client.norm_squared(ids)) * scale
+                    scale *= min(1.0, clip / (norm + 1e-6))
+                versions = client.commit(ids, settled, scale, self._groups_of(step))
+            except NotStaged:
+                raise self._lost_server(f"A server has lost the pushes of step {step + 1}") from None
+            made = [versions[server] for server in self._placement.servers]
+        for unit in units:
+            said, row = self._staged.pop(unit)
+            push = int(row.columns[UnitColumns.PUSH])
+            self._settle(row, said.rank, push, made)
+
+    def _settle(self, row: words.Row, rank: int, push: int, made: Sequence[int]) -> None:
+        """Write a unit's row where recorders read it, and count it as done."""
+        ledger, own = self._recorder.ledger, self._given[rank]
+        given = next(orphan for orphan in own if orphan.unit == row.unit)
+        own.remove(given)
+        place = ledger.row(row.unit)
+        slowest = place[UnitColumns.SLOWEST]
+        place[: len(row.columns)] = row.columns
+        place[UnitColumns.RANK], place[UnitColumns.SLOWEST] = rank, slowest
+        ledger.pulled(row.unit)[:] = row.pulled or 0
+        if push not in (EMPTY, REJECTED):
+            ledger.made(row.unit)[:] = made
+            count = ledger.applied(0, rank) + 1
+            for server in range(ledger.servers):
+                ledger.commit(server, rank, count)
+            place[UnitColumns.PUSH] = count
+        place[UnitColumns.UNIT] = row.unit + 1
+        self._deaths.pop(rank, None)
+        if rank in self._died_at:
+            died_at, step = self._died_at.pop(rank)
+            after_s = time.monotonic() - died_at
+            pid = self._members.of["worker", rank].pid
+            self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="recomputed", role="worker")
+        remaining = [o for o in (*self._orphans, *(o for g in self._given.values() for o in g)) if o.row == given.row]
+        if not remaining:
+            self._claims.finish(given.row)
+
+    # -- processes -----------------------------------------------------------------------------------------------
+
+    def _attend_members(self) -> None:
+        for lost in self._members.lost(self._silence_s):
+            self._bury(lost)
+        if self._members.changed:
+            self._tell_processes()
+        joined = self._members.joined("server")
+        if self._client is None and len(joined) == self._plan.servers:
+            self._fill_servers({m.rank: m.address for m in joined})
+        if self._client is None and time.monotonic() - self._began_at > _START_S:
+            missing = sorted(set(self._placement.servers) - {m.rank for m in joined})
+            raise WorkerLostError(f"Server {missing[0]} has not come within {_START_S:.0f} s; see what keeps it.")
+
+    def _silence_s(self, member: Member) -> float:
+        stall = os.environ.get("SHOAL_STALL_S")
+        least = float(stall) if stall else _LEAST_SILENCE_S
+        return max(least, 20.0 * self._recorder.longest_step_s)
+
+    def _fill_servers(self, addresses: dict[int, str]) -> None:
+        """All servers are there: give them what the run begins with."""
+
+        def look() -> None:
+            for lost in self._members.lost(self._silence_s):
+                self._bury(lost)
+
+        patience = Patience(deadline_s=self._meeting.deadline_s)
+        client = Client(addresses, self._meeting.keys, patience, look)
+        settled = self._id_of(self._first_step * self._arena.world_size)
+        for server in self._placement.servers:
+            client.put(server, self._state.give(server, self._first_step, settled), whole=True)
+        self._tables.client = client  # type: ignore[attr-defined]
+        self._tables.fill()  # type: ignore[attr-defined]
+        self._client = client
+
+    def _bury(self, lost: Lost) -> None:
+        """Somebody is gone. What a worker had begun goes to others; without a server the run cannot go on."""
+        member = lost.member
+        step = self._recorder.step + 1
+        self._emit(
+            "death", rank=member.rank, pid=member.pid, step=step, phase="unknown", cause=lost.cause, role=member.role
+        )
+        if member.role == "server":
+            raise self._lost_server(f"Server {member.rank} died ({lost.cause})")
+        deaths = self._deaths[member.rank] = self._deaths.get(member.rank, 0) + 1
+        if deaths >= MOST_DEATHS:
+            raise WorkerLostError(
+                f"Worker {member.rank} died {deaths} times without having finished anything (last by {lost.cause}), so "
+                f"something in its work kills it; {self._name_last_checkpoint()}"
+            )
+        for orphan in self._given.pop(member.rank, []):
+            # Under sync it may be staged already: then it is done, but for the others.
+            if orphan.unit in self._staged:
+                self._given.setdefault(member.rank, []).append(orphan)
+            else:
+                self._orphans.append(orphan)
+        for asked in list(self._desk.open):
+            if getattr(asked.said, "rank", None) == member.rank and getattr(asked.said, "role", "worker") == "worker":
+                self._desk.open.remove(asked)
+        if self._members.is_own("worker", member.rank):
+            self._died_at[member.rank] = (time.monotonic(), step)
+            self._members.start("worker", member.rank)
+        elif not any(m.role == "worker" for m in self._members.of.values()):
+            raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")
+
+    def _lost_server(self, what: str) -> WorkerLostError:
+        return WorkerLostError(f"{what}, and what it held is gone with it; go on with --resume: {self._name_last_checkpoint()}")
+
+    # -- checkpoints and the end ---------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Bring the servers' state into the store; nobody is at work."""
+        if self._client is not None and self._collected != self._recorder.step:
+            self._collected = self._recorder.step
+            for server in self._placement.servers:
+                self._state.take(self._client.take(server, None, {}))
+
+    def _write_last(self, step: int) -> None:
+        self._collect()
+        place = self._arena.world_size
+        self._schedule.reach(step)
+        self._schedule.keep(step)
+        page = self._store.read_notebook(place, step)
+        whole = not self._facts.table.elementwise
+        page["optimizer"] = {"state": self._state.numbers, "common": {}, "groups": page["groups"]} if whole else None
+        self._store.write_notebook(place, step, page)
+        checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
+
+    def _describe_checkpoints(self) -> None:
+        """Nobody follows such a run."""
+
+    def _final_state(self, step: int) -> dict[str, torch.Tensor]:
+        self._collect()
+        return super()._final_state(step)
+
+    def _all_evaluated(self, epoch: int) -> bool:
+        return True
+
+    def _processes_here(self) -> list[dict[str, Any]]:
+        host = socket.gethostname()
+        return [row for row in self._supervisor.processes() if row["host"] == host]
+
+    def close(self) -> None:
+        """Leave the directory to whoever comes next."""
+        self._finish_completing()
+        if self._client is not None:
+            self._client.close()
+        with contextlib.suppress(OSError):
+            self._directory.release([])
+

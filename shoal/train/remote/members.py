@@ -1,0 +1,122 @@
+"""The processes of a run as its lead knows them: which it has started itself, who has joined, and who is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Start = Callable[[str, int], "subprocess.Popen[bytes]"]
+"""Starts the process of a role and a rank."""
+
+
+@dataclass
+class Member:
+    """A process; ``heard_at``: when it last said something; ``process``: where the lead has started it."""
+
+    role: str
+    rank: int
+    pid: int
+    host: str = ""
+    address: str = ""
+    heard_at: float = 0.0
+    joined: bool = False
+    left: bool = False
+    process: subprocess.Popen[bytes] | None = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Somebody who is gone, and by what."""
+
+    member: Member
+    cause: str
+
+
+class Members:
+    """All processes but the lead's own.
+
+    Args:
+        own: the (role, rank) of those that the lead starts, and starts again.
+    """
+
+    def __init__(self, start: Start, own: Sequence[tuple[str, int]]) -> None:
+        self._start = start
+        self._own = tuple(own)
+        self.of: dict[tuple[str, int], Member] = {}
+        self.changed = True
+
+    def begin(self) -> None:
+        for role, rank in self._own:
+            self.start(role, rank)
+
+    def start(self, role: str, rank: int) -> Member:
+        """Start a process, or start it again."""
+        process = self._start(role, rank)
+        found = self.of[role, rank] = Member(role, rank, process.pid, heard_at=time.monotonic(), process=process)
+        self.changed = True
+        return found
+
+    def is_own(self, role: str, rank: int) -> bool:
+        """Whether the lead starts this one again."""
+        return (role, rank) in self._own
+
+    def join(self, role: str, rank: int, pid: int, host: str, address: str) -> Member:
+        """Somebody is there."""
+        found = self.of.get((role, rank))
+        if found is None or found.pid != pid:
+            found = self.of[role, rank] = Member(role, rank, pid)
+        found.host, found.address, found.joined, found.heard_at = host, address, True, time.monotonic()
+        self.changed = True
+        return found
+
+    def hear(self, role: str, rank: int) -> None:
+        """Somebody has said something."""
+        if (role, rank) in self.of:
+            self.of[role, rank].heard_at = time.monotonic()
+
+    def lost(self, silent_s: Callable[[Member], float]) -> list[Lost]:
+        """Take those out who have died, or have said nothing for longer than ``silent_s``."""
+        found = []
+        for key, member in list(self.of.items()):
+            cause = ""
+            code = None if member.process is None else member.process.poll()
+            if member.left or (code == 0 and member.joined):
+                continue
+            if code is not None:
+                cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            elif member.joined and time.monotonic() - member.heard_at > silent_s(member):
+                cause = "silence"
+                if member.process is not None:
+                    member.process.kill()
+            if cause:
+                del self.of[key]
+                self.changed = True
+                found.append(Lost(member, cause))
+        return found
+
+    def joined(self, role: str) -> list[Member]:
+        return [m for m in self.of.values() if m.role == role and m.joined]
+
+    def rows(self, lead: dict[str, Any]) -> list[dict[str, Any]]:
+        """What ``processes.json`` holds."""
+        self.changed = False
+        members = [{"role": m.role, "rank": m.rank, "pid": m.pid, "host": m.host or lead["host"]} for m in self.of.values()]
+        return [lead, *sorted(members, key=lambda row: (row["role"], row["rank"]))]
+
+    def end(self, within_s: float) -> None:
+        """Wait for the processes that were started here, and kill those that do not end."""
+        deadline = time.monotonic() + within_s
+        for process in [m.process for m in self.of.values() if m.process is not None]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()

@@ -1,0 +1,64 @@
+"""A server that shares no memory with anybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.job import Job
+from shoal.plan import Plan
+from shoal.ps.dense import DensePart
+from shoal.ps.endpoint import Endpoint
+from shoal.ps.requests import Ticket
+from shoal.ps.shard import Shard
+from shoal.ps.shard_server import ShardServer
+from shoal.ps.table import Table
+from shoal.train.host import TrainHost
+from shoal.train.remote.line import Line, Meeting
+from shoal.train.remote.state import placement_of
+from shoal.train.remote.worker import built_as
+from shoal.train.row_tables import cold_path
+
+
+def serve(job: Job, meeting: Meeting, number: int) -> tuple[Path, dict[str, Any]]:
+    """A server's whole life; the run's directory and its summary."""
+    line = Line(meeting, "server", number)
+    endpoint: Endpoint | None = None
+    try:
+        host = TrainHost(job)
+        facts = host.facts()
+        endpoint = Endpoint(meeting.keys, meeting.listen_at())
+        address = endpoint.address.replace("0.0.0.0", meeting.own_host())
+        placed = line.join(built_as(facts), address)
+        plan = Plan.parse(placed.plan)
+        torch.set_num_threads(plan.threads or 1)
+        placement = placement_of(facts.table, facts.tables, range(plan.servers))
+        cold = Path(placed.checkpoints).parent / f"cold-rows-{number}"
+        tables = {n: Table.create(spec, cold_path(cold, n)) for n, spec in enumerate(facts.tables)}
+        shard = Shard(DensePart(placement.pieces_of(number), host.optimizer_over), tables)
+        host.forget_first_weights()
+        # Looked at between requests, so that a server knows when the run is over.
+        ticket: Ticket = line.look(None)
+        over = False
+
+        def between() -> None:
+            nonlocal ticket, over
+            line.receive(0.0)
+            line.again(ticket)
+            if ticket.answer is not None:
+                over = bool(getattr(ticket.answer, "orders", placed.orders).over) or not hasattr(ticket.answer, "orders")
+                ticket = line.look(getattr(ticket.answer, "orders", None))
+
+        ShardServer(shard, endpoint).serve(lambda: over, between)
+        for table in tables.values():
+            table.close()
+        return line.leave()
+    except BaseException as error:
+        line.tell_failure(error)
+        raise
+    finally:
+        if endpoint is not None:
+            endpoint.close()
+        line.close()

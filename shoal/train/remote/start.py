@@ -1,0 +1,186 @@
+"""Starting a run whose servers and workers share no memory: here, with processes of our own, or as what torchrun has started."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shoal.cluster import Cluster
+from shoal.comm.arena import Arena
+from shoal.comm.group import Group
+from shoal.errors import NotBuiltError, PlanError, ShoalError, UserCodeError
+from shoal.job import Job
+from shoal.observe.events import EventLog
+from shoal.plan import Plan
+from shoal.process.interrupts import Interrupts
+from shoal.ps.endpoint import Endpoint, RunKeys
+from shoal.ps.messages import Refused
+from shoal.train.api import Observer, TrainOptions
+from shoal.train.choose import check_plan, remarks
+from shoal.train.driver import Emitter, abandon_if_refused, finished_run, portable, tensorboard_observers
+from shoal.train.host import TrainHost
+from shoal.train.neighbours import start_process
+from shoal.train.remote.desk import Desk
+from shoal.train.remote.lead import InLead, RemoteLead
+from shoal.train.remote.line import Meeting
+from shoal.train.remote.members import Members
+from shoal.train.remote.server import serve
+from shoal.train.remote.state import placement_of
+from shoal.train.remote.worker import remote_settings, work
+from shoal.train.run import Run
+from shoal.train.rundir import RunDirectory
+from shoal.train.settings import JobFacts
+
+_END_S = 10.0
+_NEEDS_GLOBAL_BATCHNORM = (
+    "BatchNorm over the global batch is not built for parameter servers that share no memory; add batchnorm=local to the plan, "
+    "or leave SHOAL_TRANSPORT and torchrun out."
+)
+
+
+def complete(plan: Plan, job: Job, facts: JobFacts, threads: int) -> Plan:
+    """The plan with everything that it leaves open. A sentence where it is not built, or does not fit the job."""
+    for key, wrong in (("tp", (plan.tp or 1) > 1), ("pp", (plan.pp or 1) > 1), ("backup", bool(plan.backup))):
+        if wrong:
+            raise NotBuiltError(
+                f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
+                f"{key} out of the plan."
+            )
+    if job.optimizer == "lbfgs":
+        raise NotBuiltError('optimizer="lbfgs" is built for servers and workers that share memory, on one machine.')
+    whole = plan.replace(threads=plan.threads or threads).filled()
+    check_plan(whole, job, facts)
+    if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
+        raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
+    if facts.batchnorm and whole.batchnorm != "local":
+        raise NotBuiltError(_NEEDS_GLOBAL_BATCHNORM)
+    why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."
+    return whole.replace(explanation=(why, *remarks(whole, private=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for, and what hears of it."""
+
+    job: Job
+    options: TrainOptions
+    plan: Plan
+    observers: Sequence[Observer]
+    interrupts: Interrupts
+    deadline_s: float
+
+
+def run_here(request: Request, directory: RunDirectory) -> Run:
+    """Train on this machine: this process is the lead, and starts all others."""
+    plan = request.plan
+    portable(request.job)
+    with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
+        meeting = Meeting(endpoint.address, keys, request.deadline_s)
+        own = [("server", n) for n in range(plan.servers)] + [("worker", n) for n in range(plan.data_ways)]
+        threads = max(1, Cluster.local(measure=False).cores // plan.data_ways)
+        with _started(request, meeting, own) as members:
+            return _lead(request, directory, endpoint, meeting, members, threads)
+
+
+def run_joined(request: Request, group: Group, threads: int) -> Run:
+    """Train as one of the processes of a job: the first is the lead (and starts server 0), then servers, then workers."""
+    plan, rank = request.plan, group.rank
+    wanted = plan.servers + plan.data_ways
+    if group.world_size != wanted:
+        raise PlanError(
+            f"ps={plan.ps},workers={plan.data_ways} takes {wanted} processes and the job was started with {group.world_size}; "
+            f"start {wanted}, or write ps={min(plan.servers, group.world_size - 1)},workers="
+            f"{group.world_size - min(plan.servers, group.world_size - 1)}."
+        )
+    with contextlib.ExitStack() as stack:
+        endpoint = meeting = None
+        if rank == 0:
+            keys = RunKeys.new()
+            here = group.on_one_machine
+            endpoint = stack.enter_context(contextlib.closing(Endpoint(keys, f"tcp://{'127.0.0.1' if here else '0.0.0.0'}:*")))
+            address = endpoint.address.replace("0.0.0.0", _own_address())
+            meeting = Meeting(address, keys, request.deadline_s)
+        meeting = group.broadcast_object(meeting, 0, "where the lead is")
+        if rank == 0:
+            assert endpoint is not None
+            options = request.options
+            directory = RunDirectory.claim(options.run_dir, request.job.name, options.resume)
+            members = stack.enter_context(_started(request, meeting, [("server", 0)]))
+            return _lead(request, directory, endpoint, meeting, members, threads)
+        if rank < plan.servers:
+            path, summary = serve(request.job, meeting, rank)
+        else:
+            path, summary = work(request.job, request.options, meeting, rank - plan.servers)
+        return Run(path, summary, request.job)
+
+
+def _own_address() -> str:
+    """This machine's address for others."""
+    return socket.gethostbyname(socket.gethostname())
+
+
+@contextlib.contextmanager
+def _started(request: Request, meeting: Meeting, own: Sequence[tuple[str, int]]) -> Iterator[Members]:
+    """Start processes of our own, and end them when this is left."""
+    quiet = dataclasses.replace(request.options, on_event=None, cluster=None, tensorboard=False)
+
+    def start(role: str, rank: int) -> subprocess.Popen[bytes]:
+        if role == "server":
+            return start_process(serve, request.job, meeting, rank)
+        return start_process(work, request.job, quiet, meeting, rank)
+
+    members, ended = Members(start, own), 0.0
+    try:
+        members.begin()
+        yield members
+        ended = _END_S
+    finally:
+        members.end(ended)
+
+
+def _lead(
+    request: Request, directory: RunDirectory, endpoint: Endpoint, meeting: Meeting, members: Members, threads: int
+) -> Run:
+    job, options, began = request.job, request.options, time.monotonic()
+    with EventLog(directory.events) as log:
+        emit = Emitter(log, [*request.observers, *tensorboard_observers(directory, options)], options.on_event)
+        desk, lead = Desk(endpoint), None
+        try:
+            host = TrainHost(job)
+            facts = host.facts()
+            plan = complete(request.plan, job, facts, threads)
+            done = finished_run(directory, job, options, facts)
+            if done is not None:
+                return done
+            settings = remote_settings(plan, job, facts, options, str(Path(directory.checkpoints)))
+            store = host.take_up(Arena.private(settings.layout), settings, True)
+            placement = placement_of(facts.table, facts.tables, range(plan.servers))
+            lead = RemoteLead(job, options, directory, InLead(host, members), facts, emit, request.interrupts)  # type: ignore[arg-type]
+            lead.begin(settings, store, host, placement, members, desk, meeting)
+            return lead.serve(began)
+        except BaseException as error:
+            if isinstance(error, ShoalError):
+                text = error.traceback_text if isinstance(error, UserCodeError) else None
+                emit("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
+                abandon_if_refused(directory, error)
+            if any(not m.process for m in members.of.values()) or lead is None:
+                _refuse(desk, str(error))
+            raise
+        finally:
+            if lead is not None:
+                lead.close()
+
+
+def _refuse(desk: Desk, sentence: str) -> None:
+    """The run has failed: whoever asks for something within a moment is told so."""
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        for asked in list(desk.open):
+            desk.answer(asked, lambda n: Refused(n, sentence))
+        desk.receive(0.05)
+

@@ -1,0 +1,178 @@
+"""Between what servers hold and what a run keeps: pieces and a store, row shards and tables' files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.comm.store import Store
+from shoal.comm.table import ParameterTable
+from shoal.ps.applied import PushId
+from shoal.ps.client import Client
+from shoal.ps.dense import PIECE_BYTES, Piece, cut
+from shoal.ps.embedding import state_of
+from shoal.ps.placement import Placement
+from shoal.ps.shard import Kept, Snapshot
+from shoal.ps.spec import TableSpec
+from shoal.ps.table import Rows, from_tensors, to_tensors
+from shoal.train.checkpoint import ScalarRows
+from shoal.train.row_tables import prefix_of, read_rows, write_rows
+
+_LEAST_PIECE_BYTES = 1 << 12
+_PIECES = 64
+
+
+def pieces_of(table: ParameterTable) -> list[Piece]:
+    """The pieces of a model's trained parameters: the same for any number of servers."""
+    most = min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, table.trained_bytes // _PIECES))
+    found: list[Piece] = []
+    for spec in table.trained:
+        found += cut(spec.name, spec.shape, spec.dtype, spec.group, len(found), table.elementwise, most)
+    return found
+
+
+def placement_of(table: ParameterTable, tables: Sequence[TableSpec], servers: Sequence[int]) -> Placement:
+    """Which server holds what of a job."""
+    return Placement(servers, pieces_of(table), [spec.shards for spec in tables])
+
+
+def push_id(unit: int, workers: int, steps_per_epoch: int) -> PushId:
+    """A unit of the global order as (epoch, batch, shard)."""
+    step, shard = divmod(unit, workers)
+    return (*divmod(step, steps_per_epoch), shard)
+
+
+class StoreState:
+    """A store's weights and optimizer state as pieces; ``numbers``: of each parameter, what its state has that is no tensor."""
+
+    def __init__(self, store: Store, placement: Placement) -> None:
+        self._store, self._placement = store, placement
+        self._rows = ScalarRows(store)
+        self._index = {spec.name: index for index, spec in enumerate(store.table.trained)}
+        self.numbers: dict[str, dict[str, Any]] = {}
+
+    def give(self, server: int, version: int, settled: PushId) -> Snapshot:
+        """What a server begins with."""
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, dict[str, Any]] = {}
+        for piece in self._placement.pieces_of(server):
+            index = self._index[piece.name]
+            tensors[f"weights/{piece.number}"] = self._store.weights[index].reshape(-1)[piece.start : piece.stop]
+            flag, scalars = self._scalars(index)
+            if int(flag):
+                tensors.update({f"state.{k}/{piece.number}": t for k, t in {**scalars, **self._tensors(index, piece)}.items()})
+                if self.numbers.get(piece.name):
+                    numbers[str(piece.number)] = self.numbers[piece.name]
+        kept = Kept(version=version, settled=settled, ids=(), groups=(), numbers=numbers, row_shards={})
+        return Snapshot(kept, tensors)
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Take up what a server holds."""
+        pieces = self._placement.pieces
+        for name, tensor in snapshot.tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "rows":
+                continue
+            piece = pieces[int(rest)]
+            index = self._index[piece.name]
+            if kind == "weights":
+                self._store.weights[index].view(-1)[piece.start : piece.stop] = tensor.view(-1)
+                continue
+            key = kind.removeprefix("state.")
+            for flag in (row[:8].view(torch.int64) for row in self._rows.of(index)):
+                flag.fill_(1)
+            held = self._tensors(index, piece)
+            if key in held:
+                held[key].copy_(tensor.view_as(held[key]))
+            else:
+                for row in self._rows.of(index):
+                    self._scalar(row, key).copy_(tensor.view(()))
+        for number, values in snapshot.kept.numbers.items():
+            if values:
+                self.numbers[pieces[int(number)].name] = dict(values)
+
+    def _tensors(self, index: int, piece: Piece) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors of a piece, by key: views of the store."""
+        store, spec = self._store, self._store.table.trained[index]
+        if store.table.elementwise:
+            width = spec.dtype.itemsize
+            low, high = spec.offset + piece.start * width, spec.offset + piece.stop * width
+            return {key: store.state_range(k, low, high, spec.dtype) for k, key in enumerate(store.table.state_keys)}
+        return {s.key: store.state_tensor(k) for k, s in enumerate(store.table.states) if s.parameter == index}
+
+    def _scalars(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        row = self._rows.of(index)[0]
+        keys = self._store.table.scalar_keys if self._store.table.elementwise else ()
+        return row[:8].view(torch.int64)[0], {key: self._scalar(row, key) for key in keys}
+
+    def _scalar(self, row: torch.Tensor, key: str) -> torch.Tensor:
+        table = self._store.table
+        at = 8 * (1 + table.scalar_keys.index(key))
+        return row[at : at + table.scalar_dtype.itemsize].view(table.scalar_dtype)[0]
+
+
+class RemoteTables:
+    """The tables of a run as its lead knows them: all rows are the servers'. Stands where ``RunTables`` does."""
+
+    fds: tuple[int, ...] = ()
+
+    def __init__(self, specs: Sequence[TableSpec], placement: Placement) -> None:
+        self._specs, self._placement = specs, placement
+        self.client: Client | None = None
+        self._begin: list[tuple[int, Rows, np.ndarray | None]] = []
+
+    def begin_with(self, first: Mapping[str, Rows]) -> None:
+        """Let tables hold these rows, by the module's path."""
+        for number, spec in enumerate(self._specs):
+            for path, rows in first.items():
+                if path == spec.name or (not path and len(self._specs) == 1):
+                    self._begin.append((number, rows, None))
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """Let tables hold what a checkpoint has. RequestError where it lacks one."""
+        self._begin = []
+        for number, spec in enumerate(self._specs):
+            self._begin += [(number, rows, sketch) for rows, sketch in read_rows(checkpoint, number, spec)]
+
+    def fill(self) -> None:
+        """Give the servers the rows that the run begins with."""
+        assert self.client is not None
+        for number, rows, _ in self._begin:
+            for server, at in self._placement.servers_of(number, rows.keys).items():
+                own = Rows(rows.keys[at], rows.values[torch.from_numpy(at)], rows.counts[at], rows.last[at])
+                tensors = {f"rows/{number}/{name}": tensor for name, tensor in to_tensors(own, None).items()}
+                kept = Kept(version=0, settled=(0, 0, 0), ids=(), groups=(), numbers={}, row_shards={})
+                self.client.put(server, Snapshot(kept, tensors), whole=False)
+        self._begin = []
+
+    def _take(self, server: int, number: int) -> Rows:
+        assert self.client is not None
+        shards = self._placement.row_shards_of(server, number)
+        found = self.client.take(server, (), {number: shards}).tensors
+        return from_tensors({n.rpartition("/")[2]: t for n, t in found.items() if n.startswith(f"rows/{number}/")})[0]
+
+    def write(self, directory: Path) -> None:
+        """Write all rows to a checkpoint that is being made; nobody is at work."""
+        for number, spec in enumerate(self._specs):
+            for server in self._placement.servers:
+                tensors = to_tensors(self._take(server, number), None)
+                write_rows(directory / f"rows-{number}-{server}.safetensors", tensors, spec, 0.0)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the tables are in the model's state_dict."""
+        found: dict[str, torch.Tensor] = {}
+        for number, spec in enumerate(self._specs):
+            parts = [self._take(server, number) for server in self._placement.servers]
+            keys = np.concatenate([part.keys for part in parts])
+            order = np.argsort(keys, kind="stable")
+            values = torch.cat([part.values for part in parts])[torch.from_numpy(order)]
+            counts, last = (np.concatenate([getattr(p, n) for p in parts])[order] for n in ("counts", "last"))
+            found.update(state_of(prefix_of(spec), Rows(keys[order], values, counts, last), spec))
+        return found
+
+    def close(self) -> None:
+        """They are the servers'."""

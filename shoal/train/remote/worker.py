@@ -1,0 +1,384 @@
+"""A worker that shares no memory with anybody: the same loop as in the arena, whose words come and go as messages.
+
+Its arena is its own. What the supervisor would write there, the lead's answers say (``Orders``); what other processes would
+read there (the rows of units, buffers) goes to the lead in reports; pushes and pulls go straight to the servers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.axes.server_async import PushingWorker
+from shoal.axes.waiting import Aborted, Waiting
+from shoal.comm.arena import Arena, Note, Order, Signal
+from shoal.comm.store import VALUE_COLUMNS, Store
+from shoal.errors import DeadlineError
+from shoal.job import Job
+from shoal.plan import Plan
+from shoal.ps import messages, shard
+from shoal.ps.claims import Claim, Later
+from shoal.ps.client import Client, Patience
+from shoal.ps.kernel import Batch, load
+from shoal.ps.ledger import UnitColumns
+from shoal.ps.placement import Placement
+from shoal.ps.requests import Ticket
+from shoal.ps.spec import TableSpec
+from shoal.ps.table import find_bad_key
+from shoal.train import notes
+from shoal.train.allocator import keep_freed_memory
+from shoal.train.api import TrainOptions
+from shoal.train.host import TrainHost
+from shoal.train.loop import Parts
+from shoal.train.metric_state import pieces_of as pieces_of_metrics
+from shoal.train.passes import Surroundings
+from shoal.train.pushing import PushLoop, own_copy
+from shoal.train.remote import words
+from shoal.train.remote.line import Line, Meeting
+from shoal.train.remote.state import placement_of, push_id
+from shoal.train.row_tables import RowGradients
+from shoal.train.settings import BadPush, EpochPart, JobFacts, RunSettings, ValueNames
+from shoal.train.setup import run_settings
+
+
+class RemoteTable:
+    """A table whose rows are the servers': what an embedding asks of a ``Table``."""
+
+    def __init__(self, number: int, spec: TableSpec, client: Client, placement: Placement) -> None:
+        self.spec, self._number, self._client, self._placement = spec, number, client, placement
+        self.kernel = load()
+
+    def unique(self, keys: np.ndarray, skipped: int | None = None) -> Batch:
+        return self.kernel.unique(np.ascontiguousarray(keys), skipped)
+
+    def pull(self, keys: np.ndarray, step: int = 0) -> torch.Tensor:
+        rows = torch.empty(len(keys), self.spec.width, dtype=self.spec.dtype)
+        places = self._placement.servers_of(self._number, keys)
+        asked = {server: np.ascontiguousarray(keys[at]) for server, at in places.items()}
+        found = self._client.pull_rows(self._number, asked, step, self.spec.width, self.spec.dtype)
+        for server, at in places.items():
+            rows[torch.from_numpy(at)] = found[server]
+        return rows
+
+
+class RemoteRows(RowGradients):
+    """The gradients of rows on their way into a push; ``found``: by table, those of the push that is being made."""
+
+    def __init__(self, model: nn.Module, rank: int, steps_done: Callable[[], int]) -> None:
+        super().__init__(model, rank, steps_done, served=True)
+        self.found: dict[int, shard.RowGradients] = {}
+
+    def publish(self) -> None:
+        self.squared, self.bad, self.found = 0.0, None, {}
+        for number, module in enumerate(self._modules):
+            found = module.take_gathered()
+            if found is not None:
+                self.squared += float(torch.linalg.vector_norm(found.rows, dtype=torch.float64)) ** 2
+                key = find_bad_key(found.keys, found.rows)
+                self.bad = self.bad or (None if key is None else f"{module.spec.name} (key {key})")
+                self.found[number] = shard.RowGradients(found.keys, found.counts.astype(np.uint32), found.rows)
+
+    def withdraw(self) -> None:
+        self.squared, self.found = 0.0, {}
+
+
+class RemoteClaims:
+    """The units of one worker: asked of the lead, and reported to it."""
+
+    def __init__(self, axis: RemoteWorker) -> None:
+        self._axis = axis
+        self._units: list[int] = []
+        # The last unit that was handed out has to be pushed by itself.
+        self.alone = False
+
+    def claim(self, worker: int, beat: Callable[[], None] = lambda: None) -> Claim | Later:
+        """Take the next unit; ``Later`` where there is none for now."""
+        axis = self._axis
+        while True:
+            beat()
+            answer, frames = axis.line.ask(lambda n: words.Claim(n, worker, len(self._units)), "a unit to compute")
+            axis.obey(answer.orders)
+            if isinstance(answer, words.Unit):
+                axis.take_buffers(answer, frames)
+                axis.settled, axis.groups = answer.settled, answer.groups
+                self.alone = answer.alone
+                self._units.append(answer.unit)
+                return Claim(answer.unit, answer.slowest)
+            if self._units or answer.orders.over or (answer.orders.idle and answer.orders.steps_allowed <= answer.step):
+                return Later(None, answer.step)
+
+    def open(self, worker: int) -> list[int]:
+        return list(self._units)
+
+    def finish(self, worker: int) -> None:
+        """Tell the lead what was found of all open units."""
+        units, self._units = self._units, []
+        if units:
+            self._axis.report(units)
+
+
+class RemoteWorker(PushingWorker):
+    """The server axis of a worker that shares no memory. Under ``sync`` its pushes wait for those of the other workers."""
+
+    claims: RemoteClaims  # type: ignore[assignment]
+
+    def __init__(
+        self, store: Store, rank: int, waiting: Waiting, plan: Plan, line: Line, client: Client, placement: Placement,
+        steps_per_epoch: int,
+    ) -> None:  # fmt: skip
+        super().__init__(store, rank, waiting, plan, [])
+        self.claims = RemoteClaims(self)
+        self.line, self.client, self.placement = line, client, placement
+        self.sync = not plan.waits_for_nobody
+        self.rows: RemoteRows | None = None
+        self.settled = (0, 0, 0)
+        self.groups: Sequence[dict[str, Any]] | None = None
+        self.versions: Mapping[int, int] = {}
+        self.unit = 0
+        self._steps_per_epoch = steps_per_epoch
+        self._orders: words.Orders | None = None
+        self._tickets: list[Ticket] = []
+        self._made: tuple[int, ...] = ()
+        self._buffers_taken = 0.0
+        table = store.table
+        index = {spec.name: at for at, spec in enumerate(table.trained)}
+        self._pieces = {n: (index[p.name], p) for n, p in placement.pieces.items()}
+
+    # -- the lead's words ----------------------------------------------------------------------------------------
+
+    def obey(self, orders: words.Orders) -> None:
+        """Write the lead's words where a supervisor would."""
+        self._orders, supervisor = orders, self.arena.supervisor
+        supervisor.write(Note.STOP_EPOCH, orders.stop_epoch)
+        supervisor.write(Note.STOP_AT, orders.stop_at)
+        supervisor.write(Note.EVAL_LOSS, orders.eval_loss)
+        for order, value in ((Order.STEPS_ALLOWED, orders.steps_allowed), (Order.EPOCH_DONE, orders.epoch_done),
+                             (Order.OVER, orders.over)):  # fmt: skip
+            supervisor.post(order, value)
+
+    def wait_for(
+        self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None
+    ) -> None:
+        """Repeat an attempt, and ask the lead for its words in between."""
+        began = time.monotonic()
+        while attempt((0.0, 0.0)) >= 0:
+            if self._orders is not None and self._orders.over:
+                raise Aborted("The run was ended.")
+            if check is not None:
+                check()
+            deadline_s = self.line.patience.deadline_s
+            if time.monotonic() - began > deadline_s:
+                raise DeadlineError(f"Worker {self.rank} waited {deadline_s:.0f} s for {what}, from the lead of the run.")
+            ticket = self.line.look(self._orders)
+            self.line.wait([ticket], what)
+            self.obey(ticket.answer.orders)
+        self.waited_s += time.monotonic() - began
+
+    def await_worker(self, worker: int) -> None:
+        """The lead hands out units: it knows whom to wait for."""
+
+    def await_all(self) -> None:
+        """A worker is told of an edge only when all that was begun is done."""
+
+    # -- pulling and pushing -------------------------------------------------------------------------------------
+
+    def pull(self, own: torch.Tensor) -> list[int]:
+        """Copy what has changed of the trained weights from the servers; their versions."""
+        raw = own.numpy()
+
+        def write(number: int, data: memoryview) -> None:
+            index, piece = self._pieces[number]
+            at = self.store.table.trained[index].offset + piece.start * piece.dtype.itemsize
+            raw[at : at + data.nbytes] = np.frombuffer(data, np.uint8)
+
+        self.versions = self.client.pull(write)
+        return [self.versions[server] for server in self.placement.servers]
+
+    @property
+    def updates(self) -> int:
+        """How many updates the copy has seen: what rows age by where each push is one."""
+        return self.unit // self.world_size if self.sync else max(self.versions.values(), default=0)
+
+    def push(self, unit: int, factor: float) -> None:
+        """Send the stripe to the servers."""
+        touched = self.store.touched[self._stripe]
+        dense = {
+            number: self.store.gradient(self._stripe, index).view(-1)[piece.start : piece.stop]
+            for number, (index, piece) in self._pieces.items()
+            if touched[index]
+        }
+        units = self.claims.open(self.rank)
+        ids = tuple(push_id(u, self.world_size, self._steps_per_epoch) for u in units)
+        rows = self.rows.found if self.rows is not None else {}
+        parts = self.placement.split(
+            ids, dense, rows, step=self.updates, settled=self.settled, scale=factor, groups=None if self.sync else self.groups
+        )
+        self._tickets = self.client.push(parts, staged=self.sync)
+        self.slot.post(Signal.GRADIENTS, self.pushes + 1)
+
+    def ring(self) -> None:
+        """Servers are told by the push itself."""
+
+    def await_applied(self) -> None:
+        """Wait until all servers hold the push; under ``sync``, until it is applied with the others."""
+        began = time.monotonic()
+        made = self.client.acknowledged(self._tickets)
+        self._made = () if self.sync else tuple(made[server] for server in self.placement.servers)
+        self.claims.finish(self.rank)
+        self._made, self._tickets = (), []
+        self.slot.post(Signal.UPDATED, self.pushes)
+        self.waited_s += time.monotonic() - began
+
+    # -- reports -------------------------------------------------------------------------------------------------
+
+    def report(self, units: Sequence[int]) -> None:
+        """Tell the lead what was found of units; return when it has counted them."""
+        rows = []
+        for unit in units:
+            row = self.ledger.row(unit)
+            columns = row[: UnitColumns.VALUES + VALUE_COLUMNS].tolist()
+            rows.append(words.Row(unit, tuple(columns), tuple(int(v) for v in self.ledger.pulled(unit))))
+        tensors = {spec.name: self.store.buffer(0, k) for k, spec in enumerate(self.store.table.buffers)}
+        heads, frames = messages.pack_tensors(tensors)
+        answer, _ = self.line.ask(
+            lambda n: words.Report(number=n, rank=self.rank, rows=tuple(rows), made=self._made, buffers=heads),
+            "the step of its push to be done" if self.sync else "its push to be counted",
+            frames,
+        )
+        self.obey(answer.orders)
+
+    def take_buffers(self, answer: words.Unit, frames: Sequence[memoryview]) -> None:
+        """Begin with the buffers that the last worker has left."""
+        found = messages.unpack_tensors(answer.buffers, frames)
+        self._buffers_taken += 1.0
+        for index, spec in enumerate(self.store.table.buffers):
+            if spec.name in found:
+                for parity in (0, 1):
+                    self.store.buffer(parity, index).copy_(found[spec.name])
+                self.store.buffer_steps[index] = self._buffers_taken
+
+
+class RemoteLoop(PushLoop):
+    """Computes units until there are none left."""
+
+    def __init__(self, parts: Parts, around: Surroundings, copy: torch.Tensor) -> None:
+        super().__init__(parts, around, copy)
+        assert isinstance(parts.axis, RemoteWorker)
+        self._remote: RemoteWorker = parts.axis
+
+    def _work(self, unit: int) -> None:
+        self._remote.unit = unit
+        super()._work(unit)
+
+    def _push_if_full(self) -> None:
+        if self._remote.claims.alone:
+            self._push()
+        else:
+            super()._push_if_full()
+
+    def _factor(self, rows: Sequence[np.ndarray], squared: float) -> float:
+        if not self._remote.sync:
+            return super()._factor(rows, squared)
+        # The mean over a shard counts as often as it has samples; the lead divides by those of all shards.
+        row = rows[0]
+        return 1.0 if row[UnitColumns.MEASURED] else float(row[UnitColumns.WEIGHT])
+
+
+class Sender:
+    """Takes a worker's messages to the lead."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def send(self, message: Any) -> None:
+        line = self._line
+        if isinstance(message, ValueNames):
+            line.ask(lambda n: words.Names(n, message.names), "the names of what it logs to be heard")
+        elif isinstance(message, BadPush):
+            line.ask(
+                lambda n: words.Bad(n, message.rank, message.units, message.parameter, message.samples),
+                "a push that is no number to be heard of",
+            )
+        elif isinstance(message, EpochPart):
+            self._send_part(message)
+        else:
+            raise AssertionError(f"a worker that shares no memory sends no {type(message).__name__}")
+
+    def _send_part(self, part: EpochPart) -> None:
+        evaluation: Any = part.evaluation
+        training: Any = part.training
+        metrics = evaluation.metrics if evaluation is not None else {}
+        frames = [notes.to_bytes(pieces_of_metrics(m)) for m in (metrics, training.metrics)]
+        sums = None if evaluation is None else dict(evaluation.sums)
+        self._line.ask(
+            lambda n: words.Evaluated(number=n, rank=part.rank, epoch=part.epoch, sums=sums, seconds=part.seconds),
+            "its part of an evaluation to be heard",
+            frames,
+        )
+
+
+def work(job: Job, options: TrainOptions, meeting: Meeting, rank: int) -> tuple[Path, dict[str, Any]]:
+    """A worker's whole life; the run's directory and its summary."""
+    line = Line(meeting, "worker", rank)
+    try:
+        host = TrainHost(job)
+        placed = line.join(built_as(host.facts()))
+        plan = Plan.parse(placed.plan)
+        settings = remote_settings(plan, job, host.facts(), options, placed.checkpoints)
+        client = Client(
+            {int(s): address for s, address in placed.servers.items()}, meeting.keys, Patience(meeting.deadline_s)
+        )
+        try:
+            _train(host, settings, line, client, placed)
+        finally:
+            client.close()
+        return line.leave()
+    except BaseException as error:
+        line.tell_failure(error)
+        raise
+    finally:
+        line.close()
+
+
+def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, placed: words.Placed) -> None:
+    plan, facts, rank = settings.plan, host.facts(), line.rank
+    store = host.take_up(Arena.private(settings.layout), settings, True)
+    keep_freed_memory()
+    torch.set_num_threads(plan.threads or 1)
+    host.quicken()
+    store.arena.supervisor.write(Note.FIRST_STEP, placed.first_step)
+    placement = placement_of(facts.table, facts.tables, client.places)
+    host.use_tables(lambda number, spec: RemoteTable(number, spec, client, placement))
+    host.forget_first_weights()
+    waiting = Waiting(spin_s=0.0, deadline_s=line.patience.deadline_s)
+    axis = RemoteWorker(store, rank, waiting, plan, line, client, placement, settings.steps_per_epoch)
+    axis.obey(placed.orders)
+    store.arena.slots[rank].post(Signal.EVALUATED, placed.orders.epoch_done)
+    store.arena.slots[rank].write(Note.METRICS_EPOCH, placed.orders.epoch_done)
+
+    def make_rows(model: nn.Module) -> RowGradients:
+        axis.rows = RemoteRows(model, rank, lambda: axis.updates)
+        return axis.rows
+
+    parts, around, own = host.worker(rank, Sender(line), lambda _: axis, make_rows=make_rows if facts.tables else None)
+    RemoteLoop(parts, around, own_copy(store, own)).run()
+
+
+def built_as(facts: JobFacts) -> str:
+    """What a process has built, to be compared with what the others have."""
+    import hashlib
+
+    shapes = [(spec.name, spec.shape, str(spec.dtype), spec.group) for spec in facts.table.parameters]
+    tables = [(spec.name, spec.width) for spec in facts.tables]
+    return hashlib.sha256(repr((facts.samples, facts.eval_samples, shapes, tables)).encode()).hexdigest()[:16]
+
+
+def remote_settings(plan: Plan, job: Job, facts: JobFacts, options: TrainOptions, checkpoints: str) -> RunSettings:
+    """What the processes of such a run have to know."""
+    return run_settings(plan, job, facts, options, Path(checkpoints), private=True)
