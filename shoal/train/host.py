@@ -164,6 +164,10 @@ class TrainHost:
         self.final_state: Mapping[str, torch.Tensor] | None = None
 
     @property
+    def job(self) -> Job:
+        return self._built.job
+
+    @property
     def optimizer_name(self) -> str:
         return type(self._built.optimizer).__name__
 

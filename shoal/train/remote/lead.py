@@ -43,6 +43,7 @@ from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Lost, Member, Members
+from shoal.train.remote.nursery import Nursery, here
 from shoal.train.remote.state import RemoteTables, StoreState, push_id
 from shoal.train.remote.worker import built_as
 from shoal.train.run import Run
@@ -87,14 +88,15 @@ class Orphan:
 class InLead:
     """The built job inside the lead, where a session expects a template's supervisor."""
 
-    def __init__(self, host: TrainHost, members: Members) -> None:
-        self._host, self._members = host, members
+    def __init__(self, host: TrainHost, members: Members, nursery: Nursery) -> None:
+        self._host, self._members, self._nursery = host, members, nursery
 
     def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
         return getattr(self._host, method)(*arguments)
 
     def processes(self) -> list[dict[str, Any]]:
-        return self._members.rows({"role": "supervisor", "rank": 0, "pid": os.getpid(), "host": socket.gethostname()})
+        name = socket.gethostname()
+        return self._members.rows({"role": "supervisor", "rank": 0, "pid": os.getpid(), "host": name}, *here(self._nursery, name))
 
 
 class RemoteLead(Session):
@@ -282,10 +284,10 @@ class RemoteLead(Session):
             self._give(asked, given.unit, given.unit // workers, alone=True)
             return
         step = (self._claims.last() + 1) // workers
-        if waited or said.open or (self._claims.all_finished() and self._rests(step)):
+        if waited or said.open or (self._claims.all_finished() and self._is_at_edge(step)):
             self._desk.answer(asked, lambda n: words.Later(n, step, self._orders()))
 
-    def _rests(self, step: int) -> bool:
+    def _is_at_edge(self, step: int) -> bool:
         supervisor = self._arena.supervisor
         return supervisor.signal(Order.STEPS_ALLOWED) <= step or supervisor.signal(Order.OVER) > 0
 

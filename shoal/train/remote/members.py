@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Start = Callable[[str, int], "subprocess.Popen[bytes]"]
+from shoal.train.remote.nursery import Process
+
+Start = Callable[[str, int], Process]
 """Starts the process of a role and a rank."""
 
 
@@ -26,7 +26,7 @@ class Member:
     heard_at: float = 0.0
     joined: bool = False
     left: bool = False
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,8 @@ class Members:
     def joined(self, role: str) -> list[Member]:
         return [m for m in self.of.values() if m.role == role and m.joined]
 
-    def rows(self, lead: dict[str, Any]) -> list[dict[str, Any]]:
+    def rows(self, lead: dict[str, Any], *further: dict[str, Any]) -> list[dict[str, Any]]:
         """What ``processes.json`` holds."""
         self.changed = False
         members = [{"role": m.role, "rank": m.rank, "pid": m.pid, "host": m.host or lead["host"]} for m in self.of.values()]
-        return [lead, *sorted(members, key=lambda row: (row["role"], row["rank"]))]
-
-    def end(self, within_s: float) -> None:
-        """Wait for the processes that were started here, and kill those that do not end."""
-        deadline = time.monotonic() + within_s
-        for process in [m.process for m in self.of.values() if m.process is not None]:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            if process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
+        return [lead, *further, *sorted(members, key=lambda row: (row["role"], row["rank"]))]

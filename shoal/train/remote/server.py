@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoal.job import Job
 from shoal.plan import Plan
 from shoal.ps.dense import DensePart
 from shoal.ps.endpoint import Endpoint
@@ -22,12 +22,12 @@ from shoal.train.remote.worker import built_as
 from shoal.train.row_tables import cold_path
 
 
-def serve(job: Job, meeting: Meeting, number: int) -> tuple[Path, dict[str, Any]]:
-    """A server's whole life; the run's directory and its summary."""
+def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> tuple[Path, dict[str, Any]]:
+    """A server's whole life; the run's directory and its summary. ``make_host`` builds the job."""
     line = Line(meeting, "server", number)
     endpoint: Endpoint | None = None
     try:
-        host = TrainHost(job)
+        host = make_host()
         facts = host.facts()
         endpoint = Endpoint(meeting.keys, meeting.listen_at())
         address = endpoint.address.replace("0.0.0.0", meeting.own_host())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from shoal.cluster import Cluster
@@ -22,13 +22,13 @@ from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Refused
 from shoal.train.api import Observer, TrainOptions
 from shoal.train.choose import check_plan, remarks
-from shoal.train.driver import Emitter, abandon_if_refused, finished_run, portable, tensorboard_observers
+from shoal.train.driver import Emitter, abandon_if_refused, finished_run, tensorboard_observers
 from shoal.train.host import TrainHost
-from shoal.train.neighbours import start_process
 from shoal.train.remote.desk import Desk
 from shoal.train.remote.lead import InLead, RemoteLead
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Members
+from shoal.train.remote.nursery import Nursery
 from shoal.train.remote.server import serve
 from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings, work
@@ -78,13 +78,12 @@ class Request:
 def run_here(request: Request, directory: RunDirectory) -> Run:
     """Train on this machine: this process is the lead, and starts all others."""
     plan = request.plan
-    portable(request.job)
     with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
         meeting = Meeting(endpoint.address, keys, request.deadline_s)
         own = [("server", n) for n in range(plan.servers)] + [("worker", n) for n in range(plan.data_ways)]
         threads = max(1, Cluster.local(measure=False).cores // plan.data_ways)
-        with _started(request, meeting, own) as members:
-            return _lead(request, directory, endpoint, meeting, members, threads)
+        with _nursery(request, meeting) as nursery:
+            return _lead(request, directory, endpoint, nursery, own, threads)
 
 
 def run_joined(request: Request, group: Group, threads: int) -> Run:
@@ -110,12 +109,13 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
             assert endpoint is not None
             options = request.options
             directory = RunDirectory.claim(options.run_dir, request.job.name, options.resume)
-            members = stack.enter_context(_started(request, meeting, [("server", 0)]))
-            return _lead(request, directory, endpoint, meeting, members, threads)
+            nursery = stack.enter_context(_nursery(request, meeting))
+            return _lead(request, directory, endpoint, nursery, [("server", 0)], threads)
+        make = partial(TrainHost, request.job)
         if rank < plan.servers:
-            path, summary = serve(request.job, meeting, rank)
+            path, summary = serve(make, meeting, rank)
         else:
-            path, summary = work(request.job, request.options, meeting, rank - plan.servers)
+            path, summary = work(make, request.options, meeting, rank - plan.servers)
         return Run(path, summary, request.job)
 
 
@@ -125,28 +125,23 @@ def _own_address() -> str:
 
 
 @contextlib.contextmanager
-def _started(request: Request, meeting: Meeting, own: Sequence[tuple[str, int]]) -> Iterator[Members]:
-    """Start processes of our own, and end them when this is left."""
+def _nursery(request: Request, meeting: Meeting) -> Iterator[Nursery]:
+    """Where processes of our own come from; they are ended when this is left."""
     quiet = dataclasses.replace(request.options, on_event=None, cluster=None, tensorboard=False)
-
-    def start(role: str, rank: int) -> subprocess.Popen[bytes]:
-        if role == "server":
-            return start_process(serve, request.job, meeting, rank)
-        return start_process(work, request.job, quiet, meeting, rank)
-
-    members, ended = Members(start, own), 0.0
+    nursery, ended = Nursery(request.job, quiet, meeting), 0.0
     try:
-        members.begin()
-        yield members
+        yield nursery
         ended = _END_S
     finally:
-        members.end(ended)
+        nursery.close(ended)
 
 
 def _lead(
-    request: Request, directory: RunDirectory, endpoint: Endpoint, meeting: Meeting, members: Members, threads: int
-) -> Run:
+    request: Request, directory: RunDirectory, endpoint: Endpoint, nursery: Nursery, own: Sequence[tuple[str, int]],
+    threads: int,
+) -> Run:  # fmt: skip
     job, options, began = request.job, request.options, time.monotonic()
+    members = Members(nursery.start, own)
     with EventLog(directory.events) as log:
         emit = Emitter(log, [*request.observers, *tensorboard_observers(directory, options)], options.on_event)
         desk, lead = Desk(endpoint), None
@@ -159,16 +154,18 @@ def _lead(
                 return done
             settings = remote_settings(plan, job, facts, options, str(Path(directory.checkpoints)))
             store = host.take_up(Arena.private(settings.layout), settings, True)
+            nursery.ready()
+            members.begin()
             placement = placement_of(facts.table, facts.tables, range(plan.servers))
-            lead = RemoteLead(job, options, directory, InLead(host, members), facts, emit, request.interrupts)  # type: ignore[arg-type]
-            lead.begin(settings, store, host, placement, members, desk, meeting)
+            lead = RemoteLead(job, options, directory, InLead(host, members, nursery), facts, emit, request.interrupts)  # type: ignore[arg-type]
+            lead.begin(settings, store, host, placement, members, desk, nursery.meeting)
             return lead.serve(began)
         except BaseException as error:
             if isinstance(error, ShoalError):
                 text = error.traceback_text if isinstance(error, UserCodeError) else None
                 emit("error", sentence=str(error), rank=getattr(error, "rank", None), traceback=text)
                 abandon_if_refused(directory, error)
-            if any(not m.process for m in members.of.values()) or lead is None:
+            if any(not m.process for m in members.of.values()):
                 _refuse(desk, str(error))
             raise
         finally:

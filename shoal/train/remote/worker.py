@@ -323,14 +323,16 @@ class Sender:
         )
 
 
-def work(job: Job, options: TrainOptions, meeting: Meeting, rank: int) -> tuple[Path, dict[str, Any]]:
-    """A worker's whole life; the run's directory and its summary."""
+def work(
+    make_host: Callable[[], TrainHost], options: TrainOptions, meeting: Meeting, rank: int
+) -> tuple[Path, dict[str, Any]]:
+    """A worker's whole life; the run's directory and its summary. ``make_host`` builds the job."""
     line = Line(meeting, "worker", rank)
     try:
-        host = TrainHost(job)
+        host = make_host()
         placed = line.join(built_as(host.facts()))
         plan = Plan.parse(placed.plan)
-        settings = remote_settings(plan, job, host.facts(), options, placed.checkpoints)
+        settings = remote_settings(plan, host.job, host.facts(), options, placed.checkpoints)
         client = Client(
             {int(s): address for s, address in placed.servers.items()}, meeting.keys, Patience(meeting.deadline_s)
         )

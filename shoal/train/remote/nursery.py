@@ -1,0 +1,167 @@
+"""Where the lead's own processes come from: forked from a template that has built the job, which takes milliseconds.
+
+They share no memory that anybody writes to. Where the system has no such template each process is started by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from functools import partial
+from typing import Any, Protocol
+
+from shoal.comm.memory import supported
+from shoal.errors import JobFailed
+from shoal.job import Job
+from shoal.process.channel import Channel, ChannelClosed
+from shoal.process.messages import SERVER, Assign
+from shoal.process.supervisor import Child, Supervisor, TemplateLost
+from shoal.train.api import TrainOptions, start_supervisor
+from shoal.train.driver import portable
+from shoal.train.host import TrainHost
+from shoal.train.neighbours import start_process
+from shoal.train.remote.line import Meeting
+from shoal.train.remote.server import serve
+from shoal.train.remote.worker import work
+
+ENTRY = "shoal.train.remote.nursery:RemoteHost"
+_BUILD_S = 3600.0
+
+
+class Process(Protocol):
+    """A process that was started: what ``subprocess.Popen`` and a forked child have in common."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+
+
+class RemoteHost(TrainHost):
+    """What the template holds; ``run`` is what a process does that is forked from it."""
+
+    _meeting: Meeting
+    _options: TrainOptions
+
+    def meet(self, meeting: Meeting, options: TrainOptions) -> None:
+        """Say where the lead is, before anybody is forked."""
+        self._meeting, self._options = meeting, options
+
+    def run(self, role: Assign, channel: Channel) -> None:
+        if role.role == SERVER:
+            serve(lambda: self, self._meeting, role.rank)
+        else:
+            work(lambda: self, self._options, self._meeting, role.rank)
+
+
+class Forked:
+    """A process that was forked from the template."""
+
+    def __init__(self, nursery: Nursery, child: Child) -> None:
+        self._nursery, self._child = nursery, child
+        self.pid = child.pid
+        self._lost = False
+
+    def lose(self) -> None:
+        """The template is gone, and this one with it."""
+        self._lost = self._child.status is None
+
+    def poll(self) -> int | None:
+        self._nursery.attend()
+        status = self._child.status
+        if status is None:
+            return -9 if self._lost else None
+        return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, 9)
+
+
+class Nursery:
+    """Starts the lead's own processes."""
+
+    def __init__(self, job: Job, options: TrainOptions, meeting: Meeting) -> None:
+        """Begin to prepare; ``ready`` waits for it."""
+        self._job, self._options, self.meeting = portable(job), options, meeting
+        self._supervisor: Supervisor | None = start_supervisor() if supported() else None
+        self._forked: list[Forked] = []
+        self._started: list[Process] = []
+
+    @property
+    def template_pid(self) -> int | None:
+        """The template's process, where there is one."""
+        return self._supervisor.template_pid if self._supervisor is not None and self._supervisor.alive() else None
+
+    def ready(self) -> None:
+        """Have the job built. Raises what that raises."""
+        if self._supervisor is not None:
+            self._supervisor.load(ENTRY, self._job, _BUILD_S)
+            self._supervisor.call("meet", self.meeting, self._options)
+
+    def start(self, role: str, rank: int) -> Process:
+        """Start a process of a role."""
+        if self._supervisor is None:
+            make = partial(TrainHost, self._job)
+            started: subprocess.Popen[bytes]
+            if role == SERVER:
+                started = start_process(serve, make, self.meeting, rank)
+            else:
+                started = start_process(work, make, self._options, self.meeting, rank)
+            self._started.append(started)
+            return started
+        if not self._supervisor.alive():
+            self._renew()
+        child = self._supervisor.fork()
+        self._supervisor.assign(child, role, rank, 1)
+        found = Forked(self, child)
+        self._forked.append(found)
+        self._started.append(found)
+        return found
+
+    def _renew(self) -> None:
+        """Make another template in the place of one that was killed."""
+        assert self._supervisor is not None
+        self._supervisor.close()
+        try:
+            self._supervisor = start_supervisor()
+            self.ready()
+        except (ChannelClosed, TemplateLost) as error:
+            raise JobFailed(
+                f"The process that others are forked from was killed again ({error}); go on with --resume."
+            ) from None
+
+    def attend(self) -> None:
+        """Take note of processes that have died."""
+        if self._supervisor is None:
+            return
+        try:
+            self._supervisor.poll(0.0)
+        except (ChannelClosed, AssertionError):
+            for forked in self._forked:
+                forked.lose()
+
+    def close(self, within_s: float) -> None:
+        """Wait for all that were started to end, and kill those that do not."""
+        processes = self._started
+        deadline = time.monotonic() + within_s
+        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            if isinstance(process, subprocess.Popen):
+                process.wait()
+                if process.stdin is not None:
+                    with contextlib.suppress(OSError):
+                        process.stdin.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
+
+
+def here(nursery: Nursery, host: str) -> list[dict[str, Any]]:
+    """The template as a row of ``processes.json``."""
+    pid = nursery.template_pid
+    return [] if pid is None else [{"role": "template", "rank": 0, "pid": pid, "host": host}]
