@@ -36,7 +36,7 @@ types: $(VENV)/.installed-dev
 
 # Run one after the other: two benchmarks at once would measure each other.
 bench: $(VENV)/.installed-dev
-	@set -e; for file in $(wildcard benchmarks/train.py benchmarks/reduce.py benchmarks/collectives.py benchmarks/memory.py \
+	@set -e; for file in $(wildcard benchmarks/train.py benchmarks/layers.py benchmarks/reduce.py benchmarks/collectives.py benchmarks/memory.py \
 		benchmarks/model_parallel.py benchmarks/start.py benchmarks/faults.py \
 		benchmarks/parameter_server.py benchmarks/parameter_server_sparse.py benchmarks/serve.py); do echo "== $$file"; $(BIN)/python $$file; done
 

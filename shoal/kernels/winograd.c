@@ -4,7 +4,7 @@
  * Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), section 4: each 6 × 6 tile d of the input, with
  * 4 × 4 outputs, gives A^T [ (G g G^T) * (B^T d B) ] A; summed over channels, the product is 36 matrix products of (tiles,
  * channels) with (channels, outputs). The interpolation points are 0, ±sqrt(1/2), ±sqrt(2) and infinity in place of the paper's
- * 0, ±1, ±2: their products are 1, so numbers stay near each other, and rounding is about a third.
+ * 0, ±1, ±2: their products are 1, so numbers stay near each other, and rounding is about a quarter (docs/log.md).
  *
  * Pictures are (images, rows, columns, channels). All vectors run over channels, which must be whole vectors. Tiles are worked on
  * in blocks that stay in the cache. The portable vector types of GCC and clang become AVX-512, AVX2, NEON or plain code.

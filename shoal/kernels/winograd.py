@@ -23,8 +23,8 @@ from shoal.kernels.parallel import cut, run_all
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _POINTS, _GROUP = 36, 24
-_BLOCK, _MOST_BLOCK = 96, 128
-"""Tiles that are worked on together; a batch of up to so many is one block."""
+_FORWARD_BLOCK, _BACKWARD_BLOCK = 48, 64
+"""The most tiles that are worked on together."""
 _LAST = torch.channels_last
 
 
@@ -63,7 +63,7 @@ class Prepared:
         """As ``conv3x3``, for the same weight at each call; without gradients."""
         if not fits(x, weight):
             return functional.conv2d(x, weight, bias, padding=1)
-        shape = _shape(x, weight.shape[0], len(x))
+        shape = _shape(x, weight.shape[0], len(x), _FORWARD_BLOCK)
         if _tiles(shape) <= shape.block:
             return _convolve(x, weight.detach(), bias)
         if x.dtype not in self._ready:
@@ -118,12 +118,12 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _shape(x: torch.Tensor, outputs: int, images: int) -> _Shape:
+def _shape(x: torch.Tensor, outputs: int, images: int, most: int) -> _Shape:
+    """The sizes of a piece of x, cut into blocks of up to ``most`` tiles that are about the same."""
     _, channels, height, width = x.shape
     shape = _Shape(images, height, width, channels, outputs, 0)
     tiles = _tiles(shape)
-    pieces = 1 if tiles <= _MOST_BLOCK else -(-tiles // _BLOCK)
-    shape.block = -(-tiles // pieces)
+    shape.block = -(-tiles // -(-tiles // most))
     return shape
 
 
@@ -175,7 +175,7 @@ def _convolve(
     outputs = weight.shape[1 if backwards else 0]
     out = torch.empty((len(x), outputs, *x.shape[2:]), dtype=x.dtype, memory_format=_LAST)
     cuts = cut(len(x))
-    whole = _shape(x, outputs, max(stop - start for start, stop in cuts))
+    whole = _shape(x, outputs, max(stop - start for start, stop in cuts), _FORWARD_BLOCK)
     if ready is None and _tiles(whole) > whole.block:
         ready = _transformed(whole, place, by, x, _scratch)
     bias = None if bias is None else bias.detach().contiguous()
@@ -201,7 +201,7 @@ def _weight_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tens
     found = [torch.empty_like(_regular(weight)) for _ in cuts]
 
     def compute(out: torch.Tensor, start: int, stop: int) -> None:
-        shape = _shape(x, outputs, stop - start)
+        shape = _shape(x, outputs, stop - start, _BACKWARD_BLOCK)
         _, width = _panels(shape, x.itemsize)
         sums = outputs * channels if _tiles(shape) > shape.block else _GROUP * width
         count = max(channels, outputs) + _POINTS * (shape.block * (channels + outputs) + 2 * width + sums)
