@@ -2,17 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from shoal import ps
+from shoal.comm import dense
 from shoal.comm.arena import Arena
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.ps import outbox
 from shoal.train.describe import describe
-from shoal.train.gradients import Gradients, Target, _SparseRows
+from shoal.train.gradients import Gradients, Target, _SparseRows, find_bad
 from shoal.train.row_tables import RowGradients
 from shoal.train.split import Ways, split_table
 
@@ -41,6 +43,26 @@ def store() -> Iterator[Store]:
 
 def index_of(store: Store, name: str) -> int:
     return next(k for k, spec in enumerate(store.table.parameters) if spec.name == name)
+
+
+def test_what_was_seen_to_be_finite_is_not_looked_at_again(store: Store) -> None:
+    model, at = Tied(), index_of(store, "table")
+    gradients, everybody = Gradients(store, 1, [Target(model.table, at)]), np.ones(len(store.table.trained), bool)
+
+    def bad() -> str | None:
+        return find_bad(store, 1, everybody, gradients.finite)
+
+    (model.table * 1.0).sum().backward()
+    assert gradients.finite[at] or not dense.load().steps
+    assert bad() is None
+    # What is added up is looked at anew, and may be no number though its parts were.
+    for _ in range(2):
+        (model.table * 2.0e38).sum().backward()
+    assert not gradients.finite[at] and bad() == "table"
+    store.touched[1] = 0
+    gradients.begin()
+    (model.table * float("nan")).sum().backward()
+    assert not gradients.finite[at] and bad() == "table"
 
 
 def test_gradients_add_up_in_the_stripe_and_leave_the_parameter(store: Store) -> None:
