@@ -78,8 +78,8 @@ class RunLog:
         """RequestError where there is a log behind a checkpoint: whoever asks cannot read it."""
         if any(session.pushes(found.step) for session in self._old):
             raise RequestError(
-                f"{self._run} has a log of pushes behind its checkpoint, and these workers, each with a part of the model and "
-                "memory of its own, cannot read it; go on with it on one machine until the next checkpoint."
+                f"{self._run} has a log of pushes behind its checkpoint, and processes that share no memory cannot read it; "
+                "go on with it on one machine until the next checkpoint."
             )
 
     def roll_forward(

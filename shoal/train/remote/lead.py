@@ -39,6 +39,7 @@ from shoal.train.evaluate import Tally
 from shoal.train.host import TrainHost
 from shoal.train.metric_state import metrics_of
 from shoal.train.pacing import Pacer, PushRecorder
+from shoal.train.push_log import RunLog, wants_log
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import Meeting
@@ -120,6 +121,8 @@ class RemoteLead(Session):
         self._state = StoreState(store, placement)
         self._predicted_s = predicted_step(self._plan, self._job, self._facts)
         self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
+        run = self._directory.path
+        self._log = RunLog(run, self._plan, wants_log(self._options.push_log, self._plan, run, shared=False))
         first = self._restore(store)
         self._write_beginning(first)
         self._recorder = PushRecorder(store, self._emit, settings, first)
@@ -475,6 +478,10 @@ class RemoteLead(Session):
         return WorkerLostError(f"{what}, and what it held is gone with it; go on with --resume: {self._name_last_checkpoint()}")
 
     # -- checkpoints and the end ---------------------------------------------------------------------------------
+
+    def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
+        self._log.refuse(found)
+        return checkpoints.restore(found, store)
 
     def _collect(self) -> None:
         """Bring the servers' state into the store; nobody is at work."""
