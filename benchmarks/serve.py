@@ -350,6 +350,9 @@ def measure_case(measuring: Measuring, parts: Sequence[str]) -> tuple[list[Group
             bars.append(Bar(claim=claim, value=rate / theirs, limit=1.5, unit="×", at_least=True))
         if report is not None and rate and "overload" in parts:
             bars += _overloaded(measuring, rate, report, other, theirs)
+        elif not rate:
+            claim = f"{case.name}: no rate held p99 ≤ {case.slo_ms:g} ms"
+            bars.append(Bar(claim=claim, value=None, limit=1.0, unit="/s", at_least=True))
     return groups, bars
 
 
