@@ -383,6 +383,23 @@ def _overloaded(measuring: Measuring, rate: float, peak: Report, other: str | No
     ]
 
 
+def _others(inputs: Inputs, part: str, seconds: float) -> list[Bar]:
+    """What has no peers: one client alone, a swap, memory."""
+    cifar = CASES[1]
+    if part == "alone":
+        free_ms = bare(inputs, cifar, Setting(1, 1), 2.0)["seconds"] * 1e3
+        claim = f"one client alone: added to the bare model ({free_ms:.2f} ms)"
+        return [Bar(claim=claim, value=alone(inputs, cifar, 4.0) - free_ms, limit=1.0, unit="ms")]
+    if part == "swap":
+        return swap(inputs, cifar, seconds)
+    bars = []
+    for case in (cifar, CASES[2]):
+        one, two = (memory_mb(inputs, case, replicas) for replicas in (1, 2))
+        claim = f"{case.model}: memory of 2 replicas ({two:.0f} MB) by 1"
+        bars.append(Bar(claim=claim, value=two / one, limit=1.5, unit="×"))
+    return bars
+
+
 def main() -> int:
     parser = common.arguments(__doc__.splitlines()[0] if __doc__ else "")
     names = [case.name for case in CASES]
@@ -407,30 +424,11 @@ def main() -> int:
                 continue
             groups += tables
             bars += more
-        cifar = CASES[1]
-        if "alone" in options.parts:
-            free = bare(inputs, cifar, Setting(1, 1), 2.0)["seconds"] * 1e3
-            bars.append(
-                Bar(
-                    claim="one client alone: added to the bare model",
-                    value=alone(inputs, cifar, 4.0) - free,
-                    limit=1.0,
-                    unit="ms",
-                )
-            )
-        if "swap" in options.parts:
-            bars += swap(inputs, cifar, 1.0 if options.quick else options.seconds)
-        if "memory" in options.parts:
-            for case in (cifar, CASES[2]):
-                one, two = (memory_mb(inputs, case, replicas) for replicas in (1, 2))
-                bars.append(
-                    Bar(
-                        claim=f"{case.model}: memory of 2 replicas ({two:.0f} MB) by 1",
-                        value=two / one,
-                        limit=1.5,
-                        unit="×",
-                    )
-                )
+        for part in [part for part in ("alone", "swap", "memory") if part in options.parts]:
+            try:
+                bars += _others(inputs, part, 1.0 if options.quick else options.seconds)
+            except PeerFailed as error:
+                bars.append(Bar(claim=f"{part}: {error}", value=None, limit=0.0))
     name = "serve_quick" if options.quick else "serve"
     return 0 if common.report(name, groups, "requests/s", vars(options), machine, bars) else 1
 
