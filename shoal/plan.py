@@ -23,8 +23,7 @@ else:
 __all__ = ["GLOSSARY", "SERVER_KEYS", "Plan"]
 
 _RUNS: Mapping[str, tuple[Any, ...]] = {
-    "cp": (1,), "ep": (1,), "replicas": (0,), "device": ("cpu", "cuda"), "compile": (False,), "codec": ("none",),
-    "adapt": (False,),
+    "cp": (1,), "ep": (1,), "replicas": (0,), "device": ("cpu", "cuda"), "codec": ("none",), "adapt": (False,),
 }  # fmt: skip
 """The values that this version runs, for each key of which it does not run all. The one place to change."""
 

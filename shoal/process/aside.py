@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import select
+import signal
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,10 +16,11 @@ from shoal.process.failure import Failure
 T = TypeVar("T")
 
 
-def aside(work: Callable[[], T], what: str) -> T:
+def aside(work: Callable[[], T], what: str, limit_s: float | None = None) -> T:
     """Return what ``work`` returns in a forked child of this (single-threaded) process; it must be picklable.
 
-    What it raises is raised here. ``what`` names it where the child dies instead: JobFailed.
+    What it raises is raised here. ``what`` names it where the child dies instead: JobFailed. Where it takes longer than
+    ``limit_s``, it is ended with all that it has started: TimeoutError.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -24,6 +28,8 @@ def aside(work: Callable[[], T], what: str) -> T:
         status = 1
         try:
             os.close(reading)
+            if limit_s is not None:
+                os.setpgid(0, 0)
             with os.fdopen(writing, "wb") as pipe:
                 try:
                     answer: tuple[bool, Any] = (True, work())
@@ -36,6 +42,12 @@ def aside(work: Callable[[], T], what: str) -> T:
             os._exit(status)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
+        # It writes all of its answer at the end.
+        if limit_s is not None and not select.select([pipe], [], [], limit_s)[0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"It took longer than {limit_s:.0f} s to {what}.")
         data = pipe.read()
     _, status = os.waitpid(pid, 0)
     if not data:

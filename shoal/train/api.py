@@ -130,7 +130,7 @@ def plan_job(
     try:
         supervisor.load(ENTRY, portable(job), 3600.0)
         facts = supervisor.call("facts")
-        choice = choose(asked, job, facts, supervisor, cluster)
+        choice = choose(asked, job, facts, supervisor, cluster, thorough=True)
         return choice.plan, report(choice, job, facts, supervisor)
     finally:
         supervisor.close()

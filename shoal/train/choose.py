@@ -28,20 +28,21 @@ from shoal.planner.search import Tried, rank, search
 from shoal.process.supervisor import Supervisor
 from shoal.ps.lbfgs import DIRECTION
 from shoal.train.crew import Crew, bind
-from shoal.train.fitting import Fitting
+from shoal.train.fitting import Fitting, uncompilable
 from shoal.train.forecast import Forecast, limit_text
 from shoal.train.memory import memory_of
 from shoal.train.row_tables import RunTables, check_tables
 from shoal.train.settings import JobFacts, RunSettings, layout_of, table_of
 from shoal.train.split import Split
 
-SEARCH_S = 5.0
-_ENOUGH_S = 7.5
+SEARCH_S = 4.0
+_ENOUGH_S = 6.0
 _LONG_WARM_UP_S = 0.5
 _SINGLE_TRIAL_S = 1.5
 _WARM_UP_STEPS = 3
 _MOST_TRIAL_STEPS = 400
 _SPLIT_TIMEOUT_S = 600.0
+_LONG_RUN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ class Choice:
     need: Need | None
 
 
-def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None) -> Choice:
-    """Fill in everything that a plan leaves open, and explain it; PlanError where it does not fit the job or the machine."""
+def choose(
+    plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None, thorough: bool = False
+) -> Choice:
+    """Fill in everything that a plan leaves open, and explain it; PlanError where it does not fit the job or the machine.
+
+    ``thorough``: also try what only a long run gains from.
+    """
     machine = cluster or Cluster.local(measure=False)
     if len(machine.machines) > 1:
         raise PlanError(
@@ -64,7 +70,10 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
     if plan.device == "cuda":
         return _on_gpus(plan, job, facts, supervisor, machine)
     batch = min(job.batch_size, facts.samples)
-    candidates = local_candidates(plan, machine.cores, batch, facts.images, divisible(job, facts))
+    check_compile(plan)
+    # Compiling takes far longer than a trial: the other choices are made without.
+    opened = plan.replace(compile=False) if plan.compile else plan
+    candidates = local_candidates(opened, machine.cores, batch, facts.images, divisible(job, facts))
     check_plan(candidates[0], job, facts)
     fitting = Fitting(
         plan, facts, supervisor,
@@ -89,7 +98,8 @@ def choose(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluste
     elif not why:
         first = candidates[0]
         why = [f"{first.brief()} is the only plan worth trying here."]
-    why += fitting.why(first)
+    first = fitting.compile(first, not plan.names_axes and (thorough or _is_long(first, job, facts)))
+    why += fitting.why_compiled(first) + ([] if first.compile else fitting.why(first))
     split = split_of(first, supervisor)
     if need is None and forecast.doubtful(first):
         need = forecast.need(first, split)[1]
@@ -179,6 +189,22 @@ def _best(
     return best.plan, why
 
 
+def _is_long(plan: Plan, job: Job, facts: JobFacts) -> bool:
+    """Whether a run takes long enough for seconds before it, as far as that is known."""
+    step_s = predicted_step(plan, job, facts)
+    steps = job.epochs * -(-facts.samples // min(job.batch_size, facts.samples))
+    return step_s is not None and step_s * steps > _LONG_RUN_S
+
+
+def check_compile(plan: Plan) -> None:
+    """PlanError where a plan asks for compiled code that cannot be had under it."""
+    trouble = uncompilable(plan) if plan.compile else None
+    if plan.compile and isinstance(plan.rewrites, tuple):
+        trouble = f"rewrites={'+'.join(plan.rewrites)} makes other code of the model already"
+    if trouble is not None:
+        raise PlanError(f"compile=on cannot be used: {trouble}; leave compile out.")
+
+
 def divisible(job: Job, facts: JobFacts) -> int:
     """Into how many microbatches any batch of an epoch can be cut; BatchNorm needs two samples in each."""
     batch = min(job.batch_size, facts.samples)
@@ -195,6 +221,7 @@ def check_plan(plan: Plan, job: Job, facts: JobFacts) -> None:
             f"{'dp' if plan.ps is None else 'workers'}={batch} or fewer, or a larger batch."
         )
     check_servers(plan, facts)
+    check_compile(plan)
     if DIRECTION in facts.table.state_keys:
         check_lbfgs(plan, job)
     if plan.mode == "bounded" and plan.staleness is None:

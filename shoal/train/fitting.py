@@ -12,10 +12,14 @@ from shoal.plan import Plan
 from shoal.planner.candidates import sub_batches
 from shoal.process.supervisor import Supervisor
 from shoal.rewrites import registry
+from shoal.train.compiling import GAIN as COMPILE_GAIN
+from shoal.train.compiling import Compiled
 from shoal.train.settings import JobFacts
 from shoal.train.tune import Finding, Question, Tuned
 
-_SECONDS = 4.0
+_SECONDS = 3.0
+_COMPILE_S = 6.0
+"""What compiling may take where nobody asked for it."""
 _TIMEOUT_S = 600.0
 
 Recall = Callable[[str], Any]
@@ -35,6 +39,7 @@ class Fitting:
         self._wanted, self._facts, self._supervisor = wanted, facts, supervisor
         self._recall, self._remember = recall, remember
         self._found: dict[str, Tuned] = {}
+        self._compiled: Compiled | None = None
         if isinstance(wanted.rewrites, tuple):
             registry.check_names(wanted.rewrites)
 
@@ -51,6 +56,54 @@ class Fitting:
             return [f"No rewrites: {hindrance}."] if self._wanted.rewrites == "auto" else []
         tuned = self._found.get(str(plan.layout))
         return [] if tuned is None else [_sentence(finding, tuned) for finding in tuned.findings]
+
+    def compile(self, plan: Plan, thorough: bool) -> Plan:
+        """The plan with compiled code where it measures faster, if that is open; PlanError where it was asked for in vain.
+
+        Args:
+            thorough: find it out where it is not known yet.
+        """
+        asked = bool(self._wanted.compile)
+        if not asked and (self._wanted.compile is not None or isinstance(self._wanted.rewrites, tuple)):
+            return plan
+        if not asked and uncompilable(plan) is not None:
+            return plan
+        found = self._compiled = self._ask_compiled(plan, thorough, asked)
+        if asked and found is not None and found.trouble is not None:
+            raise PlanError(f"compile=on cannot be used: {found.trouble}.")
+        if not asked and (found is None or found.trouble is not None or found.gain < COMPILE_GAIN):
+            return plan
+        if plan.sub_batch and not self._wanted.sub_batch:
+            plan = plan.replace(sub_batch=0, batchnorm=self._wanted.batchnorm or "global")
+        return plan.replace(compile=True, rewrites="none")
+
+    def _ask_compiled(self, plan: Plan, thorough: bool, asked: bool) -> Compiled | None:
+        """What is known of compiling, or is found out now; None where it is not known, and not to be found out."""
+        samples = max(1, self._facts.batch_size // plan.data_ways)
+        bare = plan.replace(compile=None, explanation=())
+        key = f"compiled {bare} {samples}"
+        known = self._recall(key)
+        if known is not None and (known["trouble"] is None or not asked):
+            return Compiled(**known)
+        if self._facts.tables or not (thorough or asked):
+            return None
+        limit_s = None if asked else _COMPILE_S
+        compiled: Compiled = self._supervisor.call("try_compiling", plan, samples, limit_s, timeout_s=_TIMEOUT_S)
+        self._remember(key, asdict(compiled))
+        return compiled
+
+    def why_compiled(self, plan: Plan) -> list[str]:
+        """What compiling gains, or why it was not done, in a sentence."""
+        found = self._compiled
+        if found is None:
+            return []
+        if found.trouble is not None:
+            return [f"Not compiled: {found.trouble.rstrip('.')}."]
+        assert found.before_s is not None and found.after_s is not None
+        times = f"{found.before_s * 1e3:.2f} → {found.after_s * 1e3:.2f} ms for a worker's pass"
+        if plan.compile:
+            return [f"compile=on (torch.compile): {found.gain:.2f} × as fast ({times})."]
+        return [f"compile=on (torch.compile) is not used: not faster here ({times})."]
 
     def _fit(self, plan: Plan, most: int, layouts: int) -> Plan:
         wanted = self._wanted.rewrites
@@ -92,10 +145,25 @@ class Fitting:
         return tuned
 
 
+def uncompilable(plan: Plan) -> str | None:
+    """Why no worker can compile its model under a plan."""
+    if Grid.of(plan).splits_model:
+        return "torch.compile takes whole models, and this plan cuts it"
+    if plan.recompute not in (None, "none"):
+        return f"recompute={plan.recompute} runs the author's blocks again as they are"
+    if plan.device not in (None, "cpu"):
+        return f"it is for processors, and the plan says device={plan.device}"
+    if plan.waits_for_nobody:
+        return f"workers with {plan.mode} are not compiled"
+    return None
+
+
 def _hindrance(plan: Plan) -> str | None:
     """Why a model cannot be rewritten under a plan."""
     if Grid.of(plan).splits_model:
         return "they change whole models, and this plan cuts it"
+    if plan.compile:
+        return "compile=on makes other code of the model already"
     if plan.recompute not in (None, "none"):
         return f"recompute={plan.recompute} runs the author's blocks again as they are"
     return None

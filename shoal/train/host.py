@@ -44,6 +44,7 @@ from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
+from shoal.train.compiling import Compiled, compile_aside, compile_model, give_up, warm_up, work_of
 from shoal.train.describe import (
     bind,
     describe,
@@ -210,6 +211,13 @@ class TrainHost:
         """What a rewritten model gains, measured aside."""
         return aside(lambda: tune(self._built, question), "find out what rewriting the model gains")
 
+    def try_compiling(self, plan: Plan, samples: int, limit_s: float | None) -> Compiled:
+        """What compiling the model gives, found out aside; it is given up after ``limit_s``."""
+        try:
+            return aside(lambda: compile_aside(self._built, plan, samples), "compile the model", limit_s)
+        except TimeoutError as late:
+            return Compiled(trouble=str(late))
+
     def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
         """Write the first weights into an arena where ``write`` says so, and bind the model to it where it is not split."""
         store = Store(arena, table_of(self._facts, settings.split))
@@ -237,6 +245,7 @@ class TrainHost:
         if self._rewrites is not None:
             # Where workers are no forks of this process, this is the model that was trained.
             self._rewrites.remove()
+        give_up(model)
         if self._settings.split is not None:
             from shoal.axes import tensor
 
@@ -476,7 +485,13 @@ class TrainHost:
         if settings.split is None:
             part = whole_part(built, self._facts.table, store, rank)
             prepare(part.model)
-            self._rewrites = install(part.model, rewrites_of(plan))
+            if not plan.compile:
+                self._rewrites = install(part.model, rewrites_of(plan))
+            else:
+                compile_model(part.model, plan.threads or 1)
+                # Now, and for this batch: what is compiled may depend on what comes first.
+                if not self._tables:
+                    warm_up(work_of(built, plan, max(1, min(built.job.batch_size, len(built.train)) // plan.data_ways)))
             return part, None
         to_meta(built.model)
         team: Team | None = None

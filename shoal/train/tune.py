@@ -11,7 +11,7 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from shoal.train import objective, streams
 from shoal.train.built import Built
 from shoal.train.embedding import quicken_embeddings
 from shoal.train.feed import to_layout
+from shoal.train.work import PLACE, Tensors, Work, close, map_tensors, samples_of, tensors, unchanged
 
 GAIN = 1.02
 """A rewrite is taken where it is at least so many times as fast."""
@@ -36,9 +37,7 @@ _CHECKED_SAMPLES = 8
 _MOST_DOUBLED_BYTES = 128 << 20
 _SLOW_S = 0.5
 _ROUNDS, _LEAST_ROUNDS = 30, 4
-Tensors = list[torch.Tensor | None]
 _LEAST_CUT_S = 0.002
-_PLACE = (streams.STEP, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,10 @@ class _Tuning:
     def __init__(self, built: Built, question: Question) -> None:
         self._job, self._model, self._question = built.job, built.model, question
         self._kept = quicken_embeddings()
-        streams.reseed(*_PLACE)
+        streams.reseed(*PLACE)
         indices = np.arange(question.samples, dtype=np.int64)
         self._batch = to_layout(built.train.fetch(indices, built.job.collate, None), question.layout == "channels_last")
+        self._work = Work(built.job, built.model, self._batch, question.samples, question.precision)
         self._model.train()
         # What applies where nothing is trained is of use to evaluation.
         self._names = registry.names(True)
@@ -125,7 +125,7 @@ class _Tuning:
             few = min(few, 2)
         findings: list[Finding] = []
         sound: list[str] = []
-        check = _Check(self._job, model, _samples(self._batch, 0, few), few) if names else None
+        check = _Check(self._job, model, samples_of(self._batch, 0, few), few) if names else None
         for name in names:
             trouble = check.trouble((name,)) if check is not None else None
             if trouble != NOT_FOUND or question.forced:
@@ -144,9 +144,9 @@ class _Tuning:
         """Whether any of these rewrites finds a place, taken all together."""
         installed = install(self._model, names)
         try:
-            with _unchanged(self._model):
-                self._pass(few=few)
-                self._evaluate(few)
+            with unchanged(self._model):
+                self._work.train(few=few)
+                self._work.evaluate(few)
                 return bool(installed.applied.places)
         except Exception:
             # One of them fails: which one, the checks will say.
@@ -157,8 +157,8 @@ class _Tuning:
     def _still_finds(self, name: str, names: tuple[str, ...]) -> bool:
         installed = install(self._model, names)
         try:
-            self._pass()
-            self._evaluate()
+            self._work.train()
+            self._work.evaluate()
             return name in installed.applied.places
         finally:
             installed.remove()
@@ -172,7 +172,7 @@ class _Tuning:
                 # Another one has taken its places.
                 continue
             trains = registry.all_rewrites()[name].TRAINS
-            work = self._pass if trains else self._evaluate
+            work = self._work.train if trains else self._work.evaluate
             before, after = self._alternate(work, tuple(chosen), work, (*chosen, name), len(sound) + 1)
             findings.append(Finding(name, before, after))
             if before > after * GAIN:
@@ -187,7 +187,7 @@ class _Tuning:
             return 0
         for size in sizes:
             before, after = self._alternate(
-                functools.partial(self._pass, best), names, functools.partial(self._pass, size), names, 2 * len(sizes)
+                functools.partial(self._work.train, best), names, functools.partial(self._work.train, size), names, 2 * len(sizes)
             )
             if before > after * SUB_BATCH_GAIN:
                 findings.append(Finding(f"sub_batch={size}", before, after))
@@ -198,56 +198,22 @@ class _Tuning:
 
     def _is_worth_cutting(self) -> bool:
         """Whether a pass takes long enough for several to be no slower."""
-        self._pass()
+        self._work.train()
         start = time.thread_time()
-        self._pass()
+        self._work.train()
         return time.thread_time() - start > _LEAST_CUT_S
 
     def _sum_is_the_same(self, size: int) -> bool:
         """Whether pieces add up to the whole: not where samples know of each other, or random numbers are drawn."""
         found = []
         for pieces in (0, size):
-            self._pass(pieces, keep=True)
+            self._work.train(pieces, keep=True)
             found.append([None if p.grad is None else p.grad.clone() for p in self._model.parameters()])
-            self._forget()
-        return all(_close(a, b, _CLOSE_SINGLE) for a, b in zip(*found, strict=True))
-
-    def _pass(self, size: int = 0, keep: bool = False, few: int | None = None) -> None:
-        """A worker's forward and backward pass over its samples, or a few of them, so many at a time."""
-        samples = few or self._question.samples
-        for micro, start in enumerate(range(0, samples, size or samples)):
-            # As a worker does before each piece.
-            streams.reseed(*_PLACE[:-1], micro)
-            stop = min(samples, start + (size or samples))
-            batch = self._batch if stop - start == self._question.samples else _samples(self._batch, start, stop)
-            bf16 = self._question.precision == "bf16"
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-                outcome = objective.compute(self._job, self._model, batch, stop - start)
-            if self._job.metrics:
-                # They will ask for the output.
-                _tensors(outcome.output)
-            outcome.to_backward(samples).backward()  # type: ignore[no-untyped-call]
-        if not keep:
-            self._forget()
-
-    def _evaluate(self, few: int | None = None) -> None:
-        """A worker's pass over its samples where nothing is trained."""
-        samples = few or self._question.samples
-        batch = self._batch if few is None else _samples(self._batch, 0, samples)
-        bf16 = self._question.precision == "bf16"
-        self._model.eval()
-        try:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-                objective.compute(self._job, self._model, batch, samples)
-        finally:
-            self._model.train()
-
-    def _forget(self) -> None:
-        for parameter in self._model.parameters():
-            parameter.grad = None
+            self._work.forget()
+        return all(close(a, b, _CLOSE_SINGLE) for a, b in zip(*found, strict=True))
 
     def _alternate(
-        self, one: Callable[[], None], names: tuple[str, ...], other: Callable[[], None], others: tuple[str, ...], parts: int
+        self, one: Callable[[], Any], names: tuple[str, ...], other: Callable[[], Any], others: tuple[str, ...], parts: int
     ) -> tuple[float, float]:
         """Seconds of two ways to compute, in turn, so that what else the machine does disturbs both.
 
@@ -310,18 +276,18 @@ class _Check:
         if not installed.applied.places:
             return NOT_FOUND
         same = len(found) == len(self._truth) and all(
-            _close(a, b, self._close) for a, b in zip(self._truth, found, strict=True)
+            close(a, b, self._close) for a, b in zip(self._truth, found, strict=True)
         )
         return None if same else "does not give the same results in this model"
 
     def _compute(self) -> Tensors:
         """Loss, outputs, gradients, and buffers in training; outputs where nothing is trained; the model stays as it was."""
         model = self._model
-        with _unchanged(model):
-            streams.reseed(*_PLACE)
+        with unchanged(model):
+            streams.reseed(*PLACE)
             outcome = objective.compute(self._job, model, self._batch, self._count)
             outcome.to_backward(self._count).backward()  # type: ignore[no-untyped-call]
-            found: Tensors = [outcome.loss.detach(), *_tensors(outcome.output)]
+            found: Tensors = [outcome.loss.detach(), *tensors(outcome.output)]
             found += [None if p.grad is None else _dense(p.grad) for p in model.parameters()]
             found += [buffer.clone() for buffer in model.buffers()]
             for parameter in model.parameters():
@@ -329,7 +295,7 @@ class _Check:
             model.eval()
             with torch.no_grad():
                 outcome = objective.compute(self._job, model, self._batch, self._count)
-                found += [outcome.loss, *_tensors(outcome.output)]
+                found += [outcome.loss, *tensors(outcome.output)]
             model.train()
         return found
 
@@ -338,60 +304,5 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient.clone()
 
 
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back afterwards."""
-    held = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in held:
-                buffer.copy_(value)
-
-
-def _close(a: torch.Tensor | None, b: torch.Tensor | None, tolerance: float) -> bool:
-    """Whether two tensors differ by rounding only, by the largest of their values."""
-    if a is None or b is None:
-        return a is b
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return bool(torch.equal(a, b))
-    if not a.numel():
-        return True
-    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
-        return False
-    a, b = a.nan_to_num(), b.nan_to_num()
-    return float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-3)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors of an output, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value.detach()]
-    if isinstance(value, Mapping):
-        return [tensor for entry in value.values() for tensor in _tensors(entry)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for entry in value for tensor in _tensors(entry)]
-    return []
-
-
 def _doubled(batch: Any) -> Any:
-    return _map(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-
-
-def _samples(batch: Any, start: int, stop: int) -> Any:
-    """Some samples of a batch; ValueError where it cannot be cut."""
-    return _map(batch, lambda tensor: tensor[start:stop])
-
-
-def _map(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {key: _map(value, change) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        values = [_map(value, change) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
+    return map_tensors(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
