@@ -95,16 +95,22 @@ def run_json(command: Sequence[str], limit_s: float = 900.0, env: Mapping[str, s
 
 
 def alternate(
-    peers: Sequence[Peer], repeats: int, key: str, say: Callable[[str], None] | None = None
+    peers: Sequence[Peer], repeats: int, key: str, say: Callable[[str], None] | None = None, limit_s: float | None = None
 ) -> dict[str, Result]:
     """Run all peers ``repeats`` times in turn and return what each measured under ``key``, by name.
 
-    A peer that fails is left out of the later rounds; its error stands in its result.
+    A peer that fails is left out of the later rounds; its error stands in its result. ``limit_s``: no round begins, but the
+    first, that would end after so many seconds if it took as long as the one before.
     """
     say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     results = {peer.name: Result(peer.name) for peer in peers}
     began = time.monotonic()
+    round_s = 0.0
     for number in range(repeats):
+        start = time.monotonic()
+        if number and limit_s is not None and start - began + round_s > limit_s:
+            say(f"{_gone(began)}  no time for round {number + 1}/{repeats}")
+            break
         for peer in peers if number % 2 == 0 else list(reversed(peers)):
             result = results[peer.name]
             if result.error is not None:
@@ -119,6 +125,7 @@ def alternate(
             result.values.append(value)
             result.details.append(answer)
             say(f"{_gone(began)}  round {number + 1}/{repeats}  {peer.name}: {_number(value)}")
+        round_s = time.monotonic() - start
     return results
 
 
@@ -348,6 +355,6 @@ def figure(path: Path, groups: Sequence[Group], unit: str, caption: str) -> None
 def arguments(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has: ``--repeats`` and ``--quick``."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; the median of them counts")
+    parser.add_argument("--repeats", "--rounds", type=int, default=5, help="rounds; the median of them counts")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that everything runs")
     return parser

@@ -66,7 +66,9 @@ class Fitting:
         asked = bool(self._wanted.compile)
         if not asked and (self._wanted.compile is not None or isinstance(self._wanted.rewrites, tuple)):
             return plan
-        if not asked and uncompilable(plan) is not None:
+        global_batchnorm = self._facts.batchnorm and plan.data_ways > 1 and plan.batchnorm == "global"
+        if not asked and (uncompilable(plan) is not None or global_batchnorm):
+            # Global sums cut the graph into many small ones, each compiled by itself.
             return plan
         found = self._compiled = self._ask_compiled(plan, thorough, asked)
         if asked and found is not None and found.trouble is not None:

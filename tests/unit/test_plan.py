@@ -355,7 +355,7 @@ def test_what_is_built_passes(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["ps=1,replicas=1", "cp=2", "ep=2", "compile=on", "codec=topk", "adapt=on", "device=mps"],
+    ["ps=1,replicas=1", "cp=2", "ep=2", "codec=topk", "adapt=on", "device=mps"],
 )  # fmt: skip
 def test_what_is_not_built_says_so_in_one_sentence(text: str) -> None:
     with pytest.raises(NotBuiltError) as caught:
@@ -366,7 +366,7 @@ def test_what_is_not_built_says_so_in_one_sentence(text: str) -> None:
 
 
 def test_everything_not_built_is_named_at_once() -> None:
-    with pytest.raises(NotBuiltError, match="^compile=on, codec=topk and adapt=on are not built in this version"):
+    with pytest.raises(NotBuiltError, match="^codec=topk and adapt=on are not built in this version"):
         Plan.parse("dp=2,compile=on,codec=topk,adapt=on").require_built()
 
 

@@ -32,6 +32,14 @@ def test_peers_run_in_turn_every_second_round_in_reverse() -> None:
     assert results["a"].median == 4.0
 
 
+def test_rounds_beyond_the_limit_are_left_out() -> None:
+    said: list[str] = []
+    peer = Peer(name="a", measure=lambda: {"speed": 1.0})
+    assert common.alternate([peer], 3, "speed", said.append, limit_s=0.0)["a"].values == [1.0]
+    assert said[-1].endswith("no time for round 2/3")
+    assert len(common.alternate([peer], 3, "speed", quiet, limit_s=60.0)["a"].values) == 3
+
+
 def test_command_answers_with_its_last_line() -> None:
     code = "print('warming up'); print('{\"speed\": 3}')"
     results = common.alternate([Peer(name="a", measure=[sys.executable, "-c", code])], 1, "speed", quiet)
