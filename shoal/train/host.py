@@ -460,6 +460,11 @@ class TrainHost:
         with user_code("scheduler"):
             return Schedule(self._built.job, self._built.optimizer, self._store, place, updater)
 
+    @property
+    def corrects_staleness(self) -> bool:
+        """Whether the learning rate is to depend on how late a push comes."""
+        return factor_of(self._built.optimizer) is not None
+
     def plain_groups(self) -> list[Numbers]:
         """The hyperparameters of the job's optimizer that are numbers, as a schedule has left them."""
         return plain_groups(self._built.optimizer)

@@ -105,6 +105,7 @@ class RemoteLead(Session):
 
     _recorder: PushRecorder
     _pacer: Pacer
+    _client: Client | None = None
 
     def begin(
         self, settings: RunSettings, store: Store, host: TrainHost, placement: Placement, members: Members, desk: Desk,
@@ -134,7 +135,6 @@ class RemoteLead(Session):
         page = store.read_notebook(store.arena.world_size, first) if first else None
         self._state.numbers = dict(((page or {}).get("optimizer") or {}).get("state", {}))
         self._schedule.recall(first)
-        self._client: Client | None = None
         self._collected = first
         self._orphans: deque[Orphan] = deque()
         # Who has which units: their rank -> (unit, the row that it was claimed in).

@@ -34,7 +34,6 @@ from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings, work
 from shoal.train.run import Run
 from shoal.train.rundir import RunDirectory
-from shoal.train.settings import JobFacts
 
 _END_S = 10.0
 _NEEDS_GLOBAL_BATCHNORM = (
@@ -43,7 +42,7 @@ _NEEDS_GLOBAL_BATCHNORM = (
 )
 
 
-def complete(plan: Plan, job: Job, facts: JobFacts, threads: int) -> Plan:
+def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     """The plan with everything that it leaves open. A sentence where it is not built, or does not fit the job."""
     for key, wrong in (("tp", (plan.tp or 1) > 1), ("pp", (plan.pp or 1) > 1), ("backup", bool(plan.backup))):
         if wrong:
@@ -51,8 +50,14 @@ def complete(plan: Plan, job: Job, facts: JobFacts, threads: int) -> Plan:
                 f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
                 f"{key} out of the plan."
             )
-    if job.optimizer == "lbfgs":
+    if host.job.optimizer == "lbfgs":
         raise NotBuiltError('optimizer="lbfgs" is built for servers and workers that share memory, on one machine.')
+    if host.corrects_staleness and plan.waits_for_nobody:
+        raise NotBuiltError(
+            "shoal.ps.staleness_aware is built for servers and workers that share memory, on one machine; leave it out, or train "
+            "there."
+        )
+    job, facts = host.job, host.facts()
     whole = plan.replace(threads=plan.threads or threads).filled()
     check_plan(whole, job, facts)
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
@@ -148,7 +153,7 @@ def _lead(
         try:
             host = TrainHost(job)
             facts = host.facts()
-            plan = complete(request.plan, job, facts, threads)
+            plan = complete(request.plan, host, threads)
             done = finished_run(directory, job, options, facts)
             if done is not None:
                 return done

@@ -138,6 +138,9 @@ class RemoteTables:
         for number, spec in enumerate(self._specs):
             self._begin += [(number, rows, sketch) for rows, sketch in read_rows(checkpoint, number, spec)]
 
+    def begin_at(self, step: int) -> None:
+        """Which pushes a server has applied, its shard's ledger knows."""
+
     def fill(self) -> None:
         """Give the servers the rows that the run begins with."""
         assert self.client is not None
