@@ -316,8 +316,8 @@ class _Process:
         facts = host.facts()
         if facts.tables:
             raise NotBuiltError(
-                f"The rows of {facts.tables[0].name} are shared in the memory of one machine; without that they need servers: write "
-                f"ps=1,workers={max(1, group.world_size - 1)},sync."
+                f"The rows of {facts.tables[0].name} are shared in the memory of one machine; without that they need servers: "
+                f"write ps=1,workers={max(1, group.world_size - 1)},sync."
             )
         if split is None:
             plan = complete_plan(plan, job, facts)
