@@ -37,7 +37,7 @@ PERIOD_S = 0.02
 """How often the servers' versions are looked at while somebody waits."""
 HEARTBEAT_S = 1.0
 """After so long without anything new, a reader that waits is told so: it knows then that the run is alive."""
-_COPYING_SHARE = 4
+_COPYING_SHARE = 1
 # A reader that has asked nothing for so long has gone; those who have not are told of the end, if they ask until then.
 _GONE_S = 10.0
 _FAREWELL_S = 2.0
@@ -148,7 +148,7 @@ class Publisher:
             now = time.monotonic()
             if now >= due and (self._waiting or self._filling):
                 took_s = self._answer()
-                # Copying may take one part in so many of the time.
+                # Between two copies there is so many times as long as they take.
                 due = now + max(PERIOD_S, (_COPYING_SHARE + 1) * took_s)
                 self._forget_the_gone(now)
         self._say_farewell()

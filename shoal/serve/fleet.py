@@ -243,6 +243,8 @@ class Fleet:
         source = source or self._sources.get(name)
         if source is None:
             raise TargetError(f'There is no model "{name[:80]}" that could be loaded; shoal serve NAME=PATH names one.')
+        if checkpoint is None and live is None and name in self._followers:
+            checkpoint, live = self._followers[name].weights_for(source)
         self._versions[name] = self._versions.get(name, 0) + 1
         self._sources.setdefault(name, source)
         old = self._active.get(name)

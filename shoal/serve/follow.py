@@ -64,6 +64,20 @@ class Follower:
         self._taken = found
         self._begin(found)
 
+    def weights_for(self, source: Path) -> tuple[Path | None, Path | None]:
+        """Where the weights are of what is loaded anew from ``source``: (a checkpoint, a run to be followed by its updates).
+
+        Neither where it has its own. RequestError where there are none yet.
+        """
+        if (source / bundle.WEIGHTS).exists() or source.resolve() != checkpoints_of(self._run):
+            return None, None
+        if self._follows:
+            return None, self._run
+        found = newest(self._run)
+        if found is None:
+            raise RequestError(f"The run {self._run.name} has no checkpoint yet that could be loaded.")
+        return found, None
+
     def lost(self, reason: str) -> None:
         """The weights follow the run no more; what they are now is newer than any checkpoint that there is."""
         self._follows = False

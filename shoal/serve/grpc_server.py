@@ -263,7 +263,7 @@ class GrpcServer:
         return {"models": [row for row in self._catalogue.index() if row["state"] == "READY" or not message.ready]}
 
     async def _load(self, message: Any, context: Context) -> dict[str, Any]:
-        await self._catalogue.change(message.model_name, True, v2_grpc.parameters(message.parameters))
+        await self._catalogue.change(message.model_name, True, v2_grpc.numbers(v2_grpc.parameters(message.parameters)))
         return {}
 
     async def _unload(self, message: Any, context: Context) -> dict[str, Any]:

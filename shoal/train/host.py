@@ -264,6 +264,10 @@ class TrainHost:
         """The same while the run goes on, without a program: nothing of it is left in this process."""
         return aside(lambda: self.describe_bundle(0, None), "find out what goes into the model and comes out")
 
+    def describe_first(self) -> dict[str, Any]:
+        """The same before anything is done to the model: of one in parts nobody has the whole while the run goes on."""
+        return aside(lambda: describe_model(self._built, None), "find out what goes into the model and comes out")
+
     def run(self, role: Assign, channel: Channel) -> None:
         """A worker's or a server's whole life."""
         store, settings = self._store, self._settings

@@ -31,7 +31,7 @@ from shoal.comm.journal import Journal
 from shoal.comm.member import Member
 from shoal.comm.mesh import make_mesh
 from shoal.comm.store import Store
-from shoal.errors import JobError, JobFailed, NotBuiltError, PlanError, ShoalError, UserCodeError
+from shoal.errors import JobError, JobFailed, NotBuiltError, PlanError, RequestError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
@@ -328,6 +328,11 @@ class _Process:
         if found is not None:
             return Run(found[0], found[1], job)
         own = self._take_part(host, split, plan, facts)
+        description = None
+        if directory is not None and own is not None:
+            # What goes wrong here is said where it matters, at the run's end.
+            with contextlib.suppress(JobFailed, RequestError):
+                description = host.describe_first()
         why = f"The job was started with {group.world_size} processes, which speak through {group.media}."
         plan = plan.replace(explanation=(why, *plan.explanation, *device_text(device)))
         place = group.broadcast_object(directory.path if directory is not None else None, 0, "the run directory")
@@ -342,8 +347,8 @@ class _Process:
         rows = group.gather_objects({"pid": os.getpid(), "host": socket.gethostname()}, "the list of processes")
         lead = None
         if directory is not None and self._emit is not None:
-            lead = Lead(job, options, directory, InProcess(host, rows), facts, self._emit, self._interrupts)  # type: ignore[arg-type]
-            lead.parts = None if own is None else Gathered(group, host)
+            lead = Lead(job, options, directory, InProcess(host, rows, description), facts, self._emit, self._interrupts)  # type: ignore[arg-type]
+            lead.parts = None if own is None else Gathered(group, host, description is not None)
         try:
             if lead is not None:
                 lead.begin(settings, store)

@@ -30,10 +30,12 @@ class Gathered:
 
     Attributes:
         collect: writes a checkpoint of a step, together with all other processes.
+        described: whether it is known what goes into the model and comes out.
     """
 
-    def __init__(self, group: Group, host: TrainHost) -> None:
+    def __init__(self, group: Group, host: TrainHost, described: bool = False) -> None:
         self._group, self._host = group, host
+        self.described = described
         self.collect: Callable[[int], None] | None = None
         self._source: checkpoints.Checkpoint | None = None
 
@@ -66,12 +68,16 @@ class Gathered:
 class InProcess:
     """The built job inside this process, where a session expects a template's supervisor."""
 
-    def __init__(self, host: TrainHost, rows: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, host: TrainHost, rows: Sequence[dict[str, Any]], description: dict[str, Any] | None = None) -> None:
+        """``description``: what goes into the model and comes out, from when all of it was here."""
         self._host = host
+        self._description = description
         here = {"role": "supervisor", "rank": 0, **rows[0]}
         self._rows = [here, *({"role": "worker", "rank": rank, **row} for rank, row in enumerate(rows))]
 
     def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
+        if method == "describe_aside" and self._description is not None:
+            return self._description
         return getattr(self._host, method)(*arguments)
 
     def processes(self) -> list[dict[str, Any]]:
@@ -137,8 +143,8 @@ class Lead(Session):
             self.parts.write_last(step)
 
     def _describe_checkpoints(self) -> None:
-        # In parts, nobody has the whole model before the run's end.
-        if self.parts is None:
+        # In parts, nobody has the whole model before the run's end: it was described before.
+        if self.parts is None or self.parts.described:
             super()._describe_checkpoints()
 
     def _final_state(self, step: int) -> dict[str, torch.Tensor]:

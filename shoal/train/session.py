@@ -255,8 +255,7 @@ class Session:
         if self._not_finite:
             self._stop_for_loss()
         if self._arena.servers and self._recorder.step:
-            # Whoever follows the run by what its servers publish need not wait for a checkpoint.
-            self._describe_checkpoints()
+            self._describe_checkpoints()  # Whoever reads what the servers publish need not wait for a checkpoint.
         self._measure_memory()
 
     def _take(self, message: Any) -> None:

@@ -18,6 +18,7 @@ import torch
 from torchrun import torchrun
 
 import shoal
+from shoal import bundle
 from shoal.errors import PlanError, UserCodeError, WorkerLostError
 from shoal.observe.compare import max_rel_diff
 from shoal.observe.events import read_events
@@ -108,7 +109,7 @@ def test_every_plan_goes_on_from_any_other_and_comes_to_one_workers_weights(
 
 @pytest.mark.timeout(300)
 def test_memory_inside_a_machine_and_gloo_between_two(tmp_path: Path) -> None:
-    process = torchrun(HERE, tmp_path, processes=4)
+    process = torchrun(HERE, tmp_path, processes=4, SHOAL_CHECKPOINT_S="0")
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(4)]
@@ -118,6 +119,9 @@ def test_memory_inside_a_machine_and_gloo_between_two(tmp_path: Path) -> None:
         assert max_rel_diff(alone.weights(), shoal.open(tmp_path / name).weights()) < 1e-9
         (plan,) = read_events(tmp_path / name / "events.jsonl", ["plan"])
         assert "gloo between 2 machines" in plan["why"][0]
+        # A service can follow a run in parts, too: the first checkpoint has all but the weights beside it.
+        beside, model = (bundle.read_description(tmp_path / name / place) for place in ("checkpoints", "model"))
+        assert beside["inputs"] and all(beside[key] == model[key] for key in ("name", "inputs", "outputs"))
     assert said[0]["user"][0] == 3 and "only here" in said[0]["user"][1]
     assert said[0]["tp=2"].endswith("started with 4 processes; write dp=2,tp=2, or start 2 processes.")
     assert said[0]["dp=3,zero=3"].startswith(

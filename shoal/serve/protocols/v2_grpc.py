@@ -6,6 +6,7 @@ https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_servic
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -115,6 +116,17 @@ def parameters(given: Any) -> dict[str, Any]:
         kind = parameter.WhichOneof("parameter_choice")
         if kind is not None:
             found[name] = getattr(parameter, kind)
+    return found
+
+
+def numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a model repository, which can be no fractions there: strings that are numbers as numbers ("0.1")."""
+    found = dict(given)
+    for name, value in given.items():
+        for kind in (int, float):
+            if isinstance(found[name], str):
+                with contextlib.suppress(ValueError):
+                    found[name] = kind(value)
     return found
 
 

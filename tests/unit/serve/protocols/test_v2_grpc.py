@@ -137,3 +137,8 @@ def test_an_error_says_when_to_try_again() -> None:
     info = proto.message("google.rpc.RetryInfo").FromString(status.details[0].value)
     assert status.details[0].type_url.endswith("/google.rpc.RetryInfo")
     assert (info.retry_delay.seconds, info.retry_delay.nanos) == (1, 250_000_000)
+
+
+def test_fractions_of_a_model_repository_come_as_strings() -> None:
+    given = {"canary": "0.1", "requests": "50", "shadow": False, "tolerance": 2, "x": "fast"}
+    assert v2_grpc.numbers(given) == {"canary": 0.1, "requests": 50, "shadow": False, "tolerance": 2, "x": "fast"}

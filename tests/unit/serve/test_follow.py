@@ -1,0 +1,127 @@
+"""What a follower takes from a run's directory, and when: updates while there are any, else checkpoints that are newer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import RequestError
+from shoal.serve.follow import Follower
+
+
+class Run:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "events.jsonl").touch()
+        (path / "checkpoints").mkdir()
+
+    def describe(self) -> None:
+        (self.path / "checkpoints" / "bundle.json").write_text("{}")
+
+    def checkpoint(self, step: int) -> None:
+        place = self.path / "checkpoints" / f"step-{step}"
+        place.mkdir()
+        (place / "meta.json").write_text(json.dumps({"step": step}))
+
+    def publish(self) -> None:
+        # As a resumed run does: a new file in the place of the old one.
+        scratch = self.path / "scratch"
+        scratch.write_text("")
+        scratch.replace(self.path / "read.key")
+
+    def finish(self) -> None:
+        (self.path / "model").mkdir()
+        (self.path / "model" / "bundle.json").write_text("{}")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+class Taker:
+    """Loads nothing, and says when it is told to that it has."""
+
+    def __init__(self, run: Run) -> None:
+        self.asked: list[str] = []
+        self.said: list[str] = []
+        self.done: Callable[[str | None], None] = lambda trouble: None
+        self.refuses = False
+        self.follower = Follower(run.path, self.load, self.said.append, None)
+        self._now = 0.0
+
+    def load(self, path: Path, done: Callable[[str | None], None]) -> None:
+        self.asked.append(path.name)
+        self.done = done
+        if self.refuses:
+            raise RequestError("Not now.")
+
+    def look(self) -> list[str]:
+        """What is asked for when it looks again."""
+        before = len(self.asked)
+        self._now += 10.0
+        self.follower.look(self._now)
+        return self.asked[before:]
+
+
+def test_updates_are_followed_and_checkpoints_wait(run: Run) -> None:
+    taker = Taker(run)
+    run.publish()
+    assert taker.look() == []
+    run.describe()
+    assert taker.look() == ["read.key"]
+    run.checkpoint(1)
+    assert taker.look() == []
+    taker.done(None)
+    assert taker.said[-1].endswith("answers now, and follows its updates.")
+    assert taker.look() == []
+    # The run is lost: what is served is newer than the checkpoint.
+    taker.follower.lost("Nothing was heard of it.")
+    assert taker.look() == []
+    run.checkpoint(2)
+    assert taker.look() == ["step-2"]
+    taker.done(None)
+    run.publish()
+    assert taker.look() == ["read.key"]
+    taker.done(None)
+    (run.path / "read.key").unlink()
+    run.finish()
+    assert taker.look() == []
+    taker.follower.lost("The run has ended.")
+    assert taker.look() == ["model"]
+
+
+def test_a_run_that_cannot_be_heard_is_followed_by_its_checkpoints(run: Run) -> None:
+    taker = Taker(run)
+    run.describe()
+    run.checkpoint(1)
+    run.publish()
+    assert taker.look() == ["read.key"]
+    taker.done("Nobody answers.")
+    assert "what its servers have now was not taken. Nobody answers." in taker.said[-1]
+    # The key of a run that is gone is not tried again.
+    assert taker.look() == ["step-1"]
+    taker.done(None)
+    assert taker.look() == []
+    run.publish()
+    taker.refuses = True
+    assert taker.look() == ["read.key"] and "Not now." in taker.said[-1]
+    assert taker.look() == []
+
+
+def test_what_is_loaded_anew_has_its_weights_from_the_run(run: Run, tmp_path: Path) -> None:
+    taker = Taker(run)
+    beside = (run.path / "checkpoints").resolve()
+    run.describe()
+    with pytest.raises(RequestError, match="has no checkpoint yet"):
+        taker.follower.weights_for(beside)
+    run.checkpoint(3)
+    assert taker.follower.weights_for(beside) == (beside / "step-3", None)
+    assert taker.follower.weights_for(tmp_path / "elsewhere") == (None, None)
+    run.publish()
+    taker.look()
+    taker.done(None)
+    assert taker.follower.weights_for(beside) == (None, run.path.resolve())
