@@ -127,9 +127,8 @@ def test_sync_is_one_worker_also_when_a_worker_is_killed_and_goes_on_in_the_aren
 
 def test_workers_that_wait_for_nobody_lose_no_push_when_one_is_killed(tmp_path: Path) -> None:
     run, of = tmp_path / "run", job(epochs=4, optimizer=nadam, scheduler=None)
-    found = shoal.train(
-        of, plan="ps=2,workers=2,staleness=2,push_every=2,threads=1", run_dir=run, on_event=kill_at(9, "worker", 0, run)
-    )
+    plan = "ps=2,workers=2,staleness=2,push_every=2,pull_every=2,threads=1"
+    found = shoal.train(of, plan=plan, run_dir=run, on_event=kill_at(9, "worker", 0, run))
     assert sorted(pushes(run)) == [(e, b, s) for e in range(1, 5) for b in range(1, 8) for s in (0, 1)]
     clocks = list(read_events(run / "events.jsonl", {"clock"}))
     assert len(clocks) == 56 and all(e["clock"] - e["slowest"] <= 2 for e in clocks)

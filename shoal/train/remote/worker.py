@@ -29,6 +29,7 @@ from shoal.ps.kernel import Batch, load
 from shoal.ps.ledger import UnitColumns
 from shoal.ps.placement import Placement
 from shoal.ps.requests import Ticket
+from shoal.ps.row_cache import RowCache
 from shoal.ps.spec import TableSpec
 from shoal.ps.table import find_bad_key
 from shoal.train import notes
@@ -46,18 +47,28 @@ from shoal.train.row_tables import RowGradients
 from shoal.train.settings import BadPush, EpochPart, JobFacts, RunSettings, ValueNames
 from shoal.train.setup import run_settings
 
+_CACHE_BYTES = 64 << 20
+
 
 class RemoteTable:
-    """A table whose rows are the servers': what an embedding asks of a ``Table``."""
+    """A table whose rows are the servers': what an embedding asks of a ``Table``; ``cache``: of rows that it has had."""
 
-    def __init__(self, number: int, spec: TableSpec, client: Client, placement: Placement) -> None:
+    def __init__(
+        self, number: int, spec: TableSpec, client: Client, placement: Placement, cache: RowCache | None = None
+    ) -> None:
         self.spec, self._number, self._client, self._placement = spec, number, client, placement
+        self._cache = cache
         self.kernel = load()
 
     def unique(self, keys: np.ndarray, skipped: int | None = None) -> Batch:
         return self.kernel.unique(np.ascontiguousarray(keys), skipped)
 
     def pull(self, keys: np.ndarray, step: int = 0) -> torch.Tensor:
+        if self._cache is None:
+            return self._fetch(keys, step)
+        return self._cache.pull(keys, step, lambda missing: self._fetch(missing, step))
+
+    def _fetch(self, keys: np.ndarray, step: int) -> torch.Tensor:
         rows = torch.empty(len(keys), self.spec.width, dtype=self.spec.dtype)
         places = self._placement.servers_of(self._number, keys)
         asked = {server: np.ascontiguousarray(keys[at]) for server, at in places.items()}
@@ -137,6 +148,8 @@ class RemoteWorker(PushingWorker):
         self.line, self.client, self.placement = line, client, placement
         self.sync = not plan.waits_for_nobody
         self.rows: RemoteRows | None = None
+        # Rows are kept for as long as the copy that they are used with.
+        self.caches: list[RowCache] = []
         self.settled = (0, 0, 0)
         self.groups: Sequence[dict[str, Any]] | None = None
         self.versions: Mapping[int, int] = {}
@@ -190,6 +203,8 @@ class RemoteWorker(PushingWorker):
 
     def pull(self, own: torch.Tensor) -> list[int]:
         """Copy what has changed of the trained weights from the servers; their versions."""
+        for cache in self.caches:
+            cache.clear()
         raw = own.numpy()
 
         def write(number: int, data: memoryview) -> None:
@@ -356,10 +371,14 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     host.quicken()
     store.arena.supervisor.write(Note.FIRST_STEP, placed.first_step)
     placement = placement_of(facts.table, facts.tables, client.places)
-    host.use_tables(lambda number, spec: RemoteTable(number, spec, client, placement))
+    # With one unit a copy, none of its rows is asked for twice.
+    keeps = plan.waits_for_nobody and (plan.pull_every or 1) > 1
+    caches = [cache_of(spec) if keeps else None for spec in facts.tables]
+    host.use_tables(lambda number, spec: RemoteTable(number, spec, client, placement, caches[number]))
     host.forget_first_weights()
     waiting = Waiting(spin_s=0.0, deadline_s=line.patience.deadline_s)
     axis = RemoteWorker(store, rank, waiting, plan, line, client, placement, settings.steps_per_epoch)
+    axis.caches = [cache for cache in caches if cache is not None]
     axis.obey(placed.orders)
     store.arena.slots[rank].post(Signal.EVALUATED, placed.orders.epoch_done)
     store.arena.slots[rank].write(Note.METRICS_EPOCH, placed.orders.epoch_done)
@@ -370,6 +389,11 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
 
     parts, around, own = host.worker(rank, Sender(line), lambda _: axis, make_rows=make_rows if facts.tables else None)
     RemoteLoop(parts, around, own_copy(store, own)).run()
+
+
+def cache_of(spec: TableSpec) -> RowCache:
+    """Room for the rows of a table that a worker's copy of the weights goes with."""
+    return RowCache(max(8, _CACHE_BYTES // (spec.width * spec.dtype.itemsize)), spec.width, spec.dtype, bound=0)
 
 
 def built_as(facts: JobFacts) -> str:
