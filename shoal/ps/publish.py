@@ -93,15 +93,31 @@ class Source(Protocol):
         """Some rows, at whatever moment: see ``Table.piece``."""
 
 
+@dataclass(frozen=True)
+class Succession:
+    """What a publisher takes over from the one before it: key pairs (its own, readers'), where it is, the last publication."""
+
+    pairs: tuple[Pair, Pair]
+    address: str
+    number: int
+
+
 class Publisher:
     """Serves readers in a thread of its own until it is closed."""
 
-    def __init__(self, source: Source, run: str, address: str = "tcp://127.0.0.1:*") -> None:
-        """Bind; ``read_key`` is then what a reader needs. zmq.ZMQError where the address cannot be had."""
+    def __init__(
+        self, source: Source, run: str, address: str = "tcp://127.0.0.1:*", after: Succession | None = None
+    ) -> None:
+        """Bind; ``read_key`` is then what a reader needs. zmq.ZMQError where the address cannot be had.
+
+        ``after``: what a publisher of the same run has left that was closed for this one: its readers find this one where that
+        one was, with the keys that they have, and publications count on.
+        """
         self._source = source
         self._run = run
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        own, reader = Pair.new(), Pair.new()
+        own, reader = (Pair.new(), Pair.new()) if after is None else after.pairs
+        self._pairs = own, reader
         self._door = Doorkeeper(self._context, {reader.public})
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 200
@@ -109,10 +125,14 @@ class Publisher:
         self._socket.curve_secretkey = own.secret.encode()
         self._socket.curve_publickey = own.public.encode()
         self._socket.maxmsgsize = 1 << 20
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address if after is None else after.address)
+        except zmq.ZMQError:
+            # Somebody else has it by now: readers need the new one.
+            self._socket.bind(address)
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.read_key = ReadKey(bound, own.public, reader.public, reader.secret)
-        self._edition = _Edition(source)
+        self._edition = _Edition(source, 0 if after is None else after.number)
         # Who waits: its identity, what it has, and since when.
         self._waiting: dict[bytes, tuple[int, float]] = {}
         # Who has asked for something, and when.
@@ -120,12 +140,21 @@ class Publisher:
         # Who is being given the rows: of which publication, and when the last piece was read.
         self._filling: dict[bytes, tuple[int, float]] = {}
         self._closing: str | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="shoal-publisher", daemon=True)
         self._thread.start()
 
-    def close(self, reason: str = "The run has ended.") -> None:
-        """Give waiting readers what is newest, tell them that it was the last, and leave."""
-        self._closing = reason
+    @property
+    def succession(self) -> Succession:
+        """What a publisher that goes on for this one takes over."""
+        return Succession(self._pairs, self.read_key.address, self._edition.number)
+
+    def close(self, reason: str | None = "The run has ended.") -> None:
+        """Give waiting readers what is newest, tell them that it was the last, and leave.
+
+        ``reason``: what they are told; None: nothing, for another publisher will go on for them.
+        """
+        self._closing, self._closed = reason, True
         self._thread.join()
         self._door.close()
         self._socket.close()
@@ -138,7 +167,7 @@ class Publisher:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._door.socket, zmq.POLLIN)
         due = 0.0
-        while self._closing is None:
+        while not self._closed:
             pause_s = max(0.0, due - time.monotonic()) if self._waiting else PERIOD_S
             for socket, _ in poller.poll(math.ceil(pause_s * 1000)):
                 if socket is self._door.socket:
@@ -151,7 +180,8 @@ class Publisher:
                 # Between two copies there is so many times as long as they take.
                 due = now + max(PERIOD_S, (_COPYING_SHARE + 1) * took_s)
                 self._forget_the_gone(now)
-        self._say_farewell()
+        if self._closing is not None:
+            self._say_farewell()
 
     def _forget_the_gone(self, now: float) -> None:
         """A reader that is there asks again as soon as it has an answer, and has one within a heartbeat."""
@@ -250,9 +280,10 @@ class Publisher:
 class _Edition:
     """The last publication: its bytes, for each block the publication in which it last changed, and the rows that did lately."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, number: int = 0) -> None:
+        """``number``: of the last publication that there was before."""
         self._source = source
-        self.number = 0
+        self.number, self._before = number, number
         self.versions: tuple[int, ...] = ()
         self.settled_at = -math.inf
         """When everything was read that it holds, each server's between two of its updates."""
@@ -267,7 +298,7 @@ class _Edition:
         self._bytes, self._next = (np.zeros(_whole(source.size), np.uint8) for _ in range(2))
         self._changed = np.zeros(len(self._bytes) // wire.BLOCK_BYTES, np.int64)
         most = _KEPT_BYTES // max(1, len(source.tables))
-        self._logs = [RowLog(table.width, np.dtype(table.dtype), 0, most) for table in source.tables]
+        self._logs = [RowLog(table.width, np.dtype(table.dtype), self._before + 1, most) for table in source.tables]
 
     def renew(self, everybody: bool = False, needed: int | None = None) -> None:
         """Copy what has changed since the last time.
@@ -276,9 +307,9 @@ class _Edition:
         that publication has to be kept. OSError where memory has run out.
         """
         found = self._source.versions()
-        if self.number and found == self.versions and not everybody:
+        first = self.number == self._before
+        if not first and found == self.versions and not everybody:
             return
-        first = not self.number
         if first and not len(self._changed):
             self._begin()
         began, taken_at = time.monotonic(), time.time()
@@ -294,7 +325,7 @@ class _Edition:
                         versions[server] = version
         if everybody and not failed:
             self.settled_at = began
-        if -1 in versions or (self.number and tuple(versions) == self.versions and not rows):
+        if -1 in versions or (not first and tuple(versions) == self.versions and not rows):
             return
         self._taken_at = taken_at
         self.number += 1
@@ -321,7 +352,7 @@ class _Edition:
 
     def since(self, have: int) -> tuple[wire.Update, bytes]:
         """What somebody who has publication ``have`` lacks; everything but rows for one that is not known here."""
-        base = have if 0 < have <= self.number else 0
+        base = have if self._before < have <= self.number else 0
         changes = [log.since(base) for log in self._logs] if base else []
         known = [each for each in changes if each is not None]
         if len(known) < len(changes):

@@ -196,6 +196,7 @@ class Reader:
             try:
                 self._converse(socket)
             finally:
+                socket.disable_monitor()
                 socket.close()
         with self._lock:
             self._lock.notify_all()
@@ -209,11 +210,17 @@ class Reader:
         return socket
 
     def _converse(self, socket: Any) -> None:
-        """Ask, take in, ask again; come back when nothing is heard any more."""
+        """Ask, take in, ask again; come back when nothing is heard any more, or the connection is lost.
+
+        What was asked is lost with it; a run that changes its plan has another publisher at the same address a moment later.
+        """
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         _send(socket, wire.Hello())
         heard = time.monotonic()
         while not self._closing and time.monotonic() - heard < _SILENCE_S:
             if not socket.poll(100):
+                if monitor.poll(0):
+                    break
                 continue
             frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
             heard = self._heard_at = time.monotonic()

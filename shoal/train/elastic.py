@@ -98,11 +98,15 @@ class ElasticSession(Session):
 
     # -- making it -----------------------------------------------------------------------------------------------
 
+    @property
+    def _will_go_on(self) -> bool:
+        return self._change is not None and self._stopped_by is None and self._recorder.step < self._settings.total_steps
+
     def _goes_on(self) -> bool:
         if self._pause is not None:
             self._tell()
         change = self._change
-        if change is None or self._stopped_by is not None or self._recorder.step >= self._settings.total_steps:
+        if change is None or not self._will_go_on:
             return False
         self._change = None
         if self._pacer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from shoal.comm.table import align
 from shoal.ps import wire
 from shoal.ps.keys import READ_KEY
 from shoal.ps.ledger import Ledger
-from shoal.ps.publish import Copied, Publisher
+from shoal.ps.publish import Copied, Publisher, Succession
 from shoal.ps.table import Table
 from shoal.train.published_rows import PublishedRows
 
@@ -181,23 +181,40 @@ class PublishedWeights:
         ]
 
 
-@contextlib.contextmanager
-def published(
-    store: Store, clocks: Clocks, tables: Sequence[Table], run: str, directory: Path
-) -> Iterator[None]:
-    """Let readers subscribe to a run meanwhile; its directory holds the key. Nothing where there are no servers."""
-    if not store.arena.servers:
-        yield
-        return
-    publisher = Publisher(PublishedWeights(store, clocks, tables), run)
-    # A full disk must not end a run because of readers that may never come.
-    with contextlib.suppress(OSError):
-        publisher.read_key.write(directory)
-    try:
-        yield
-    finally:
-        publisher.close()
-        (directory / READ_KEY).unlink(missing_ok=True)
+class Publication:
+    """What readers of a run subscribe to, over all changes of its plan: its directory holds the key."""
+
+    def __init__(self, run: str, directory: Path) -> None:
+        self._run, self._directory = run, directory
+        self._before: Succession | None = None
+
+    @contextlib.contextmanager
+    def of(self, store: Store, clocks: Clocks, tables: Sequence[Table], goes_on: Callable[[], bool]) -> Iterator[None]:
+        """Publish these weights meanwhile; nothing where there are no servers.
+
+        ``goes_on``: asked at the end, whether the run does, under another plan.
+        """
+        if not store.arena.servers:
+            yield
+            return
+        publisher = Publisher(PublishedWeights(store, clocks, tables), self._run, after=self._before)
+        # A full disk must not end a run because of readers that may never come.
+        with contextlib.suppress(OSError):
+            publisher.read_key.write(self._directory)
+        silent = False
+        try:
+            yield
+            silent = goes_on()
+        finally:
+            if silent:
+                publisher.close(None)
+                self._before = publisher.succession
+            else:
+                publisher.close()
+
+    def close(self) -> None:
+        """The run is over, under whatever plan."""
+        (self._directory / READ_KEY).unlink(missing_ok=True)
 
 
 def _tensor(names: Sequence[str], dtype: torch.dtype, shape: Sequence[int], offset: int) -> wire.Tensor:

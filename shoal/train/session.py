@@ -34,7 +34,7 @@ from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import write_pieces
 from shoal.train.pacing import Pacer, PushRecorder, of_bad_push
-from shoal.train.published import PushClocks, StepClocks, published
+from shoal.train.published import Publication, PushClocks, StepClocks
 from shoal.train.push_log import RunLog, wants_log
 from shoal.train.recorder import Goal, Recorder
 from shoal.train.row_tables import RunTables
@@ -96,6 +96,7 @@ class Session:
         self._workers: set[int] = set()
         self._predicted_mb: float | None = None
         self._pacer: Pacer | None = None
+        self._publication = Publication(job.name, directory.path)
         self._device_memory_mb: float | None = None
         self._measure_at = 0.0
         self._measure_every_s = 0.5
@@ -121,6 +122,7 @@ class Session:
             self._log.close()
             self._arena.memory.close()
             self._tables.close()
+            self._publication.close()
             with contextlib.suppress(OSError):
                 self._directory.release([])
 
@@ -166,6 +168,11 @@ class Session:
         if self._log.kept:
             self._settings = dataclasses.replace(self._settings, log_dir=str(self._log.directory))
 
+    @property
+    def _will_go_on(self) -> bool:
+        """Whether the run goes on when the crew has left."""
+        return False
+
     def _goes_on(self) -> bool:
         """The crew has left: whether another one is there to go on. Not here: see ``shoal.train.elastic``."""
         return False
@@ -173,7 +180,7 @@ class Session:
     def _train(self) -> None:
         """See the crew through to the end, of the run or of its plan."""
         clocks = PushClocks(Ledger(self._arena)) if self._plan.waits_for_nobody else StepClocks(self._arena)
-        with published(self._store, clocks, self._tables.tables, self._job.name, self._directory.path):
+        with self._publication.of(self._store, clocks, self._tables.tables, lambda: self._will_go_on):
             self._loop()
 
     def _restore(self, store: Store) -> int:

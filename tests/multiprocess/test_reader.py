@@ -36,11 +36,18 @@ def test_a_reader_keeps_up_and_ends_with_the_trained_model(tmp_path: Path, plan:
     seen: list[dict[str, torch.Tensor]] = []
     reader: list[shoal.ps.Reader] = []
 
-    def on_event(event: dict) -> None:
+    def on_event(event: dict) -> shoal.Plan | None:
         # Workers wait for this at every step, so there is a reader from the second one on.
         if event["kind"] == "step" and not thread.is_alive():
             thread.start()
             there.wait(60)
+        if event["kind"] == "step" and event["step"] == 40:
+            # Readers find the server of the new plan by themselves: it counts from step 30 on, an update a step.
+            deadline = time.monotonic() + 60
+            while "async" in plan and reader[0].versions[0] > 50 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        changes = event["kind"] == "step" and event["step"] == 30 and "async" in plan
+        return shoal.Plan.parse("ps=1,workers=1") if changes else None
 
     def read() -> None:
         reader.append(shoal.ps.Reader(path))
@@ -52,13 +59,15 @@ def test_a_reader_keeps_up_and_ends_with_the_trained_model(tmp_path: Path, plan:
                 continue
             finally:
                 seen.append(reader[0].state_dict())
+                numbers.append(reader[0].number)
 
+    numbers: list[int] = []
     there = threading.Event()
     thread = threading.Thread(target=read, daemon=True)
     run = shoal.train(job, plan=plan, run_dir=path, on_event=on_event)
     thread.join(60)
     assert reader and "The run has ended" in reader[0].ended
-    assert len(seen) > 1
+    assert len(seen) > 1 and numbers == sorted(numbers) and reader[0].versions == (60,)
     for state in seen:
         torch.testing.assert_close(state["1.weight"], state["1.weight"][:1].expand(1200, 3), rtol=1e-10, atol=0.0)
     for name, value in run.weights().items():
