@@ -193,10 +193,12 @@ class Reader:
     def _follow(self) -> None:
         while not self._closing and self._ended is None and self._error is None:
             socket = self._connect()
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             try:
-                self._converse(socket)
+                self._converse(socket, monitor)
             finally:
                 socket.disable_monitor()
+                monitor.close(0)
                 socket.close()
         with self._lock:
             self._lock.notify_all()
@@ -209,12 +211,11 @@ class Reader:
         socket.connect(self._key.address)
         return socket
 
-    def _converse(self, socket: Any) -> None:
+    def _converse(self, socket: Any, monitor: Any) -> None:
         """Ask, take in, ask again; come back when nothing is heard any more, or the connection is lost.
 
         What was asked is lost with it; a run that changes its plan has another publisher at the same address a moment later.
         """
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         _send(socket, wire.Hello())
         heard = time.monotonic()
         while not self._closing and time.monotonic() - heard < _SILENCE_S:
