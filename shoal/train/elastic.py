@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,9 @@ class ElasticSession(Session):
 
     # -- making it -----------------------------------------------------------------------------------------------
 
-    @property
+    def _train(self, goes_on: Callable[[], bool] | None = None) -> None:
+        super()._train(goes_on or self._will_go_on)
+
     def _will_go_on(self) -> bool:
         return self._change is not None and self._stopped_by is None and self._recorder.step < self._settings.total_steps
 
@@ -106,7 +109,7 @@ class ElasticSession(Session):
         if self._pause is not None:
             self._tell()
         change = self._change
-        if change is None or not self._will_go_on:
+        if change is None or not self._will_go_on():
             return False
         self._change = None
         if self._pacer is None:

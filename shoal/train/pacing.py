@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from shoal.comm.store import RING_STEPS, VALUE_COLUMNS, Columns, Store
 from shoal.ps.ledger import EMPTY, REJECTED, Ledger, UnitColumns
 from shoal.ps.lock import locked
 from shoal.train.recorder import Emit, Recorder
-from shoal.train.settings import BadPush, RunSettings
+from shoal.train.settings import BadPush, NotFinite, RunSettings
 
 _TAKEN_OVER = (
     (UnitColumns.LOSS, Columns.LOSS), (UnitColumns.WEIGHT, Columns.WEIGHT), (UnitColumns.SAMPLES, Columns.SAMPLES),
@@ -166,6 +166,16 @@ def of_bad_push(push: BadPush, settings: RunSettings) -> tuple[dict[str, Any], s
     return fields, (
         f"{what} is no number in the push of worker {push.rank} for epoch {epoch}, batch {batch} (samples {shown}), and the push "
         "was not applied; look at these samples, or lower the learning rate"
+    )
+
+
+def of_bad_loss(found: Sequence[NotFinite]) -> str:
+    """The sentence with which a run ends whose workers have met a loss that is no number."""
+    samples = sorted({sample for message in found for sample in message.samples})
+    shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+    return (
+        f"The loss became {found[0].loss} in step {found[0].step} (samples {shown}); look at these samples or lower the "
+        "learning rate"
     )
 
 

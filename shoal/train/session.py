@@ -7,6 +7,7 @@ import dataclasses
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from shoal.train.driver import Emitter, versions
 from shoal.train.evaluate import combine
 from shoal.train.memory import memory_of
 from shoal.train.metric_state import write_pieces
-from shoal.train.pacing import Pacer, PushRecorder, of_bad_push
+from shoal.train.pacing import Pacer, PushRecorder, of_bad_loss, of_bad_push
 from shoal.train.published import Publication, PushClocks, StepClocks
 from shoal.train.push_log import RunLog, wants_log
 from shoal.train.recorder import Goal, Recorder
@@ -168,19 +169,14 @@ class Session:
         if self._log.kept:
             self._settings = dataclasses.replace(self._settings, log_dir=str(self._log.directory))
 
-    @property
-    def _will_go_on(self) -> bool:
-        """Whether the run goes on when the crew has left."""
-        return False
-
     def _goes_on(self) -> bool:
         """The crew has left: whether another one is there to go on. Not here: see ``shoal.train.elastic``."""
         return False
 
-    def _train(self) -> None:
-        """See the crew through to the end, of the run or of its plan."""
+    def _train(self, goes_on: Callable[[], bool] = lambda: False) -> None:
+        """See the crew through to the end, of the run or of its plan; ``goes_on``: says then whether it was the plan's alone."""
         clocks = PushClocks(Ledger(self._arena)) if self._plan.waits_for_nobody else StepClocks(self._arena)
-        with self._publication.of(self._store, clocks, self._tables.tables, lambda: self._will_go_on):
+        with self._publication.of(self._store, clocks, self._tables.tables, goes_on):
             self._loop()
 
     def _restore(self, store: Store) -> int:
@@ -349,13 +345,7 @@ class Session:
         while len({m.rank for m in self._not_finite}) < self._arena.world_size and time.monotonic() < deadline:
             for message in self._crew.poll(_POLL_S, 0.0, self._name_last_checkpoint):
                 self._take(message)
-        first = self._not_finite[0]
-        samples = sorted({s for m in self._not_finite for s in m.samples})
-        shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
-        raise LossNotFiniteError(
-            f"The loss became {first.loss} in step {first.step} (samples {shown}); look at these samples or lower the "
-            f"learning rate; {self._name_last_checkpoint()}"
-        )
+        raise LossNotFiniteError(f"{of_bad_loss(self._not_finite)}; {self._name_last_checkpoint()}")
 
     def _reject(self, push: BadPush) -> None:
         """A push whose gradient is no number was not made."""
