@@ -1,0 +1,117 @@
+"""What a lead is asked and answers, and who is there."""
+
+import random
+import time
+
+import pytest
+
+from shoal.errors import JobFailed
+from shoal.ps.endpoint import Endpoint, RunKeys
+from shoal.ps.messages import Refused, encode
+from shoal.ps.wire import Malformed
+from shoal.train.remote import words
+from shoal.train.remote.desk import Asked, Desk
+from shoal.train.remote.line import LEAD, Line, Meeting
+from shoal.train.remote.members import Members
+from shoal.train.remote.words import Claim, Heard, Look, Orders
+
+
+class Process:
+    """A process that ends when it is told to."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.code = pid, None
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.code = -9
+
+
+@pytest.fixture
+def meeting():
+    keys = RunKeys.new()
+    endpoint = Endpoint(keys)
+    yield Desk(endpoint), Meeting(endpoint.address, keys, deadline_s=20.0)
+    endpoint.close()
+
+
+def next_of(desk: Desk) -> Asked:
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        found = desk.receive(0.05)
+        if found:
+            return found[0]
+    raise AssertionError("nobody has asked")
+
+
+def test_a_question_that_comes_again_is_answered_alike_and_counted_once(meeting):
+    desk, where = meeting
+    line = Line(where, "worker", 1)
+    ticket = line.send(LEAD, lambda n: Claim(n, 1, 0))
+    asked = next_of(desk)
+    assert asked.said == Claim(ticket.number, 1, 0)
+    # Sent again before it is answered, and after that.
+    line._transmit(ticket)
+    assert desk.receive(0.3) == []
+    desk.answer(asked, lambda n: Heard(n, Orders(over=1)))
+    line.wait([ticket], "an answer")
+    line._transmit(ticket)
+    assert desk.receive(0.3) == [] and desk.open == []
+    assert ticket.answer == Heard(ticket.number, Orders(over=1))
+    # A refusal is raised with its reason.
+    ticket = line.look(None)
+    asked = next_of(desk)
+    assert isinstance(asked.said, Look)
+    desk.answer(asked, lambda n: Refused(n, "The run has failed."))
+    with pytest.raises(JobFailed, match="The run has failed"):
+        line.wait([ticket], "new orders")
+    line.close()
+
+
+def test_what_is_none_of_a_runs_words_is_dropped(meeting):
+    desk, where = meeting
+    dice, line = random.Random(2), Line(where, "worker", 0)
+    whole = encode(words.Report(number=1, rank=0, rows=(words.Row(3, (1.0,), (0,)),), made=(1,), buffers=()))
+    refused = 0
+    for _ in range(300):
+        raw = bytearray(whole)
+        for _ in range(dice.randrange(1, 5)):
+            raw[dice.randrange(len(raw))] = dice.randrange(256)
+        try:
+            words.decode_said([bytes(raw[: dice.randrange(len(raw) + 1)])])
+        except Malformed:
+            refused += 1
+    assert refused > 250
+    line._sockets[LEAD].send_multipart([b"\x80", b"junk"])
+    ticket = line.look(None)
+    asked = next_of(desk)
+    assert asked.said.number == ticket.number and desk.endpoint.dropped == 1
+    line.close()
+
+
+def test_who_is_lost_is_found_out_once_and_started_again():
+    made: list[Process] = []
+
+    def start(role: str, rank: int) -> Process:
+        made.append(Process(100 + len(made)))
+        return made[-1]
+
+    members = Members(start, [("server", 0), ("worker", 0)])
+    members.begin()
+    for role, rank, pid in (("server", 0, 100), ("worker", 0, 101), ("worker", 1, 500)):
+        members.join(role, rank, pid, "here", "")
+    assert members.lost(lambda member: 60.0) == []
+    made[1].kill()
+    lost = members.lost(lambda member: 60.0)
+    assert [(found.member.role, found.member.rank, found.cause) for found in lost] == [("worker", 0, "SIGKILL")]
+    assert members.lost(lambda member: 60.0) == [] and members.is_own("worker", 0) and not members.is_own("worker", 1)
+    members.start("worker", 0)
+    rows = members.rows({"role": "supervisor", "rank": 0, "pid": 1, "host": "here"})
+    assert [(row["role"], row["rank"], row["pid"]) for row in rows] == [
+        ("supervisor", 0, 1), ("server", 0, 100), ("worker", 0, 102), ("worker", 1, 500),
+    ]  # fmt: skip
+    # Who was started elsewhere is lost when it says nothing for too long; who has left is not.
+    members.of["server", 0].left = True
+    assert [(found.member.rank, found.cause) for found in members.lost(lambda member: -1.0)] == [(1, "silence")]
