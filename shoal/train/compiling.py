@@ -106,7 +106,9 @@ def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[],
         return Compiled(trouble=trouble)
     truth = _answers(work)
     undo = rewritten()
-    before = _time(functools.partial(work.train, plan.sub_batch or 0), threads)
+    with unchanged(built.model):
+        # Running statistics, which these passes move, are compared below.
+        before = _time(functools.partial(work.train, plan.sub_batch or 0), threads)
     undo()
     compile_model(built.model, threads)
     try:
