@@ -74,12 +74,18 @@ class Endpoint:
         self._attended[socket] = callback
         self._poller.register(socket, zmq.POLLIN)
 
+    def forget(self, socket: Any) -> None:
+        """Look at another socket no longer."""
+        self._attended.pop(socket, None)
+        self._poller.unregister(socket)
+
     def receive(self, timeout_s: float) -> list[tuple[bytes, list[memoryview]]]:
         """What has come, within ``timeout_s``: from whom, and the frames."""
         found: list[tuple[bytes, list[memoryview]]] = []
         for socket, _ in self._poller.poll(max(0, round(timeout_s * 1000))):
-            if socket in self._attended:
-                self._attended[socket]()
+            if socket is not self._socket:
+                # One that was looked at may have been forgotten by the one before it.
+                self._attended.get(socket, lambda: None)()
                 continue
             while len(found) < _MOST_QUEUED:
                 try:

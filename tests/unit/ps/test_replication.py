@@ -1,0 +1,111 @@
+"""A chain of servers: what was acknowledged is held by all, whoever goes, and all hold the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from shards import a_push, a_shard, same
+
+from shoal.errors import DeadlineError
+from shoal.ps.client import Client, Patience
+from shoal.ps.endpoint import Endpoint, RunKeys, Serving
+from shoal.ps.replication import ChainServer, follow, successors
+from shoal.ps.shard import Shard
+
+QUICK = Patience(deadline_s=30.0, retry_s=0.2)
+
+
+@contextlib.contextmanager
+def member(keys: RunKeys, shard: Shard, name: str) -> Iterator[str]:
+    """A server of a chain in a thread; its address."""
+    endpoint = Endpoint(keys)
+    server = ChainServer(shard, endpoint, keys)
+    serving = Serving(server.serve, name)
+    try:
+        with serving:
+            yield endpoint.address
+    finally:
+        endpoint.close()
+    assert serving.error is None
+
+
+def test_the_chain_of_a_server_are_those_behind_it_along_the_ring():
+    assert successors([3, 0, 7], 3, 1) == (3, 7) and successors([3, 0, 7], 7, 2) == (7, 0, 3)
+    assert successors([3, 0, 7], 0, 0) == (0,)
+    with pytest.raises(ValueError, match="2 replicas need more than 2 servers"):
+        successors([0, 1], 0, 2)
+
+
+def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_joins_while_pushes_go_on():
+    keys, alone = RunKeys.new(), a_shard()
+    shards = [a_shard() for _ in range(5)]
+    pushes = [a_push(k) for k in range(40)]
+    for push in pushes:
+        alone.apply(push)
+    with contextlib.ExitStack() as stack:
+        leave = [contextlib.ExitStack() for _ in shards]
+        at = [leave[k].enter_context(member(keys, shard, f"server {k}")) for k, shard in enumerate(shards[:3])]
+        for each in leave:
+            stack.enter_context(each)
+        client = Client({k: at[k] for k in range(3)}, keys, QUICK)
+        stack.callback(client.close)
+        head = 0
+        follow(client, 0, at[1])
+        follow(client, 1, at[2])
+
+        def push(ks: range) -> None:
+            for k in ks:
+                assert client.acknowledged(client.push({head: pushes[k]})) == {head: k + 1}
+
+        push(range(10))
+        # All of them have what was acknowledged.
+        assert [shard.version for shard in shards[:3]] == [10, 10, 10] and same(shards[0], shards[2])
+        # The one in the middle goes, with a push on its way; then whoever was told is followed by the tail.
+        leave[1].close()
+        tickets = client.push({head: pushes[10]})
+        hasty = Client({head: at[0]}, keys, Patience(0.5, 0.1))
+        with pytest.raises(DeadlineError, match="has not answered"):
+            hasty.acknowledged(hasty.push({head: pushes[10]}))
+        hasty.close()
+        follow(client, 0, at[2])
+        assert client.acknowledged(tickets) == {head: 11} and shards[2].version == 11
+        push(range(11, 15))
+        # The head goes, before it has acknowledged: its successor is the head, and the push that is sent to it again counts once.
+        tickets = client.push({head: pushes[15]})
+        leave[0].close()
+        client.disconnect(0)
+        client.connect(0, at[2])
+        assert client.acknowledged(tickets) == {head: 16}
+        # Two replacements join as the tail, one while pushes are on their way to the first.
+        at.append(leave[3].enter_context(member(keys, shards[3], "server 3")))
+        client.connect(3, at[3])
+        follow(client, 0, at[3], anew=True)
+        push(range(16, 25))
+        at.append(leave[4].enter_context(member(keys, shards[4], "server 4")))
+        follow(client, 3, at[4], anew=True)
+        push(range(25, 39))
+        assert same(shards[2], shards[3]) and same(shards[3], shards[4])
+        # The tail goes: the one before it answers alone.
+        leave[4].close()
+        follow(client, 3, "")
+        push(range(39, 40))
+        assert same(shards[2], alone) and same(shards[3], alone)
+
+
+def test_who_has_missed_a_push_gets_it_once_more_before_any_other():
+    keys, first, second = RunKeys.new(), a_shard(), a_shard()
+    with member(keys, first, "head") as head, member(keys, second, "tail") as tail:
+        client = Client({0: head, 1: tail}, keys, QUICK)
+        follow(client, 0, tail)
+        client.acknowledged(client.push({0: a_push(0)}))
+        # Somebody has taken the tail's state away, as a process does that comes back at its address.
+        second.version = 0
+        second.ledger = type(second.ledger)()
+        tickets = client.push({0: a_push(1)})
+        follow(client, 0, tail, anew=True)
+        assert client.acknowledged(tickets) == {0: 2}
+        assert second.version == 2 and torch.equal(first.dense.weight(0), second.dense.weight(0))
+        client.close()
