@@ -4,7 +4,8 @@ Part ``dense``: two workers each copy all parameters from one server into tensor
 server applies by SGD, 64 KB to 400 MB, beside Ray actors that hold a tensor and TensorFlow's ParameterServerStrategy. Bandwidth
 is the payload, copied into workers and pushed, of both workers by wall clock; the machine's own is that of two processes which
 copy tensors. Part ``slow``: the time to a given accuracy with one of two workers slowed four-fold, by mode. Part ``reader``: how
-old the weights of a reader and the answers of a service are that follow a run at full speed.
+old the weights of a reader and the answers of a service are that follow a run at full speed. Part ``recovery``:
+from kill -9 to a table of 1 GB that is whole again. The dense part also has a row with the write-ahead log, until all is on disk.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from benchmarks import common, parameter_server_reader, venvs  # noqa: E402
 from benchmarks.common import Bar, Group, Peer, Result  # noqa: E402
 
 SIZES = (64 << 10, 1 << 20, 10_000_000, 100_000_000, 400_000_000)
+LOGGED = "shoal, write-ahead log"
+RECOVERIES = {"arena": "a server of the arena", "log": "everything: checkpoint and log", "chain": "the head of a chain"}
+_RECOVERED_BYTES = 1_000_000_000
 SHOAL, RAY, TENSORFLOW, COPY = "shoal", "Ray actors", "TensorFlow ParameterServerStrategy", "the machine's copies"
 MODES = {
     "sync": "ps=1,workers=2,sync",
@@ -55,6 +59,7 @@ def dense_peers(size: int, options: argparse.Namespace) -> list[Peer]:
 
     peers = [
         Peer(name=SHOAL, measure=command(sys.executable, "benchmarks.peers.ps_shoal")),
+        Peer(name=LOGGED, measure=[*command(sys.executable, "benchmarks.peers.ps_shoal"), "--log"], limit_s=900.0),
         Peer(name=COPY, measure=command(sys.executable, "benchmarks.peers.ps_copy")),
     ]
     for name, venv, module in (
@@ -117,6 +122,29 @@ def dense_bars(found: Mapping[int, Mapping[str, Result]]) -> list[Bar]:
     return bars
 
 
+# -- recovery -----------------------------------------------------------------------------------------------------------
+
+
+def measure_recovery(options: argparse.Namespace) -> dict[str, Result]:
+    """Seconds from kill -9 to a whole table again, by what was killed."""
+    size = 64 << 20 if options.quick else _RECOVERED_BYTES
+    peers = [
+        Peer(
+            name=name, measure=[sys.executable, "-m", "benchmarks.peers.ps_recovery", "--kind", kind, "--bytes", str(size)],
+            limit_s=600.0,
+        )
+        for kind, name in RECOVERIES.items()
+    ]  # fmt: skip
+    return common.alternate(peers, 1 if options.quick else options.repeats, "recovery_s")
+
+
+def recovery_bars(results: Mapping[str, Result]) -> list[Bar]:
+    return [
+        Bar(claim=f"recovery of 1 GB after kill -9 of {name}", value=result.median, limit=2.0, unit="s", at_least=False)
+        for name, result in results.items()
+    ]
+
+
 # -- a slow worker ------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +169,7 @@ def slow_bars(results: Mapping[str, Result]) -> list[Bar]:
 def main() -> int:
     parser = common.arguments(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument(
-        "--parts", nargs="+", choices=("dense", "slow", "reader"), default=["dense", "slow"], help="what is measured"
+        "--parts", nargs="+", choices=("dense", "slow", "reader", "recovery"), default=["dense", "slow"], help="what is measured"
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="bytes of parameters")
     parser.add_argument(
@@ -168,6 +196,13 @@ def main() -> int:
         tables.append(common.group_table(group, "s"))
         groups.append(group)
         bars += slow_bars(slow)
+    if "recovery" in options.parts:
+        recovered = measure_recovery(options)
+        title = "kill -9: seconds until the table is whole again"
+        group = Group(title=title, results=recovered, references=[], less_is_better=True, unit="s")
+        tables.append(common.group_table(group, "s"))
+        groups.append(group)
+        bars += recovery_bars(recovered)
     if "reader" in options.parts:
         table, age_bars, ages = parameter_server_reader.measure()
         tables.append(table)

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ from shoal.ps.ledger import regions
 from shoal.train.describe import describe
 from shoal.train.gradients import find_bad
 from shoal.train.update import ElementwiseUpdater
+from shoal.train.update_log import Commit, UpdateLog
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--times", type=int, required=True)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--log", action="store_true", help="with the write-ahead log, until all is on disk")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(options.bytes // 4))})
@@ -49,10 +52,11 @@ def main() -> None:
     # Nobody reads the units' rows here.
     arena.supervisor.write(Note.UNITS_SEEN, 1 << 40)
     plan = Plan(ps=1, workers=options.workers, mode="async")
-    children = [_fork(lambda: _serve(store, optimizer, plan, bells[0]))]
+    scratch = tempfile.TemporaryDirectory(dir=".") if options.log else None
+    children = [fork(lambda: serve(store, optimizer, plan, bells[0], scratch.name if scratch else None))]
     results = [os.pipe() for _ in range(options.workers)]
     workers = [
-        _fork(lambda rank=rank: _work(store, rank, plan, bells, options.times, results[rank][1]))  # type: ignore[misc]
+        fork(lambda rank=rank: _work(store, rank, plan, bells, options.times, results[rank][1]))  # type: ignore[misc]
         for rank in range(options.workers)
     ]
     for pid in workers:
@@ -64,13 +68,18 @@ def main() -> None:
     moved = float(store.weights[0][0])
     expected = -1e-3 * options.times * options.workers
     assert abs(moved - expected) < 1e-3 * abs(expected), (moved, expected)
-    wall_s = max(f["ended"] for f in found) - min(f["began"] for f in found)
+    # The server has gone, and its log is on disk.
+    ended = time.monotonic() if scratch else max(f["ended"] for f in found)
+    if scratch:
+        scratch.cleanup()
+    wall_s = ended - min(f["began"] for f in found)
     median_s = statistics.median(f["median_s"] for f in found)
     payload = 2 * options.bytes * options.times * options.workers
     print(json.dumps({"median_s": median_s, "gb_s": payload / wall_s / 1e9}))
 
 
-def _fork(work: Callable[[], None]) -> int:
+def fork(work: Callable[[], None]) -> int:
+    """Do this in a process of its own; its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -82,15 +91,25 @@ def _fork(work: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def _serve(store: Store, optimizer: torch.optim.Optimizer, plan: Plan, bell: int) -> None:
+def serve(store: Store, optimizer: torch.optim.Optimizer, plan: Plan, bell: int, log_dir: str | None = None) -> None:
+    """A server's life; with a write-ahead log where there is a folder for it."""
     updater = ElementwiseUpdater(store, 0, optimizer)
     server = PushServer(store, 0, updater, Waiting(spin_s=0.0), plan, bell)
-    hooks = Hooks(reach=lambda phase, step: None, before_chunk=lambda chunk, step: None)
+    log = UpdateLog(store, 0, updater, log_dir, print) if log_dir else None
+    hooks = Hooks(
+        reach=lambda phase, step: None, before_chunk=lambda chunk, step: None, after_chunk=log.after_chunk if log else None
+    )
     while (pushed := server.next_push(server.over)) is not None:
         server.take(pushed)
         updater.take_sources((pushed.worker,))
+        if log:
+            log.begin(server.updates)
         server.update(0, Totals(0.0, pushed.factor), None, hooks)
+        if log:
+            log.commit(0, Commit(server.unit_rows(pushed), None))
         server.commit(pushed)
+    if log:
+        log.close()
 
 
 def _work(store: Store, rank: int, plan: Plan, bells: list[int], times: int, result: int) -> None:

@@ -1,0 +1,181 @@
+"""One side of benchmarks/parameter_server.py: seconds from kill -9 to a table of parameters that is whole again.
+
+* ``arena``: a server in the midst of a push; until its successor, a process that is forked then, has applied that push.
+* ``log``: everything; until a checkpoint and the write-ahead log behind it are in another arena.
+* ``chain``: the head of a chain of two servers; until its successor has acknowledged the next push. ``rejoin_s``: until a
+  replacement holds all of it as the tail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.peers.ps_shoal import fork, serve
+from shoal.axes.server_async import PushingWorker, make_bells
+from shoal.axes.waiting import Waiting
+from shoal.comm.arena import Arena, Note, Order
+from shoal.comm.grid import Grid
+from shoal.comm.store import Store, arena_layout
+from shoal.plan import Plan
+from shoal.ps.client import Client, Patience
+from shoal.ps.dense import DensePart, cut
+from shoal.ps.endpoint import Endpoint, RunKeys
+from shoal.ps.ledger import regions
+from shoal.ps.replication import ChainServer, follow
+from shoal.ps.shard import Push, Shard
+from shoal.train import checkpoint as checkpoints
+from shoal.train.describe import describe
+from shoal.train.replay import FOLDER, SESSION, Replay, sessions
+
+PLAN = Plan(ps=1, workers=1, mode="async")
+_PUSHES = 3
+
+
+class Place:
+    """An arena for one server and one worker."""
+
+    def __init__(self, nbytes: int) -> None:
+        model = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(nbytes // 4))})
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        table = describe(model, self.optimizer)
+        self.arena = Arena.create(arena_layout(table, Grid(dp=1, servers=1), further=regions(1, 1, 1)))
+        self.store, self.bells = Store(self.arena, table), make_bells(1)
+        self.arena.supervisor.post(Order.STEPS_ALLOWED, 1 << 30)
+        self.arena.supervisor.write(Note.UNITS_SEEN, 1 << 40)
+
+    def serve(self, log_dir: str | None = None) -> None:
+        serve(self.store, self.optimizer, PLAN, self.bells[0], log_dir)
+
+    def push(self, worker: PushingWorker) -> None:
+        claim = worker.claims.claim(0)
+        worker.empty_stripe()
+        self.store.gradient(0, 0).fill_(1.0)
+        self.store.touched[0, 0] = 1
+        worker.push(claim.unit, 1.0)  # type: ignore[union-attr]
+
+    def worker(self) -> PushingWorker:
+        return PushingWorker(self.store, 0, Waiting(spin_s=0.0), PLAN, self.bells)
+
+
+def arena(nbytes: int) -> dict[str, float]:
+    place = Place(nbytes)
+    worker = place.worker()
+    server = fork(place.serve)
+    place.push(worker)
+    worker.await_applied()
+    place.push(worker)
+    slot = place.arena.servers[0]
+    while slot.note(Note.CHUNK_DONE) < 5 or place.store.arena.servers[0].note(Note.PUSH_IN_WORK) < 2:
+        time.sleep(1e-4)
+    os.kill(server, signal.SIGKILL)
+    began = time.monotonic()
+    os.waitpid(server, 0)
+    successor = fork(place.serve)
+    worker.await_applied()
+    found = time.monotonic() - began
+    assert bool((place.store.weights[0] == -2.0).all())
+    place.arena.supervisor.post(Order.OVER, 1)
+    os.eventfd_write(place.bells[0], 1)
+    os.waitpid(successor, 0)
+    return {"recovery_s": found}
+
+
+def log(nbytes: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        run = Path(scratch)
+        ready, told = os.pipe()
+
+        def train() -> None:
+            place = Place(nbytes)
+            checkpoints.PartWriter(place.store, run / "checkpoints", 0).write_all()
+            checkpoints.complete(run / "checkpoints", 0, {"epochs_done": 0, "history": []})
+            folder = run / FOLDER / "0001"
+            folder.mkdir(parents=True)
+            (folder / SESSION).write_text(json.dumps({"servers": 1, "workers": 1, "team": 1, "first": 0}))
+            server = fork(lambda: place.serve(str(folder)))
+            worker = place.worker()
+            for _ in range(_PUSHES):
+                place.push(worker)
+                worker.await_applied()
+            while place.arena.servers[0].note(Note.LOGGED) < _PUSHES:
+                time.sleep(0.01)
+            os.write(told, b"%d" % server)
+            time.sleep(3600)
+
+        family = fork(train)
+        server = int(os.read(ready, 64))
+        for pid in (family, server):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(family, 0)
+        # Its memory is made before anything is asked for, as that of a run is.
+        place = Place(nbytes)
+        began = time.monotonic()
+        found = checkpoints.newest(run / "checkpoints")
+        assert found is not None
+        checkpoints.restore(found, place.store, Replay(run, sessions(run), found).tensors)
+        taken_s = time.monotonic() - began
+        assert bool((place.store.weights[0] == -float(_PUSHES)).all())
+        return {"recovery_s": taken_s}
+
+
+def chain(nbytes: int) -> dict[str, float]:
+    keys, pieces = RunKeys.new(), cut("w", (nbytes // 4,), torch.float32, 0, 0, True)
+
+    def member(told: int) -> None:
+        shard = Shard(DensePart(pieces, lambda own: torch.optim.SGD([p for _, p in own], lr=1.0)))
+        endpoint = Endpoint(keys)
+        os.write(told, endpoint.address.encode())
+        ChainServer(shard, endpoint, keys).serve(lambda: False)
+
+    def start() -> tuple[int, str]:
+        read, told = os.pipe()
+        pid = fork(lambda: member(told))
+        return pid, os.read(read, 256).decode()
+
+    (head, at_head), (tail, at_tail) = start(), start()
+    client = Client({0: at_head, 1: at_tail}, keys, Patience(deadline_s=300.0, retry_s=10.0))
+    follow(client, 0, at_tail)
+
+    def push(k: int, server: int, whole: bool = False) -> None:
+        dense = {p.number: torch.ones(p.numel) for p in (pieces if whole else pieces[:1])}
+        client.acknowledged(client.push({server: Push(ids=((0, k, 0),), dense=dense)}))
+
+    push(0, 0, whole=True)
+    os.kill(head, signal.SIGKILL)
+    began = time.monotonic()
+    os.waitpid(head, 0)
+    client.disconnect(0)
+    push(1, 1)
+    found = {"recovery_s": time.monotonic() - began}
+    replacement, address = start()
+    began = time.monotonic()
+    follow(client, 1, address, anew=True)
+    push(2, 1)
+    found["rejoin_s"] = time.monotonic() - began
+    client.close()
+    for pid in (tail, replacement):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kind", choices=("arena", "log", "chain"), required=True)
+    parser.add_argument("--bytes", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(json.dumps({"arena": arena, "log": log, "chain": chain}[options.kind](options.bytes)))
+
+
+if __name__ == "__main__":
+    main()
