@@ -57,6 +57,7 @@ _POLL_S = 0.05
 # A question that waits for something is answered after so long all the same: who asks knows then that the lead lives.
 _HOLD_S = 0.5
 _LEAST_SILENCE_S = 60.0
+_LAST_SILENCE_S = 5.0
 _START_S = 300.0
 MOST_DEATHS = 5
 """So often may one worker die without having finished a unit in between."""
@@ -143,6 +144,8 @@ class RemoteLead(Session):
         self._staged: dict[int, tuple[words.Report, words.Row]] = {}
         self._deaths: dict[int, int] = {}
         self._died_at: dict[int, tuple[float, int]] = {}
+        # Workers that are gone and that nobody starts again.
+        self._gone: set[int] = set()
         self._began_at = time.monotonic()
 
     def _ahead(self) -> int | None:
@@ -160,6 +163,7 @@ class RemoteLead(Session):
             self._hear(_POLL_S)
             if self._client is not None:
                 self._attend()
+                self._look_for_parts()
         self._recorder.drain()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         run = self._end(began)
@@ -257,6 +261,8 @@ class RemoteLead(Session):
         known = self._members.of.get((said.role, said.rank))
         if known is not None and known.joined and known.pid != said.pid:
             raise JobFailed(f"Two processes say that they are {said.role} {said.rank}; start each once.")
+        if said.role == "worker":
+            self._gone.discard(said.rank)
         self._members.join(said.role, said.rank, said.pid, said.host, said.address)
 
     def _evaluated(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
@@ -423,9 +429,22 @@ class RemoteLead(Session):
             missing = sorted(set(self._placement.servers) - {m.rank for m in joined})
             raise WorkerLostError(f"Server {missing[0]} has not come within {_START_S:.0f} s; see what keeps it.")
 
+    def _look_for_parts(self) -> None:
+        """An evaluation cannot end without the part of a worker that is gone for good."""
+        epoch = self._epochs_done + 1
+        missing = self._gone - set(self._parts.get(epoch, {}))
+        if missing and self._recorder.step == epoch * self._settings.steps_per_epoch:
+            raise WorkerLostError(
+                f"Worker {min(missing)} is gone, and nobody evaluates its part of epoch {epoch}; go on with --resume: "
+                f"{self._name_last_checkpoint()}"
+            )
+
     def _silence_s(self, member: Member) -> float:
         stall = os.environ.get("SHOAL_STALL_S")
         least = float(stall) if stall else _LEAST_SILENCE_S
+        if self._rests:
+            # Whoever has been told to end a run is not waited for much longer: torchrun gives it 30 s.
+            least = min(least, _LAST_SILENCE_S)
         return max(least, 20.0 * self._recorder.longest_step_s)
 
     def _fill_servers(self, addresses: dict[int, str]) -> None:
@@ -471,7 +490,9 @@ class RemoteLead(Session):
         if self._members.is_own("worker", member.rank):
             self._died_at[member.rank] = (time.monotonic(), step)
             self._members.start("worker", member.rank)
-        elif not any(m.role == "worker" for m in self._members.of.values()):
+            return
+        self._gone.add(member.rank)
+        if not any(m.role == "worker" for m in self._members.of.values()):
             raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")
 
     def _lost_server(self, what: str) -> WorkerLostError:

@@ -83,9 +83,9 @@ class Line(Requests):
 
     def tell_failure(self, error: BaseException) -> None:
         """Let the lead end the run because of an error here."""
+        if isinstance(error, KeyboardInterrupt):
+            error = JobFailed(f"{self.role.capitalize()} {self.rank} was interrupted; go on with --resume.")
         failure = Failure.of(error, self.rank)
-        if isinstance(error, JobFailed) and getattr(error, "from_lead", False):
-            return
         self.patience = Patience(deadline_s=10.0)
         self.ask(
             lambda n: Failed(

@@ -117,6 +117,8 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
             nursery = stack.enter_context(_nursery(request, meeting))
             return _lead(request, directory, endpoint, nursery, [("server", 0)], threads)
         make = partial(TrainHost, request.job)
+        # Whoever started the job interrupts all of its processes: the lead ends the run then, and tells the others.
+        request.interrupts.armed = True
         if rank < plan.servers:
             path, summary = serve(make, meeting, rank)
         else:
