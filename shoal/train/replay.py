@@ -1,8 +1,8 @@
 """Going on from a checkpoint and the write-ahead logs behind it.
 
 Of each session of the run in turn the pushes count that the logs of all its servers have; what one of them has beyond that was
-never acknowledged, and is cut off for good. Dense parameters are put into a private copy (copy on write) of the checkpoint's
-file, of each place only what came last; rows get their gradients once more. Where workers waited for nobody, some units may be
+never acknowledged, and is cut off for good. Dense parameters are put into a copy of the checkpoint's file in memory,
+of each place only what came last; rows get their gradients once more. Where workers waited for nobody, some units may be
 done and others before them not: the run goes on with the first step that lacks one, and the units behind it that are done are
 laid into the ledger, so that nobody claims them.
 """
@@ -13,7 +13,7 @@ import json
 import mmap
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,20 @@ def sessions(run: Path) -> list[SessionLog]:
 
 
 class LoggedTensors:
-    """A checkpoint's tensors, to be changed in memory and read like ``safetensors.safe_open``'s."""
+    """A checkpoint's tensors, to be changed in memory and read like ``safetensors.safe_open``'s.
 
-    def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    ``covered``: bytes from and to, that are about to be put there in any case, and so need not be read.
+    """
+
+    def __init__(self, path: Path, covered: Iterable[tuple[int, int]] = ()) -> None:
+        size, at = path.stat().st_size, 0
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with open(path, "rb", buffering=0) as file:
+            for start, stop in [*sorted(covered), (size, size)]:
+                file.seek(at)
+                while at < start and (count := file.readinto(memoryview(self._map)[at:start])):
+                    at += count
+                at = max(at, stop)
         self.bytes: np.ndarray = np.frombuffer(self._map, np.uint8)
         (length,) = struct.unpack_from("<Q", self._map)
         self._first = 8 + length
@@ -168,15 +177,16 @@ class Replay:
         while count:
             of = {id(frame): n for n, push in enumerate(pushes[:count]) for frame in _frames(push)}
             frames = [frame for push in pushes[:count] for frame in _frames(push)]
-            before = self.tensors
-            tensors = LoggedTensors(self._found.path / "state.safetensors") if before is None else before
+            last = logs.newest(f for f in frames if f.kind is not Kind.ROWS)
+            covered = [(f.where, f.where + f.length) for f in last if f.kind is Kind.BYTES]
+            tensors = self.tensors or LoggedTensors(self._found.path / "state.safetensors", covered)
             torn = None
             for frame in frames if any(f.kind is Kind.ROWS for f in frames) else ():
                 # They are all needed.
                 if frame.kind is Kind.ROWS and torn is None and not _is_whole(frame):
                     torn = frame
             try:
-                for frame in logs.newest(f for f in frames if f.kind is not Kind.ROWS) if torn is None else ():
+                for frame in last if torn is None else ():
                     torn = frame
                     tensors.put(frame)
                     torn = None
