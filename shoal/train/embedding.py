@@ -124,7 +124,8 @@ class Embeddings:
         adder(address, added.data_ptr(), rows.data_ptr(), rows.numel(), width, count, skipped)
         if made is None:
             return table
-        made.rows = rows
+        # Who made the indices may write the next batch there, while these rows are still to be cleared.
+        made.rows = rows.clone()
         if len(self._made) >= _MOST_KEPT:
             self._made.pop(next(iter(self._made)))
         self._made[address] = made

@@ -101,7 +101,8 @@ class _SparseRows:
             self._written = []
         self._place.index_add_(0, at, values)
         if self._written is not None:
-            self._written.append(at)
+            # torch's indices are the batch's own, where the next one may be written.
+            self._written.append(at.clone())
 
 
 class Gradients:

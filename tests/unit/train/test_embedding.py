@@ -102,6 +102,18 @@ def test_a_table_that_is_given_back_is_the_next_gradient(embeddings: Embeddings)
     assert again.data_ptr() == place and again.sum() == 32 and again[3].tolist() == [2.0] * 16
 
 
+def test_a_batch_may_be_written_where_the_last_one_was(embeddings: Embeddings) -> None:
+    table, batch = torch.nn.Parameter(torch.rand(4000, 16)), torch.tensor([5, 7])
+    for first in (5, 50, 500):
+        table.grad = None
+        batch.copy_(torch.tensor([first, first + 2]))
+        torch.nn.functional.embedding(batch, table).sum().backward()
+        assert table.grad is not None
+        assert table.grad[:, 0].nonzero().view(-1).tolist() == [first, first + 2]
+        assert embeddings.rows(table, table.grad) is not None
+        embeddings.give_back(table.grad)
+
+
 def test_what_others_may_have_changed_is_taken_as_a_whole(embeddings: Embeddings) -> None:
     table = torch.nn.Parameter(torch.rand(4000, 16))
     gradient = _backward(table, [5])

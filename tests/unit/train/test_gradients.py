@@ -123,6 +123,15 @@ def test_only_what_was_written_is_cleared_and_nothing_else_is_left() -> None:
         torch.testing.assert_close(place, first.to_dense() + second.to_dense())
 
 
+def test_a_batch_may_be_written_where_the_last_one_was() -> None:
+    place, batch = torch.zeros(50, 3), torch.tensor([[4, 9]])
+    rows = _SparseRows(place, None)
+    for first in (4, 14, 24):
+        batch.copy_(torch.tensor([[first, first + 5]]))
+        rows.write(torch.sparse_coo_tensor(batch, torch.ones(2, 3), (50, 3), check_invariants=True), adds=False)
+        assert place[:, 0].nonzero().view(-1).tolist() == [first, first + 5]
+
+
 def test_rows_that_were_published_can_be_taken_back(store: Store) -> None:
     """As those of a push whose other gradients are no numbers."""
     embedding = ps.Embedding(2)
