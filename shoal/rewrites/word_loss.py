@@ -8,6 +8,8 @@ they are in the cache, with their gradients, and without the rows whose target i
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,18 +44,31 @@ class _Use:
 
 def replace_leaf(layer: nn.Module, found: Callable[[], None]) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Another forward for a linear layer with many outputs; ``found`` is called when it turns out to be of use."""
-    use = _Use(found)
     if type(layer) is not nn.Linear or layer.out_features < max(LEAST_WORDS, 2 * layer.in_features):
         return None
+    return _Forward(layer, _Use(found))
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+
+class _Forward:
+    """What stands in the place of a layer's forward."""
+
+    def __init__(self, layer: nn.Linear, use: _Use) -> None:
+        self._layer, self._use = layer, use
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        layer, use = self._layer, self._use
         weight, bias = layer.weight, layer.bias
         plain = type(x) is torch.Tensor and x.is_floating_point() and x.dtype == weight.dtype and x.dim() >= 2
         if not plain or not use.fits or not layer.training or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
         return Scores.of(x, weight, bias, use)
 
-    return forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copy of the layer, say a teacher's that the author's step makes, has weights of its own.
+        return functools.partial(nn.Linear.forward, copy.deepcopy(self._layer, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (nn.Linear.forward, self._layer)
 
 
 class Scores(torch.Tensor):

@@ -8,6 +8,8 @@ needs are added up likewise. With one worker the layer computes exactly as torch
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,47 +37,62 @@ class GlobalBatchNorm:
         """Replace what the BatchNorm layers of a model do."""
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                module.forward = self._forward_of(module)  # type: ignore[method-assign]
+                module.forward = _Forward(module, module.forward, self)  # type: ignore[assignment, method-assign]
 
     def taking_part(self, replicas: Sequence[int]) -> None:
         """Say which replicas have samples in the microbatch that comes next."""
         self._replicas = replicas
 
-    def _forward_of(self, module: _BatchNorm) -> Callable[..., torch.Tensor]:
-        plain = module.forward
-        is_torchs_own = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    @property
+    def alone(self) -> bool:
+        """Whether one worker computes the microbatch in work."""
+        return len(self._replicas) < 2
 
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not module.training or len(self._replicas) < 2:
-                return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
-            if not is_torchs_own:
-                # A subclass may do more than normalise: only what it does by torch's function is replaced.
-                with _Instead(self._normalize):
-                    return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
-            module._check_input_dim(x)
-            averages = (module.running_mean, module.running_var)
-            return self._normalize(x, module.weight, module.bias, averages, batchnorm.count_batch(module), module.eps)
-
-        # For the rewrite that computes a layer together with what follows it.
-        forward.batch_sums = self._batch_sums  # type: ignore[attr-defined]
-        return forward
-
-    def _batch_sums(self) -> batchnorm.SumSmall | None:
+    def batch_sums(self) -> batchnorm.SumSmall | None:
         """What adds up over the workers that take part in the microbatch in work; None where one computes alone."""
         add_up, replicas = self.add_up, self._replicas
-        if len(replicas) < 2:
+        if self.alone:
             return None
         assert add_up is not None
         return lambda values: add_up(values, replicas)
 
-    def _normalize(
+    def normalize(
         self, x: torch.Tensor, weight: Any, bias: Any, averages: batchnorm.Averages, momentum: float, eps: float
     ) -> torch.Tensor:
-        sums = self._batch_sums()
+        sums = self.batch_sums()
         if batchnorm.fits(x, weight):
             return batchnorm.batch_norm(x, weight, bias, averages, momentum, eps, add_up=sums)
         result: torch.Tensor = _Normalize.apply(x, weight, bias, averages, momentum, eps, sums)
         return result
+
+
+class _Forward:
+    """What stands in the place of the forward of a BatchNorm layer."""
+
+    def __init__(self, module: _BatchNorm, plain: Callable[..., Any], over: GlobalBatchNorm) -> None:
+        self._module, self._plain, self._over = module, plain, over
+        self._is_torchs_own = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        # For the rewrite that computes a layer together with what follows it.
+        self.batch_sums = over.batch_sums
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module, over = self._module, self._over
+        if not module.training or over.alone:
+            return self._plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if not self._is_torchs_own:
+            # A subclass may do more than normalise: only what it does by torch's function is replaced.
+            with _Instead(over.normalize):
+                return self._plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+        module._check_input_dim(x)
+        averages = (module.running_mean, module.running_var)
+        return over.normalize(x, module.weight, module.bias, averages, batchnorm.count_batch(module), module.eps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        # A copy of the layer, say a teacher's that the author's step makes, has weights and averages of its own.
+        return _Forward(copy.deepcopy(self._module, memo), copy.deepcopy(self._plain, memo), self._over)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (type(self._module).forward, self._module)
 
 
 @contextlib.contextmanager

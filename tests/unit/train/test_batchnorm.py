@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -141,6 +143,22 @@ def test_a_subclass_keeps_the_rest_of_its_forward() -> None:
     found = halves(lambda: Activated(3).double(), parts, [torch.ones_like(p) for p in parts])
     expected = Activated(3).double()(torch.cat(parts) + 1)
     torch.testing.assert_close(torch.cat([f[1][0] for f in found]), expected)
+
+
+def test_a_copied_layer_has_weights_and_averages_of_its_own() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    hook = GlobalBatchNorm(lambda values, ranks: values * 2)
+    hook.take_over(model)
+    x = torch.randn(5, 3)
+    for ranks in ([0], [0, 1]):
+        hook.taking_part(ranks)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with torch.no_grad():
+                other[0].bias.add_(1)
+            held, own = model[0].running_mean.clone(), other[0].running_mean.clone()
+            found = other(x)
+            assert torch.equal(model[0].running_mean, held) and not torch.equal(other[0].running_mean, own)
+            torch.testing.assert_close(found, model(x) + 1)
 
 
 def test_room_for_the_statistics_of_each_layer() -> None:
