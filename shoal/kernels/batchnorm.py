@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from shoal.kernels.build import build
 from shoal.kernels.parallel import cut, run_all
+from shoal.kernels.plain import plain_autograd
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _LAST = torch.channels_last
@@ -37,7 +38,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
         return False
     if not x.numel() or not x.is_contiguous(memory_format=_LAST) or (weight is not None and weight.dtype != x.dtype):
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not plain_autograd():
         return False
     library = _library()
     return library is not None and x.shape[1] % library.shoal_batchnorm_lanes(x.dtype.itemsize) == 0

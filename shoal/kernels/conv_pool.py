@@ -20,6 +20,7 @@ from torch.nn.grad import conv2d_input
 
 from shoal.kernels.build import build
 from shoal.kernels.parallel import cut, run_all
+from shoal.kernels.plain import plain_autograd
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _WINDOWS = (1, 2)
@@ -60,7 +61,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor, window: int) -> bool:
         return False
     if type(x) not in (torch.Tensor, nn.Parameter) or x.dim() != 4 or not x.numel():
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not plain_autograd():
         return False
     library = _library()
     return library is not None and weight.shape[0] % library.shoal_conv_pool_lanes(x.dtype.itemsize) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,3 +30,7 @@ def run_all(calls: Sequence[Callable[[], Any]]) -> None:
 @functools.lru_cache(maxsize=1)
 def _threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="shoal-kernel")
+
+
+# Its threads are not there in a forked process, which would wait for them for ever.
+os.register_at_fork(after_in_child=_threads.cache_clear)

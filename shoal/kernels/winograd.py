@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from shoal.kernels.build import build
 from shoal.kernels.parallel import cut, run_all
+from shoal.kernels.plain import plain_autograd
 
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _POINTS, _GROUP = 36, 24
@@ -47,7 +48,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if type(x) not in (torch.Tensor, nn.Parameter) or x.dim() != 4 or not x.numel() or x.shape[1] != weight.shape[1]:
         return False
-    if not x.is_contiguous(memory_format=_LAST) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not x.is_contiguous(memory_format=_LAST) or not plain_autograd():
         return False
     library = _library()
     return library is not None and not any(n % library.shoal_winograd_lanes(x.dtype.itemsize) for n in weight.shape[:2])
@@ -60,7 +61,10 @@ class Prepared:
         self._ready: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As ``conv3x3``, for the same weight at each call; without gradients."""
+        """As ``conv3x3``, for the same weight at each call."""
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            # A model may differentiate its own output when it answers.
+            return conv3x3(x, weight, bias)
         if not fits(x, weight):
             return functional.conv2d(x, weight, bias, padding=1)
         shape = _shape(x, weight.shape[0], len(x), _FORWARD_BLOCK)

@@ -8,6 +8,7 @@ moves, no container has hooks, and every branch hangs on values that are compare
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import random
@@ -158,15 +159,20 @@ def _random_states() -> tuple[Any, ...]:
 
 
 class Guard:
-    """Whether the plain attributes of a module and its containers are still what they were when it was traced."""
+    """Whether a module and all in it are still what they were when it was traced: plain attributes, and who has no hooks."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], everything: Sequence[nn.Module] = ()) -> None:
+        """``modules``: whose code was traced; ``everything``: these, and the layers that they call."""
         self._held = [
             (vars(module), tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN)))
             for module in modules
         ]
+        hooks = [getattr(module, name) for module in everything for name in _HOOKS]
+        self._no_hooks = [held for held in hooks if not held]
 
     def holds(self) -> bool:
+        if any(self._no_hooks):
+            return False
         for attributes, known in self._held:
             for name, value in known:
                 if attributes.get(name, self) != value:
@@ -198,8 +204,9 @@ class Region:
     def compile(self) -> Callable[..., Any]:
         """The graph as a function of the tensors of a call."""
         self.graph.lint()
-        made: Callable[..., Any] = fx.GraphModule(self.root, self.graph).forward
-        return made
+        made = fx.GraphModule(self.root, self.graph)
+        # The code looks its weights up in the author's own module at each call: they may be exchanged, even for one call.
+        return functools.partial(type(made).forward, self.root)
 
 
 def trace(module: nn.Module, call: Call) -> Region | None:
@@ -223,7 +230,7 @@ def trace(module: nn.Module, call: Call) -> Region | None:
         return None
     if any(node.op == "get_attr" and not _belongs(module, str(node.target)) for node in graph.nodes):
         return None
-    return Region(module, graph, module.training, Guard(inner))
+    return Region(module, graph, module.training, Guard(inner, everything))
 
 
 def _belongs(module: nn.Module, name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -119,3 +121,36 @@ def test_prepared_weights_serve_any_batch_and_type(way):
         x, weight, bias = tensors(n=n, dtype=dtype)
         found, wanted = convolve(x, weight, bias), expected(x, weight, bias)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_prepared_weights_let_a_model_differentiate_its_answer(way):
+    x, weight, bias = tensors(n=60)
+    found, wanted = (torch.autograd.grad(f(x, weight, bias).sin().sum(), x)[0] for f in (Prepared(), expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_per_sample_gradients_are_torchs(way):
+    x, weight, _ = (t.detach() for t in tensors(n=3))
+
+    def of(convolve):
+        one = torch.func.grad(lambda weight, x: convolve(x[None], weight).square().sum())
+        return torch.func.vmap(one, (None, 0))(weight, x)
+
+    torch.testing.assert_close(of(conv3x3), of(expected))
+
+
+def test_a_forked_process_computes_with_threads_of_its_own(way):
+    if way == "torch":
+        pytest.skip("torch's own threads are not ours")
+    x, weight, bias = (t.detach() for t in tensors())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted = conv3x3(x, weight, bias)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            os._exit(0 if torch.equal(conv3x3(x, weight, bias), wanted) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)

@@ -210,6 +210,37 @@ def test_copies_and_pickles_are_the_authors() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_a_copied_head_has_weights_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 512))
+    install(model, ("word_loss",))
+    x = torch.randn(3, 8)
+    expected = model(x) * 1.0
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            other[1].bias.add_(1)
+        torch.testing.assert_close(other(x) * 1.0, expected + 1)
+
+
+def test_hooks_that_come_later_are_called_and_weights_may_be_exchanged() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 3)
+    ).double()
+    x, truth = torch.randn(2, 3, 12, 12, dtype=torch.float64), copy.deepcopy(model)
+    installed = install(model, ("winograd", "relu_pool", "flatten"))
+    torch.testing.assert_close(model(x), truth(x))
+    assert "winograd" in installed.applied.places
+    others = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = torch.func.functional_call(model, others, (x,))
+    torch.testing.assert_close(found, torch.func.functional_call(truth, others, (x,)))
+    seen: list[nn.Module] = []
+    with torch.no_grad():
+        handle = model[1].register_forward_hook(lambda module, *_: seen.append(module))
+        torch.testing.assert_close(model(x), truth(x))
+        handle.remove()
+        model(x)
+    assert seen == [model[1]]
+
+
 def test_names_are_known_or_refused() -> None:
     assert registry.in_order(("flatten", "relu_pool")) == ("relu_pool", "flatten")
     with pytest.raises(PlanError, match='There is no rewrite "flaten". Did you mean "flatten"'):
