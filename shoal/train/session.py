@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 
-from shoal import bundle
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.journal import Journal
 from shoal.comm.store import Store
-from shoal.errors import JobFailed, LossNotFiniteError, RequestError
+from shoal.errors import JobFailed, LossNotFiniteError
 from shoal.job import Job
 from shoal.observe.compare import weights_sha256
 from shoal.plan import Plan
@@ -27,12 +25,13 @@ from shoal.ps.ledger import Ledger
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
 from shoal.train.backed_recorder import BackedRecorder
+from shoal.train.bundles import Bundles
 from shoal.train.carried import begin_at
 from shoal.train.choose import choose, predicted_step, remember
 from shoal.train.crew import Crew, bind
 from shoal.train.driver import Emitter, versions
 from shoal.train.evaluate import combine
-from shoal.train.memory import memory_of
+from shoal.train.memory import MemoryWatch
 from shoal.train.metric_state import write_pieces
 from shoal.train.pacing import Pacer, PushRecorder, of_bad_loss, of_bad_push
 from shoal.train.published import Publication, PushClocks, StepClocks
@@ -58,8 +57,6 @@ from shoal.train.update_log import LogTrouble
 # Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
 _POLL_S = 0.05
-# Exporting holds the weights in memory twice; above this only a model whose code cannot be imported is exported.
-_MOST_EXPORTED_BYTES = 200 << 20
 
 
 class Session:
@@ -90,17 +87,14 @@ class Session:
         self._checkpoint_bytes = 0
         self._checkpoint_wanted = 0
         self._checkpoint_settled = 0
-        self._described = False
         self._completing: threading.Thread | None = None
         self._completed: list[Any] = []
-        self._peak: dict[str, Any] = {}
-        self._workers: set[int] = set()
+        self._memory = MemoryWatch()
+        self._bundles = Bundles(job, options, facts, supervisor.call, emit)
         self._predicted_mb: float | None = None
         self._pacer: Pacer | None = None
         self._publication = Publication(job.name, directory.path)
         self._device_memory_mb: float | None = None
-        self._measure_at = 0.0
-        self._measure_every_s = 0.5
 
     # -- the course of a run -------------------------------------------------------------------------------------
 
@@ -259,7 +253,8 @@ class Session:
             self._stop_for_loss()
         if self._arena.servers and self._recorder.step:
             self._describe_checkpoints()  # Whoever reads what the servers publish need not wait for a checkpoint.
-        self._measure_memory()
+        if self._recorder.first_step_at is not None:
+            self._memory.look(self._processes_here)
 
     def _take(self, message: Any) -> None:
         if isinstance(message, EpochPart):
@@ -354,23 +349,8 @@ class Session:
         if not self._settings.skip_bad_pushes:
             raise LossNotFiniteError(f"{sentence}; {self._name_last_checkpoint()}")
 
-    def _measure_memory(self) -> None:
-        # Counting shared pages takes the kernel a while for large processes: seldom, and ever more so.
-        now = time.monotonic()
-        if self._recorder.first_step_at is not None and now >= self._measure_at:
-            rows = self._processes_here()
-            self._peak = memory_of([row["pid"] for row in rows], self._peak)
-            self._workers.update(row["pid"] for row in rows if row["role"] == "worker")
-            self._measure_every_s = min(30.0, 2 * self._measure_every_s)
-            self._measure_at = now + self._measure_every_s
-
     def _processes_here(self) -> list[dict[str, Any]]:
         return self._supervisor.processes()
-
-    def _memory_mb(self) -> float | None:
-        """The largest worker's peak in 10⁶ bytes, as predictions and limits count; None where nobody was looked at."""
-        peaks = [peak for pid, peak in self._peak.get("peaks", {}).items() if pid in self._workers]
-        return round(max(peaks) * 1.048576, 1) if peaks else None
 
     def _tell_processes(self) -> None:
         # What only tells must not end a run when the disk is full.
@@ -479,15 +459,7 @@ class Session:
         self._log.checkpointed(found)
 
     def _describe_checkpoints(self) -> None:
-        """Say once how to build the model and what goes in and out, so that a service can follow a run that has no bundle yet."""
-        if self._described:
-            return
-        self._described = True
-        description = {"name": self._job.name, "factory": self._options.factory}
-        with contextlib.suppress(JobFailed, RequestError, OSError):
-            # What goes wrong here is said where it matters, at the run's end.
-            description.update(self._supervisor.call("describe_aside", timeout_s=60.0))
-            bundle.describe(self._directory.checkpoints, description, self._options.source)
+        self._bundles.describe(self._directory.checkpoints)
 
     def _last_one(self, step: int) -> None:
         """The checkpoint of the run's end, the workers have gone; or one while they rest."""
@@ -543,7 +515,7 @@ class Session:
         self._history = [entry for entry in history if not entry.get("partial")]
         self._last_one(step)
         state = self._final_state(step)
-        self._write_bundle(state, step, history)
+        self._bundles.write(directory.model, state, step, history)
         digest = weights_sha256(state)
         if recorder.step_s is not None and len(recorder.step_times_s) >= 20:
             remember(self._plan, self._job, self._facts, {"step_s": recorder.step_s})
@@ -552,8 +524,9 @@ class Session:
             "world_size": self._plan.world_size, "steps": step, "epochs": history,
             "final": history[-1] if history else None, "samples_per_s": recorder.samples_per_s,
             "step_s": recorder.step_s, "predicted_step_s": self._predicted_s,
-            "peak_rss_mb": self._peak.get("peak_rss_mb", []), "pss_mb": self._peak.get("pss_mb"),
-            "device_memory_mb": self._device_memory_mb, "memory_mb": self._memory_mb(), "predicted_memory_mb": self._predicted_mb,
+            "peak_rss_mb": self._memory.peak_rss_mb, "pss_mb": self._memory.pss_mb,
+            "device_memory_mb": self._device_memory_mb, "memory_mb": self._memory.largest_worker_mb,
+            "predicted_memory_mb": self._predicted_mb,
             "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
             **({"staleness": recorder.histogram()} if isinstance(recorder, PushRecorder) else {}),
             "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,
@@ -572,25 +545,3 @@ class Session:
             wall_s=summary["wall_s"], model=str(directory.model), weights_sha256=digest,
         )  # fmt: skip
         return Run(directory.path, summary, self._job)
-
-    def _write_bundle(self, state: dict[str, torch.Tensor], step: int, history: list[dict[str, Any]]) -> None:
-        directory = self._directory
-        description: dict[str, Any] = {"name": self._job.name, "factory": self._options.factory, "step": step}
-        try:
-            directory.model.mkdir(parents=True, exist_ok=True)
-            export = os.environ.get("SHOAL_EXPORT", "1") != "0" and (
-                self._options.factory is None or self._facts.table.weight_bytes <= _MOST_EXPORTED_BYTES
-            )
-            program = str((directory.model / bundle.PROGRAM).resolve()) if export else None
-            description.update(self._supervisor.call("describe_bundle", step, program, timeout_s=300.0))
-        except (JobFailed, RequestError) as error:
-            self._emit("warning", text=f"The bundle does not say what goes in and out: {error}")
-        description["metrics"] = {
-            k: v for k, v in (history[-1] if history else {}).items() if k not in ("epoch", "partial")
-        }
-        try:
-            bundle.write(directory.model, state, description, self._options.source)
-        except OSError as error:
-            raise JobFailed(
-                f"The model could not be written to {directory.model} ({error.strerror}); make room and go on with --resume."
-            ) from None
