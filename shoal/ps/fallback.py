@@ -439,6 +439,6 @@ class Fallback:
 
     def begin_at(self, table: TableHandle, shard: int, push_id: int) -> None:
         part = self._shard(table, shard)
-        part.slide(push_id)
-        part.words[Word.LEDGER_BASE] = push_id
+        # What the window holds beyond is cleared when it gets there.
+        part.words[Word.LEDGER_NEXT] = part.words[Word.LEDGER_BASE] = push_id
 

@@ -459,10 +459,11 @@ int shoal_rows_remove(const struct table *t, i64 s, const u32 *rows, i64 n) {
     return DONE;
 }
 
-/* Say that pushes before ``id`` were applied, in a table that was filled from elsewhere; the lock is held. */
+/* Say that pushes before ``id`` were applied and none from it on: others count now; the lock is held. */
 void shoal_rows_begin_at(const struct table *t, i64 s, i64 id) {
-    slide(t, s, (u64)id);
-    shard_of(t, s)->ledger_base = (u64)id;
+    struct shard *c = shard_of(t, s);
+    /* What the window holds beyond is cleared when it gets there. */
+    c->ledger_next = c->ledger_base = (u64)id;
 }
 
 /* -- reading ------------------------------------------------------------------------------------------------------------------- */

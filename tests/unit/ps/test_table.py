@@ -127,6 +127,20 @@ def test_learning_rates_are_scaled_for_one_process_from_what_the_table_says(kern
     assert torch.allclose(table.pull(keys)[:, 0], torch.tensor([-0.5, -0.25, -0.125], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_pushes_count_anew_from_where_they_are_said_to_begin(kernel: Kernel) -> None:
+    """Under another plan updates are counted otherwise, so numbers come again that were used."""
+    spec = TableSpec(width=1, optimizer=ps.SGD(lr=1.0), init=ps.Zeros(), dtype=torch.float64)
+    table, key, one = Table.create(spec, kernel=kernel), np.array([7]), torch.ones(1, 1, dtype=torch.float64)
+    for begin, numbers in ((0, range(40)), (20, range(20, 3000)), (2500, range(2500, 2600))):
+        table.begin_at(begin)
+        before = float(table.pull(key)[0, 0])
+        for number in numbers:
+            assert table.push(key, one, push_id=number, step=number) == 1
+        assert table.push(key, one, push_id=numbers[-1]) == table.push(key, one, push_id=begin - 1 if begin else 0) == 0
+        assert before - float(table.pull(key)[0, 0]) == len(numbers)
+
+
 def test_neither_the_order_of_keys_nor_who_comes_first_matters() -> None:
     spec = TableSpec(width=4, dtype=torch.float64, admission=3, shards=8, seed=3)
     ordered, shuffled = Table.create(spec), Table.create(spec)
