@@ -403,7 +403,8 @@ class Fallback:
             update(table, values, given * scale, push.step)
             heads["last"][numbers] = push.step
             heads["count"][numbers] = np.minimum(seen + counts, 0xFFFFFFFF)
-        part.raw(len(heads))[numbers, HEAD_BYTES : HEAD_BYTES + values[:1].nbytes] = values.view(np.uint8).reshape(len(at), -1)
+        size = values[:1].nbytes
+        part.raw(len(heads))[numbers, HEAD_BYTES : HEAD_BYTES + size] = values.view(np.uint8).reshape(len(at), size)
         heads["key"][numbers] = keys
         part.words[Word.ROWS_USED] = len(heads)
         heads["live"][numbers] = 1

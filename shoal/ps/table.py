@@ -237,7 +237,7 @@ class Table:
                 self._tend(shard)
 
     def begin_at(self, push_id: int) -> None:
-        """Take all pushes before this one for applied and none from it on: others number them now, or rows came from a checkpoint."""
+        """Take all pushes before this one for applied, and none from it on: they are numbered anew, as behind a checkpoint."""
         for shard in range(self.spec.shards):
             self.kernel.lock(self._handle, shard)
             try:
