@@ -8,14 +8,17 @@ round after round, every second round in reverse, so that a machine that grows s
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -23,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_PR_SET_PDEATHSIG = 1
 _SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
@@ -92,6 +96,48 @@ def run_json(command: Sequence[str], limit_s: float = 900.0, env: Mapping[str, s
     if not isinstance(answer, Mapping):
         raise PeerFailed(f"its last line is no JSON object: {lines[-1][:200]}")
     return answer
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM, as ``timeout`` sends it, end this process by SystemExit: what it has begun is then ended, too."""
+
+    def leave(number: int, frame: Any) -> None:
+        # Once: ending takes a while.
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def end_with_parent() -> None:
+    """For a process that has just been forked: it gets SIGTERM when its parent is gone, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[Any], leave_s: float) -> Iterator[None]:
+    """End a process at last, and all that descend from it, in whichever group or session: kindly, then not."""
+    import psutil
+
+    family: list[psutil.Process] = []
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(leave_s)
+        process.kill()
+        process.wait()
+        # Who ends with its parent needs a moment.
+        _, left = psutil.wait_procs(family, timeout=1.0)
+        for one in left:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def alternate(

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from benchmarks import common  # noqa: E402
 from benchmarks.common import Bar, Group, Peer, PeerFailed, Result, run_json  # noqa: E402
 from benchmarks.serve_cases import BY_HAND, CASES, COMMANDS, PEERS, SETTINGS, SHOAL, Case, Inputs, Setting  # noqa: E402
 from benchmarks.venvs import peer_python  # noqa: E402
+from shoal.errors import ShoalError  # noqa: E402
 from shoal.serve import wire  # noqa: E402
 from shoal.serve.load import LoadSettings, drive, sweep  # noqa: E402
 from shoal.serve.load_report import Report  # noqa: E402
@@ -38,6 +38,7 @@ _PARTS = ("throughput", "rates", "overload", "alone", "memory", "swap")
 # While a version is swapped the load is this part of what it can do: who has no room to spare feels every neighbour.
 _SWAP_LOAD, _SWAP_AFTER_S = 0.4, 1.0
 _START_S = 120.0
+_LEAVE_S = 20.0
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -50,10 +51,10 @@ def peer_server(inputs: Inputs, case: Case, peer: str, setting: Setting) -> Iter
     command = [str(inputs.python), *(str(port) if word == "PORT" else word for word in COMMANDS[peer])]
     process = subprocess.Popen(
         command, cwd=PEERS, env=inputs.environment(case, setting, port), start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=common.end_with_parent,
     )  # fmt: skip
     address = wire.parse_url(f"http://127.0.0.1:{port}")
-    try:
+    with common.ended(process, _LEAVE_S), _failures():
         payload = inputs.payloads(case, peer, setting, address)[0]
         until = time.monotonic() + _START_S
         while not _answers(port, payload):
@@ -61,14 +62,6 @@ def peer_server(inputs: Inputs, case: Case, peer: str, setting: Setting) -> Iter
                 raise PeerFailed(f"{peer} ({setting}) does not start")
             time.sleep(0.2)
         yield address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @contextlib.contextmanager
@@ -76,24 +69,36 @@ def shoal_server(inputs: Inputs, case: Case, slo_ms: float, *options: str) -> It
     """``shoal serve`` as it comes; gives its address and the supervisor's pid."""
     target = f"cifar={inputs.bundle}" if case.model == "cifar" else f"minilm={inputs.minilm}"
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        [*common.shoal_command(), "serve", target, "--slo-ms", str(slo_ms), *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [*common.shoal_command(), "serve", target, "--slo-ms", str(slo_ms), *options],
+            stdout=subprocess.PIPE, stderr=said, text=True, env={**os.environ, "PYTHONPATH": path},
+            preexec_fn=common.end_with_parent,
+        )  # fmt: skip
+        with common.ended(process, _LEAVE_S), _failures():
+            assert process.stdout is not None
+            late = threading.Timer(_START_S, process.kill)
+            late.daemon = True
+            late.start()
+            line = process.stdout.readline()
+            late.cancel()
+            if not line:
+                process.wait(_LEAVE_S)
+                said.seek(0)
+                raise PeerFailed(f"shoal does not start: {said.read().strip().splitlines()[-1:]}")
+            where = json.loads(line)
+            yield wire.parse_url(where["url"]), where["pid"]
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """What goes wrong with one server is that server's, and ends no other measurement."""
+    import psutil
+
     try:
-        assert process.stdout is not None and process.stderr is not None
-        line = process.stdout.readline()
-        if not line:
-            raise PeerFailed(f"shoal does not start: {process.stderr.read().strip().splitlines()[-1:]}")
-        where = json.loads(line)
-        yield wire.parse_url(where["url"]), where["pid"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        yield
+    except (ShoalError, OSError, http.client.HTTPException, psutil.Error) as error:
+        raise PeerFailed(f"{type(error).__name__}: {error}") from None
 
 
 def _free_port() -> int:
@@ -409,6 +414,7 @@ def main() -> int:
     parser.add_argument("--search", action="store_true", help="search the peers' settings anew")
     parser.add_argument("--seconds", type=float, default=5.0, help="of one measurement")
     options = parser.parse_args()
+    common.leave_on_sigterm()
     machine = common.hardware()
     groups: list[Group] = []
     bars: list[Bar] = []

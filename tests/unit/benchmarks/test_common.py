@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import common
@@ -117,3 +120,35 @@ def test_report_tells_of_a_failed_peer(
     group = Group(title="a job", results={"a": Result("a", error="no luck")}, references=["a"])
     assert not common.report("trial", [group], "samples/s", {}, common.hardware())
     assert "a failed: no luck" in capsys.readouterr().out
+
+
+_LEAVES_NOBODY = """
+import subprocess, sys, time
+from benchmarks import common
+
+common.leave_on_sigterm()
+# A server whose worker has a session of its own, and who is deaf to SIGTERM.
+code = '''
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(worker.pid, flush=True)
+time.sleep(600)
+'''
+server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+with common.ended(server, leave_s=0.1):
+    print(server.pid, server.stdout.readline().strip(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_benchmark_that_is_told_to_leave_leaves_nobody_behind() -> None:
+    command = [sys.executable, "-c", _LEAVES_NOBODY]
+    with subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        pids = [int(pid) for pid in benchmark.stdout.readline().split()]
+        assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+        benchmark.terminate()
+        assert benchmark.wait(60) == 128 + signal.SIGTERM
+    _, left = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    assert not left
