@@ -15,7 +15,7 @@ from typing import Any
 
 from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import ChannelClosed
-from shoal.process.supervisor import Child, Supervisor
+from shoal.process.supervisor import Child, Supervisor, TemplateLost
 from shoal.serve.messages import AddModel, Attach, Attached, Edition, FollowRun, Lost, Skipped
 from shoal.serve.precision import Precision
 from shoal.serve.replica import AS_IT_IS, ModelSource
@@ -34,8 +34,13 @@ _LOAD_S = 120.0
 _ATTACH_S = 60.0
 _STALLED_S = 30.0
 _FIRST_WORD_S = 5.0
-# A replica that dies so often without having been given anything would do so for ever.
+# A replica that dies so often as soon as it is there, without having been given anything, would do so for ever; so would a
+# template that dies while it loads.
 _MOST_FRUITLESS = 5
+_AT_ONCE_S = 1.0
+# Who follows a run and dies without having brought an update is replaced after twice as long each time, up to so often.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+_MOST_FOLLOWERS = 12
 
 
 @dataclass
@@ -54,6 +59,7 @@ class _Place:
     posted_at_death: int = -1
     done_seen: int = 0
     done_at: float = field(default_factory=time.monotonic)
+    up_at: float = field(default_factory=time.monotonic)
 
 
 class Crew:
@@ -78,6 +84,9 @@ class Crew:
         self.on_skipped: Callable[[str], None] = lambda sentence: None
         self._follower: Child | None = None
         self._follows = False
+        # How often it has died since its last update, and when the next one begins.
+        self._fruitless, self._updates_at_death = 0, 0.0
+        self._next_follower_at = float("inf")
         self.deaths = 0
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -218,8 +227,13 @@ class Crew:
         """One replica more, from the process in reserve; ``on_up`` follows when it takes batches."""
         rank = min(set(range(len(self.slots.rings))) - set(self._places))
         place = self._places[rank] = _Place(rank, self.threads, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE))
-        self._assign(place, (1,), _WARM_S)
-        self._supervisor.fork()
+        try:
+            self._assign(place, (1,), _WARM_S)
+        except ChannelClosed:
+            # The template is gone, which ``poll`` sees; whoever wants one more asks again.
+            del self._places[rank]
+            return os.close(place.wake)
+        self._keep_a_spare()
 
     def remove(self) -> int:
         """Choose who leaves; the gateway has to be told, and ``end`` to be called when it uses that one no more."""
@@ -248,30 +262,50 @@ class Crew:
         if self.source.live is None:
             return
         self._follows = True
-        child = self._follower = self._supervisor.standby()
-        self._supervisor.assign(child, "follower", 0, 0)
         self.slots.live[LIVE.PUBLISHED_AT] = time.time()
+        self._begin_to_follow()
+
+    def _begin_to_follow(self) -> None:
+        assert self.source.live is not None
+        try:
+            child = self._supervisor.standby()
+        except ChannelClosed:
+            # The template is gone, which ``poll`` sees: it begins again with this, too.
+            return
+        self._follower = child
+        self._supervisor.assign(child, "follower", 0, 0)
         with contextlib.suppress(ChannelClosed):
             child.channel.send(FollowRun(self.layout, self.source.live, _FIRST_WORD_S), (self.slots.fd,))
-        self._supervisor.fork()
+        self._keep_a_spare()
 
     def _attend_follower(self, dead: Sequence[Child]) -> None:
         child = self._follower
         if child is None:
+            if self._follows and time.monotonic() >= self._next_follower_at:
+                self._begin_to_follow()
             return
         while child.inbox:
             message = child.inbox.pop(0)
             if isinstance(message, Skipped):
                 self.on_skipped(message.sentence)
             elif isinstance(message, Lost):
-                self._follows = False
-                self.slots.live[LIVE.ENDED] = 1
-                self.on_lost(message.reason)
+                self._lose(message.reason)
         if child in dead:
             self._follower = None
             if self._follows:
                 self.deaths += 1
-                self.follow()
+                updates = float(self.slots.live[LIVE.UPDATES])
+                self._fruitless = self._fruitless + 1 if updates == self._updates_at_death else 0
+                self._updates_at_death = updates
+                if self._fruitless >= _MOST_FOLLOWERS:
+                    return self._lose(f"The process that takes them in died again and again ({child.cause()}).")
+                pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**self._fruitless) if self._fruitless else 0.0
+                self._next_follower_at = time.monotonic() + pause_s
+
+    def _lose(self, reason: str) -> None:
+        self._follows = False
+        self.slots.live[LIVE.ENDED] = 1
+        self.on_lost(reason)
 
     # -- a replica's life ----------------------------------------------------------------------------------------
 
@@ -308,7 +342,7 @@ class Crew:
             message: Any = child.inbox.pop(0)
             if isinstance(message, Attached):
                 self._measured[place.rank] = message.measured_s
-                place.up, place.done_at = True, time.monotonic()
+                place.up, place.done_at, place.up_at = True, time.monotonic(), time.monotonic()
                 if not silent:
                     self.on_up(place.rank, place.wake)
 
@@ -331,7 +365,8 @@ class Crew:
         self.slots.using[place.rank] = 0
         place.deaths += 1
         posted = self.slots.rings[place.rank].posted
-        place.fruitless = place.fruitless + 1 if posted == place.posted_at_death else 0
+        at_once = not place.up or time.monotonic() - place.up_at < _AT_ONCE_S
+        place.fruitless = place.fruitless + 1 if at_once and posted == place.posted_at_death else 0
         place.posted_at_death = posted
         if place.fruitless >= _MOST_FRUITLESS:
             raise JobFailed(
@@ -347,12 +382,20 @@ class Crew:
             if place.child is not None:
                 self._bury(place)
         self.slots.using[:] = 0
-        self._supervisor.restart(_LOAD_S)
-        self._choose_computing(self)
+        self._load_again()
         self._follower = None
         self.slots.live[LIVE.BANK] = 0
         if self._follows:
             self.follow()
+
+    def _load_again(self) -> None:
+        for attempt in range(1, _MOST_FRUITLESS + 1):
+            try:
+                self._supervisor.restart(_LOAD_S)
+                return self._choose_computing(self)
+            except TemplateLost:
+                if attempt == _MOST_FRUITLESS:
+                    raise
 
     def release(self, rank: int) -> None:
         """The gateway uses nothing of a dead replica's ring any more: the next one may have it."""
@@ -360,7 +403,17 @@ class Crew:
         if place is not None and place.leaving:
             self.end(rank)
         elif place is not None and place.child is None:
-            self._assign(place, (1,), _WARM_S)
+            try:
+                self._assign(place, (1,), _WARM_S)
+            except ChannelClosed:
+                # Nobody will say again that this ring is free.
+                self._begin_again()
+                self._assign(place, (1,), _WARM_S)
+            self._keep_a_spare()
+
+    def _keep_a_spare(self) -> None:
+        """Fork a process in reserve; where the template is gone, ``poll`` sees it."""
+        with contextlib.suppress(ChannelClosed):
             self._supervisor.fork()
 
     def release_all(self) -> None:

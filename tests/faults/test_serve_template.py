@@ -1,0 +1,59 @@
+"""The template of a service is killed just when a process is asked of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bundles
+
+from shoal.serve.crew import Crew
+from shoal.serve.replica import ModelSource
+
+
+def _kill_all(crew: Crew) -> None:
+    for row in crew.processes():
+        os.kill(row["pid"], signal.SIGKILL)
+    # So that the end of the template's channel is there before it is asked.
+    time.sleep(0.2)
+
+
+def test_a_replica_is_replaced_though_the_template_dies_when_it_is_asked_for_one(tmp_path: Path) -> None:
+    crew = Crew(ModelSource(bundles.odd(tmp_path / "odd")), cores=1, replicas=1)
+    down: list[int] = []
+    crew.on_down = down.append
+
+    def until(true: Callable[[], object]) -> None:
+        end = time.monotonic() + 60.0
+        while not true():
+            assert time.monotonic() < end
+            crew.poll(0.05)
+
+    def released() -> bool:
+        # What a gateway says of each that is down.
+        while down:
+            crew.release(down.pop())
+        return bool(crew.ready())
+
+    try:
+        crew.start()
+        crew.load()
+        crew.choose()
+        os.kill(next(row["pid"] for row in crew.processes() if row["role"] == "replica"), signal.SIGKILL)
+        until(lambda: down)
+        # There is no spare process either: the template is asked for one.
+        os.kill(next(row["pid"] for row in crew.processes() if row["role"] == "standby"), signal.SIGKILL)
+        until(lambda: all(row["role"] == "template" for row in crew.processes()))
+        _kill_all(crew)
+        until(released)
+        _kill_all(crew)
+        crew.add()
+        until(released)
+        os.kill(next(row["pid"] for row in crew.processes() if row["role"] == "replica"), signal.SIGKILL)
+        until(lambda: down)
+        until(released)
+    finally:
+        crew.close()
