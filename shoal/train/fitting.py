@@ -149,7 +149,7 @@ class Fitting:
 
 def uncompilable(plan: Plan) -> str | None:
     """Why no worker can compile its model under a plan."""
-    if Grid.of(plan).splits_model:
+    if plan.names_axes and Grid.of(plan).splits_model:
         return "torch.compile takes whole models, and this plan cuts it"
     if plan.recompute not in (None, "none"):
         return f"recompute={plan.recompute} runs the author's blocks again as they are"

@@ -40,6 +40,8 @@ def test_compiled_runs_equal_those_as_written(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     truth = shoal.train(job(), plan=PLAN, run_dir=tmp_path / "written", steps=STEPS)
     assert "compile=off" in str(truth.plan)
+    # Without a word about workers: they are chosen as ever.
+    assert shoal.plan(job(), wanted="compile=on,layout=contiguous").compile
     run = shoal.train(job(), plan=f"{PLAN},compile=on", run_dir=tmp_path / "compiled", steps=STEPS)
     assert "compile=on" in str(run.plan)
     assert "compile=on (torch.compile)" in (run.path / "plan.toml").read_text(encoding="utf-8")
