@@ -157,6 +157,10 @@ class Shard:
         """RequestError where a push does not belong here, JobFailed where it is no number: none is ever half applied."""
         if not push.ids or not math.isfinite(push.scale):
             raise RequestError(f"A push with the ids {push.ids} and the scale {push.scale} is none.")
+        for present, group in zip(self.dense.groups, push.groups or (), strict=False):
+            for key, value in group.items():
+                if isinstance(present.get(key), (int, float)) and not isinstance(value, (int, float)):
+                    raise RequestError(f"The push has {value!r} for {key}, which is a number.")
         for number, gradient in push.dense.items():
             piece = self.dense.pieces.get(number)
             if piece is None or gradient.numel() != piece.numel or gradient.dtype != piece.dtype:

@@ -163,7 +163,9 @@ class ShardServer:
         wanted = None
         if message.row_shards is not None:
             wanted = {int(n): shards for n, shards in message.row_shards.items() if n.isdigit()}
-        if any(n not in shard.tables for n in wanted or ()) or any(n not in shard.dense.pieces for n in message.pieces or ()):
+        shards_of = {number: range(table.spec.shards) for number, table in shard.tables.items()}
+        held = all(n in shards_of and all(s in shards_of[n] for s in shards) for n, shards in (wanted or {}).items())
+        if not held or any(n not in shard.dense.pieces for n in message.pieces or ()):
             raise RequestError("Something was asked for that is not held here.")
         kept, heads, frames = messages.pack_snapshot(shard.snapshot(message.pieces, wanted))
         answer(Taken(message.number, kept, heads), frames)

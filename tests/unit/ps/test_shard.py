@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.errors import DeadlineError, JobFailed, RequestError
-from shoal.ps import SGD, Adagrad
+from shoal.ps import SGD, Adagrad, messages
 from shoal.ps.applied import Applied, PartlyApplied
 from shoal.ps.client import Client, NotStaged, Patience
 from shoal.ps.dense import DensePart, cut
@@ -109,7 +109,7 @@ def test_what_does_not_belong_here_changes_nothing():
     wrong = [
         Push(ids=(), dense={}), Push(ids=((0, 0, 0),), dense={99: torch.zeros(3)}),
         Push(ids=((0, 0, 0),), dense={0: torch.zeros(3)}), Push(ids=((0, 0, 0),), rows={7: bad.rows[0]}),
-        Push(ids=((0, 0, 0),), scale=float("nan")),
+        Push(ids=((0, 0, 0),), scale=float("nan")), Push(ids=((0, 0, 0),), dense={0: torch.ones(40)}, groups=[{"lr": "x"}]),
     ]  # fmt: skip
     for push in wrong:
         with pytest.raises(RequestError):
@@ -228,6 +228,8 @@ def test_a_stranger_and_a_stranger_message_get_nothing():
         stranger.close()
         for k in range(300):
             client._sockets[0].send_multipart([bytes([k % 256]) * (k % 50), b"x" * k])
+        for shards in ([99999], [-1]):
+            client._sockets[0].send_multipart([messages.encode(messages.Take(0, None, {"0": tuple(shards)}))])
         assert client.ping(0) == 0 and endpoint.dropped == 300 and endpoint.refused > 0
 
 
