@@ -159,7 +159,7 @@ def _random_states() -> tuple[Any, ...]:
 
 
 class Guard:
-    """Whether a module and all in it are still what they were when it was traced: plain attributes, and who has no hooks."""
+    """Whether a module and all in it are still as they were traced: plain attributes, who has no hooks, forwards of layers."""
 
     def __init__(self, modules: Sequence[nn.Module], everything: Sequence[nn.Module] = ()) -> None:
         """``modules``: whose code was traced; ``everything``: these, and the layers that they call."""
@@ -169,9 +169,10 @@ class Guard:
         ]
         hooks = [getattr(module, name) for module in everything for name in _HOOKS]
         self._no_hooks = [held for held in hooks if not held]
+        self._forwards = [(vars(m), vars(m).get("forward")) for m in everything if is_leaf(m)]
 
     def holds(self) -> bool:
-        if any(self._no_hooks):
+        if any(self._no_hooks) or any(own.get("forward") is not known for own, known in self._forwards):
             return False
         for attributes, known in self._held:
             for name, value in known:
