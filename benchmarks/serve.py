@@ -431,6 +431,7 @@ def main() -> int:
             groups += tables
             bars += more
         for part in [part for part in ("alone", "swap", "memory") if part in options.parts]:
+            say(f"  {part}")
             try:
                 bars += _others(inputs, part, 1.0 if options.quick else options.seconds)
             except PeerFailed as error:
