@@ -11,7 +11,8 @@ from shoal.plan import Plan
 Event = Mapping[str, Any]
 
 _NOT_VALUES = frozenset({"t", "kind", "epoch", "samples_per_s", "partial", "step", "train_s", "eval_s"})
-_ACTIONS = {"recomputed": "its share was computed again", "rolled_forward": "the step was rolled forward"}
+_ACTIONS = {"recomputed": "its share was computed again", "rolled_forward": "the step was rolled forward",
+            "copied": "it has a copy of its shard again"}
 _REASONS = {
     "interrupt": "interrupted",
     "on_event": "on_event asked for it",

@@ -6,7 +6,8 @@ machine, they hold the same bits. Pushes are numbered by the shard's version and
 so, and gets it and all behind it once more.
 
 When the head dies, the next one along the chain is the head: it has all that was acknowledged, clients send the rest again, and
-ids see to it that nothing counts twice. When another dies, the one before it is told whom to follow it with. A replacement joins
+ids see to it that nothing counts twice. What is read is held by all, too, so that a version means the same bits at whoever is the
+head. When another dies, the one before it is told whom to follow it with. A replacement joins
 as the tail: it gets a snapshot, taken between two pushes, and then what was pushed since, while clients go on.
 
 Which servers make up a chain: ``successors`` along the ring, so that each server's shard lies with its neighbours.
@@ -26,7 +27,7 @@ import zmq
 from shoal.ps import messages
 from shoal.ps.client import Client
 from shoal.ps.endpoint import Endpoint, RunKeys
-from shoal.ps.messages import Done, PushHead, Put, Refused, Request
+from shoal.ps.messages import Done, Pull, PullRows, PushHead, Put, Refused, Request
 from shoal.ps.shard import Push, Shard
 from shoal.ps.shard_server import ShardServer
 from shoal.ps.wire import Malformed
@@ -90,13 +91,13 @@ class Chain:
         return self._socket is None
 
     def when_kept(self, version: int, then: Callable[[], None]) -> None:
-        if self._socket is None or version <= self._kept:
+        if self._socket is None or version <= self.kept:
             then()
         else:
             self._waiting.append((version, then))
 
     @property
-    def _kept(self) -> int:
+    def kept(self) -> int:
         """Up to which version the successor has everything."""
         return self._sent[0].version - 1 if self._sent else self._shard.version
 
@@ -178,7 +179,7 @@ class Chain:
         self._release()
 
     def _release(self) -> None:
-        kept = self._kept
+        kept = self.kept
         while self._waiting and self._waiting[0][0] <= kept:
             self._waiting.popleft()[1]()
 
@@ -241,6 +242,15 @@ class ChainServer(ShardServer):
         if kept is not None and 0 < kept <= self.shard.version:
             # It was sent twice, and what came behind it is here.
             self.chain.when_kept(kept, lambda: answer(Done(message.number, self.shard.version, False)))
+            return
+        version = self.shard.version
+        if isinstance(message, (Pull, PullRows)) and self.chain.kept < version:
+            # Nobody is told a version that may not survive: another push might become the one of that number.
+            def when_kept(answered: msgspec.Struct, further: Sequence[Any] = ()) -> None:
+                copies = [bytes(frame) for frame in further]
+                self.chain.when_kept(version, lambda: answer(answered, copies))
+
+            super()._answer(message, frames, when_kept)
             return
         super()._answer(message, frames, answer)
 

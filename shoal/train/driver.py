@@ -75,7 +75,7 @@ def run_job(
     check_request(job, options)
     plan = read_plan(options.plan)
     plan.require_built()
-    if _on_gpu(plan, job, options):
+    if _by_messages(plan, job, options):
         from shoal.train.joined import run_here
 
         if supervisor is not None:
@@ -112,14 +112,14 @@ def run_job(
             raise
 
 
-def _on_gpu(plan: Plan, job: Job, options: TrainOptions) -> bool:
-    """Whether a plan, or that of the run that is gone on with, computes on GPUs: these share no memory with this process."""
+def _by_messages(plan: Plan, job: Job, options: TrainOptions) -> bool:
+    """Whether a plan's processes, or those of the run that is gone on with, share no memory: on GPUs, and copies of servers."""
     if options.resume and options.plan is None:
         path = RunDirectory.latest(options.run_dir, job.name)
         with contextlib.suppress(OSError):
-            return path is not None and Plan.from_toml((path / "plan.toml").read_text()).device == "cuda"
-        return False
-    return plan.device == "cuda"
+            if path is not None:
+                plan = Plan.from_toml((path / "plan.toml").read_text())
+    return plan.device == "cuda" or bool(plan.replicas)
 
 
 def check_request(job: Job, options: TrainOptions) -> None:

@@ -26,7 +26,7 @@ from shoal.train.split import Split
 
 _CONSISTENCY = ("mode", "staleness", "push_every", "pull_every", "backup", "replicas")
 _HABITS = ("recompute", "accumulate", "device", "precision", "layout", "compile", "rewrites", "sub_batch", "codec", "adapt")
-_STAY = ("device", "compile", "adapt")
+_STAY = ("device", "compile", "adapt", "replicas")
 TOO_LATE = "The run is over before its plan could change; go on with it under the plan by --resume."
 
 

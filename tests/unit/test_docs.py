@@ -157,6 +157,7 @@ def test_plan_keys_stand_in_the_right_table() -> None:
     # Where the glossary's example is the very value that is accepted, another one.
     others = {"recompute": "full", "compile": "on", "device": "mps", "rewrites": "auto", "codec": "q8", "adapt": "on"}
     server = dict.fromkeys(("mode", "staleness", "push_every", "pull_every", "backup", "replicas"), "ps=1,workers=2,")
+    server["replicas"] = "ps=2,workers=2,"
     pipeline = dict.fromkeys(("schedule", "interleave"), "pp=2,")
     needs = {**server, **pipeline, "workers": "ps=1,", "sequence_parallel": "tp=2,", "shares": "dp=2,"}
     for key in KEYS:

@@ -26,7 +26,7 @@ class Asked:
 
 
 class Desk:
-    """The lead's endpoint, question by question. Everybody asks one thing at a time."""
+    """The lead's endpoint, question by question. Everybody asks one thing at a time, and looks for orders beside it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -55,5 +55,7 @@ class Desk:
         """Answer a question."""
         self.open.remove(asked)
         head = encode(make(asked.said.number))
-        self._last[asked.identity] = (asked.said.number, head, frames)
+        # Who looks for orders may have asked something else since, and that is what may come again.
+        if asked.said.number > self._last.get(asked.identity, (0, b"", ()))[0]:
+            self._last[asked.identity] = (asked.said.number, head, frames)
         self.endpoint.send(asked.identity, head, frames)

@@ -41,6 +41,7 @@ from shoal.train.metric_state import metrics_of
 from shoal.train.pacing import Pacer, PushRecorder
 from shoal.train.push_log import RunLog, wants_log
 from shoal.train.remote import words
+from shoal.train.remote.chains import Chains
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Lost, Member, Members
@@ -146,6 +147,9 @@ class RemoteLead(Session):
         self._died_at: dict[int, tuple[float, int]] = {}
         # Workers that are gone and that nobody starts again.
         self._gone: set[int] = set()
+        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
+        # When servers died whose place is still empty.
+        self._emptied: dict[int, tuple[float, int]] = {}
         self._began_at = time.monotonic()
 
     def _ahead(self) -> int | None:
@@ -234,7 +238,7 @@ class RemoteLead(Session):
             if said.seen != self._orders() or held_s > _HOLD_S:
                 desk.answer(asked, lambda n: words.Heard(n, self._orders()))
         elif isinstance(said, words.Join) and (said.role == "server" or self._client is not None):
-            servers = {str(m.rank): m.address for m in self._members.joined("server")} if said.role == "worker" else {}
+            servers = {str(s): address for s, address in self._chains.heads.items()} if said.role == "worker" else {}
             desk.answer(
                 asked,
                 lambda n: words.Placed(
@@ -250,6 +254,7 @@ class RemoteLead(Session):
             epoch_done=supervisor.signal(Order.EPOCH_DONE), stop_epoch=int(supervisor.note(Note.STOP_EPOCH)),
             stop_at=int(supervisor.note(Note.STOP_AT)), eval_loss=supervisor.note(Note.EVAL_LOSS),
             idle=self._claims.all_finished(),
+            heads=tuple(self._chains.heads.values()) if self._client is not None and self._plan.replicas else (),
         )  # fmt: skip
 
     def _join(self, said: words.Join) -> None:
@@ -423,10 +428,16 @@ class RemoteLead(Session):
         if self._members.changed:
             self._tell_processes()
         joined = self._members.joined("server")
-        if self._client is None and len(joined) == self._plan.servers:
-            self._fill_servers({m.rank: m.address for m in joined})
+        addresses = {m.rank: m.address for m in joined}
+        if self._client is None and len(joined) == len(self._chains.ranks):
+            self._fill_servers(addresses)
+        for rank in self._chains.attend(addresses):
+            died_at, step = self._emptied.pop(rank)
+            after_s = time.monotonic() - died_at
+            pid = self._members.of["server", rank].pid
+            self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="copied", role="server")
         if self._client is None and time.monotonic() - self._began_at > _START_S:
-            missing = sorted(set(self._placement.servers) - {m.rank for m in joined})
+            missing = sorted(set(self._chains.ranks) - set(addresses))
             raise WorkerLostError(f"Server {missing[0]} has not come within {_START_S:.0f} s; see what keeps it.")
 
     def _look_for_parts(self) -> None:
@@ -455,23 +466,27 @@ class RemoteLead(Session):
                 self._bury(lost)
 
         patience = Patience(deadline_s=self._meeting.deadline_s)
-        client = Client(addresses, self._meeting.keys, patience, look)
+        self._chains.know(addresses)
+        client = Client(self._chains.heads, self._meeting.keys, patience, look)
         settled = self._id_of(self._first_step * self._arena.world_size)
         for server in self._placement.servers:
             client.put(server, self._state.give(server, self._first_step, settled), whole=True)
         self._tables.client = client  # type: ignore[attr-defined]
         self._tables.fill()  # type: ignore[attr-defined]
+        if self._plan.replicas:
+            self._chains.begin(Client(addresses, self._meeting.keys, patience, look))
         self._client = client
 
     def _bury(self, lost: Lost) -> None:
-        """Somebody is gone. What a worker had begun goes to others; without a server the run cannot go on."""
+        """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
         member = lost.member
         step = self._recorder.step + 1
         self._emit(
             "death", rank=member.rank, pid=member.pid, step=step, phase="unknown", cause=lost.cause, role=member.role
         )
         if member.role == "server":
-            raise self._lost_server(f"Server {member.rank} died ({lost.cause})")
+            self._bury_server(lost, step)
+            return
         deaths = self._deaths[member.rank] = self._deaths.get(member.rank, 0) + 1
         if deaths >= MOST_DEATHS:
             raise WorkerLostError(
@@ -494,6 +509,17 @@ class RemoteLead(Session):
         self._gone.add(member.rank)
         if not any(m.role == "worker" for m in self._members.of.values()):
             raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")
+
+    def _bury_server(self, lost: Lost, step: int) -> None:
+        """Another one that has the same shard answers for it at once; without one the run cannot go on."""
+        rank, chains = lost.member.rank, self._chains
+        if self._client is None or not chains.lose(rank):
+            raise self._lost_server(f"Server {rank} died ({lost.cause})")
+        shard = rank % self._plan.servers
+        self._client.connect(shard, chains.heads[shard])
+        self._emptied.setdefault(rank, (time.monotonic(), step))
+        if self._members.is_own("server", rank) and chains.may_return(rank):
+            self._members.start("server", rank)
 
     def _lost_server(self, what: str) -> WorkerLostError:
         return WorkerLostError(f"{what}, and what it held is gone with it; go on with --resume: {self._name_last_checkpoint()}")
@@ -541,6 +567,7 @@ class RemoteLead(Session):
         self._finish_completing()
         if self._client is not None:
             self._client.close()
+        self._chains.close()
         with contextlib.suppress(OSError):
             self._directory.release([])
 

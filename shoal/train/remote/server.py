@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from shoal.plan import Plan
 from shoal.ps.dense import DensePart
 from shoal.ps.endpoint import Endpoint
+from shoal.ps.replication import ChainServer
 from shoal.ps.requests import Ticket
 from shoal.ps.shard import Shard
 from shoal.ps.shard_server import ShardServer
@@ -36,8 +38,11 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
         torch.set_num_threads(plan.threads or 1)
         placement = placement_of(facts.table, facts.tables, range(plan.servers))
         cold = Path(placed.checkpoints).parent / f"cold-rows-{number}"
+        # What one that was killed has left there is older than what this one is given.
+        shutil.rmtree(cold, ignore_errors=True)
         tables = {n: Table.create(spec, cold_path(cold, n)) for n, spec in enumerate(facts.tables)}
-        shard = Shard(DensePart(placement.pieces_of(number), host.optimizer_over), tables)
+        # Beyond the first come those that have a copy of what the first hold.
+        shard = Shard(DensePart(placement.pieces_of(number % plan.servers), host.optimizer_over), tables)
         host.forget_first_weights()
         # Looked at between requests, so that a server knows when the run is over.
         ticket: Ticket = line.look(None)
@@ -51,7 +56,8 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
                 over = bool(getattr(ticket.answer, "orders", placed.orders).over) or not hasattr(ticket.answer, "orders")
                 ticket = line.look(getattr(ticket.answer, "orders", None))
 
-        ShardServer(shard, endpoint).serve(lambda: over, between)
+        server = ChainServer(shard, endpoint, meeting.keys) if plan.replicas else ShardServer(shard, endpoint)
+        server.serve(lambda: over, between)
         for table in tables.values():
             table.close()
         return line.leave()

@@ -62,6 +62,10 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     check_plan(whole, job, facts)
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
+    if whole.replicas and not whole.waits_for_nobody:
+        raise NotBuiltError(
+            f"replicas={whole.replicas} is built for async and staleness; add async to the plan, or leave replicas out."
+        )
     if facts.batchnorm and whole.batchnorm != "local":
         raise NotBuiltError(_NEEDS_GLOBAL_BATCHNORM)
     why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."
@@ -85,7 +89,8 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
     plan = request.plan
     with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
         meeting = Meeting(endpoint.address, keys, request.deadline_s)
-        own = [("server", n) for n in range(plan.servers)] + [("worker", n) for n in range(plan.data_ways)]
+        servers = plan.servers * (1 + (plan.replicas or 0))
+        own = [("server", n) for n in range(servers)] + [("worker", n) for n in range(plan.data_ways)]
         threads = max(1, Cluster.local(measure=False).cores // plan.data_ways)
         with _nursery(request, meeting) as nursery:
             return _lead(request, directory, endpoint, nursery, own, threads)
@@ -94,6 +99,10 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
 def run_joined(request: Request, group: Group, threads: int) -> Run:
     """Train as one of the processes of a job: the first is the lead (and starts server 0), then servers, then workers."""
     plan, rank = request.plan, group.rank
+    if plan.replicas:
+        raise NotBuiltError(
+            f"replicas={plan.replicas} is built for one machine, where shoal starts all processes; leave it out of the plan."
+        )
     wanted = plan.servers + plan.data_ways
     if group.world_size != wanted:
         raise PlanError(

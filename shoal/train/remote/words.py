@@ -12,7 +12,10 @@ from shoal.ps.messages import Refused, Tensor, decode_head
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
-    """The lead's words, as the supervisor's in an arena; ``idle``: everything that was begun is done."""
+    """The lead's words, as the supervisor's in an arena.
+
+    ``idle``: everything that was begun is done. ``heads``: where each shard is now, where that changes (``replicas``).
+    """
 
     steps_allowed: int = 0
     over: int = 0
@@ -21,6 +24,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     stop_at: int = 0
     eval_loss: float = 0.0
     idle: bool = False
+    heads: tuple[str, ...] = ()
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from shoal.axes.server_async import PushingWorker
 from shoal.axes.waiting import Aborted, Waiting
 from shoal.comm.arena import Arena, Note, Order, Signal
 from shoal.comm.store import VALUE_COLUMNS, Store
-from shoal.errors import DeadlineError
+from shoal.errors import DeadlineError, JobFailed
 from shoal.job import Job
 from shoal.plan import Plan
 from shoal.ps import messages, shard
@@ -27,6 +27,7 @@ from shoal.ps.claims import Claim, Later
 from shoal.ps.client import Client, Patience
 from shoal.ps.kernel import Batch, load
 from shoal.ps.ledger import UnitColumns
+from shoal.ps.messages import Refused
 from shoal.ps.placement import Placement
 from shoal.ps.requests import Ticket
 from shoal.ps.row_cache import RowCache
@@ -99,6 +100,38 @@ class RemoteRows(RowGradients):
         self.squared, self.found = 0.0, {}
 
 
+class Heads:
+    """Keeps a worker's client with the servers that answer for each shard, also while it waits for one of them."""
+
+    def __init__(self, line: Line, client: Client, servers: Mapping[str, str]) -> None:
+        self._line, self._client = line, client
+        self._at = {int(shard): address for shard, address in servers.items()}
+        self._orders: words.Orders | None = None
+        self._look: Ticket | None = None
+
+    def follow(self, orders: words.Orders) -> None:
+        """Speak to whom the lead names; what has had no answer yet is sent there again."""
+        self._orders = orders
+        for shard, address in enumerate(orders.heads):
+            if self._at[shard] != address:
+                self._at[shard] = address
+                self._client.connect(shard, address)
+
+    def ask(self) -> None:
+        """While a server is waited for: see whether the lead names another one."""
+        line = self._line
+        line.receive(0.0)
+        if self._look is None:
+            self._look = line.look(self._orders)
+        elif self._look.answer is None:
+            line.again(self._look)
+        else:
+            answer, self._look = self._look.answer, None
+            if isinstance(answer, Refused):
+                raise JobFailed(answer.reason)
+            self.follow(answer.orders)
+
+
 class RemoteClaims:
     """The units of one worker: asked of the lead, and reported to it."""
 
@@ -148,6 +181,7 @@ class RemoteWorker(PushingWorker):
         self.line, self.client, self.placement = line, client, placement
         self.sync = not plan.waits_for_nobody
         self.rows: RemoteRows | None = None
+        self.heads: Heads | None = None
         # Rows are kept for as long as the copy that they are used with.
         self.caches: list[RowCache] = []
         self.settled = (0, 0, 0)
@@ -168,6 +202,8 @@ class RemoteWorker(PushingWorker):
     def obey(self, orders: words.Orders) -> None:
         """Write the lead's words where a supervisor would."""
         self._orders, supervisor = orders, self.arena.supervisor
+        if self.heads is not None:
+            self.heads.follow(orders)
         supervisor.write(Note.STOP_EPOCH, orders.stop_epoch)
         supervisor.write(Note.STOP_AT, orders.stop_at)
         supervisor.write(Note.EVAL_LOSS, orders.eval_loss)
@@ -379,6 +415,9 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     waiting = Waiting(spin_s=0.0, deadline_s=line.patience.deadline_s)
     axis = RemoteWorker(store, rank, waiting, plan, line, client, placement, settings.steps_per_epoch)
     axis.caches = [cache for cache in caches if cache is not None]
+    if plan.replicas:
+        axis.heads = Heads(line, client, placed.servers)
+        client.while_waiting = axis.heads.ask
     axis.obey(placed.orders)
     store.arena.slots[rank].post(Signal.EVALUATED, placed.orders.epoch_done)
     store.arena.slots[rank].write(Note.METRICS_EPOCH, placed.orders.epoch_done)

@@ -1,0 +1,85 @@
+"""Servers with copies: whoever is killed, the run goes on, and every push that was acknowledged is in the weights once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_torch import assert_equal
+from torch import nn
+
+import shoal
+from shoal.errors import NotBuiltError
+from shoal.observe.events import read_events
+
+PLAN = "ps=2,workers=2,async,threads=1"
+
+
+class Sums(nn.Module):
+    """Linear in everything that it learns, so that what is learned is the sum over pushes, in whatever order they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = shoal.ps.Embedding(4, optimizer=shoal.ps.SGD(lr=0.1), mode="sum")
+        self.weights = nn.ParameterList([nn.Parameter(torch.ones(16)) for _ in range(6)])
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        found = self.rows(keys).sum(-1)
+        for number, weight in enumerate(self.weights):
+            found = found + torch.sin(keys[:, :1] * torch.arange(1, 17) + number).to(weight.dtype) @ weight
+        return found
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.randint(0, 60, (200, 5), generator=torch.Generator().manual_seed(3))
+    return keys, torch.cos(keys[:, 1].double())
+
+
+def job() -> shoal.Job:
+    return shoal.Job(
+        name="sums", model=lambda: Sums().double(), train_data=data, batch_size=20, epochs=6,
+        loss=lambda output, target: (output * target).mean(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+    )  # fmt: skip
+
+
+def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    chance, run, killed = random.Random(7), tmp_path / "run", []
+    first = chance.choice([0, 1])
+
+    def kill(rank: int) -> None:
+        rows = json.loads((run / "processes.json").read_text())
+        os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == ("server", rank)), signal.SIGKILL)
+        killed.append(rank)
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] >= 6 and not killed:
+            kill(first)
+        elif event["kind"] == "recovered" and len(killed) < 3:
+            # The one that has come back has the only other copy: then that of the first head, and then a tail of the other shard.
+            kill([first + 2, 3 - first][len(killed) - 1])
+
+    found = shoal.train(job(), plan=f"{PLAN},replicas=1", run_dir=run, on_event=watch)
+    assert killed == [first, first + 2, 3 - first]
+    deaths = [(e["role"], e["rank"], e["cause"]) for e in read_events(run / "events.jsonl", {"death"})]
+    assert deaths == [("server", rank, "SIGKILL") for rank in killed]
+    back = [(e["rank"], e["action"]) for e in read_events(run / "events.jsonl", {"recovered"})]
+    assert back[:2] == [(rank, "copied") for rank in killed[:2]]
+    pushes = sorted((e["epoch"], e["batch"], e["shard"]) for e in read_events(run / "events.jsonl", {"push_ack"}))
+    assert pushes == [(e, b, s) for e in range(1, 7) for b in range(1, 11) for s in (0, 1)]
+    expected = shoal.train(job(), plan=PLAN, run_dir=tmp_path / "whole")
+    assert_equal(found.weights(), expected.weights(), within=1e-9)
+
+
+def test_copies_are_refused_where_they_are_not_built(tmp_path: Path) -> None:
+    with pytest.raises(NotBuiltError, match="replicas=1 is built for async and staleness; add async"):
+        shoal.train(job(), plan="ps=2,workers=2,sync,replicas=1", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
