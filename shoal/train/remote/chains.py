@@ -1,8 +1,8 @@
 """The chains of a run with ``replicas``: who holds which shard, who answers for it, and what follows when one of them dies.
 
 Server n holds shard n mod S: the first S are the heads as a run begins, the others follow them in turn. When a head dies the one
-behind it is the head at once. A replacement joins as the tail, and counts as soon as it has taken up everything: who dies before that
-costs nothing, and nobody is made the head who lacks a push.
+behind it is the head at once. A replacement joins as the tail, and counts as soon as it has taken up everything: nobody is made
+the head who lacks a push that was acknowledged.
 """
 
 from __future__ import annotations
@@ -125,7 +125,11 @@ class Chains:
             client.again(ping)
             return False
         # An empty server is at 0, too, so there it takes a push to tell.
-        if ping is not None and isinstance(ping.answer, Done) and ping.answer.version >= max(1, joining.told.answer.version):
+        if (
+            ping is not None
+            and isinstance(ping.answer, Done)
+            and ping.answer.version >= max(1, joining.told.answer.version)
+        ):
             return True
         joining.ping = client.send(joining.rank, Ping)
         return False

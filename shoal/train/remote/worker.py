@@ -105,17 +105,17 @@ class Heads:
 
     def __init__(self, line: Line, client: Client, servers: Mapping[str, str]) -> None:
         self._line, self._client = line, client
-        self._at = {int(shard): address for shard, address in servers.items()}
+        self._at = {int(place): address for place, address in servers.items()}
         self._orders: words.Orders | None = None
         self._look: Ticket | None = None
 
     def follow(self, orders: words.Orders) -> None:
         """Speak to whom the lead names; what has had no answer yet is sent there again."""
         self._orders = orders
-        for shard, address in enumerate(orders.heads):
-            if self._at[shard] != address:
-                self._at[shard] = address
-                self._client.connect(shard, address)
+        for place, address in enumerate(orders.heads):
+            if self._at[place] != address:
+                self._at[place] = address
+                self._client.connect(place, address)
 
     def ask(self) -> None:
         """While a server is waited for: see whether the lead names another one."""
