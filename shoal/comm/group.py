@@ -11,6 +11,7 @@ On processors it is gloo, between ranks of one machine also the memory that they
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import re
@@ -124,6 +125,11 @@ class Group:
                 self.prepare([everybody])
         try:
             yield
+        except BaseException:
+            # An exchange may be under way whose peer has failed. The destructor of gloo's group would wait for it.
+            for subgroup in self._subgroups.values():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(subgroup))
+            raise
         finally:
             if leave:
                 dist.destroy_process_group()

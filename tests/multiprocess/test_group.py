@@ -5,6 +5,7 @@ This file is also the script that torchrun starts: see ``script``.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -139,6 +140,8 @@ def script(place: Path) -> None:
             shoal.train(pictures.replace(loss=None, step=step, name=name), run_dir=place / name)
         except (UserCodeError, LossNotFiniteError) as error:
             said[name] = [type(error).__name__, str(error), getattr(error, "rank", None)]
+        # Nothing of a run that failed may make the next one wait.
+        gc.collect()
     try:
         shoal.train(text, plan="dp=3", run_dir=place / "three")
     except PlanError as error:
