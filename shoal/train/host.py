@@ -26,7 +26,7 @@ from shoal.comm.arena import Arena, Note, Phase, Signal, Slot
 from shoal.comm.store import Store
 from shoal.comm.team import Team
 from shoal.data.source import Source, open_source
-from shoal.errors import JobError
+from shoal.errors import JobError, JobFailed
 from shoal.job import Job
 from shoal.plan import Plan
 from shoal.process.aside import aside
@@ -79,6 +79,8 @@ from shoal.train.update_log import UpdateLog
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_DESCRIBE_S = 50.0
+
 
 def build_model(job: Job) -> nn.Module:
     """Build the job's model after seeding, or take the instance that it has."""
@@ -124,6 +126,20 @@ class Beside:
 
     mesh: DeviceMesh
     collector: Callable[[Updater], Callable[[int], None]]
+
+
+def _described_aside(describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``describe`` returns in a forked child. JobFailed where it takes too long."""
+
+    def work() -> dict[str, Any]:
+        # In a joined job this is the user's own process: threads that it has had are not there after the fork.
+        torch.set_num_threads(1)
+        return describe()
+
+    try:
+        return aside(work, "find out what goes into the model and comes out", _DESCRIBE_S)
+    except TimeoutError as error:
+        raise JobFailed(str(error)) from None
 
 
 class TrainHost:
@@ -262,11 +278,11 @@ class TrainHost:
 
     def describe_aside(self) -> dict[str, Any]:
         """The same while the run goes on, without a program: nothing of it is left in this process."""
-        return aside(lambda: self.describe_bundle(0, None), "find out what goes into the model and comes out")
+        return _described_aside(lambda: self.describe_bundle(0, None))
 
     def describe_first(self) -> dict[str, Any]:
         """The same before anything is done to the model: of one in parts nobody has the whole while the run goes on."""
-        return aside(lambda: describe_model(self._built, None), "find out what goes into the model and comes out")
+        return _described_aside(lambda: describe_model(self._built, None))
 
     def run(self, role: Assign, channel: Channel) -> None:
         """A worker's or a server's whole life."""
