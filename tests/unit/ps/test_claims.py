@@ -22,7 +22,7 @@ def arena() -> Iterator[Arena]:
 
 
 def test_units_are_handed_out_in_order_each_once_whoever_asks(arena: Arena) -> None:
-    claims, draw = Claims(arena, 2, None), random.Random(0)
+    claims, draw = Claims(arena, None), random.Random(0)
     taken: dict[int, int] = {}
     while True:
         worker = draw.randrange(WORKERS)
@@ -45,10 +45,10 @@ def test_units_are_handed_out_in_order_each_once_whoever_asks(arena: Arena) -> N
 
 def test_a_successor_finds_what_was_claimed_and_not_finished(arena: Arena) -> None:
     arena.supervisor.write(Note.FIRST_STEP, 4)
-    claims = Claims(arena, 2, None)
+    claims = Claims(arena, None)
     assert claims.first == 12 and claims.last() == 11
     assert [claims.claim(worker).unit for worker in (1, 0, 1)] == [12, 13, 14]  # type: ignore[union-attr]
-    again = Claims(Arena.attach(arena.memory.fd, arena.layout), 2, None)
+    again = Claims(Arena.attach(arena.memory.fd, arena.layout), None)
     assert [again.open(worker) for worker in range(WORKERS)] == [[13], [12, 14], []]
     assert not again.wait_finished(1, 0.0, 0.01)
     claims.finish(1)
@@ -57,7 +57,7 @@ def test_a_successor_finds_what_was_claimed_and_not_finished(arena: Arena) -> No
 
 def test_a_claim_that_was_not_counted_is_none(arena: Arena) -> None:
     """Who is killed between writing the unit and counting it has claimed nothing, and hides nothing that others have."""
-    claims = Claims(arena, 2, None)
+    claims = Claims(arena, None)
     for _ in range(2):
         assert isinstance(claims.claim(0), Claim)
     place = claims.claimed(0) % claims._places
@@ -68,7 +68,7 @@ def test_a_claim_that_was_not_counted_is_none(arena: Arena) -> None:
 
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_nobody_is_more_steps_ahead_than_allowed(arena: Arena, staleness: int) -> None:
-    claims = Claims(arena, 1, staleness)
+    claims = Claims(arena, staleness)
     assert claims.claim(0) == Claim(0, 0)
     unit, got = 0, claims.claim(1)
     while isinstance(got, Claim):
@@ -83,7 +83,7 @@ def test_nobody_is_more_steps_ahead_than_allowed(arena: Arena, staleness: int) -
 
 def test_a_row_is_not_used_again_before_the_supervisor_has_read_it(arena: Arena) -> None:
     arena.supervisor.post(Order.STEPS_ALLOWED, 10**6)
-    claims = Claims(arena, 1, None)
+    claims = Claims(arena, None)
     arena.supervisor.write(Note.FIRST_STEP, UNITS_KEPT // WORKERS)
     first = claims.first
     arena.supervisor.write(Note.UNITS_SEEN, first + 1 - UNITS_KEPT)

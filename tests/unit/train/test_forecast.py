@@ -107,5 +107,5 @@ def test_plans_of_workers_that_share_no_memory_fit_the_number_of_processes() -> 
     assert fit_plan(Plan.parse("zero=2"), 4, 1).data_ways == 4
     with pytest.raises(PlanError, match="dp=2,pp=2 takes 4 processes .* write pp=2, or start 4 processes"):
         fit_plan(Plan.parse("dp=2,pp=2"), 2, 1)
-    with pytest.raises(NotBuiltError, match="ps=1 is built for workers that share memory"):
+    with pytest.raises(NotBuiltError, match="has the plan ps=1; .* say so again: --plan ps=1,workers=2"):
         fit_plan(Plan.parse("ps=1,workers=2"), 2, 1)
