@@ -329,8 +329,9 @@ class _Process:
             return Run(found[0], found[1], job)
         own = self._take_part(host, split, plan, facts)
         description = None
-        if directory is not None and own is not None:
-            # What goes wrong here is said where it matters, at the run's end.
+        if directory is not None and (own is not None or plan.device == "cuda"):
+            # Later nobody has the whole model, or it is where a forked process cannot read it. What goes wrong here is said
+            # where it matters, at the run's end.
             with contextlib.suppress(JobFailed, RequestError):
                 description = host.describe_first()
         why = f"The job was started with {group.world_size} processes, which speak through {group.media}."
