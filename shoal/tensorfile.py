@@ -7,6 +7,7 @@ dtype, shape and place, then the tensors' bytes.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,3 +83,12 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for tensor in tensors.values():
             if tensor.numel():
                 file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or which names a directory has, is on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -32,6 +32,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from shoal.tensorfile import sync
+
 _HEADER = struct.Struct("<IHHQQQQI")
 _HEADER_BYTES = _HEADER.size + 4
 _MAGIC = 0x474F4C53
@@ -376,7 +378,7 @@ class LogWriter:
                 for fd in files:
                     os.fdatasync(fd)
                 if made:
-                    _sync_directory(self._directory)
+                    sync(self._directory)
             except OSError as error:
                 # After a failed sync nobody knows what is on disk: nothing more may be acknowledged.
                 with self._changed:
@@ -395,11 +397,3 @@ class LogWriter:
         for fd in files:
             os.close(fd)
         files.clear()
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -35,7 +35,7 @@ from shoal.comm.parts import runs, take
 from shoal.comm.store import Columns, Store, scalar_row_bytes
 from shoal.comm.table import FROZEN, ParameterTable, chunks_of_lane, deal_tensors
 from shoal.errors import RequestError
-from shoal.tensorfile import Entry, dtype_name
+from shoal.tensorfile import Entry, dtype_name, sync
 from shoal.train import notes
 from shoal.train.metric_state import Piece, read_pieces
 from shoal.train.row_tables import SavedRows
@@ -262,17 +262,17 @@ def complete(directory: Path, step: int, meta: Mapping[str, Any], keep: int = KE
     for path in sorted(part.iterdir()):
         if path.name != "meta.json":
             sums[path.name] = _sha256(path)
-            _sync(path)
+            sync(path)
     meta = {**meta, "step": step, "sha256": sums, "written": time.time()}
     meta["check"] = _meta_check(meta)
     (part / "meta.json").write_text(json.dumps(meta, indent=1))
-    _sync(part / "meta.json")
-    _sync(part)
+    sync(part / "meta.json")
+    sync(part)
     final = directory / f"step-{step:08d}"
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)
-    _sync(directory)
+    sync(directory)
     prune(directory, keep)
     return Checkpoint(final, step, meta)
 
@@ -453,11 +453,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
