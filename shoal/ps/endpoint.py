@@ -36,6 +36,15 @@ class RunKeys:
     def new(cls) -> RunKeys:
         return cls(Pair.new(), Pair.new())
 
+    def dealer(self, context: zmq.Context[zmq.Socket[bytes]], queued: int) -> zmq.Socket[bytes]:
+        """A socket to speak to an endpoint with; ``queued``: so many messages may wait in it, 0 for any number."""
+        socket = context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.sndhwm = queued
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 500
+        self.member.speak_by(socket, self.server.public)
+        return socket
+
 
 class Endpoint:
     """A bound socket; one thread uses it.
@@ -53,9 +62,7 @@ class Endpoint:
         self._socket.linger = 1000
         self._socket.sndhwm = self._socket.rcvhwm = _MOST_QUEUED
         self._socket.maxmsgsize = _MOST_FRAME_BYTES
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = keys.server.secret.encode()
-        self._socket.curve_publickey = keys.server.public.encode()
+        keys.server.listen_by(self._socket)
         self._poller = zmq.Poller()
         try:
             self._socket.bind(address)

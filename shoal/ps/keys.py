@@ -32,6 +32,16 @@ class Pair:
         public, secret = zmq.curve_keypair()
         return cls(public.decode(), secret.decode())
 
+    def listen_by(self, socket: zmq.Socket[bytes]) -> None:
+        """Let a socket be one that others connect to, known to them by this pair's public key."""
+        socket.curve_server = True
+        socket.curve_secretkey, socket.curve_publickey = self.secret.encode(), self.public.encode()
+
+    def speak_by(self, socket: zmq.Socket[bytes], server: str) -> None:
+        """Let a socket speak to whoever has the public key ``server``, as the one who has this pair."""
+        socket.curve_serverkey = server.encode()
+        socket.curve_secretkey, socket.curve_publickey = self.secret.encode(), self.public.encode()
+
 
 class ReadKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a reader needs: the address, the publisher's public key, and a key pair of its own."""

@@ -18,9 +18,8 @@ from shoal.comm.codecs import bytes_of, codec
 from shoal.errors import PlanError
 from shoal.ps.applied import NOTHING, PushId
 from shoal.ps.shard import Kept, Push, RowGradients, Snapshot
-from shoal.ps.wire import Malformed
+from shoal.ps.wire import Malformed, decode_head
 
-_MOST_HEAD_BYTES = 16 << 20
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -177,14 +176,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 Request = PushHead | Norm | Commit | Pull | PullRows | Take | Put | Ping
 Answer = Done | Pulled | PulledRows | Normed | Taken | Refused
-_encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _answers = msgspec.msgpack.Decoder(Answer)
-
-
-def encode(message: msgspec.Struct) -> bytes:
-    """The head of a message."""
-    return _encoder.encode(message)
 
 
 def decode_request(frames: Sequence[Any]) -> Request:
@@ -195,16 +188,6 @@ def decode_request(frames: Sequence[Any]) -> Request:
 def decode_answer(frames: Sequence[Any]) -> Answer:
     """Read the head of what a server sent. Raises Malformed."""
     return decode_head(_answers, frames)  # type: ignore[no-any-return]
-
-
-def decode_head(decoder: Any, frames: Sequence[Any]) -> Any:
-    """Read the first frame by a decoder. Raises Malformed."""
-    if not frames or memoryview(frames[0]).nbytes > _MOST_HEAD_BYTES:
-        raise Malformed("it has no head, or too large a one")
-    try:
-        return decoder.decode(frames[0])
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise Malformed(str(error)) from None
 
 
 # -- frames ------------------------------------------------------------------------------------------------------

@@ -121,9 +121,7 @@ class Publisher:
         self._door = Doorkeeper(self._context, {reader.public})
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 200
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = own.secret.encode()
-        self._socket.curve_publickey = own.public.encode()
+        own.listen_by(self._socket)
         self._socket.maxmsgsize = 1 << 20
         try:
             self._socket.bind(address if after is None else after.address)

@@ -14,7 +14,7 @@ import zmq
 
 from shoal.errors import DeadlineError, RequestError, ShoalError
 from shoal.ps import wire
-from shoal.ps.keys import ReadKey
+from shoal.ps.keys import Pair, ReadKey
 from shoal.ps.reader_copy import Copy
 
 if TYPE_CHECKING:
@@ -206,8 +206,7 @@ class Reader:
     def _connect(self) -> Any:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 100
-        socket.curve_serverkey = self._key.publisher.encode()
-        socket.curve_publickey, socket.curve_secretkey = self._key.public.encode(), self._key.secret.encode()
+        Pair(self._key.public, self._key.secret).speak_by(socket, self._key.publisher)
         socket.connect(self._key.address)
         return socket
 

@@ -30,7 +30,7 @@ from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Done, Pull, PullRows, PushHead, Put, Refused, Request
 from shoal.ps.shard import Push, Shard
 from shoal.ps.shard_server import ShardServer
-from shoal.ps.wire import Malformed
+from shoal.ps.wire import Malformed, encode
 
 _RESEND_S = 1.0
 _ADOPTION_S = 60.0
@@ -86,10 +86,6 @@ class Chain:
         self._adopted: int | None = None
         shard.on_apply = self._hand_on
 
-    @property
-    def is_tail(self) -> bool:
-        return self._socket is None
-
     def when_kept(self, version: int, then: Callable[[], None]) -> None:
         if self._socket is None or version <= self.kept:
             then()
@@ -108,7 +104,7 @@ class Chain:
         head, frames = messages.pack_push(push, 0)
         version = self._shard.version + 1
         # The frames may be views of what the optimizer is about to use, but nobody changes a gradient.
-        sent = _Sent(version, messages.encode(Forward(number=version, push=head)), frames)
+        sent = _Sent(version, encode(Forward(number=version, push=head)), frames)
         if not self._sent:
             self._heard_at = time.monotonic()
         self._sent.append(sent)
@@ -133,13 +129,7 @@ class Chain:
             self._sent.clear()
             self._release()
             return
-        socket = self._context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.sndhwm = 0
-        socket.curve_serverkey = self._keys.server.public.encode()
-        socket.curve_publickey = self._keys.member.public.encode()
-        socket.curve_secretkey = self._keys.member.secret.encode()
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 500
+        socket = self._keys.dealer(self._context, 0)
         socket.connect(address)
         self._socket = socket
         self._endpoint.attend(socket, self._hear)
@@ -147,7 +137,7 @@ class Chain:
         if anew:
             snapshot = self._shard.snapshot()
             kept, heads, frames = messages.pack_snapshot(snapshot)
-            put = messages.encode(Put(number=kept.version, kept=kept, tensors=heads, whole=True))
+            put = encode(Put(number=kept.version, kept=kept, tensors=heads, whole=True))
             self._sent = deque([_Sent(kept.version, put, frames)])
             self._adopted = kept.version
             self._transmit(self._sent[0])
@@ -226,7 +216,7 @@ class ChainServer(ShardServer):
             return
 
         def answer(said: msgspec.Struct) -> None:
-            self.endpoint.send(identity, messages.encode(said))
+            self.endpoint.send(identity, encode(said))
 
         if isinstance(message, Follow):
             self.chain.follow_with(message.address, message.anew)

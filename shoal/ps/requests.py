@@ -12,13 +12,14 @@ import zmq
 
 from shoal.errors import DeadlineError, JobFailed
 from shoal.ps.endpoint import RunKeys
-from shoal.ps.messages import Refused, encode
-from shoal.ps.wire import Malformed
+from shoal.ps.messages import Refused
+from shoal.ps.wire import Malformed, encode
 
 DEADLINE_S = 600.0
 RETRY_S = 2.0
 PUSHES_ON_THE_WAY = 4
 _SLICE_S = 0.1
+_QUEUED = 64
 
 
 class NotStaged(JobFailed):
@@ -81,13 +82,7 @@ class Requests:
     def connect(self, place: int, address: str) -> None:
         """Speak to somebody at this address, also where it had another."""
         self.disconnect(place)
-        socket = self._context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.curve_serverkey = self._keys.server.public.encode()
-        socket.curve_publickey = self._keys.member.public.encode()
-        socket.curve_secretkey = self._keys.member.secret.encode()
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 500
-        socket.sndhwm = 64
+        socket = self._keys.dealer(self._context, _QUEUED)
         socket.connect(address)
         self._sockets[place] = socket
         self._poller.register(socket, zmq.POLLIN)

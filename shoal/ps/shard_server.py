@@ -32,7 +32,7 @@ from shoal.ps.messages import (
     Taken,
 )
 from shoal.ps.shard import Push, Shard, add_up
-from shoal.ps.wire import Malformed
+from shoal.ps.wire import Malformed, encode
 
 _SLICE_S = 0.1
 
@@ -77,7 +77,7 @@ class ShardServer:
             return
 
         def answer(answered: msgspec.Struct, further: Sequence[Any] = ()) -> None:
-            self.endpoint.send(identity, messages.encode(answered), further)
+            self.endpoint.send(identity, encode(answered), further)
 
         try:
             self._answer(message, frames[1:], answer)

@@ -143,11 +143,21 @@ def encode(message: msgspec.Struct) -> bytes:
     return _encoder.encode(message)
 
 
+def decode_head(decoder: Any, frames: Sequence[Any]) -> Any:
+    """Read the first frame by a decoder. Raises Malformed."""
+    if not frames or memoryview(frames[0]).nbytes > _MOST_HEAD_BYTES:
+        raise Malformed("it has no head, or too large a one")
+    try:
+        return decoder.decode(frames[0])
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Malformed(str(error)) from None
+
+
 def decode_request(frames: Sequence[Any]) -> FromReader:
     """Read what a reader sent. Raises Malformed."""
     if len(frames) != 1:
         raise Malformed(f"{len(frames)} frames where one belongs")
-    return _decode(_from_reader, frames[0])  # type: ignore[no-any-return]
+    return decode_head(_from_reader, frames)  # type: ignore[no-any-return]
 
 
 def decode_answer(
@@ -157,7 +167,7 @@ def decode_answer(
 
     ``size``: of what is published, where that is known; runs of blocks beyond it are refused, and rows of other than ``tables``.
     """
-    message: FromPublisher = _decode(_from_publisher, frames[0] if frames else b"")
+    message: FromPublisher = decode_head(_from_publisher, frames)
     payload = memoryview(frames[1]) if len(frames) > 1 else memoryview(b"")
     wanted = 0
     if isinstance(message, Update):
@@ -186,12 +196,3 @@ def row_bytes(table: Table) -> int:
     if size is None or table.width < 1:
         raise Malformed(f"rows of {table.width} × {table.dtype}")
     return table.width * size
-
-
-def _decode(decoder: Any, head: Any) -> Any:
-    if len(memoryview(head)) > _MOST_HEAD_BYTES:
-        raise Malformed("its head is too large")
-    try:
-        return decoder.decode(head)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise Malformed(str(error)) from None

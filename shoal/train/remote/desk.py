@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from shoal.ps.endpoint import Endpoint
-from shoal.ps.messages import encode
-from shoal.ps.wire import Malformed
+from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 
 

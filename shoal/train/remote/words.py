@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from shoal.ps.applied import PushId
-from shoal.ps.messages import Refused, Tensor, decode_head
+from shoal.ps.messages import Refused, Tensor
+from shoal.ps.wire import decode_head
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import torch
 from shoal.ps import messages
 from shoal.ps.messages import Forms, PullRows, PushHead
 from shoal.ps.shard import Push, RowGradients
-from shoal.ps.wire import Malformed
+from shoal.ps.wire import Malformed, encode
 
 FORMS = Forms({0: (6, torch.float32), 3: (2, torch.float64)}, {1: (4, torch.float32)})
 
@@ -25,7 +25,7 @@ def a_push() -> Push:
 
 def wire(push: Push, **choices) -> list[bytearray]:
     head, frames = messages.pack_push(push, 11, **choices)
-    return [bytearray(messages.encode(head)), *map(bytearray, frames)]
+    return [bytearray(encode(head)), *map(bytearray, frames)]
 
 
 def test_a_push_arrives_as_it_was_sent():
@@ -79,7 +79,7 @@ def mangled(frames: list[bytearray], dice: random.Random) -> list[bytearray]:
 
 def test_what_is_malformed_is_refused_and_nothing_else_happens():
     dice, refused = random.Random(1), 0
-    asked = [bytearray(messages.encode(PullRows(1, 1, 2))), bytearray(np.array([3, 4]).tobytes())]
+    asked = [bytearray(encode(PullRows(1, 1, 2))), bytearray(np.array([3, 4]).tobytes())]
     for round in range(600):
         frames = mangled(wire(a_push()) if round % 3 else asked, dice)
         try:

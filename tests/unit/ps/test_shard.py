@@ -18,6 +18,7 @@ from shoal.ps.shard import Push, RowGradients, Shard
 from shoal.ps.shard_server import ShardServer
 from shoal.ps.spec import TableSpec
 from shoal.ps.table import Table
+from shoal.ps.wire import encode
 
 PIECES = cut("w", (100,), torch.float32, 0, 0, True, most_bytes=160)
 SPEC = TableSpec(width=4, optimizer=Adagrad(lr=0.1), admission=2)
@@ -229,7 +230,7 @@ def test_a_stranger_and_a_stranger_message_get_nothing():
         for k in range(300):
             client._sockets[0].send_multipart([bytes([k % 256]) * (k % 50), b"x" * k])
         for shards in ([99999], [-1]):
-            client._sockets[0].send_multipart([messages.encode(messages.Take(0, None, {"0": tuple(shards)}))])
+            client._sockets[0].send_multipart([encode(messages.Take(0, None, {"0": tuple(shards)}))])
         assert client.ping(0) == 0 and endpoint.dropped == 300 and endpoint.refused > 0
 
 

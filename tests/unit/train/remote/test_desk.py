@@ -7,8 +7,8 @@ import pytest
 
 from shoal.errors import JobFailed
 from shoal.ps.endpoint import Endpoint, RunKeys
-from shoal.ps.messages import Refused, encode
-from shoal.ps.wire import Malformed
+from shoal.ps.messages import Refused
+from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import LEAD, Line, Meeting
