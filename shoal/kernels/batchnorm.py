@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from shoal.kernels.build import build
+from shoal.kernels.build import operators
 from shoal.kernels.parallel import cut, run_all
 from shoal.kernels.plain import plain_autograd
 
@@ -72,16 +71,7 @@ def count_batch(module: Any) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    try:
-        library = build("batchnorm", [Path(__file__).with_suffix(".c")])
-    except (OSError, subprocess.SubprocessError):
-        return None
-    kinds = {"P": ctypes.c_void_p, "N": ctypes.c_int64}
-    for kind in _NAMES.values():
-        for name, arguments in _FUNCTIONS.items():
-            function = getattr(library, f"shoal_batchnorm_{name}_{kind}")
-            function.argtypes, function.restype = [kinds[a] for a in arguments], None
-    return library
+    return operators(Path(__file__).with_suffix(".c"), _FUNCTIONS)
 
 
 def _place(tensor: torch.Tensor | None, start: int = 0) -> int | None:

@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shoal.cluster.cache import cache_dir
 
 _ALWAYS = ("-O3", "-march=native", "-shared", "-fPIC")
 _TIMEOUT_S = 120.0
+_ARGUMENTS = {"P": ctypes.c_void_p, "N": ctypes.c_int64}
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -52,6 +53,23 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctyp
             )  # fmt: skip
             made.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def operators(source: Path, functions: Mapping[str, str]) -> ctypes.CDLL | None:
+    """The library of a C file whose functions are there for float and for double; None where it cannot be built.
+
+    ``functions``: what each takes, a letter for each argument: P a pointer, N a 64-bit whole number. Where the file is
+    ``winograd.c`` and one is called ``forward``, they are ``shoal_winograd_forward_f32`` and ``_f64``, and return nothing.
+    """
+    try:
+        library = build(source.stem, [source])
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, takes in functions.items():
+        for kind in ("f32", "f64"):
+            function = getattr(library, f"shoal_{source.stem}_{name}_{kind}")
+            function.argtypes, function.restype = [_ARGUMENTS[letter] for letter in takes], None
+    return library
 
 
 def _processor() -> str:

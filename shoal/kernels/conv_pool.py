@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-from shoal.kernels.build import build
+from shoal.kernels.build import operators
 from shoal.kernels.parallel import cut, run_all
 from shoal.kernels.plain import plain_autograd
 
@@ -81,15 +80,7 @@ class _Shape(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    try:
-        library = build("conv_pool", [Path(__file__).with_suffix(".c")])
-    except (OSError, subprocess.SubprocessError):
-        return None
-    for kind in _NAMES.values():
-        for name, count in (("forward", 7), ("backward", 7), ("unpool", 4)):
-            function = getattr(library, f"shoal_conv_pool_{name}_{kind}")
-            function.argtypes, function.restype = [ctypes.c_void_p] * count, None
-    return library
+    return operators(Path(__file__).with_suffix(".c"), {"forward": 7 * "P", "backward": 7 * "P", "unpool": 4 * "P"})
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from shoal.kernels.build import build
+from shoal.kernels.build import operators
 from shoal.kernels.parallel import cut, run_all
 from shoal.kernels.plain import plain_autograd
 
@@ -89,15 +88,7 @@ class _Strides(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    try:
-        library = build("winograd", [Path(__file__).with_suffix(".c")])
-    except (OSError, subprocess.SubprocessError):
-        return None
-    for kind in _NAMES.values():
-        for name, count in (("weights", 4), ("forward", 8), ("backward", 6)):
-            function = getattr(library, f"shoal_winograd_{name}_{kind}")
-            function.argtypes, function.restype = [ctypes.c_void_p] * count, None
-    return library
+    return operators(Path(__file__).with_suffix(".c"), {"weights": 4 * "P", "forward": 8 * "P", "backward": 6 * "P"})
 
 
 def _run(name: str, dtype: torch.dtype) -> Any:
