@@ -13,10 +13,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,31 +23,18 @@ from shoal.cluster.cache import cache_dir
 from shoal.plan import Plan
 from shoal.ps.embedding import Embedding
 from shoal.rewrites.install import install
-from shoal.train import streams
 from shoal.train.built import Built
 from shoal.train.embedding import quicken_embeddings
-from shoal.train.feed import to_layout
-from shoal.train.tune import rewrites_of
-from shoal.train.work import PLACE, Tensors, Work, close, tensors, unchanged
+from shoal.train.tune import Finding, rewrites_of
+from shoal.train.work import Tensors, Work, close, tensors, unchanged, work_of
 
 GAIN = 1.05
 """Compiled code is taken where it is at least so many times as fast: every start takes seconds longer with it."""
 _CLOSE = 5e-3
 _ROUNDS, _LEAST_ROUNDS, _MEASURING_S = 30, 3, 2.0
 _REMEDY = "leave compile out"
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What became of compiling: the seconds of a pass as it would run otherwise and compiled, or why it cannot be used."""
-
-    before_s: float | None = None
-    after_s: float | None = None
-    trouble: str | None = None
-
-    @property
-    def gain(self) -> float:
-        return self.before_s / self.after_s if self.before_s and self.after_s else 1.0
+NAME = "compile"
+"""What it is called among the changes that are tried."""
 
 
 def compile_model(model: nn.Module, threads: int) -> None:
@@ -94,7 +79,7 @@ def compiler_trouble() -> str | None:
     return None
 
 
-def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[], Any]], plan: Plan) -> Compiled:
+def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[], Any]], plan: Plan) -> Finding:
     """Compile a model, hold it against the author's code, and measure it beside what the plan does without.
 
     ``rewritten``: lets the model compute as it would without being compiled, and returns what takes that back.
@@ -103,7 +88,7 @@ def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[],
     torch.set_num_threads(threads)
     trouble = compiler_trouble()
     if trouble is not None:
-        return Compiled(trouble=trouble)
+        return Finding(NAME, trouble=trouble)
     truth = _answers(work)
     undo = rewritten()
     with unchanged(built.model):
@@ -115,16 +100,16 @@ def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[],
         found = _answers(work)
     except Exception as error:
         said = next(iter(str(error).strip().splitlines()), "")[:200]
-        return Compiled(trouble=f"torch.compile fails on this model ({type(error).__name__}: {said}); " + _REMEDY)
+        return Finding(NAME, trouble=f"torch.compile fails on this model ({type(error).__name__}: {said}); " + _REMEDY)
     if not _alike(truth, found):
-        return Compiled(trouble="compiled, this model does not give the same results; " + _REMEDY)
-    return Compiled(before, _time(work.train, threads))
+        return Finding(NAME, trouble="compiled, this model does not give the same results; " + _REMEDY)
+    return Finding(NAME, before, _time(work.train, threads))
 
 
-def compile_aside(built: Built, plan: Plan, samples: int) -> Compiled:
+def compile_aside(built: Built, plan: Plan, samples: int) -> Finding:
     """What compiling gives under a plan for a worker that computes so many samples a step; for a process that ends afterwards."""
     kept = quicken_embeddings()
-    work = work_of(built, plan, samples)
+    work = work_of(built, samples, plan.layout, plan.precision)
     names = rewrites_of(plan) if not plan.compile else ()
 
     def rewritten() -> Callable[[], Any]:
@@ -134,15 +119,6 @@ def compile_aside(built: Built, plan: Plan, samples: int) -> Compiled:
     if kept is not None:
         kept.end()
     return found
-
-
-def work_of(built: Built, plan: Plan, samples: int) -> Work:
-    """A worker's passes over the first samples of the training data."""
-    indices = np.arange(samples, dtype=np.int64)
-    streams.reseed(*PLACE)
-    batch = to_layout(built.train.fetch(indices, built.job.collate, None), plan.layout == "channels_last")
-    built.model.train()
-    return Work(built.job, built.model, batch, samples, plan.precision)
 
 
 def _answers(work: Work) -> Tensors:

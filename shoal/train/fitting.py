@@ -13,7 +13,6 @@ from shoal.planner.candidates import sub_batches
 from shoal.process.supervisor import Supervisor
 from shoal.rewrites import registry
 from shoal.train.compiling import GAIN as COMPILE_GAIN
-from shoal.train.compiling import Compiled
 from shoal.train.settings import JobFacts
 from shoal.train.tune import Finding, Question, Tuned
 
@@ -39,7 +38,7 @@ class Fitting:
         self._wanted, self._facts, self._supervisor = wanted, facts, supervisor
         self._recall, self._remember = recall, remember
         self._found: dict[str, Tuned] = {}
-        self._compiled: Compiled | None = None
+        self._compiled: Finding | None = None
         if isinstance(wanted.rewrites, tuple):
             registry.check_names(wanted.rewrites)
 
@@ -79,18 +78,18 @@ class Fitting:
             plan = plan.replace(sub_batch=0, batchnorm=self._wanted.batchnorm or "global")
         return plan.replace(compile=True, rewrites="none")
 
-    def _ask_compiled(self, plan: Plan, thorough: bool, asked: bool) -> Compiled | None:
+    def _ask_compiled(self, plan: Plan, thorough: bool, asked: bool) -> Finding | None:
         """What is known of compiling, or is found out now; None where it is not known, and not to be found out."""
         samples = max(1, self._facts.batch_size // plan.data_ways)
         bare = plan.replace(compile=None, explanation=())
-        key = f"compiled {bare} {samples}"
+        key = f"compile {bare} {samples}"
         known = self._recall(key)
         if known is not None and (known["trouble"] is None or not asked):
-            return Compiled(**known)
+            return Finding(**known)
         if self._facts.tables or not (thorough or asked):
             return None
         limit_s = None if asked else _COMPILE_S
-        compiled: Compiled = self._supervisor.call("try_compiling", plan, samples, limit_s, timeout_s=_TIMEOUT_S)
+        compiled: Finding = self._supervisor.call("try_compiling", plan, samples, limit_s, timeout_s=_TIMEOUT_S)
         self._remember(key, asdict(compiled))
         return compiled
 

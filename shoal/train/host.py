@@ -44,7 +44,8 @@ from shoal.train import streams
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
-from shoal.train.compiling import Compiled, compile_aside, compile_model, give_up, warm_up, work_of
+from shoal.train.compiling import NAME as COMPILE
+from shoal.train.compiling import compile_aside, compile_model, give_up, warm_up
 from shoal.train.describe import (
     bind,
     describe,
@@ -72,9 +73,10 @@ from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.server import ServerLoop, ServerParts
 from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
-from shoal.train.tune import Question, Tuned, rewrites_of, tune
+from shoal.train.tune import Finding, Question, Tuned, rewrites_of, tune
 from shoal.train.update import Updater, make_updater
 from shoal.train.update_log import UpdateLog
+from shoal.train.work import work_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -227,12 +229,12 @@ class TrainHost:
         """What a rewritten model gains, measured aside."""
         return aside(lambda: tune(self._built, question), "find out what rewriting the model gains")
 
-    def try_compiling(self, plan: Plan, samples: int, limit_s: float | None) -> Compiled:
+    def try_compiling(self, plan: Plan, samples: int, limit_s: float | None) -> Finding:
         """What compiling the model gives, found out aside; it is given up after ``limit_s``."""
         try:
             return aside(lambda: compile_aside(self._built, plan, samples), "compile the model", limit_s)
         except TimeoutError as late:
-            return Compiled(trouble=str(late))
+            return Finding(COMPILE, trouble=str(late))
 
     def take_up(self, arena: Arena, settings: RunSettings, write: bool) -> Store:
         """Write the first weights into an arena where ``write`` says so, and bind the model to it where it is not split."""
@@ -516,7 +518,8 @@ class TrainHost:
                 compile_model(part.model, plan.threads or 1)
                 # Now, and for this batch: what is compiled may depend on what comes first.
                 if not self._tables:
-                    warm_up(work_of(built, plan, max(1, min(built.job.batch_size, len(built.train)) // plan.data_ways)))
+                    samples = max(1, min(built.job.batch_size, len(built.train)) // plan.data_ways)
+                    warm_up(work_of(built, samples, plan.layout, plan.precision))
             return part, None
         to_meta(built.model)
         team: Team | None = None

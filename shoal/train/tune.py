@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,8 +24,7 @@ from shoal.rewrites.install import install
 from shoal.train import objective, streams
 from shoal.train.built import Built
 from shoal.train.embedding import quicken_embeddings
-from shoal.train.feed import to_layout
-from shoal.train.work import PLACE, Tensors, Work, close, map_tensors, samples_of, tensors, unchanged
+from shoal.train.work import PLACE, Tensors, close, map_tensors, samples_of, tensors, unchanged, work_of
 
 GAIN = 1.02
 """A rewrite is taken where it is at least so many times as fast."""
@@ -103,11 +101,7 @@ class _Tuning:
     def __init__(self, built: Built, question: Question) -> None:
         self._job, self._model, self._question = built.job, built.model, question
         self._kept = quicken_embeddings()
-        streams.reseed(*PLACE)
-        indices = np.arange(question.samples, dtype=np.int64)
-        self._batch = to_layout(built.train.fetch(indices, built.job.collate, None), question.layout == "channels_last")
-        self._work = Work(built.job, built.model, self._batch, question.samples, question.precision)
-        self._model.train()
+        self._work = work_of(built, question.samples, question.layout, question.precision)
         # What applies where nothing is trained is of use to evaluation.
         self._names = registry.names(True)
         if built.evaluation is not None:
@@ -125,7 +119,7 @@ class _Tuning:
             few = min(few, 2)
         findings: list[Finding] = []
         sound: list[str] = []
-        check = _Check(self._job, model, samples_of(self._batch, 0, few), few) if names else None
+        check = _Check(self._job, model, samples_of(self._work.batch, 0, few), few) if names else None
         for name in names:
             trouble = check.trouble((name,)) if check is not None else None
             if trouble != NOT_FOUND or question.forced:

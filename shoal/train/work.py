@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from shoal.job import Job
 from shoal.train import objective, streams
+from shoal.train.built import Built
+from shoal.train.feed import to_layout
 
 PLACE = (streams.STEP, 0, 0, 0, 0)
 Tensors = list[torch.Tensor | None]
@@ -56,6 +59,16 @@ class Work:
     def forget(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
+
+
+def work_of(built: Built, samples: int, layout: str | None, precision: str | None) -> Work:
+    """A worker's passes over the first samples of the training data, in training mode; ``layout``, ``precision``: the plan's."""
+    streams.reseed(*PLACE)
+    indices = np.arange(samples, dtype=np.int64)
+    batch = to_layout(built.train.fetch(indices, built.job.collate, None), layout == "channels_last")
+    built.model.train()
+    return Work(built.job, built.model, batch, samples, precision)
+
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
