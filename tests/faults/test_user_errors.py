@@ -104,8 +104,7 @@ def work(supervisor: Supervisor, job: shoal.Job, folder: Path) -> list[dict[str,
         while not crew.finished:
             crew.poll(0.05, 0.0, lambda: "there is no checkpoint yet.")
     finally:
-        supervisor.end_children()
-        supervisor.poll(0.1)
+        supervisor.dismiss()
         arena.memory.close()
     return seen
 
