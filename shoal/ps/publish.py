@@ -5,8 +5,9 @@ sent more than it can take; what it misses in between is in its next answer. Wha
 server, each at a moment between two of its updates, so half a push of one server is never seen; across servers a
 publication is a vector of versions.
 
-What changed is found by comparing with the last publication, block by block, so servers need to know nothing of readers,
-and nothing at all is done while there is none. It holds 2 · P bytes for P of weights, once there is a reader.
+Readers on the same machine look into the memory that publications lie in (``banks``). For others, what changed is found by
+comparing with the last publication, block by block, so servers need to know nothing of readers, and nothing at all is done while
+there is none. It holds 3 · P bytes for P of weights, once there is a reader.
 
 Which rows of tables have changed is noted by whoever changes them (``rows.c``), once there is a reader; their values are read
 in the same moment as the weights. Nothing holds a second table: a new reader gets the rows piece by piece while they change,
@@ -28,6 +29,7 @@ import numpy as np
 import zmq
 
 from shoal.ps import wire
+from shoal.ps.banks import Banks
 from shoal.ps.keys import Doorkeeper, Pair, ReadKey
 from shoal.ps.row_log import Changes, RowLog, last_of
 
@@ -86,8 +88,11 @@ class Source(Protocol):
     def copy(self, servers: Sequence[int], out: np.ndarray) -> Copied | None:
         """Copy what a group holds to its places in ``out`` (uint8, of ``size``), all of one version each.
 
-        None, and nothing copied, where there was no moment between two updates for long enough.
+        None where there was no moment between two updates for long enough; at its places is anything then.
         """
+
+    def places(self, servers: Sequence[int]) -> Sequence[tuple[int, int]]:
+        """Where in the bytes lies what a group holds: (begin, end)."""
 
     def piece(self, table: int, shard: int, cold: bool, at: int) -> tuple[np.ndarray, np.ndarray, int | None]:
         """Some rows, at whatever moment: see ``Table.piece``."""
@@ -133,6 +138,8 @@ class Publisher:
         self._edition = _Edition(source, 0 if after is None else after.number)
         # Who waits: its identity, what it has, and since when.
         self._waiting: dict[bytes, tuple[int, float]] = {}
+        # Who looks into the shared memory.
+        self._sharing: set[bytes] = set()
         # Who has asked for something, and when.
         self._heard: dict[bytes, float] = {}
         # Who is being given the rows: of which publication, and when the last piece was read.
@@ -157,6 +164,7 @@ class Publisher:
         self._door.close()
         self._socket.close()
         self._context.term()
+        self._edition.close()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -190,6 +198,7 @@ class Publisher:
         self._heard.pop(identity, None)
         self._waiting.pop(identity, None)
         self._filling.pop(identity, None)
+        self._sharing.discard(identity)
 
     def _take(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -207,10 +216,12 @@ class Publisher:
                 if isinstance(request, wire.Hello):
                     source = self._source
                     servers, tensors, tables = len(source.versions()), tuple(source.tensors), tuple(source.tables)
-                    self._send(identity, wire.Welcome(self._run, source.size, servers, tensors, tables))
+                    shared = self._edition.share()
+                    self._send(identity, wire.Welcome(self._run, source.size, servers, tensors, tables, shared))
                 elif isinstance(request, wire.Rows):
                     self._send_piece(identity, request)
                 else:
+                    (self._sharing.add if request.shares else self._sharing.discard)(identity)
                     self._waiting[identity] = (request.have, time.monotonic())
 
     def _send_piece(self, identity: bytes, asked: wire.Rows) -> None:
@@ -229,7 +240,7 @@ class Publisher:
         wholes = any(identity in self._filling and have for identity, (have, _) in self._waiting.items())
         needed = min((have for have, _ in self._filling.values()), default=None)
         try:
-            self._edition.renew(everybody=wholes, needed=needed)
+            self._edition.renew(everybody=wholes, needed=needed, compare=not self._heard.keys() <= self._sharing)
         except OSError as error:
             logger.warning("Rows are not published: there is no memory to note which of them change (%s).", error.strerror)
         took_s = time.monotonic() - began
@@ -249,7 +260,7 @@ class Publisher:
         return took_s
 
     def _send_update(self, identity: bytes, have: int) -> None:
-        update, payload = self._edition.since(have)
+        update, payload = self._edition.since(have, identity in self._sharing)
         if not update.whole:
             self._filling[identity] = (update.number, math.inf)
         self._send(identity, update, payload)
@@ -286,23 +297,35 @@ class _Edition:
         self.settled_at = -math.inf
         """When everything was read that it holds, each server's between two of its updates."""
         self._taken_at = 0.0
-        self._bytes = self._next = np.empty(0, np.uint8)
+        self._banks: Banks | None = None
         self._changed = np.empty(0, np.int64)
         self._logs: list[RowLog] = []
+
+    def share(self) -> wire.Shared | None:
+        """What a reader on this machine needs to see publications where they lie; None where they are not shared."""
+        if self._banks is None:
+            self._banks = Banks(_whole(self._source.size))
+        return self._banks.described
+
+    def close(self) -> None:
+        """It is not renewed any more; readers have it as long as they want."""
+        if self._banks is not None:
+            self._banks.close()
 
     def _begin(self) -> None:
         source = self._source
         source.listen()
-        self._bytes, self._next = (np.zeros(_whole(source.size), np.uint8) for _ in range(2))
-        self._changed = np.zeros(len(self._bytes) // wire.BLOCK_BYTES, np.int64)
+        self.share()
+        self._changed = np.zeros(_whole(source.size) // wire.BLOCK_BYTES, np.int64)
         most = _KEPT_BYTES // max(1, len(source.tables))
         self._logs = [RowLog(table.width, np.dtype(table.dtype), self._before + 1, most) for table in source.tables]
 
-    def renew(self, everybody: bool = False, needed: int | None = None) -> None:
+    def renew(self, everybody: bool = False, needed: int | None = None, compare: bool = True) -> None:
         """Copy what has changed since the last time.
 
         ``everybody``: look at all servers, also at those that say that nothing has. ``needed``: of changed rows, what came after
-        that publication has to be kept. OSError where memory has run out.
+        that publication has to be kept. ``compare``: find out which bytes have changed; nobody wants to know where all readers
+        share the memory. OSError where memory has run out.
         """
         found = self._source.versions()
         first = self.number == self._before
@@ -310,17 +333,23 @@ class _Edition:
             return
         if first and not len(self._changed):
             self._begin()
+        assert self._banks is not None
+        banks, following = self._banks, self._banks.next
         began, taken_at = time.monotonic(), time.time()
         versions = list(self.versions or [-1] * len(found))
         failed, rows = False, list[tuple[int, Changes | None]]()
         for group in self._source.groups:
+            copied = None
             if everybody or any(found[server] != versions[server] for server in group):
-                copied = self._source.copy(group, self._next)
+                copied = self._source.copy(group, following)
                 failed |= copied is None
-                if copied is not None:
-                    rows += copied.rows
-                    for server, version in zip(group, copied.versions, strict=True):
-                        versions[server] = version
+            if copied is None:
+                for start, stop in self._source.places(group):
+                    following[start:stop] = banks.bytes[start:stop]
+                continue
+            rows += copied.rows
+            for server, version in zip(group, copied.versions, strict=True):
+                versions[server] = version
         if everybody and not failed:
             self.settled_at = began
         if -1 in versions or (not first and tuple(versions) == self.versions and not rows):
@@ -329,11 +358,13 @@ class _Edition:
         self.number += 1
         self.versions = tuple(versions)
         self._log(rows, needed)
-        words = (len(self._changed), wire.BLOCK_BYTES // 8)
-        before, after = (b.view(np.int64).reshape(words) for b in (self._bytes, self._next))
-        differs = np.ones(len(before), bool) if first else (before != after).any(axis=1)
-        self._changed[differs] = self.number
-        before[differs] = after[differs]
+        if compare and not first:
+            words = (len(self._changed), wire.BLOCK_BYTES // 8)
+            before, after = (b.view(np.int64).reshape(words) for b in (banks.bytes, following))
+            self._changed[(before != after).any(axis=1)] = self.number
+        else:
+            self._changed[:] = self.number
+        banks.publish(self.number)
 
     def _log(self, rows: Sequence[tuple[int, Changes | None]], needed: int | None) -> None:
         for number, log in enumerate(self._logs):
@@ -348,27 +379,36 @@ class _Edition:
         """What is said to a reader who waits to be whole, and is not yet."""
         return wire.Update(have, have, self.versions, self._taken_at, (), whole=False)
 
-    def since(self, have: int) -> tuple[wire.Update, bytes]:
-        """What somebody who has publication ``have`` lacks; everything but rows for one that is not known here."""
+    def since(self, have: int, shares: bool = False) -> tuple[wire.Update, bytes]:
+        """What somebody who has publication ``have`` lacks; everything but rows for one that is not known here.
+
+        ``shares``: somebody who sees the bytes where they lie.
+        """
         base = have if self._before < have <= self.number else 0
         changes = [log.since(base) for log in self._logs] if base else []
         known = [each for each in changes if each is not None]
         if len(known) < len(changes):
             base, known = 0, []
-        blocks = np.flatnonzero(self._changed > base)
-        runs = _runs(blocks)
-        size = self._source.size
-        data = [
-            self._bytes[first * wire.BLOCK_BYTES : min((first + count) * wire.BLOCK_BYTES, size)].data for first, count in runs
-        ]
+        runs, data = ((), []) if shares else self._blocks(base)
         changed = []
         for table, each in enumerate(known):
             if len(each.keys):
                 there = each.there
                 changed.append(wire.Changed(table, int(there.sum()), int((~there).sum())))
                 data += [each.keys[there].data, each.keys[~there].data, np.ascontiguousarray(each.rows[there]).data]
-        whole = bool(base) or not self._logs
-        return wire.Update(self.number, base, self.versions, self._taken_at, runs, tuple(changed), whole), b"".join(data)
+        whole, bank = bool(base) or not self._logs, None
+        if shares and self._banks is not None and self.number > self._before:
+            bank = self._banks.newest
+        update = wire.Update(self.number, base, self.versions, self._taken_at, runs, tuple(changed), whole, bank)
+        return update, b"".join(data)
+
+    def _blocks(self, base: int) -> tuple[tuple[tuple[int, int], ...], list[memoryview]]:
+        """Which blocks have changed since a publication, and their bytes."""
+        if self._banks is None:
+            return (), []
+        runs, size, held = _runs(np.flatnonzero(self._changed > base)), self._source.size, self._banks.bytes
+        ends = ((first * wire.BLOCK_BYTES, min((first + count) * wire.BLOCK_BYTES, size)) for first, count in runs)
+        return runs, [held[start:stop].data for start, stop in ends]
 
 
 def _whole(size: int) -> int:

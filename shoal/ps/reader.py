@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import zmq
 
 from shoal.errors import DeadlineError, RequestError, ShoalError
 from shoal.ps import wire
+from shoal.ps.banks import SeenBanks
 from shoal.ps.keys import Pair, ReadKey
 from shoal.ps.reader_copy import Copy
 
@@ -38,7 +41,7 @@ class Reader:
 
     A copy never shows half an update of one server, rows of ``shoal.ps.Embedding`` included. ``versions`` says how many updates
     each server had made; with ``sync`` they are equal: it is a copy of one step's end. Rows may take here what they may in the
-    run (``memory``); beyond that they go to disk.
+    run (``memory``); beyond that they go to disk. On the run's own machine the weights are read where the run publishes them.
     """
 
     def __init__(self, run: str | Path, deadline_s: float = _DEADLINE_S) -> None:
@@ -58,6 +61,8 @@ class Reader:
         # What is shown, and what is not whole yet.
         self._copy = Copy(0, (), ())
         self._coming: Copy | None = None
+        # The run's own memory, where this process may look into it.
+        self._banks: SeenBanks | None = None
         # Into which modules which rows were written last: of which copy, and up to which publication.
         self._loaded: weakref.WeakKeyDictionary[nn.Module, tuple[Copy, int]] = weakref.WeakKeyDictionary()
         self._heard_at = time.monotonic()
@@ -147,10 +152,14 @@ class Reader:
         from shoal.ps.embedding import prefix_of, state_of
 
         found: dict[str, torch.Tensor] = {}
-        with self._lock:
+
+        def copy() -> None:
             for tensor, data in self._copy.views():
                 own = torch.from_numpy(data.copy()).view(getattr(torch, tensor.dtype)).view(tensor.shape)
                 found.update(dict.fromkeys(tensor.names, own))
+
+        with self._lock:
+            self._whole(copy)
             for table in self._copy.tables:
                 found.update(state_of(prefix_of(table.spec), table.export(), table.spec))
         return found
@@ -167,7 +176,8 @@ class Reader:
 
         own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         modules = {table_name(path): module for path, module in embeddings(model)}
-        with self._lock, torch.no_grad():
+
+        def write() -> None:
             for tensor, data in self._copy.views():
                 there = own.get(tensor.names[0])
                 if there is None or tuple(there.shape) != tensor.shape:
@@ -176,6 +186,9 @@ class Reader:
                         "the job does."
                     )
                 _write(there, data, getattr(torch, tensor.dtype))
+
+        with self._lock, torch.no_grad():
+            self._whole(write)
             for number, table in enumerate(self._copy.tables):
                 module = modules.get(table.spec.name)
                 if module is None or (module.spec.width, module.spec.dtype) != (table.spec.width, table.spec.dtype):
@@ -188,11 +201,32 @@ class Reader:
                 self._loaded[module] = (self._copy, self._copy.number)
             return self._copy.number
 
+    def _whole(self, take: Callable[[], None]) -> None:
+        """Take the bytes of the copy that there is; again where the run has written newer ones there meanwhile. Holds the lock.
+
+        DeadlineError where it is lost before it could be taken.
+        """
+        until = time.monotonic() + _DEADLINE_S
+        while True:
+            number = self.number
+            take()
+            if self._copy.there:
+                return
+            # The word of a newer one is on its way.
+            self._lock.wait_for(lambda: self.number != number or self._error, max(0.0, until - time.monotonic()))  # noqa: B023
+            if self._error is not None:
+                raise self._error
+            if time.monotonic() > until:
+                raise DeadlineError(
+                    f"{self._from} went on from publication {number} and was lost before it could be read; read its newest "
+                    "checkpoint."
+                )
+
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
         while not self._closing and self._ended is None and self._error is None:
-            socket = self._connect()
+            socket = _dial(self._context, self._key)
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             try:
                 self._converse(socket, monitor)
@@ -202,13 +236,6 @@ class Reader:
                 socket.close()
         with self._lock:
             self._lock.notify_all()
-
-    def _connect(self) -> Any:
-        socket = self._context.socket(zmq.DEALER)
-        socket.linger = 100
-        Pair(self._key.public, self._key.secret).speak_by(socket, self._key.publisher)
-        socket.connect(self._key.address)
-        return socket
 
     def _converse(self, socket: Any, monitor: Any) -> None:
         """Ask, take in, ask again; come back when nothing is heard any more, or the connection is lost.
@@ -226,7 +253,7 @@ class Reader:
             heard = self._heard_at = time.monotonic()
             try:
                 copy = self._coming or self._copy
-                message, payload = wire.decode_answer(frames, len(copy.bytes) or None, copy.described)
+                message, payload = wire.decode_answer(frames, copy.size or None, copy.described)
                 answer = self._take(message, payload)
             except wire.Malformed as error:
                 self._fail(
@@ -251,10 +278,11 @@ class Reader:
         if isinstance(message, wire.Piece):
             if self._coming is None:
                 raise wire.Malformed("rows that nobody asked for")
-            return self._coming.take_piece(message, payload)
+            return self._coming.take_piece(message, payload, self._banks is not None)
         with self._lock:
             if isinstance(message, wire.Welcome):
                 self._coming = None
+                self._banks = SeenBanks.find(message.shared, message.size)
                 if not self._copy.is_of(message):
                     self._copy = Copy(message.size, message.tensors, message.tables)
             elif isinstance(message, wire.Closed):
@@ -263,23 +291,52 @@ class Reader:
                 self._update(message, payload)
             self._lock.notify_all()
             coming = self._coming
-        return wire.Next(self.number) if coming is None else coming.next_request()
+        # What is only where the run has it, changes by way of a socket cannot be applied to.
+        have = 0 if self._copy.shared and self._banks is None else self.number
+        return wire.Next(have, self._banks is not None) if coming is None else coming.next_request(self._banks is not None)
 
     def _update(self, update: wire.Update, payload: memoryview) -> None:
         copy = self._coming or self._copy
         if not update.base and update.number and (self._coming is not None or update.number != copy.number):
             # All anew; what is shown stays until this is whole.
             copy = copy.empty()
-            copy.take(update, payload)
+            copy.take(update, payload, self._banks)
             self._coming = copy
         elif update.whole and update.base != copy.number and update.number != copy.number:
             raise wire.Malformed(f"changes to publication {update.base} where {copy.number} is here")
         elif update.whole and (update.number != copy.number or self._coming is not None):
-            copy.take(update, payload)
+            copy.take(update, payload, self._banks)
         if self._coming is not None and update.whole:
             self._copy, self._coming = self._coming, None
         if self._copy is copy and update.whole:
             self.lag_s = time.time() - update.taken_at
+
+
+def answers(run: str | Path, within_s: float = _DEADLINE_S) -> bool:
+    """Whether who publishes a run's weights can be heard now; it is asked what there is, and for no weights."""
+    try:
+        key = ReadKey.read(Path(run))
+    except ShoalError:
+        return False
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = _dial(context, key)
+    try:
+        _send(socket, wire.Hello())
+        heard = bool(socket.poll(math.ceil(within_s * 1000)))
+        if heard:
+            _send(socket, wire.Bye())
+        return heard
+    finally:
+        socket.close()
+        context.term()
+
+
+def _dial(context: Any, key: ReadKey) -> Any:
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 100
+    Pair(key.public, key.secret).speak_by(socket, key.publisher)
+    socket.connect(key.address)
+    return socket
 
 
 def _write(place: torch.Tensor, data: np.ndarray, dtype: torch.dtype) -> None:

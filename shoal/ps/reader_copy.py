@@ -1,4 +1,4 @@
-"""A reader's copy of a run: the bytes of its tensors and, in tables of its own, its rows."""
+"""A reader's copy of a run: the bytes of its tensors, its own or where the run has them, and, in tables of its own, its rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shoal.ps import wire
+from shoal.ps.banks import SeenBanks
 from shoal.ps.row_log import Changes, RowLog
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ class Copy:
         """Raises Malformed where a tensor or a table is none."""
         if any(t.offset < 0 or t.offset + wire.nbytes(t) > size for t in tensors):
             raise wire.Malformed("a tensor lies outside of what is published")
-        self.bytes = np.zeros(size, np.uint8)
+        self.size = size
+        # Takes no memory until something is written.
+        self._own = np.zeros(size, np.uint8)
+        # Where the run itself has the bytes, as long as it does not need the room for newer ones.
+        self._seen: tuple[SeenBanks, int] | None = None
         self.tensors, self.described = tuple(tensors), tuple(described)
         self.number = 0
         self.versions: tuple[int, ...] = ()
@@ -42,26 +47,42 @@ class Copy:
 
     def is_of(self, welcome: wire.Welcome) -> bool:
         """Whether this is a copy of what is published there."""
-        return (len(self.bytes), self.tensors, self.described) == (welcome.size, welcome.tensors, welcome.tables)
+        return (self.size, self.tensors, self.described) == (welcome.size, welcome.tensors, welcome.tables)
 
     def empty(self) -> Copy:
         """Another one of the same, with nothing in it."""
-        found = Copy(len(self.bytes), self.tensors, self.described)
+        found = Copy(self.size, self.tensors, self.described)
         found.tables = [_table(table) for table in self.described]
         return found
 
     def views(self) -> Iterator[tuple[wire.Tensor, np.ndarray]]:
-        """Every tensor and its bytes."""
+        """Every tensor and its bytes, which are those of this publication if it is ``there`` still afterwards."""
+        held = self._own if self._seen is None else self._seen[0].bytes_of(self._seen[1])
         for tensor in self.tensors:
-            yield tensor, self.bytes[tensor.offset : tensor.offset + wire.nbytes(tensor)]
+            yield tensor, held[tensor.offset : tensor.offset + wire.nbytes(tensor)]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the bytes are where the run has them, and not here."""
+        return self._seen is not None
+
+    @property
+    def there(self) -> bool:
+        """Whether the run has not written anything newer where the bytes are."""
+        return self._seen is None or self._seen[0].holds(self._seen[1], self.number)
 
     # -- taking in -----------------------------------------------------------------------------------------------
 
-    def take(self, update: wire.Update, payload: memoryview) -> None:
-        """Apply an update to what is here."""
+    def take(self, update: wire.Update, payload: memoryview, banks: SeenBanks | None = None) -> None:
+        """Apply an update to what is here. ``banks``: what it may speak of; Malformed where it speaks of others."""
         at = 0
+        self._seen = None
+        if update.bank is not None:
+            if banks is None or not 0 <= update.bank < banks.described.banks:
+                raise wire.Malformed(f"bank {update.bank} of memory that is not shared")
+            self._seen = banks, update.bank
         for first, count in update.runs:
-            place = self.bytes[first * wire.BLOCK_BYTES : (first + count) * wire.BLOCK_BYTES]
+            place = self._own[first * wire.BLOCK_BYTES : (first + count) * wire.BLOCK_BYTES]
             place[:] = np.frombuffer(payload[at : at + len(place)], np.uint8)
             at += len(place)
         self.number, self.versions, self.published_at = update.number, update.versions, update.taken_at
@@ -83,15 +104,15 @@ class Copy:
         there = np.arange(len(keys) + len(gone)) < len(keys)
         log.add(self.number, Changes(np.concatenate([keys, gone]), np.concatenate([rows, none]), there))
 
-    def take_piece(self, piece: wire.Piece, payload: memoryview) -> wire.FromReader:
-        """Put the rows there that came; what is asked for next."""
+    def take_piece(self, piece: wire.Piece, payload: memoryview, shares: bool = False) -> wire.FromReader:
+        """Put the rows there that came; what is asked for next, see ``next_request``."""
         wanted = self._wanted
         if wanted is None or (piece.table, piece.shard, piece.cold) != (wanted.table, wanted.shard, wanted.cold):
             raise wire.Malformed("rows that nobody asked for")
         keys, _, rows, _ = _rows(self.described[piece.table], payload, piece.rows, 0)
         _put(self.tables[piece.table], keys, rows, self.number)
         self._wanted = self._after(piece)
-        return self.next_request()
+        return self.next_request(shares)
 
     def _after(self, piece: wire.Piece) -> wire.Rows | None:
         table, shard, cold = piece.table, piece.shard, piece.cold
@@ -103,9 +124,9 @@ class Copy:
             return wire.Rows(self.number, table, shard + 1, False, 0)
         return wire.Rows(self.number, table + 1, 0, False, 0) if table + 1 < len(self.described) else None
 
-    def next_request(self) -> wire.FromReader:
-        """What is missing."""
-        return self._wanted or wire.Next(self.number)
+    def next_request(self, shares: bool = False) -> wire.FromReader:
+        """What is missing. ``shares``: whether the reader looks into the run's memory."""
+        return self._wanted or wire.Next(self.number, shares)
 
     # -- giving out ----------------------------------------------------------------------------------------------
 

@@ -52,24 +52,44 @@ class Table(msgspec.Struct, frozen=True):
     memory: int | None
 
 
+class Shared(msgspec.Struct, frozen=True):
+    """Where publications lie in shared memory (``shoal.ps.banks``), for who is on the same machine.
+
+    ``boot`` tells machines apart; ``fd`` of the process ``pid`` is the file ``device``, ``inode``; ``size`` bytes a bank.
+    """
+
+    boot: str
+    pid: int
+    fd: int
+    device: int
+    inode: int
+    size: int
+    banks: int
+
+
 class Hello(msgspec.Struct, tag="hello", frozen=True):
     """A reader asks what there is."""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """What is published: ``size`` bytes of tensors, held by ``servers`` servers."""
+    """What is published: ``size`` bytes of tensors, held by ``servers`` servers; ``shared``: where, for who is here."""
 
     run: str
     size: int
     servers: int
     tensors: tuple[Tensor, ...]
     tables: tuple[Table, ...] = ()
+    shared: Shared | None = None
 
 
 class Next(msgspec.Struct, tag="next", frozen=True):
-    """A reader has publication ``have`` (0: nothing) and asks for whatever is newer, as soon as there is something."""
+    """A reader has publication ``have`` (0: nothing) and asks for whatever is newer, as soon as there is something.
+
+    ``shares``: it looks into the shared memory that it was told of.
+    """
 
     have: int
+    shares: bool = False
 
 
 class Rows(msgspec.Struct, tag="rows", frozen=True):
@@ -103,7 +123,8 @@ class Update(msgspec.Struct, tag="update", frozen=True):
     ``versions``: how many updates each server had made; ``taken_at``: when the first of them was read, in seconds of the Unix
     clock; ``runs``: (first block, number of blocks) of the bytes that follow in one frame. None of them: nothing is new.
     Behind them come for each of ``changed`` the keys of its rows, those that are gone, and the rows. A snapshot has no rows:
-    the reader asks for them, and has a whole copy with the first update after them that is ``whole``.
+    the reader asks for them, and has a whole copy with the first update after them that is ``whole``. For who shares the memory
+    there are no runs: all bytes are in ``bank``.
     """
 
     number: int
@@ -113,6 +134,7 @@ class Update(msgspec.Struct, tag="update", frozen=True):
     runs: tuple[tuple[int, int], ...]
     changed: tuple[Changed, ...] = ()
     whole: bool = True
+    bank: int | None = None
 
 
 class Piece(msgspec.Struct, tag="piece", frozen=True):

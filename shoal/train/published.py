@@ -131,54 +131,62 @@ class PublishedWeights:
             for each in everybody:
                 self._clocks.hold(each, False)
 
+    def places(self, servers: Sequence[int]) -> Sequence[tuple[int, int]]:
+        return [place for entry in servers for place in self._places(entry)]
+
     def _copy(self, entries: Sequence[int], servers: Sequence[int], out: np.ndarray) -> Copied | None:
         deadline = time.monotonic() + _WHOLE_S
         while time.monotonic() < deadline:
             before = [self._clocks.begun(each) for each in servers]
             still = before == [self._clocks.finished(each) for each in servers]
             if still and (not self._clocks.together or len(set(before)) == 1):
-                taken = [part for entry in entries for part in self._take(entry, before[0])]
+                for entry in entries:
+                    self._take(entry, before[0], out)
                 rows = self._rows.take(servers)
                 if before == [self._clocks.begun(each) for each in servers]:
-                    for start, data in taken:
-                        out[start : start + len(data)] = data
                     counts = dict(zip(servers, before, strict=True))
                     versions = tuple(sum(counts[server] for server in self._members[entry]) for entry in entries)
                     return Copied(versions, self._rows.accept(rows))
             time.sleep(_NAP_S)
         return None
 
-    def _take(self, entry: int, step: int) -> list[tuple[int, np.ndarray]]:
-        """Copies of what belongs to an entry of the versions, with their places."""
-        store, table = self._store, self._store.table
-        if self._cut:
-            taken = self._whole_tensors()
-        else:
-            ranges = store.ranges(entry)
-            if entry + 1 == len(self._members):
-                # What nobody trains, behind what is trained, comes with the last one.
-                ranges.append((table.trained_bytes, table.weight_bytes))
-            weights = store.arena.region("weights").numpy()
-            taken = [(start, weights[start:stop].copy()) for start, stop in ranges]
-        if entry == 0 and table.buffer_bytes:
-            size = table.buffer_bytes
-            held = store.arena.region("buffers")[step % 2 * size : (step % 2 + 1) * size]
-            taken.append((self._buffers_at, held.numpy().copy()))
-        return taken
+    def _places(self, entry: int) -> list[tuple[int, int]]:
+        """Where lies what belongs to an entry of the versions."""
+        buffers = [(self._buffers_at, self.size)] if entry == 0 else []
+        return [*([(0, self._weight_bytes)] if self._cut else self._ranges(entry)), *buffers]
 
-    def _whole_tensors(self) -> list[tuple[int, np.ndarray]]:
+    def _ranges(self, entry: int) -> list[tuple[int, int]]:
+        """Of weights that lie here as they lie in the arena."""
+        ranges = self._store.ranges(entry)
+        if entry + 1 == len(self._members):
+            # What nobody trains, behind what is trained, comes with the last one.
+            ranges.append((self._store.table.trained_bytes, self._store.table.weight_bytes))
+        return ranges
+
+    def _take(self, entry: int, step: int, out: np.ndarray) -> None:
+        """Copy what belongs to an entry of the versions to its places."""
+        store, size = self._store, self._store.table.buffer_bytes
+        if self._cut:
+            self._take_whole_tensors(out)
+        else:
+            weights = store.arena.region("weights").numpy()
+            for start, stop in self._ranges(entry):
+                out[start:stop] = weights[start:stop]
+        if entry == 0 and size:
+            held = store.arena.region("buffers")[step % 2 * size : (step % 2 + 1) * size]
+            out[self._buffers_at : self.size] = held.numpy()
+
+    def _take_whole_tensors(self, out: np.ndarray) -> None:
+        offsets = {tensor.names[0]: tensor for tensor in self.tensors}
         wholes: dict[str, torch.Tensor] = {}
         for spec, own in zip(self._store.table.parameters, self._store.weights, strict=True):
-            if not spec.regions:
-                wholes[spec.name] = own.clone()
-                continue
-            whole = wholes.setdefault(spec.name, torch.empty(spec.whole_shape, dtype=spec.dtype))
-            put(whole, spec.regions, own)
-        return [
-            (tensor.offset, wholes[tensor.names[0]].reshape(-1).view(torch.uint8).numpy())
-            for tensor in self.tensors
-            if tensor.names[0] in wholes
-        ]
+            tensor = offsets[spec.name]
+            place = out[tensor.offset : tensor.offset + wire.nbytes(tensor)]
+            whole = wholes.setdefault(spec.name, torch.from_numpy(place).view(spec.dtype).view(tensor.shape))
+            if spec.regions:
+                put(whole, spec.regions, own)
+            else:
+                whole.copy_(own.view(tensor.shape))
 
 
 class Publication:

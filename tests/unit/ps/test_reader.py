@@ -46,6 +46,9 @@ class Servers:
     tables = ()
     groups = ((0,), (1,))
 
+    def places(self, servers: Sequence[int]) -> list[tuple[int, int]]:
+        return [(server * WIDTH * 4, (server + 1) * WIDTH * 4) for server in servers]
+
     def listen(self) -> None:
         pass
 
@@ -62,8 +65,12 @@ class Servers:
             self.values[server] = self.made[server]
 
 
-@pytest.fixture
-def run(tmp_path: Path):
+@pytest.fixture(params=["shared memory", "sockets"])
+def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if request.param == "sockets":
+        # As for a reader on another machine.
+        boots = iter(range(1 << 30))
+        monkeypatch.setattr("shoal.ps.banks._boot", lambda: str(next(boots)))
     servers = Servers()
     publisher = Publisher(servers, "a-run")
     publisher.read_key.write(tmp_path)
@@ -115,6 +122,9 @@ def test_a_reader_follows_and_never_sees_half_a_push(run):
 def test_only_what_has_changed_is_sent_and_a_slow_reader_skips(run):
     servers, publisher, path = run
     with Reader(path) as reader:
+        if reader._copy.shared:
+            assert publisher._edition.since(0, shares=True)[0].runs == ()
+            return
         first = reader.number
         before = publisher._edition.since(first)
         assert before[0].runs == () and before[1] == b""
@@ -126,6 +136,24 @@ def test_only_what_has_changed_is_sent_and_a_slow_reader_skips(run):
         assert update.base == first and update.runs == ((begins, ends - begins),)
         assert publisher._edition.since(0)[0].base == 0 and len(publisher._edition.since(0)[1]) == servers.size
         assert len(data) < servers.size
+
+
+def test_a_reader_that_was_overtaken_takes_what_is_newer(run):
+    servers, publisher, path = run
+    with Reader(path) as slow, Reader(path) as quick:
+        if not slow._copy.shared:
+            return
+        # It holds its lock, as while it copies, and so does not hear of newer ones.
+        with slow._lock:
+            kept = slow._copy
+            for _ in range(3):
+                servers.push(0)
+                quick.wait(quick.number + 1)
+            assert not kept.there and slow._copy is kept and quick._copy.there
+        assert slow.state_dict()["part.0"][0, 0] == 3 and slow.number > 3
+        # What is there stays readable when the run has gone.
+        publisher.close()
+    assert_whole(slow.state_dict())
 
 
 def test_load_into_a_model(run):
