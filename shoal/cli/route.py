@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli.answer import Answer
 from shoal.cli.options import JsonFlag
-from shoal.cli.serve import CertificateOption, DrainOption, HostOption, PortOption, TlsKeyOption
+from shoal.cli.serve import CertificateOption, DrainOption, GrpcPortOption, HostOption, PortOption, TlsKeyOption
 from shoal.observe.events import to_json
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def route(
     urls: UrlsArgument,
     host: HostOption = "127.0.0.1",
     port: PortOption = 0,
+    grpc_port: GrpcPortOption = None,
     timeout_ms: TimeoutOption = 30_000.0,
     drain_s: DrainOption = 30.0,
     affinity_header: AffinityOption = "X-Affinity-Key",
@@ -45,17 +46,19 @@ def route(
 ) -> Answer:
     """Spread requests over several services until Ctrl-C.
 
-    Each request goes where it is predicted to be answered first. The first line on standard output is a JSON object
-    with url and pid.
+    Each request goes where it is predicted to be answered first, over HTTP and with --grpc-port over gRPC. The first line on
+    standard output is a JSON object with url, pid and grpc_url.
     """
     from shoal.serve.route.run import Route, RouteOptions
 
     options = RouteOptions(
-        host=host, port=port, timeout_s=timeout_ms / 1e3, drain_s=drain_s, affinity_header=affinity_header,
+        host=host, port=port, grpc_port=grpc_port, timeout_s=timeout_ms / 1e3, drain_s=drain_s, affinity_header=affinity_header,
         ca_file=ca_file, tls_cert=tls_cert, tls_key=tls_key,
     )  # fmt: skip
     running = Route(urls, options)
-    where = {"url": running.url, "pid": os.getpid(), "services": urls}
+    where: dict[str, Any] = {"url": running.url, "pid": os.getpid(), "services": urls}
+    if running.grpc_url is not None:
+        where["grpc_url"] = running.grpc_url
     return Answer(where, [to_json(where)], then=lambda: _run(running, drain_s))
 
 

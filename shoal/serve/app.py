@@ -14,8 +14,24 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from shoal.serve import labels, pictures
-from shoal.serve.asgi import JSON, Receive, Scope, Send, gone, headers_of, refuse, respond, say, state, timeout_of
+from shoal.serve.asgi import (
+    GRPC_HEADER,
+    JSON,
+    UPDATE_HEADER,
+    Receive,
+    Scope,
+    Send,
+    gone,
+    headers_of,
+    refuse,
+    respond,
+    say,
+    state,
+    timeout_of,
+)
 from shoal.serve.common import Common
 from shoal.serve.desk import Desk
 from shoal.serve.guard import Guard, key_of
@@ -26,6 +42,7 @@ from shoal.serve.protocols import embeddings, v2
 from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.shelf import numbers_of
 from shoal.serve.slots import Outcome
+from shoal.serve.ticket import Outputs
 
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _CLASSIFY = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/classify")
@@ -52,6 +69,7 @@ class App:
         self._bodies = common.bodies
         self._mishaps = Mishaps()
         self._tracing = common.tracing
+        self._spoken = [] if common.grpc_port is None else [(GRPC_HEADER, b"%d" % common.grpc_port)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,11 +129,11 @@ class App:
             outputs = await self.catalogue.infer(desk, request, self._limits.slo_s, partial(gone, receive), arrived_s)
         finally:
             self._bodies.bytes -= held
-        content, header_length = v2.encode(desk.signature, request, outputs)
+        content, header_length = v2.encode(desk.signature, request, outputs, outputs.update)
         if header_length is None:
-            await respond(send, 200, content, JSON)
+            await respond(send, 200, content, [*JSON, *_updated(outputs)])
         else:
-            await respond(send, 200, content, [(b"content-type", b"application/octet-stream"),
+            await respond(send, 200, content, [(b"content-type", b"application/octet-stream"), *_updated(outputs),
                                                 (b"inference-header-content-length", b"%d" % header_length)])  # fmt: skip
 
     def _count_bad(self, desk: Desk | None, refusal: Refusal) -> None:
@@ -247,13 +265,16 @@ class App:
             self._count_bad(desk, refusal)
             raise
         request = v2.InferRequest(id="", inputs=(row,), rows=1, wanted=(), timeout_s=None, priority=v2.USUAL_PRIORITY)
-        (scores,) = await desk.infer(request, limit_s, partial(gone, receive), arrived_s)
+        outputs = await desk.infer(request, limit_s, partial(gone, receive), arrived_s)
+        (scores,), updated = outputs, _updated(outputs)
         found = labels.top(numbers_of(signature.outputs[0], scores)[0], signature.labels, _TOP)
         label, score = found[0]
         if b"application/json" in headers.get(b"accept", b""):
             best = [{"label": name, "score": value} for name, value in found]
-            return await say(send, {"label": label, "score": score, "top": best})
-        await respond(send, 200, f"{label} {score:.2f}\n".encode(), [(b"content-type", b"text/plain; charset=utf-8")])
+            content = msgspec.json.encode({"label": label, "score": score, "top": best})
+            return await respond(send, 200, content, [*JSON, *updated])
+        kind = (b"content-type", b"text/plain; charset=utf-8")
+        await respond(send, 200, f"{label} {score:.2f}\n".encode(), [kind, *updated])
 
     async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One vector for each text; each is a request of its own to the model, so equal lengths are computed together."""
@@ -275,12 +296,12 @@ class App:
 
             parts = tuple(map(desk.text.request, tokens))
             request = v2.InferRequest("", (), len(parts), (), None, v2.USUAL_PRIORITY, parts=parts)
-            (vectors,) = await self.catalogue.infer(desk, request, limit_s, partial(gone, receive), arrived_s)
+            outputs = await self.catalogue.infer(desk, request, limit_s, partial(gone, receive), arrived_s)
         except Refusal as refusal:
             self._count_bad(desk, refusal)
             return await refuse(receive, send, refusal, embeddings.error_body(refusal))
         used = sum(map(len, tokens))
-        await respond(send, 200, embeddings.encode(name, vectors, used, as_base64), JSON)
+        await respond(send, 200, embeddings.encode(name, outputs[0], used, as_base64), [*JSON, *_updated(outputs)])
 
     async def _repository(self, name: str, load: bool, scope: Scope, receive: Receive, send: Send) -> None:
         """Load a model anew from where it came from, or unload it."""
@@ -293,7 +314,7 @@ class App:
 
     async def _ready(self, send: Send, desks: Sequence[Desk | None]) -> None:
         await self.catalogue.ready(desks)
-        await respond(send, 200, b"", [])
+        await respond(send, 200, b"", self._spoken)
 
     async def _about_model(self, path: str, send: Send) -> None:
         found = _MODEL.fullmatch(path)
@@ -313,6 +334,11 @@ class App:
         if client is None or not ipaddress.ip_address(client[0]).is_loopback:
             raise Refusal(403, "Only this machine itself may ask for the processes.")
         await say(send, list(self.processes))
+
+
+def _updated(outputs: Outputs) -> list[tuple[bytes, bytes]]:
+    """Which update of its run a model had that follows one."""
+    return [(UPDATE_HEADER, b"%d" % outputs.update)] if outputs.update else []
 
 
 def _header_length(headers: dict[bytes, bytes]) -> int | None:

@@ -22,6 +22,10 @@ JSON = [(b"content-type", b"application/json")]
 _ONCE = frozenset({b"authorization", b"x-api-key", b"content-encoding", b"inference-header-content-length"})
 TIMEOUT_HEADER = b"x-shoal-timeout-ms"
 """How long a client, or a route on its behalf, still waits for the answer."""
+UPDATE_HEADER = b"shoal-update"
+"""With how many updates of its run an answer was computed, where the model follows one."""
+GRPC_HEADER = b"shoal-grpc-port"
+"""Where a service that is ready speaks gRPC too, for a route."""
 _DISCARD_S = 2.0
 _DISCARD_BYTES = 128 << 20
 

@@ -16,6 +16,7 @@ from shoal.serve.protocols import v2
 from shoal.serve.refusals import Refusal
 from shoal.serve.shelf import Shelf, compare, numbers_of
 from shoal.serve.slots import Outcome
+from shoal.serve.ticket import Outputs
 
 _FRESH_S = 1.0
 _PROBE_S = 2.0
@@ -36,7 +37,7 @@ class Catalogue:
         self.unavailable: dict[str, str] = {}
         self.draining = False
         self._ask = ask
-        self._probing: dict[Desk, asyncio.Task[list[np.ndarray]]] = {}
+        self._probing: dict[Desk, asyncio.Task[Outputs]] = {}
 
     def desk(self, name: str, version: str | None = None) -> Desk:
         """Who answers a request for a model; without a version the one that its shelf picks. Refusal where nobody does."""
@@ -60,7 +61,7 @@ class Catalogue:
     async def infer(
         self, desk: Desk, request: v2.InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False,
         arrived_s: float | None = None,
-    ) -> list[np.ndarray]:  # fmt: skip
+    ) -> Outputs:  # fmt: skip
         """Outputs of a request, see ``Desk.infer``; where another version is tried as a shadow, it is asked the same."""
         if request.parts:
             return await self._infer_parts(desk, request.parts, slo_s, abandoned, arrived_s)
@@ -74,16 +75,18 @@ class Catalogue:
     async def _infer_parts(
         self, desk: Desk, parts: Sequence[v2.InferRequest], slo_s: float, abandoned: Callable[[], bool],
         arrived_s: float | None,
-    ) -> list[np.ndarray]:  # fmt: skip
+    ) -> Outputs:  # fmt: skip
         """Each part is a request of its own to the model, so that equal lengths are computed together."""
         asked = (self.infer(desk, part, slo_s, abandoned, arrived_s) for part in parts)
         found = await asyncio.gather(*asked, return_exceptions=True)
-        answers: list[list[np.ndarray]] = []
+        answers: list[Outputs] = []
         for one in found:
             if isinstance(one, BaseException):
                 raise one
             answers.append(one)
-        return [np.concatenate(arrays) for arrays in zip(*answers, strict=True)]
+        outputs = Outputs(np.concatenate(arrays) for arrays in zip(*answers, strict=True))
+        outputs.update = min(one.update for one in answers)
+        return outputs
 
     def desks(self) -> dict[str, Desk]:
         """Who answers for each model."""
@@ -146,7 +149,8 @@ class Catalogue:
 def _sample_request(desk: Desk) -> v2.InferRequest:
     rows = tuple(np.frombuffer(raw, spec.dtype).reshape(1, *spec.shape[1:])
                  for raw, spec in zip(desk.sample, desk.signature.inputs, strict=True))  # fmt: skip
-    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0, uncached=True)
+    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0, uncached=True,
+                           own=True)  # fmt: skip
 
 
 async def probe(desk: Desk) -> str | None:

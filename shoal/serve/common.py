@@ -20,6 +20,7 @@ class Common:
         guard: who looks at each request first; None where everybody may ask anything.
         bodies: all long ones that are held.
         tracing: None where no traces are kept.
+        grpc_port: where gRPC is spoken too, None for nowhere.
     """
 
     limits: Limits
@@ -29,3 +30,4 @@ class Common:
     bodies: Bodies
     pace: Pace
     tracing: Tracing | None = None
+    grpc_port: int | None = None

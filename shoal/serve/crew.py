@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.errors import DeadlineError, JobFailed
+from shoal.errors import DeadlineError, JobFailed, RequestError
 from shoal.process.channel import ChannelClosed
 from shoal.process.supervisor import Child, Supervisor, TemplateLost
 from shoal.serve.messages import AddModel, Attach, Attached, Edition, FollowRun, Lost, Skipped
@@ -103,6 +103,9 @@ class Crew:
         self._supervisor.load(_HOST, self.source, _LOAD_S)
         self.signature: ModelSignature = self._supervisor.call("describe", timeout_s=10.0)
         self._supervisor.call("try_out", timeout_s=_LOAD_S)
+        if self.source.live is not None and like is not None and self._supervisor.call("first_update", timeout_s=10.0) is None:
+            # A checkpoint may be older than what answers now.
+            raise RequestError("Nobody answers who publishes the run's weights.")
         self._choose_computing(like)
         self._sample, self._expected = self._supervisor.call("sample", timeout_s=10.0)
         self._tokenizer: str | None = self._supervisor.call("tokenizer", timeout_s=10.0)
@@ -384,7 +387,7 @@ class Crew:
         self.slots.using[:] = 0
         self._load_again()
         self._follower = None
-        self.slots.live[LIVE.BANK] = 0
+        self.slots.live[[LIVE.BANK, LIVE.UPDATE_0, LIVE.UPDATE_1]] = 0
         if self._follows:
             self.follow()
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from shoal.serve.cache import ResponseCache
 from shoal.serve.dispatch import Dispatcher, Row, apart
 from shoal.serve.latency import LatencyModel
@@ -28,7 +26,7 @@ from shoal.serve.refusals import Refusal, too_late
 from shoal.serve.remembered import Remembered
 from shoal.serve.signature import UNIT
 from shoal.serve.slots import Outcome, Slots, drain
-from shoal.serve.ticket import Done, Reply, Ticket
+from shoal.serve.ticket import Done, Outputs, Reply, Ticket
 from shoal.serve.times import Times
 from shoal.serve.tracing import Tracing
 
@@ -95,6 +93,8 @@ class Desk:
             cache = ResponseCache(model.cache_bytes, model.cache_ttl_s)
             self._remembered = Remembered(cache, self.slots.count, self.times)
         self._next = 0
+        # Requests of the service's own that hold slots.
+        self._own = 0
         self._closed = False
         self._tick: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,7 +107,7 @@ class Desk:
     async def infer(
         self, request: InferRequest, slo_s: float, abandoned: Callable[[], bool] = lambda: False,
         arrived_s: float | None = None,
-    ) -> list[np.ndarray]:
+    ) -> Outputs:
         """Outputs of a request, not to be written to.
 
         ``arrived_s``: when it came, on the monotonic clock; now where that is not known.
@@ -121,22 +121,22 @@ class Desk:
         if self._remembered is None or request.uncached:
             return await self._compute(request, now, deadline, abandoned)
         compute = partial(self._compute, request, now, deadline, abandoned)
-        return await self._remembered.answer(request.inputs, now, deadline, compute)
+        return Outputs(await self._remembered.answer(request.inputs, now, deadline, compute))
 
     async def _compute(
         self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool], accepted: bool = False
-    ) -> list[np.ndarray]:
+    ) -> Outputs:
         """``accepted``: it was taken in and counted already, in the hope of somebody else's answer."""
         later = self._later(request, now, deadline)
         if later is not None and accepted:
             self.slots.count(Outcome.EXPIRED)
             raise too_late()
         if later is not None:
-            self.slots.count(Outcome.REFUSED)
+            self.slots.count(Outcome.PROBED if request.own else Outcome.REFUSED)
             if self.tracing is not None and not request.uncached:
                 self.tracing.turned_down(self.signature.name, self.signature.version, request.rows, now)
             raise self._refusal(later)
-        if not accepted:
+        if not accepted and not request.own:
             self.slots.count(Outcome.ACCEPTED)
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         ticket = self._accept(request, now, deadline, abandoned, future)
@@ -145,7 +145,7 @@ class Desk:
         self.pump(now)
         try:
             await future
-            return self._outputs(ticket.slots, request.length)
+            return self._outputs(ticket, request.length)
         except asyncio.CancelledError:
             self._give_up(ticket)
             raise
@@ -184,13 +184,17 @@ class Desk:
         """Whether answers are kept, and equal requests share one."""
         return self._remembered is not None
 
-    def _outputs(self, slots: list[int], length: int) -> list[np.ndarray]:
-        """Copies of what replicas wrote into some slots; one row is sliced, for that takes a tenth of the time."""
+    def _outputs(self, ticket: Ticket, length: int) -> Outputs:
+        """Copies of what replicas wrote into a ticket's slots; one row is sliced, for that takes a tenth of the time."""
+        slots = ticket.slots
         index: Any = slice(slots[0], slots[0] + 1) if len(slots) == 1 else slots
         if self._fixed:
-            return [array[index].copy() for array in self.slots.outputs]
-        outputs = zip(self.signature.outputs, self.slots.outputs, strict=True)
-        return [array[index][:, :length].copy() if spec.free else array[index].copy() for spec, array in outputs]
+            found = Outputs(array[index].copy() for array in self.slots.outputs)
+        else:
+            outputs = zip(self.signature.outputs, self.slots.outputs, strict=True)
+            found = Outputs(array[index][:, :length].copy() if spec.free else array[index].copy() for spec, array in outputs)
+        found.update = ticket.update
+        return found
 
     def hopeless(self, deadline_s: float, now: float, ahead: int = 0, wait_s: float = 0.0) -> bool:
         """Whether any request of usual urgency would be refused: even one small row, and nothing is remembered.
@@ -234,7 +238,8 @@ class Desk:
         if not self._fixed:
             self.slots.lengths[index] = length
         self._next += 1
-        ticket = Ticket(self._next, taken, len(taken), now, deadline, future, abandoned)
+        ticket = Ticket(self._next, taken, len(taken), now, deadline, future, abandoned, own=request.own)
+        self._own += request.own
         self._tickets[ticket.number] = ticket
         key, units = self.signature.key(length), self.signature.units(length)
         rows = [Row(slot, ticket.number, deadline, request.priority, key, units) for slot in taken]
@@ -247,7 +252,7 @@ class Desk:
             return
         ticket.ended = True
         ticket.outcome = outcome
-        self.slots.count(outcome)
+        self.slots.count(Outcome.PROBED if ticket.own else outcome)
         if not ticket.future.done():
             if refusal is None:
                 ticket.future.set_result(time.monotonic())
@@ -263,6 +268,7 @@ class Desk:
 
     def _free_slots(self, ticket: Ticket) -> None:
         if ticket.in_flight == 0 and self._tickets.pop(ticket.number, None) is not None:
+            self._own -= ticket.own
             self._free.extend(ticket.slots)
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -344,7 +350,10 @@ class Desk:
                 self._take_back(apart(rows))
                 continue
             self.dispatcher.finished(rows, took_s, now)
-            self.times.batch(len(rows), took_s)
+            self.times.batch(len(rows) - self._own_rows(rows), took_s)
+            update = ring.update_of(number)
+            if update:
+                self._note_update(rows, update)
             if self.tracing is not None:
                 self.tracing.batch((self._tickets[row.request].traced for row in rows), replica.rank, took_s, now)
             for row in rows:
@@ -365,7 +374,18 @@ class Desk:
         elif ticket.rows_left == 0:
             self.last_answer_s = now
             self._end(ticket, Outcome.ANSWERED)
-            self.times.answered(now - ticket.arrived_s, ticket.compute_s)
+            if not ticket.own:
+                self.times.answered(now - ticket.arrived_s, ticket.compute_s)
+
+    def _own_rows(self, rows: list[Row]) -> int:
+        """How many rows of a batch the service has asked for itself."""
+        return sum(self._tickets[row.request].own for row in rows) if self._own else 0
+
+    def _note_update(self, rows: list[Row], update: int) -> None:
+        """So many updates were in the weights that some rows were computed with; of a request the least counts."""
+        for row in rows:
+            ticket = self._tickets[row.request]
+            ticket.update = min(ticket.update or update, update)
 
     # -- replicas ------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
-from shoal.serve.asgi import TIMEOUT_HEADER
+from shoal.serve.asgi import TIMEOUT_HEADER, UPDATE_HEADER
 from shoal.serve.common import Common
 from shoal.serve.connection import Asker
 from shoal.serve.desk import Desk
@@ -22,6 +20,7 @@ from shoal.serve.inbox import Inbox
 from shoal.serve.protocols import v2
 from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.slots import Outcome
+from shoal.serve.ticket import Outputs
 
 _INFER = re.compile(rb"/v2/models/([^/%?#]+)/infer")
 # Who sends one of these means something that the application looks at.
@@ -126,7 +125,7 @@ class Direct:
                 desk = self._catalogue.desk(desk.signature.name)
             request = v2.decode(desk.signature, body, planned.header_length, desk.max_rows)
 
-            def done(outputs: list[np.ndarray] | None, refusal: Refusal | None) -> None:
+            def done(outputs: Outputs | None, refusal: Refusal | None) -> None:
                 if outputs is not None:
                     asker.answer(self._rendered(desk, request, outputs, asker.keep_alive))
                 elif refusal is not None:
@@ -141,13 +140,15 @@ class Direct:
             asker.answer(self._mishaps.refusal())
 
     def _rendered(
-        self, desk: Desk, request: v2.InferRequest, outputs: list[np.ndarray], keep_alive: bool
+        self, desk: Desk, request: v2.InferRequest, outputs: Outputs, keep_alive: bool
     ) -> bytes | Refusal:
         try:
-            content, header_length = v2.encode(desk.signature, request, outputs)
+            content, header_length = v2.encode(desk.signature, request, outputs, outputs.update)
         except Exception:
             return self._mishaps.refusal()
         more = b"" if keep_alive else b"connection: close\r\n"
+        if outputs.update:
+            more += b"%b: %d\r\n" % (UPDATE_HEADER, outputs.update)
         if header_length is None:
             return _JSON % (more, len(content), content)
         return _BINARY % (header_length, more, len(content), content)

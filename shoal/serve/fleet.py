@@ -37,7 +37,7 @@ from shoal.serve.messages import (
 from shoal.serve.replica import ModelSource
 from shoal.serve.rollout import Rollout, Stage, Trial
 from shoal.serve.scaling import Change, Load, ReplicaRange, Scaler
-from shoal.serve.slots import Outcome
+from shoal.serve.slots import LIVE, Outcome
 from shoal.serve.tolerance import Tolerance
 
 _CHANGES_KEPT = 32
@@ -124,8 +124,11 @@ class Fleet:
             time.sleep(timeout_s)
         for crew in list(self._crews):
             crew.poll(timeout_s / len(self._crews))
-        for follower in self._followers.values():
+        for name, follower in self._followers.items():
             follower.look(time.monotonic())
+            if name in self._active:
+                live = self._active[name].slots.live
+                live[LIVE.LOST], live[LIVE.TRIES] = follower.losses, follower.tries
         for rollout in list(self._rollouts.values()):
             self._move_on(rollout)
 
@@ -192,6 +195,8 @@ class Fleet:
             found[name]["scaling"] = {
                 "least": crew.range.least, "most": crew.most_replicas, "changes": list(self._changes.get(name, ())),
             }  # fmt: skip
+            if name in self._followers:
+                found[name]["follows"] = self._followers[name].numbers()
             if rollout is not None:
                 found[name]["rollout"] = rollout.stage.value
         return found

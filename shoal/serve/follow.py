@@ -2,16 +2,20 @@
 
 A run under a parameter server has a key in its directory while it trains (``ps/keys.py``). Then its weights are read as they
 change (``serve/live.py``), as one version. Where there is none, or the run is heard no more, it is checkpoints: but none that is
-older than what is served, so a run that is lost leaves the service with its last weights until it is resumed or has ended.
+older than what is served, so a run that is lost leaves the service with its last weights until it is heard again, is resumed or
+has ended. It is listened for with longer and longer pauses.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shoal import bundle
 from shoal.errors import DeadlineError, RequestError, TargetError
@@ -19,16 +23,41 @@ from shoal.ps.keys import READ_KEY
 
 _LOOK_EVERY_S = 1.0
 _BEGIN_S = 60.0
+_HEAR_S = 5.0
+# Between two times that a run which was lost is listened for; and how often its weights may not be taken though it is heard.
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_MOST_FAILURES = 3
 _NO_RUN = "{} is not the directory of a run; give the one that shoal train named."
 
 Load = Callable[[Path, Callable[["str | None"], None]], None]
 """Begins to load a checkpoint or a bundle, and calls back with None, or with why it did not come in."""
+Listen = Callable[[Path], "Future[bool]"]
+"""Begins to find out whether somebody publishes a run's weights."""
+
+
+def listen(run: Path) -> Future[bool]:
+    """Ask who publishes a run's weights whether it is there, in a thread that ends by itself."""
+    found: Future[bool] = Future()
+
+    def ask() -> None:
+        # What speaks ZeroMQ is loaded where a run is followed by its updates, and nowhere else.
+        from shoal.ps.reader import answers
+
+        try:
+            found.set_result(answers(run, _HEAR_S))
+        except Exception:
+            found.set_result(False)
+
+    threading.Thread(target=ask, name="shoal-listen", daemon=True).start()
+    return found
 
 
 class Follower:
     """Watches the directory of one run. ``look`` is called now and then, and begins a load where there is something newer."""
 
-    def __init__(self, run: Path, load: Load, say: Callable[[str], None], served: Path | None) -> None:
+    def __init__(
+        self, run: Path, load: Load, say: Callable[[str], None], served: Path | None, listen: Listen = listen
+    ) -> None:
         """``say`` is told, in a sentence, what became of each checkpoint; ``served``: what answers already, None for nothing.
 
         TargetError where ``run`` is no run's directory.
@@ -43,6 +72,13 @@ class Follower:
         self._key: tuple[int, int] | None = None
         self._follows = False
         self._busy = False
+        # How often the run was heard no more, and how often it was listened for since.
+        self.losses = self.tries = 0
+        self._listen = listen
+        self._lost = False
+        self._asked: Future[bool] | None = None
+        self._failures = 0
+        self._listen_at = float("-inf")
         self._looked_s = float("-inf")
 
     def look(self, now_s: float) -> None:
@@ -52,10 +88,13 @@ class Follower:
         self._looked_s = now_s
         key = self._find_key()
         if key is not None and key != self._key and (self._taken is not None or describes(self._run)):
-            self._key = key
+            self._key, self._failures = key, 0
             return self._begin(self._run / READ_KEY)
         if self._follows:
             return
+        if self._lost and key is not None and self._hears(now_s):
+            self.say(f"{self._run}: it is heard again.")
+            return self._begin(self._run / READ_KEY)
         found = newest(self._run)
         if found is None or found == self._taken:
             return
@@ -81,10 +120,33 @@ class Follower:
     def lost(self, reason: str) -> None:
         """The weights follow the run no more; what they are now is newer than any checkpoint that there is."""
         self._follows = False
+        self.losses += 1
+        self._look_for_it()
         found = newest(self._run)
         if found is not None and found.name != "model":
             self._taken = found
         self.say(f"{self._run}: its updates come no more. {reason}")
+
+    def numbers(self) -> dict[str, Any]:
+        """What is followed, and by what; how often its updates were lost, and how often it was listened for since."""
+        by = "updates" if self._follows else "checkpoints"
+        return {"run": self._run.name, "by": by, "lost": self.losses, "tries": self.tries}
+
+    def _look_for_it(self) -> None:
+        self._lost, self._asked, self._listen_at, self.tries = True, None, float("-inf"), 0
+
+    def _hears(self, now_s: float) -> bool:
+        """Whether a run that was lost has been heard; else listen for it now and then."""
+        if self._asked is not None:
+            if not self._asked.done():
+                return False
+            heard, self._asked = self._asked.result(), None
+            self._listen_at = now_s + min(_LONGEST_PAUSE_S, _PAUSE_S * 2**self.tries)
+            return heard
+        if now_s >= self._listen_at:
+            self.tries += 1
+            self._asked = self._listen(self._run)
+        return False
 
     def _begin(self, found: Path) -> None:
         self._busy, self._follows = True, False
@@ -97,6 +159,14 @@ class Follower:
         self._busy = False
         live = found.name == READ_KEY
         self._follows = live and trouble is None
+        if self._follows:
+            self._lost, self._failures = False, 0
+        elif live and not self._lost:
+            self._look_for_it()
+        elif live:
+            # Heard, and not taken all the same: sooner or later that is for good.
+            self._failures += 1
+            self._lost = self._failures < _MOST_FAILURES
         name = {"model": "the finished model", READ_KEY: "what its servers have now"}.get(found.name, found.name)
         if trouble is not None:
             self.say(f"{self._run}: {name} was not taken. {trouble}")

@@ -81,6 +81,7 @@ class Gateway:
         common = Common(
             limits=limits, metrics=self._metrics, catalogue=self._catalogue, guard=guard,
             bodies=Bodies(limits.bodies_bytes, turned), pace=Pace(limits.slo_s), tracing=self._tracing,
+            grpc_port=None if opening.grpc is None else int(opening.grpc.rpartition(":")[2]),
         )  # fmt: skip
         self._app = App(common)
         self._grpc = None

@@ -1,22 +1,19 @@
-"""gRPC beside HTTP in the gateway: the same models, desks and guard behind the Open Inference Protocol's service.
-
-Every method is read by hand, also those with one request: so keys are looked at before a body is received, a body has its time,
-and what cannot be understood is an error like any other.
-"""
+"""gRPC beside HTTP in the gateway: the same models, desks and guard behind the Open Inference Protocol's service."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
-from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import DecodeError
 
+from shoal.serve import grpc_calls
 from shoal.serve.common import Common
 from shoal.serve.credentials import TlsFiles
+from shoal.serve.grpc_calls import Context
 from shoal.serve.guard import key_of
 from shoal.serve.prepare import prepared
 from shoal.serve.protocols import proto, v2, v2_grpc
@@ -24,23 +21,9 @@ from shoal.serve.refusals import Mishaps, Refusal
 from shoal.serve.slots import Outcome
 
 _FOR_EVERYBODY = frozenset({"ServerLive", "ServerReady"})
-_MOST_CALLS = 4096
 _LONG_BYTES = 64 << 10
-# Requests of a stream that are computed at once; more are read when these are answered.
-_AHEAD = 64
 _MOST_TIMEOUT_S = 3600.0
-_OPTIONS = (
-    ("grpc.so_reuseport", 1),
-    ("grpc.max_metadata_size", 32 << 10),
-    ("grpc.absolute_max_metadata_size", 32 << 10),
-    ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.max_connection_idle_ms", 75_000),
-    ("grpc.max_concurrent_streams", 1024),
-    # As over HTTP: a body is what it is, for what a compressed one becomes nobody knows before.
-    ("grpc.compression_enabled_algorithms_bitset", 1),
-)
 
-Context = Any
 Work = Callable[[Any, Context], Awaitable[Any]]
 
 
@@ -55,19 +38,7 @@ class GrpcServer:
 
     async def start(self, address: str, tls: TlsFiles | None) -> None:
         """Listen. OSError where the address cannot be had."""
-        options = [*_OPTIONS, ("grpc.max_receive_message_length", self._limits.body_bytes),
-                   ("grpc.max_send_message_length", -1)]  # fmt: skip
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MOST_CALLS)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(proto.SERVICE, self._handlers()),))
-        try:
-            if tls is None:
-                server.add_insecure_port(address)
-            else:
-                server.add_secure_port(address, grpc.ssl_server_credentials([(tls.key, tls.certificate)]))
-        except RuntimeError as error:
-            raise OSError(f"gRPC cannot listen on {address}: {error}") from None
-        await server.start()
-        self._server = server
+        self._server = await grpc_calls.started(self._handlers(), address, tls, self._limits.body_bytes)
 
     async def stop(self, within_s: float) -> None:
         """Take no more calls, and end those that are under way after so many seconds."""
@@ -93,21 +64,21 @@ class GrpcServer:
 
         async def call(_: Any, context: Context) -> bytes:
             if self._common.tracing is not None:
-                self._common.tracing.enter(_encoded(context))
+                self._common.tracing.enter(grpc_calls.encoded(context))
             try:
                 if name not in _FOR_EVERYBODY:
                     self._admit(context)
-                request = _parsed(request_kind, await self._read(context))
+                request = grpc_calls.parsed(request_kind, await grpc_calls.one_message(context, self._limits.body_s))
                 answer = await work(request, context)
                 found = answer if isinstance(answer, response_kind) else response_kind(**answer)
                 raw: bytes = found.SerializeToString()
                 return raw
             except Refusal as refusal:
-                await _abort(context, refusal)
+                await grpc_calls.abort(context, refusal)
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception:
-                await _abort(context, self._mishaps.refusal())
+                await grpc_calls.abort(context, self._mishaps.refusal())
             raise AssertionError("an aborted call goes no further")
 
         return call
@@ -123,18 +94,7 @@ class GrpcServer:
                     raise Refusal(400, f"The header {name} is there twice.")
                 said[name] = value
         key = key_of(said.get("authorization", "").encode(), said.get("x-api-key", "").encode() or None)
-        guard.admit(key, _address(context.peer()))
-
-    async def _read(self, context: Context) -> bytes:
-        """The one message of a call, in its time."""
-        try:
-            message = await asyncio.wait_for(context.read(), self._limits.body_s)
-        except asyncio.TimeoutError:
-            raise Refusal(408, f"The request did not arrive within {self._limits.body_s:g} s.") from None
-        if message is grpc.aio.EOF:
-            raise Refusal(400, "The call has no request.")
-        raw: bytes = message
-        return raw
+        guard.admit(key, grpc_calls.address_of_peer(context.peer()))
 
     # -- inference -----------------------------------------------------------------------------------------------
 
@@ -174,58 +134,34 @@ class GrpcServer:
             outputs = await self._catalogue.infer(desk, request, self._limits.slo_s, arrived_s=arrived_s)
         finally:
             common.bodies.bytes -= held
-        return v2_grpc.encode(desk.signature, request, outputs)
+        return v2_grpc.encode(desk.signature, request, outputs, outputs.update)
 
     async def _stream(self, _: Any, context: Context) -> AsyncIterator[bytes]:
         """Requests of a stream are computed together, and answered in the order in which they came."""
         kind, response_kind = self._kinds["ModelStreamInfer"]
-        asked: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(_AHEAD)
 
-        async def answer(raw: bytes) -> Any:
+        async def answer(raw: bytes) -> bytes:
             said: dict[str, Any] = {}
             try:
                 self._admit(context)
-                message = _parsed(kind, raw)
+                message = grpc_calls.parsed(kind, raw)
                 said = v2_grpc.parameters(message.parameters)
                 found = response_kind(infer_response=await self._answer(message, time.monotonic(), None))
             except Refusal as refusal:
                 found = response_kind(error_message=refusal.sentence)
             except Exception:
                 found = response_kind(error_message=self._mishaps.refusal().sentence)
-            if said.get("triton_enable_empty_final_response"):
-                found.infer_response.parameters["triton_final_response"].bool_param = True
-            return found.SerializeToString()
-
-        async def take() -> None:
-            try:
-                while (raw := await context.read()) is not grpc.aio.EOF:
-                    task = asyncio.get_running_loop().create_task(answer(raw))
-                    try:
-                        await asked.put(task)
-                    except asyncio.CancelledError:
-                        task.cancel()
-                        raise
-            finally:
-                await asked.put(None)
+            return grpc_calls.streamed(found, said)
 
         if self._common.tracing is not None:
-            self._common.tracing.enter(_encoded(context))
+            self._common.tracing.enter(grpc_calls.encoded(context))
         try:
             self._admit(context)
         except Refusal as refusal:
-            await _abort(context, refusal)
-        taking = asyncio.get_running_loop().create_task(take())
-        try:
-            while (task := await asked.get()) is not None:
-                try:
-                    yield await task
-                finally:
-                    task.cancel()
-        finally:
-            taking.cancel()
-            while not asked.empty():
-                if (left := asked.get_nowait()) is not None:
-                    left.cancel()
+            await grpc_calls.abort(context, refusal)
+        async with contextlib.aclosing(grpc_calls.in_order(context, answer)) as answers:
+            async for answered in answers:
+                yield answered
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
@@ -271,32 +207,9 @@ class GrpcServer:
         return {}
 
 
-def _parsed(kind: Any, raw: bytes) -> Any:
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise Refusal(400, "The request is not the message that this method takes.") from None
-
-
 async def _works(asked: Awaitable[None]) -> bool:
     try:
         await asked
     except Refusal:
         return False
     return True
-
-
-async def _abort(context: Context, refusal: Refusal) -> None:
-    await context.abort(grpc.StatusCode[v2_grpc.CODES[refusal.status]], refusal.sentence, v2_grpc.trailers(refusal))
-
-
-def _encoded(context: Context) -> list[tuple[bytes, bytes]]:
-    """A call's metadata that is text, as HTTP has its headers."""
-    pairs = context.invocation_metadata() or ()
-    return [(name.encode(), value.encode("latin-1", "replace")) for name, value in pairs if isinstance(value, str)]
-
-
-def _address(peer: str) -> str | None:
-    """The IP address in what gRPC calls a peer, such as ipv4:127.0.0.1:4711 or ipv6:%5B::1%5D:4711."""
-    kind, _, rest = unquote(peer).partition(":")
-    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None

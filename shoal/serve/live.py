@@ -41,8 +41,8 @@ _SEEN_S = 0.001
 class Banks:
     """A model twice, with its weights where all processes that are forked later share them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """``model`` becomes the first bank. RequestError where it cannot be copied."""
+    def __init__(self, model: nn.Module, update: int = 0) -> None:
+        """``model`` becomes the first bank; ``update``: which it has of its run's. RequestError where it cannot be copied."""
         try:
             second = copy.deepcopy(model)
         except Exception as error:
@@ -51,6 +51,7 @@ class Banks:
                 "write its __deepcopy__, or serve the run's checkpoints."
             ) from None
         self.models: Sequence[nn.Module] = (model, second)
+        self.update = update
         self._memory = [_shared(model), _shared(second)]
 
 
@@ -60,6 +61,7 @@ class Holder:
     def __init__(self, banks: Banks, slots: Slots, ring: int) -> None:
         self._models = banks.models
         self._live, self._using, self._ring = slots.live, slots.using, ring
+        self._first_update = banks.update
         self.leave()
 
     def take(self) -> nn.Module:
@@ -70,24 +72,32 @@ class Holder:
             if int(self._live[LIVE.BANK]) == bank:
                 return self._models[bank]
 
+    @property
+    def update(self) -> int:
+        """How many updates of the run are in the weights that were taken, 0 where nobody knows."""
+        bank = int(self._using[self._ring]) - 1
+        return int(self._live[LIVE.UPDATE_0 + bank]) or (0 if bank else self._first_update)
+
     def leave(self) -> None:
         self._using[self._ring] = 0
 
 
-def first_weights(model: nn.Module, path: Path, run: Path) -> nn.Module:
+def first_weights(model: nn.Module, path: Path, run: Path) -> tuple[nn.Module, int | None]:
     """Give a model what a run has now; where the run is not to be reached any more, its newest checkpoint, or finished model.
 
-    ``path``: the bundle that says how it is built. TargetError where there is neither.
+    ``path``: the bundle that says how it is built. Returns with it how many updates are in it on every server, None where it is
+    not what the run has now. TargetError where there is neither.
     """
     try:
         with Reader(run, _FIRST_S) as reader:
+            update = min(reader.versions, default=0)
             reader.load_into(model)
-        return model.eval()
+        return model.eval(), update
     except (DeadlineError, TargetError):
         found = newest(run)
         if found is None:
             raise
-        return bundle.load(found) if found.name == "model" else bundle.load_with(path, found)
+        return (bundle.load(found) if found.name == "model" else bundle.load_with(path, found)), None
 
 
 def not_a_number(model: nn.Module) -> str | None:
@@ -128,7 +138,7 @@ def _keep(banks: Banks, slots: Slots, reader: Reader, channel: Channel) -> None:
         idle = 1 - int(live[LIVE.BANK])
         _await_unused(slots, idle)
         # Of a newer one that comes in between it would say too much.
-        at = reader.published_at
+        at, update = reader.published_at, min(reader.versions, default=0)
         number = reader.load_into(banks.models[idle])
         bad = not_a_number(banks.models[idle])
         if bad is not None:
@@ -140,6 +150,7 @@ def _keep(banks: Banks, slots: Slots, reader: Reader, channel: Channel) -> None:
         live[LIVE.UPDATES] += 1
         live[LIVE.PUBLISHED_AT] = at
         live[LIVE.LAG_S] = time.time() - at
+        live[LIVE.UPDATE_0 + idle] = update
         live[LIVE.BANK] = idle
 
 

@@ -54,21 +54,27 @@ class _Counts(Collector):
         gauges = {name: GaugeMetricFamily(f"shoal_{name}", text, labels=["model"]) for name, text in _GAUGES.items()}
         batches = CounterMetricFamily("shoal_batches", "Batches computed.", labels=["model"])
         rows = CounterMetricFamily("shoal_rows", "Rows computed.", labels=["model"])
+        probes = CounterMetricFamily("shoal_probes", "Questions of the service's own whether it answers; not among the requests.",
+                                     labels=["model"])  # fmt: skip
         updates = CounterMetricFamily("shoal_weights_updates", "Updates of the run that were taken into the weights, for models "
                                       "that follow one.", labels=["model"])  # fmt: skip
+        lost = CounterMetricFamily("shoal_weights_lost", "How often the run that the weights follow could not be heard any more.",
+                                   labels=["model"])  # fmt: skip
         for name, desk in self.desks.items():
-            for outcome in Outcome:
+            probes.add_metric([name], int(desk.slots.counts[Outcome.PROBED]))
+            for outcome in (one for one in Outcome if one is not Outcome.PROBED):
                 outcomes.add_metric([name, outcome.name.lower()], int(desk.slots.counts[outcome]))
             gauges["queued_rows"].add_metric([name], desk.dispatcher.queued)
             gauges["open_requests"].add_metric([name], desk.open_requests)
             gauges["replicas"].add_metric([name], desk.replicas_up)
             weights = desk.slots.weights()
             if weights is not None:
+                lost.add_metric([name], weights["lost"])
                 gauges["weights_age_seconds"].add_metric([name], weights["age_s"])
                 updates.add_metric([name], weights["updates"])
             batches.add_metric([name], desk.times.batches)
             rows.add_metric([name], desk.times.rows)
-        yield from (outcomes, *gauges.values(), batches, rows, updates)
+        yield from (outcomes, probes, *gauges.values(), batches, rows, updates, lost)
 
 
 _GAUGES = {

@@ -80,7 +80,7 @@ class ReplicaHost:
         self.signature = replace(ModelSignature.from_description(name, description), version=source.version)
         can_be_served(self.signature)
         with user_code("building the model"):
-            self.model: nn.Module = _load(source)
+            self.model, self._first_update = _load(source)
         self._banks: Banks | None = None
         self._followed = source.live is not None or source.checkpoint is not None
         self._layout = AS_IT_IS
@@ -93,6 +93,10 @@ class ReplicaHost:
     def describe(self) -> ModelSignature:
         """What goes in and out."""
         return self.signature
+
+    def first_update(self) -> int | None:
+        """How many updates of the run that the weights follow are in them; None where they are not what it has now."""
+        return self._first_update
 
     def tokenizer(self) -> str | None:
         """Path of the tokenizer that turns texts into rows, where there is one."""
@@ -120,7 +124,7 @@ class ReplicaHost:
         """Hold the model twice in shared memory, for weights that change while they are used. RequestError where that fails."""
         from shoal.serve.live import Banks
 
-        self._banks = Banks(self.model)
+        self._banks = Banks(self.model, self._first_update or 0)
         gc.collect()
         gc.freeze()
 
@@ -276,16 +280,17 @@ def describe(path: Path) -> dict[str, Any]:
     return hugging_face.describe(path) if hugging_face.is_folder(path) else bundle.read_description(path)
 
 
-def _load(source: ModelSource) -> nn.Module:
+def _load(source: ModelSource) -> tuple[nn.Module, int | None]:
+    """The model, and for one that follows a run which update of it that is."""
     if hugging_face.is_folder(source.path):
-        return hugging_face.load(source.path)
+        return hugging_face.load(source.path), None
     if source.live is not None:
         from shoal.serve.live import first_weights
 
         return first_weights(bundle.build(source.path), source.path, source.live)
     if source.checkpoint is None:
-        return bundle.load(source.path)
-    return bundle.load_with(source.path, source.checkpoint)
+        return bundle.load(source.path), None
+    return bundle.load_with(source.path, source.checkpoint), None
 
 
 class _Loop:
@@ -305,15 +310,17 @@ class _Loop:
             if self._ring.done == self._ring.posted:
                 continue
             start = time.perf_counter()
-            failure = None
-            model = None if self._holder is None else self._holder.take()
+            failure, update, model = None, 0, None
+            if self._holder is not None:
+                model = self._holder.take()
+                update = self._holder.update
             try:
                 self._answer(self._ring.slots_of(self._ring.done), model)
             except Exception as error:
                 failure = f"The model raised {type(error).__name__}."
             if self._holder is not None:
                 self._holder.leave()
-            self._ring.finish(time.perf_counter() - start, failure)
+            self._ring.finish(time.perf_counter() - start, failure, update)
             os.eventfd_write(self._done, 1)
 
     def _answer(self, rows: list[int], model: nn.Module | None) -> None:

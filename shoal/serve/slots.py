@@ -42,6 +42,7 @@ class Outcome(IntEnum):
     LOST = 5  # open when the gateway died; written by the supervisor
     REFUSED = 6
     INVALID = 7
+    PROBED = 8  # asked by the service itself, to see whether it answers; counted here whatever became of it, and nowhere else
 
 
 class LIVE(IntEnum):
@@ -52,6 +53,10 @@ class LIVE(IntEnum):
     PUBLISHED_AT = 2  # when the run had these weights, in seconds of the Unix clock; 0: they follow nothing
     LAG_S = 3  # how old they were when they could be used
     ENDED = 4  # nothing newer will come
+    UPDATE_0 = 5  # how many updates of the run, on every server, are in the first bank; 0: nobody knows
+    UPDATE_1 = 6  # in the second one
+    LOST = 7  # how often the run could not be heard any more; written by the supervisor
+    TRIES = 8  # how often it was looked for since then
 
 
 ENDED = (Outcome.ANSWERED, Outcome.EXPIRED, Outcome.FAILED, Outcome.CANCELLED, Outcome.LOST)
@@ -73,8 +78,8 @@ class SlotLayout:
 
     @property
     def entry(self) -> np.dtype:
-        """One entry of a ring. ``status`` 0 is done; 1 is failed, and ``text`` says why."""
-        return np.dtype([("count", "i4"), ("status", "i4"), ("took_s", "f8"), ("text", "u1", (TEXT_BYTES,)),
+        """One entry of a ring. ``status`` 0 is done; 1 is failed, and ``text`` says why; ``update``: of the weights."""
+        return np.dtype([("count", "i4"), ("status", "i4"), ("took_s", "f8"), ("update", "i8"), ("text", "u1", (TEXT_BYTES,)),
                          ("slots", "i4", (self.max_batch,))], align=True)  # fmt: skip
 
     @property
@@ -152,13 +157,17 @@ class Slots:
         return int(self.counts[Outcome.ACCEPTED]) - sum(int(self.counts[o]) for o in ENDED)
 
     def weights(self) -> dict[str, float | bool] | None:
-        """Of weights that follow a run by its updates: how many came, how old they are. None where they follow nothing."""
+        """Of weights that follow a run by its updates: how many came, how old they are, how often the run was lost.
+
+        None where they follow nothing.
+        """
         live = self.live
         if not live[LIVE.PUBLISHED_AT]:
             return None
         return {
             "updates": int(live[LIVE.UPDATES]), "age_s": max(0.0, time.time() - float(live[LIVE.PUBLISHED_AT])),
             "lag_s": float(live[LIVE.LAG_S]), "following": not live[LIVE.ENDED],
+            "lost": int(live[LIVE.LOST]), "tries": int(live[LIVE.TRIES]),
         }  # fmt: skip
 
     def close(self) -> None:
@@ -198,10 +207,13 @@ class Ring:
         entry = self._entries[number % RING_ENTRIES]
         return [int(k) for k in entry["slots"][: int(entry["count"])]]
 
-    def finish(self, took_s: float, failure: str | None = None) -> None:
-        """Say that the oldest batch is done; the caller wakes the gateway afterwards."""
+    def finish(self, took_s: float, failure: str | None = None, update: int = 0) -> None:
+        """Say that the oldest batch is done; the caller wakes the gateway afterwards.
+
+        ``update``: of the run that the weights follow, 0 where they follow none.
+        """
         entry = self._entries[self.done % RING_ENTRIES]
-        entry["took_s"], entry["status"] = took_s, int(failure is not None)
+        entry["took_s"], entry["status"], entry["update"] = took_s, int(failure is not None), update
         if failure is not None:
             text = failure.encode()[:TEXT_BYTES]
             entry["text"] = 0
@@ -214,6 +226,10 @@ class Ring:
         if not entry["status"]:
             return float(entry["took_s"]), None
         return float(entry["took_s"]), bytes(entry["text"]).rstrip(b"\0").decode(errors="replace")
+
+    def update_of(self, number: int) -> int:
+        """With which update of the weights a batch was computed that is done; 0 where they follow nothing."""
+        return int(self._entries[number % RING_ENTRIES]["update"])
 
     def reset(self) -> None:
         """Forget what a dead replica had not done; only while nobody serves this ring."""

@@ -12,7 +12,14 @@ from shoal.serve.refusals import Refusal
 from shoal.serve.slots import Outcome
 from shoal.serve.tracing import Traced
 
-Done = Callable[["list[np.ndarray] | None", "Refusal | None"], None]
+
+class Outputs(list[np.ndarray]):
+    """Arrays in the signature's order; ``update``: so many updates of the run that the weights follow are in them, 0: unknown."""
+
+    update: int = 0
+
+
+Done = Callable[["Outputs | None", "Refusal | None"], None]
 """What is to be called with outputs, or with why there are none."""
 
 
@@ -22,9 +29,9 @@ class Reply:
     __slots__ = ("__weakref__", "_done", "_free", "_outputs", "ticket")
 
     def __init__(
-        self, outputs: Callable[[list[int]], list[np.ndarray]], free: Callable[[Ticket], None], done: Done
+        self, outputs: Callable[[Ticket], Outputs], free: Callable[[Ticket], None], done: Done
     ) -> None:
-        """``outputs``: copies them out of slots; ``free``: gives a ticket's slots back."""
+        """``outputs``: copies them out of a ticket's slots; ``free``: gives a ticket's slots back."""
         self._outputs, self._free, self._done = outputs, free, done
         self.ticket: Ticket | None = None
 
@@ -34,7 +41,7 @@ class Reply:
 
     def set_result(self, _: float) -> None:
         ticket = self._take()
-        outputs = self._outputs(ticket.slots)
+        outputs = self._outputs(ticket)
         self._free(ticket)
         self._done(outputs, None)
 
@@ -65,5 +72,9 @@ class Ticket:
     deaths: int = 0
     compute_s: float = 0.0
     outcome: Outcome | None = None
+    # Asked by the service itself.
+    own: bool = False
+    # The oldest update of the run that any of its rows was computed with; 0: none is known.
+    update: int = 0
     # Where traces are kept.
     traced: Traced | None = None

@@ -31,10 +31,12 @@ class Times:
     coalesced: int = 0
 
     def batch(self, rows: int, took_s: float) -> None:
-        """A batch was computed."""
+        """A batch was computed. ``rows``: those that were asked for from outside."""
+        self.busy_s += took_s
+        if not rows:
+            return
         self.batches += 1
         self.rows += rows
-        self.busy_s += took_s
         count, spent = self.by_batch.get(rows, (0, 0))
         self.by_batch[rows] = (count + 1, spent + int(took_s * 1e9))
 

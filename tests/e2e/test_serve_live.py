@@ -115,6 +115,19 @@ class Asker(threading.Thread):
             until(lambda: self.last > before, what)  # noqa: B023
 
 
+def _update(url: str, direct: bool = True) -> int:
+    """What an answer says of the update of the run that it was computed with: in its head and in its body. Mean = N / 8."""
+    tensor = {"name": "input", "datatype": "INT64", "shape": [1], "data": [7]}
+    headers = {} if direct else {"X-Shoal-Timeout-Ms": "20000"}
+    asked = urllib.request.Request(f"{url}/v2/models/online/infer", json.dumps({"inputs": [tensor]}).encode(), headers)
+    with urllib.request.urlopen(asked) as answer:
+        said, body = int(answer.headers["shoal-update"]), json.load(answer)
+    assert body["parameters"] == {"shoal_update": said} and body["model_version"]
+    # The run counts whole steps, each of which adds an eighth.
+    assert body["outputs"][0]["data"][0] * 8 >= said
+    return said
+
+
 def pids(service: shoal.serve.service.RunningService, role: str) -> list[int]:
     return [row["pid"] for row in service.processes() if row["role"] == role]
 
@@ -133,6 +146,7 @@ def test_answers_keep_up_with_the_run(tmp_path: Path, online: Online) -> None:
         status = json.load(urllib.request.urlopen(f"{service.url}/v2/models/online/stats"))["model_stats"][0]
         version, weights = status["version"], status["shoal"]["weights"]
         assert weights["following"] and weights["updates"] > 2 and weights["age_s"] < 30
+        assert _update(service.url, direct=False) <= _update(service.url) <= _update(service.url, direct=False)
         page = urllib.request.urlopen(f"{service.url}/metrics").read().decode()
         assert 'shoal_weights_updates_total{model="online"}' in page and 'shoal_weights_age_seconds{model="online"}' in page
 
@@ -140,6 +154,19 @@ def test_answers_keep_up_with_the_run(tmp_path: Path, online: Online) -> None:
         os.kill(pids(service, "follower")[0], signal.SIGKILL)
         os.kill(pids(service, "replica")[0], signal.SIGKILL)
         asker.rises("answers to change after the follower's death")
+
+        # One that is silent for a while is lost, and found again.
+        assert online.process is not None
+        online.process.send_signal(signal.SIGSTOP)
+        until(lambda: service.numbers()["online"]["follows"]["by"] == "checkpoints", "the silence to be noticed")
+        online.process.send_signal(signal.SIGCONT)
+        until(lambda: service.numbers()["online"]["follows"]["by"] == "updates", "the run to be heard again")
+        asker.rises("answers to change after the silence")
+        until(lambda: (service.numbers()["online"]["weights"] or {}).get("following"), "the statistics to say so")
+        numbers = service.numbers()["online"]
+        assert numbers["follows"]["lost"] == numbers["weights"]["lost"] == 1 and numbers["weights"]["tries"] > 0
+        assert numbers["version"] != version
+        version = numbers["version"]
 
         # A run that is gone leaves its last weights in use.
         online.stop(signal.SIGKILL)

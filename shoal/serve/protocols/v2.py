@@ -32,6 +32,8 @@ _AROUND_BYTES = 64 << 10
 _ELEMENT_BYTES = 40
 # Pictures are decoded by size: more of them than this are not worth sending at once.
 _PICTURES_BYTES = 16 << 20
+UPDATE = "shoal_update"
+"""The parameter of an answer that says with which update of its run it was computed, where the model follows one."""
 _EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
 
 
@@ -106,6 +108,7 @@ class InferRequest:
         priority: higher goes first; the client's, where 1 is the most urgent, with its sign turned.
         length: of its rows, where those have one of their own.
         uncached: has to be computed, whatever is remembered.
+        own: asked by the service itself, to see whether it answers; counted apart.
         encoded: texts or pictures that the inputs are still to be made of.
         parts: what to compute instead, one by one, where rows have lengths of their own.
     """
@@ -118,6 +121,7 @@ class InferRequest:
     priority: int
     length: int = 0
     uncached: bool = False
+    own: bool = False
     encoded: tuple[bytes, ...] = ()
     parts: tuple[InferRequest, ...] = ()
 
@@ -196,11 +200,14 @@ def length_of(signature: ModelSignature, inputs: Sequence[np.ndarray]) -> int:
     return length
 
 
-def encode(signature: ModelSignature, request: InferRequest, outputs: Sequence[np.ndarray]) -> tuple[bytes, int | None]:
+def encode(
+    signature: ModelSignature, request: InferRequest, outputs: Sequence[np.ndarray], update: int = 0
+) -> tuple[bytes, int | None]:
     """Return the body of a response, and the length of its JSON where binary data follows.
 
     ``outputs`` are in the signature's order. In JSON a number that is not finite becomes null, for JSON has no other word; BF16
-    becomes the float it stands for.
+    becomes the float it stands for. ``update``: so many updates of the run that the model follows are in the weights, 0 to say
+    nothing of it.
     """
     values = {spec.name: (spec, array) for spec, array in zip(signature.outputs, outputs, strict=True)}
     described: list[dict[str, Any]] = []
@@ -214,8 +221,13 @@ def encode(signature: ModelSignature, request: InferRequest, outputs: Sequence[n
         else:
             entry["data"] = _json_values(spec, array)
         described.append(entry)
-    answer = {"model_name": signature.name, "model_version": signature.version, "id": request.id, "outputs": described}
-    header = msgspec.json.encode(answer if request.id else {key: value for key, value in answer.items() if key != "id"})
+    answer: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
+    if request.id:
+        answer["id"] = request.id
+    if update:
+        answer["parameters"] = {UPDATE: update}
+    answer["outputs"] = described
+    header = msgspec.json.encode(answer)
     return (b"".join([header, *raws]), len(header)) if raws else (header, None)
 
 

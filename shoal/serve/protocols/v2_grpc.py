@@ -23,7 +23,7 @@ CODES: Mapping[int, str] = MappingProxyType(
     {
         400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
         408: "DEADLINE_EXCEEDED", 413: "INVALID_ARGUMENT", 415: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED",
-        499: "CANCELLED", 500: "INTERNAL", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
+        499: "CANCELLED", 500: "INTERNAL", 502: "UNAVAILABLE", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
     }
 )  # fmt: skip
 """The name of gRPC's code for the status of a refusal."""
@@ -130,10 +130,12 @@ def numbers(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def encode(signature: ModelSignature, request: v2.InferRequest, outputs: Sequence[np.ndarray]) -> Any:
-    """The ModelInferResponse; ``outputs`` are in the signature's order, all of them go as raw bytes."""
+def encode(signature: ModelSignature, request: v2.InferRequest, outputs: Sequence[np.ndarray], update: int = 0) -> Any:
+    """The ModelInferResponse; ``outputs`` are in the signature's order, all of them go as raw bytes. ``update``: see ``v2``."""
     values = {spec.name: (spec, array) for spec, array in zip(signature.outputs, outputs, strict=True)}
     response = _RESPONSE(model_name=signature.name, model_version=signature.version, id=request.id)
+    if update:
+        response.parameters[v2.UPDATE].int64_param = update
     for name, _ in request.wanted:
         spec, array = values[name]
         response.outputs.add(name=name, datatype=spec.datatype, shape=array.shape)

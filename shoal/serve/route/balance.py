@@ -91,14 +91,16 @@ class Balancer:
         self._turn = 0
         self._again = _ASK_AGAIN_MOST
 
-    def choose(self, ask: Ask, now_s: float, tried: Collection[int] = ()) -> int | None:
-        """Who is to be asked; None where nobody may be.
+    def choose(
+        self, ask: Ask, now_s: float, tried: Collection[int] = (), without: Collection[int] = ()
+    ) -> int | None:
+        """Who is to be asked; None where nobody may be. ``without``: who cannot be asked such a thing.
 
         Where all lack the model, the first try asks one of them all the same: it may have it by now, and it knows what to answer.
         """
-        having = {k for k, upstream in enumerate(self.upstreams) if upstream.lacks.get(ask.model, 0.0) <= now_s}
+        having = {k for k, u in enumerate(self.upstreams) if u.lacks.get(ask.model, 0.0) <= now_s and k not in without}
         asked = having if having or tried else range(len(self.upstreams))
-        able = [k for k in asked if k not in tried and self._able(k, now_s)]
+        able = [k for k in asked if k not in tried and k not in without and self._able(k, now_s)]
         if ask.affinity is not None:
             return self._ring.choose(ask.affinity, {k: self.upstreams[k].outstanding for k in able})
         if len(able) < 2:
@@ -204,9 +206,11 @@ class Balancer:
         self._again -= 1
         return True
 
-    def any_ready(self, now_s: float) -> bool:
-        """Whether somebody can be asked."""
-        return any(u.ready and u.breaker.state(now_s) != "open" for u in self.upstreams)
+    def any_ready(self, now_s: float, without: Collection[int] = ()) -> bool:
+        """Whether somebody can be asked, beside those ``without`` what it takes."""
+        return any(
+            u.ready and u.breaker.state(now_s) != "open" and k not in without for k, u in enumerate(self.upstreams)
+        )
 
     def numbers(self, now_s: float) -> list[dict[str, object]]:
         """What the statistics say of each service."""

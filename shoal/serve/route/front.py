@@ -7,54 +7,24 @@ import contextlib
 import ipaddress
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from shoal.serve.asgi import Receive, Scope, Send, gone, refuse, respond, say, state
 from shoal.serve.refusals import Refusal
 from shoal.serve.route.balance import Ask, Balancer, Ended
+from shoal.serve.route.choosing import CONNECT_S, MOST_TRIES, PAUSE_S, Down, Late, Left, choose
 from shoal.serve.route.link import Broken, Head, Link, Links
 from shoal.serve.route.metrics import RouteMetrics
 from shoal.serve.route.request import Asked, Body, read
+from shoal.serve.route.tally import Outcome, Tally, outcome_of
 from shoal.serve.tracing import Tracing
 
 _LOOK_EVERY_S = 0.02
-_MOST_TRIES = 5
-_PAUSE_S = 0.05
 # Who has closed its side of the connection may have left, or may have said all that it wanted: so long its answer is waited for.
 _HALF_CLOSED_S = 1.0
-# Where nobody can be asked: services that are restarted are back in less.
-_WAIT_FOR_ANYBODY_S = 2.0
-_CONNECT_S = 1.0
 _REFUSAL_BYTES = 64 << 10
-_BODIES_BYTES = 512 << 20
-_LONG_BYTES = 64 << 10
 _DROPPED_HEADERS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
-
-
-class Outcome(Enum):
-    """What became of a request; each that was accepted has exactly one. Those that are invalid are the client's doing."""
-
-    ANSWERED = "answered"
-    REFUSED = "refused"
-    EXPIRED = "expired"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    INVALID = "invalid"
-
-
-class _Late(Exception):
-    """Its deadline has passed."""
-
-
-class _Left(Exception):
-    """Its client has gone."""
-
-
-class _Down(Exception):
-    """The service that was asked is not there any more, or hangs."""
 
 
 @dataclass
@@ -88,23 +58,15 @@ class Front:
         affinity_header: str,
     ) -> None:  # fmt: skip
         """``timeout_s``: the deadline of a request that brings none; ``affinity_header``: which header has a request's key."""
-        self.draining = False
+        self.tally = Tally(metrics)
         # Set where traces are kept.
         self.tracing: Tracing | None = None
-        self.counts = dict.fromkeys(Outcome, 0)
-        self.accepted = 0
         self._balancer = balancer
         self._links = links
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._affinity = affinity_header.lower().encode()
         self._open: set[_Open] = set()
-        self._bodies_bytes = 0
-
-    @property
-    def open_requests(self) -> int:
-        """Accepted ones without an outcome."""
-        return len(self._open)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -135,7 +97,7 @@ class Front:
         if path == "/v2/health/live":
             await respond(send, 200, b"", [])
         elif path == "/v2/health/ready":
-            if self.draining or not self._balancer.any_ready(time.monotonic()):
+            if self.tally.draining or not self._balancer.any_ready(time.monotonic()):
                 raise Refusal(503, "No service is ready.", 1.0)
             await respond(send, 200, b"", [])
         elif path == "/metrics":
@@ -152,34 +114,27 @@ class Front:
 
     def numbers(self) -> dict[str, Any]:
         """Outcomes, and what is known of each service."""
-        counts = {outcome.value: count for outcome, count in self.counts.items()}
+        tally = self.tally
+        counts = {outcome.value: count for outcome, count in tally.counts.items()}
         services = self._balancer.numbers(time.monotonic())
-        return {"accepted": self.accepted, **counts, "open": self.open_requests, "services": services}
+        for service, links in zip(services, self._links, strict=True):
+            service["grpc_port"] = links.grpc_port
+        return {"accepted": tally.accepted, **counts, "open": tally.open, "services": services}
 
     # -- what services answer ------------------------------------------------------------------------------------
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         began_s = time.monotonic()
-        self.accepted += 1
         request = _Open(receive, began_s + self._timeout_s, began_s)
         self._open.add(request)
-        outcome = Outcome.FAILED
         try:
-            outcome = await self._answer(scope, request, send)
-        except Refusal as refusal:
-            outcome = _outcome_of(refusal.status)
-            raise
-        except asyncio.CancelledError:
-            outcome = Outcome.CANCELLED
-            raise
+            with self.tally.request() as ending:
+                ending.outcome = await self._answer(scope, request, send)
         finally:
             self._open.discard(request)
-            self.counts[outcome] += 1
-            self._metrics.ended(outcome.value, time.monotonic() - began_s)
 
     async def _answer(self, scope: Scope, request: _Open, send: Send) -> Outcome:
-        if self.draining:
-            raise Refusal(503, "The route is shutting down; ask another one.", 1.0)
+        self.tally.take_in()
         began_s = time.monotonic()
         body = await Body.begun(scope, request.receive)
         asked = read(scope, body)
@@ -188,16 +143,16 @@ class Front:
         key = next((value for name, value in asked.headers if name == self._affinity), None)
         ask = Ask(model=asked.model, size=body.length or 0, affinity=None if key is None else key.decode("latin-1"))
         self._balancer.count_request()
-        with self._holding(body.held_bytes), self._traced(asked) as extra:
+        with self.tally.holding(body.held_bytes), self._traced(asked) as extra:
             try:
                 return await self._try(request, asked, ask, body, send, extra)
-            except _Late:
+            except Late:
                 if request.begun:
                     return await self._cut(request, Outcome.EXPIRED)
                 raise Refusal(504, "The deadline passed before a service had answered.") from None
-            except _Left:
+            except Left:
                 return Outcome.CANCELLED
-            except (Broken, _Down):
+            except (Broken, Down):
                 if request.begun:
                     return await self._cut(request, Outcome.FAILED)
                 raise Refusal(502, "The service that was asked did not answer.") from None
@@ -206,8 +161,11 @@ class Front:
         self, request: _Open, asked: Asked, ask: Ask, body: Body, send: Send, extra: list[tuple[bytes, bytes]]
     ) -> Outcome:
         """Ask services until one has answered. Raises what ended it where none did."""
-        for tries in range(_MOST_TRIES):
-            index = await self._choose(request, ask)
+        for tries in range(MOST_TRIES):
+            index = await choose(
+                self._balancer, ask, request.tried, request.deadline_s, request.best is not None,
+                lambda: state(request.receive, "disconnected"),
+            )  # fmt: skip
             if index is None:
                 break
             request.index = index
@@ -220,13 +178,13 @@ class Front:
                 if await self._set_aside(request, ask, head, ended, body):
                     continue
                 return await self._hand_on(request, head, send)
-            except (Broken, _Down) as error:
+            except (Broken, Down) as error:
                 ended = Ended.FAULT
                 sent = not isinstance(error, Broken) or error.sent
-                if request.begun or not body.again or tries + 1 == _MOST_TRIES or (sent and not asked.repeatable):
+                if request.begun or not body.again or tries + 1 == MOST_TRIES or (sent and not asked.repeatable):
                     raise
                 request.tried.add(request.index)
-            except _Late:
+            except Late:
                 ended = Ended.LATE
                 raise
             finally:
@@ -237,31 +195,13 @@ class Front:
             return await _give(request.best, send)
         raise Refusal(502, "The services that were asked did not answer.")
 
-    async def _choose(self, request: _Open, ask: Ask) -> int | None:
-        """Who is asked next; waits a little where nobody can be. None where an answer was set aside, and nobody is left."""
-        give_up_s = min(request.deadline_s, time.monotonic() + _WAIT_FOR_ANYBODY_S)
-        while True:
-            now = time.monotonic()
-            index = self._balancer.choose(ask, now, request.tried)
-            if index is not None or request.best is not None:
-                return index
-            if now >= request.deadline_s:
-                raise _Late
-            if now >= give_up_s:
-                raise Refusal(503, "No service is ready; try again.", 1.0)
-            if state(request.receive, "disconnected"):
-                raise _Left
-            await asyncio.sleep(_PAUSE_S)
-            # Who failed a moment ago may be asked again where there is nobody else.
-            request.tried.clear()
-
     async def _exchange(self, request: _Open, asked: Asked, body: Body, extra: list[tuple[bytes, bytes]]) -> Head:
         """Send the request to the service that was chosen; the beginning of its answer."""
         left_s = request.deadline_s - time.monotonic()
         if left_s <= 0:
-            raise _Late
+            raise Late
         links = self._links[request.index]
-        link = request.link = await links.take(min(left_s, _CONNECT_S))
+        link = request.link = await links.take(min(left_s, CONNECT_S))
         said = None if asked.timeout_s is None else request.deadline_s - time.monotonic()
         head = asked.rendered(links.address, said, extra)
         if body.whole and not asked.chunked:
@@ -308,13 +248,13 @@ class Front:
         async for piece in request.link.pieces():
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-        return _outcome_of(head.status)
+        return outcome_of(head.status)
 
     async def _cut(self, request: _Open, outcome: Outcome) -> Outcome:
         """End a connection whose answer broke off: its client must not take a part for the whole."""
         if self._abort(request):
             # uvicorn hears of it in a later turn of the loop, and would complain of an answer that was not finished.
-            await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(PAUSE_S)
         return outcome
 
     def _abort(self, request: _Open) -> bool:
@@ -346,30 +286,18 @@ class Front:
                     continue
                 late = now - request.began_s > _HALF_CLOSED_S
                 if now >= request.deadline_s:
-                    request.link.fail(_Late())
+                    request.link.fail(Late())
                     if request.begun:
                         # Who does not read its answer would hold a service's connection.
                         self._abort(request)
                 elif state(request.receive, "disconnected") or (late and gone(request.receive)):
-                    request.link.fail(_Left())
+                    request.link.fail(Left())
 
     def down(self, index: int) -> None:
         """A service does not answer health checks: whoever waits for it asks somebody else."""
         for request in self._open:
             if request.index == index and request.link is not None and not request.begun:
-                request.link.fail(_Down())
-
-    @contextlib.contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
-        """Count the bytes of long bodies: all together are bounded."""
-        held = size if size > _LONG_BYTES else 0
-        if self._bodies_bytes + held > _BODIES_BYTES:
-            raise Refusal(503, "Too many long bodies are being sent at once; try again.", 1.0)
-        self._bodies_bytes += held
-        try:
-            yield
-        finally:
-            self._bodies_bytes -= held
+                request.link.fail(Down())
 
 
 def _judge(head: Head) -> tuple[Ended, float]:
@@ -383,18 +311,8 @@ def _judge(head: Head) -> tuple[Ended, float]:
     return (Ended.REJECTED if status >= 400 else Ended.ANSWERED), 1.0
 
 
-def _outcome_of(status: int) -> Outcome:
-    if status < 400:
-        return Outcome.ANSWERED
-    if status in (429, 503):
-        return Outcome.REFUSED
-    if status == 504:
-        return Outcome.EXPIRED
-    return Outcome.FAILED if status >= 500 else Outcome.INVALID
-
-
 async def _give(whole: _Whole, send: Send) -> Outcome:
     """Hand on an answer that was set aside."""
     headers = [pair for pair in whole.head.headers if pair[0] not in _DROPPED_HEADERS | {b"content-length"}]
     await respond(send, whole.head.status, whole.body, headers)
-    return _outcome_of(whole.head.status)
+    return outcome_of(whole.head.status)

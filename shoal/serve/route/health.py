@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from shoal.serve import wire
+from shoal.serve.asgi import GRPC_HEADER
 from shoal.serve.route.balance import Balancer
 from shoal.serve.route.link import Broken, Links
 
@@ -14,6 +15,7 @@ _EVERY_S = 0.5
 _WITHIN_S = 1.0
 # Who is not ready is looked at more often, and forgiven less time.
 _EVERY_DOWN_S = 0.2
+_MOST_DIGITS = 5
 
 
 class Health:
@@ -38,9 +40,12 @@ class Health:
         """Ask once; whether it is ready."""
         trouble, silent = None, False
         try:
-            status, body = await self._links.get("/v2/health/ready", _WITHIN_S)
-            if status != 200:
-                trouble = wire.sentence_of(body, status).rstrip(".")
+            head, body = await self._links.get("/v2/health/ready", _WITHIN_S)
+            if head.status != 200:
+                trouble = wire.sentence_of(body, head.status).rstrip(".")
+            else:
+                port = head.header(GRPC_HEADER) or b""
+                self._links.grpc_port = int(port) if port.isdigit() and len(port) <= _MOST_DIGITS else None
         except (asyncio.TimeoutError, TimeoutError):
             trouble, silent = f"it does not answer within {_WITHIN_S:g} s", True
         except Broken as error:

@@ -216,6 +216,8 @@ class Links:
 
     def __init__(self, address: Address, tls: ssl.SSLContext | None) -> None:
         self.address = address
+        # Where it speaks gRPC too, as its health checks say.
+        self.grpc_port: int | None = None
         self._tls = tls
         self._idle: list[Link] = []
 
@@ -253,16 +255,16 @@ class Links:
         while self._idle:
             self._idle.pop().close()
 
-    async def get(self, path: str, within_s: float) -> tuple[int, bytes]:
-        """(status, body) of a small GET; Broken or asyncio.TimeoutError where there is none in time."""
+    async def get(self, path: str, within_s: float) -> tuple[Head, bytes]:
+        """(head, body) of a small GET; Broken or asyncio.TimeoutError where there is none in time."""
         return await asyncio.wait_for(self._get(path, within_s), within_s)
 
-    async def _get(self, path: str, within_s: float) -> tuple[int, bytes]:
+    async def _get(self, path: str, within_s: float) -> tuple[Head, bytes]:
         link = await self.take(within_s)
         try:
             host = self.address.authority
             await link.send(f"GET {self.address.prefix}{path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
             head = await link.head()
-            return head.status, b"".join([piece async for piece in link.pieces()])
+            return head, b"".join([piece async for piece in link.pieces()])
         finally:
             self.give_back(link)

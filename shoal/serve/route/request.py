@@ -16,7 +16,7 @@ from shoal.serve.refusals import Refusal
 from shoal.serve.wire import Address
 
 BODY_BYTES = 32 << 20
-_BODY_S = 10.0
+BODY_S = 10.0
 # A body up to this is read before a service is chosen; a longer one is passed on as it comes, and kept as long as it fits here.
 _READ_FIRST = 64 << 10
 _KEEP_BYTES = 1 << 20
@@ -134,7 +134,7 @@ class Body:
 
     def __init__(self, receive: Receive, length: int | None) -> None:
         self._receive = receive
-        self._until_s = time.monotonic() + _BODY_S
+        self._until_s = time.monotonic() + BODY_S
         self.length = length
         self._kept: list[bytes] = []
         self._size = 0
@@ -185,7 +185,7 @@ class Body:
             else:
                 message = await asyncio.wait_for(self._receive(), max(0.0, self._until_s - time.monotonic()))
         except (asyncio.TimeoutError, TimeoutError):
-            raise Refusal(408, f"The body did not arrive within {_BODY_S:g} s.") from None
+            raise Refusal(408, f"The body did not arrive within {BODY_S:g} s.") from None
         if message["type"] == "http.disconnect":
             raise Refusal(400, "The body ended early.")
         piece: bytes = message.get("body", b"")

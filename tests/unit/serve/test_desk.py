@@ -63,15 +63,16 @@ class _Model:
 
         self.desk.submit(request, 60.0, lambda: False, time.monotonic(), done)
 
-    def compute(self) -> None:
-        """Until nothing is handed out any more."""
+    def compute(self, update: int = 0) -> None:
+        """Until nothing is handed out any more. ``update``: of the weights, the first batch's; the next one's is larger."""
         ring = self.slots.rings[0]
         while ring.done < ring.posted:
             rows = ring.slots_of(ring.done)
             given = self.slots.inputs[0][rows]
             self.batches.append(sorted(given.ravel().tolist()))
             self.slots.outputs[0][rows] = 2 * given
-            ring.finish(0.01, "The model raised ValueError." if (given < 0).any() else None)
+            ring.finish(0.01, "The model raised ValueError." if (given < 0).any() else None, update)
+            update += update > 0
             self.desk.collect()
 
     def settled(self) -> bool:
@@ -96,6 +97,36 @@ def test_a_row_that_the_model_cannot_take_fails_alone(model: _Model) -> None:
     assert {value: model.answers[value][0].item() for value in (1.0, 2.0, 4.0)} == {1.0: 2.0, 2.0: 4.0, 4.0: 8.0}
     assert model.answers[-3.0] == model.answers[5.0] == "The model raised ValueError."
     assert model.slots.counts[Outcome.ANSWERED] == 3 and model.slots.counts[Outcome.FAILED] == 2 and model.settled()
+
+
+def test_an_answer_says_the_oldest_update_that_its_rows_were_computed_with(model: _Model) -> None:
+    # The first one's rows are computed in several batches.
+    model.ask(*range(1, 6))
+    model.ask(7.0)
+    model.compute(update=41)
+    assert len(model.batches) > 1 and model.answers[1].update == 41 and model.answers[7.0].update > 41
+    model.ask(8.0)
+    model.compute()
+    assert model.answers[8.0].update == 0 and model.settled()
+
+
+async def _probe(model: _Model) -> None:
+    request = InferRequest("", (np.ones((1, 1), np.float32),), 1, (), 60.0, 0, uncached=True, own=True)
+    asked = asyncio.create_task(model.desk.infer(request, 60.0))
+    await asyncio.sleep(0)
+    model.compute()
+    assert (await asked)[0].item() == 2.0
+
+
+def test_what_the_service_asks_itself_is_counted_apart(model: _Model) -> None:
+    asyncio.run(_probe(model))
+    numbers = model.desk.numbers()
+    assert numbers["probed"] == 1 and numbers["rows"] == numbers["batches"] == numbers["accepted"] == numbers["answered"] == 0
+    assert model.desk.times.requests == 0 and not model.desk.times.latest_s and model.desk.last_answer_s > 0
+    model.ask(3.0)
+    model.compute()
+    numbers = model.desk.numbers()
+    assert (numbers["probed"], numbers["rows"], numbers["answered"]) == (1, 1, 1) and model.settled()
 
 
 def test_a_row_over_which_replicas_die_fails_alone(model: _Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,9 @@ class Taker:
         self.said: list[str] = []
         self.done: Callable[[str | None], None] = lambda trouble: None
         self.refuses = False
-        self.follower = Follower(run.path, self.load, self.said.append, None)
+        # Each time that the run is listened for; to be answered.
+        self.asked_for: list[Future[bool]] = []
+        self.follower = Follower(run.path, self.load, self.said.append, None, self.listen)
         self._now = 0.0
 
     def load(self, path: Path, done: Callable[[str | None], None]) -> None:
@@ -59,10 +62,14 @@ class Taker:
         if self.refuses:
             raise RequestError("Not now.")
 
-    def look(self) -> list[str]:
+    def listen(self, run: Path) -> Future[bool]:
+        self.asked_for.append(Future())
+        return self.asked_for[-1]
+
+    def look(self, later_s: float = 10.0) -> list[str]:
         """What is asked for when it looks again."""
         before = len(self.asked)
-        self._now += 10.0
+        self._now += later_s
         self.follower.look(self._now)
         return self.asked[before:]
 
@@ -110,6 +117,42 @@ def test_a_run_that_cannot_be_heard_is_followed_by_its_checkpoints(run: Run) -> 
     taker.refuses = True
     assert taker.look() == ["read.key"] and "Not now." in taker.said[-1]
     assert taker.look() == []
+
+
+def test_a_run_that_was_lost_is_listened_for_ever_more_rarely_and_followed_again(run: Run) -> None:
+    taker = Taker(run)
+    run.describe()
+    run.publish()
+    assert taker.look() == ["read.key"]
+    taker.done(None)
+    assert taker.look() == [] and not taker.asked_for
+    taker.follower.lost("Nothing was heard of it for 5 s.")
+    heard_at = []
+    for second in range(200):
+        taker.look(1.0)
+        if taker.asked_for and not taker.asked_for[-1].done():
+            heard_at.append(second)
+            taker.asked_for[-1].set_result(False)
+    pauses = [b - a for a, b in zip(heard_at, heard_at[1:], strict=False)]
+    assert pauses == sorted(pauses) and pauses[0] <= 4 and 60 <= pauses[-1] <= 62
+    assert taker.follower.numbers() == {"run": run.path.name, "by": "checkpoints", "lost": 1, "tries": len(heard_at)}
+    # A checkpoint that is newer is taken all the same.
+    run.checkpoint(1)
+    assert taker.look(1.0) == ["step-1"]
+    taker.done(None)
+    taker.look(61.0)
+    taker.asked_for[-1].set_result(True)
+    assert taker.look() == ["read.key"] and taker.said[-1].endswith("is heard again.")
+    taker.done(None)
+    assert taker.follower.numbers()["by"] == "updates" and taker.look() == []
+    # Heard, and not to be taken: that is not tried for ever.
+    taker.follower.lost("Nothing was heard of it for 5 s.")
+    for _ in range(20):
+        if taker.look(61.0):
+            taker.done("It cannot be copied.")
+        if not taker.asked_for[-1].done():
+            taker.asked_for[-1].set_result(True)
+    assert taker.asked.count("read.key") == 5 and taker.follower.losses == 2
 
 
 def test_what_is_loaded_anew_has_its_weights_from_the_run(run: Run, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def _with(work: Callable[[list[Service], Callable[..., Awaitable[tuple[int, byte
                 balancer.health(k, None)
             await work(services, ask, front)
             look.cancel()
-            assert front.accepted == sum(front.counts.values()) and front.open_requests == 0
+            assert front.tally.accepted == sum(front.tally.counts.values()) and front.tally.open == 0
             for link in links:
                 link.close()
 
