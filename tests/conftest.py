@@ -17,7 +17,7 @@ from hypothesis import settings
 # Every process that a test starts inherits this, so that one which has lost its parent is still known to be ours,
 # and those of another test run on the same machine are not.
 SESSION_VARIABLE = "SHOAL_TEST_SESSION"
-GRACE_S = 5.0
+GRACE_S = 60.0
 
 # No test times anything (a slow machine is no failure), and the same examples are tried every time.
 settings.register_profile("shoal", deadline=None, derandomize=True)

@@ -41,6 +41,10 @@ def aside(work: Callable[[], T], what: str, limit_s: float | None = None) -> T:
         finally:
             os._exit(status)
     os.close(writing)
+    if limit_s is not None:
+        # The child does the same: whoever comes first, there is such a group when it has to be ended.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
     with os.fdopen(reading, "rb") as pipe:
         # It writes all of its answer at the end.
         if limit_s is not None and not select.select([pipe], [], [], limit_s)[0]:

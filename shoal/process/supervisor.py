@@ -26,6 +26,11 @@ from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Ret
 from shoal.process.template import GENTLE, STACK_SIGNAL
 
 _THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# None of these is ever come near on a machine that is not in trouble: they only keep a wait from being endless.
+_FORK_S = 120.0
+_REST_S = 30.0
+# Whoever is killed while the disk takes what it has written goes when that is done.
+_GONE_S = 60.0
 
 
 class TemplateLost(JobFailed):
@@ -158,7 +163,7 @@ class Supervisor:
 
     # -- children ------------------------------------------------------------------------------------------------
 
-    def fork(self, timeout_s: float = 30.0) -> Child:
+    def fork(self, timeout_s: float = _FORK_S) -> Child:
         """Fork a standby."""
         assert self._channel is not None
         deadline = time.monotonic() + timeout_s
@@ -204,7 +209,7 @@ class Supervisor:
             if fd in by_fd:
                 self._receive(by_fd[fd])
         while self._channel.ready():
-            message, _ = self._channel.receive(5.0)
+            message, _ = self._channel.receive(_REST_S, "the rest of a message from the template")
             self._note(message)
         dead = [c for c in self.children.values() if c.status is not None]
         for child in dead:
@@ -214,7 +219,7 @@ class Supervisor:
 
     def _receive(self, child: Child) -> None:
         try:
-            child.inbox.append(child.channel.receive(5.0, f"the rest of a message from rank {child.rank}")[0])
+            child.inbox.append(child.channel.receive(_REST_S, f"the rest of a message from rank {child.rank}")[0])
         except (ChannelClosed, DeadlineError):
             child.channel.close()
 
@@ -302,7 +307,7 @@ def _kernel_state(pid: int) -> str:
     return "unknown"
 
 
-def _wait_gone(pid: int, timeout_s: float = 5.0) -> None:
+def _wait_gone(pid: int, timeout_s: float = _GONE_S) -> None:
     """Wait until a killed process that is not our own child has gone."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -267,12 +267,13 @@ class Crew:
             silent_s = now - (slot.note(Note.PHASE_SINCE) if self._has_begun(place) else self._put_at[place])
             first = slot.signal(Signal.UPDATED) == self.first_steps[place] and phase != Phase.WAITING
             report_s, replace_s = self._patience.limits(longest_step_s, first)
-            if silent_s > replace_s and child.pid not in self._stalled:
-                self._stalled.add(child.pid)
-                self.supervisor.kill(child)
-            elif silent_s > report_s and place not in self._reported:
+            # It is named before it is replaced, also where the supervisor itself was kept from looking for as long.
+            if silent_s > report_s and place not in self._reported:
                 self._reported[place] = now
                 self._report_stall(place, child, phase, silent_s, replace_s)
+            elif silent_s > replace_s and child.pid not in self._stalled:
+                self._stalled.add(child.pid)
+                self.supervisor.kill(child)
             elif silent_s < report_s:
                 self._reported.pop(place, None)
 

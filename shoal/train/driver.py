@@ -48,6 +48,10 @@ class Emitter:
             self.plan_wanted = answer
         elif answer == "stop":
             self.stop_wanted = True
+        self.attend()
+
+    def attend(self) -> None:
+        """Flush where that is due: also while nothing happens, the file is no further behind than half a second."""
         if time.monotonic() - self._flushed > 0.5:
             self.flush()
 

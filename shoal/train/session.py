@@ -57,6 +57,8 @@ from shoal.train.update_log import LogTrouble
 # Writing may take one part in so many of the time.
 _CHECKPOINT_COST = 50
 _POLL_S = 0.05
+# How long to wait until every worker has said which samples it had when the loss became no number.
+_ALL_MEET_IT_S = 30.0
 
 
 class Session:
@@ -255,6 +257,7 @@ class Session:
             self._describe_checkpoints()  # Whoever reads what the servers publish need not wait for a checkpoint.
         if self._recorder.first_step_at is not None:
             self._memory.look(self._processes_here)
+        self._emit.attend()
 
     def _take(self, message: Any) -> None:
         if isinstance(message, EpochPart):
@@ -336,7 +339,7 @@ class Session:
 
     def _stop_for_loss(self) -> None:
         """All workers have met the loss that is no number: say where, and what is left."""
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + _ALL_MEET_IT_S
         while len({m.rank for m in self._not_finite}) < self._arena.world_size and time.monotonic() < deadline:
             for message in self._crew.poll(_POLL_S, 0.0, self._name_last_checkpoint):
                 self._take(message)

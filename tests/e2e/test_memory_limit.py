@@ -56,7 +56,7 @@ def test_what_one_worker_cannot_hold_trains_under_the_plan_that_is_proposed(
         return err.rstrip("\n").splitlines()[-1]
 
     def trained(*words: str) -> Any:
-        assert main(["train", "jobs.py:large", *words, "--steps", "4", "--json"]) == 0
+        assert main(["train", "jobs.py:large", *words, "--steps", "12", "--json"]) == 0
         out, err = capfd.readouterr()
         return json.loads(out), err
 
@@ -75,7 +75,7 @@ def test_what_one_worker_cannot_hold_trains_under_the_plan_that_is_proposed(
     assert Plan.parse(proposed[1]).world_size == 2
 
     told, shown = trained("--plan", proposed[1], "--memory-limit", limit)
-    assert told["steps"] == 4 and told["world_size"] == 2
+    assert told["steps"] == 12 and told["world_size"] == 2
     assert told["memory_mb"] <= mb(limit[:-2], "MB")
     assert told["predicted_memory_mb"] == pytest.approx(told["memory_mb"], rel=0.15)
     assert "memory of the largest worker: predicted" in shown

@@ -103,7 +103,7 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 def test_importing_shoal_imports_no_torch() -> None:
     code = "import sys, shoal; shoal.Job, shoal.Plan, shoal.Cluster; sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=200, check=False).returncode == 0
 
 
 def test_plan_chooses_and_explains() -> None:
@@ -198,7 +198,7 @@ def test_stop_at_the_last_step_of_an_epoch_from_another_thread(tmp_path: Path) -
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(timeout=90)
+    thread.join(timeout=300)
     (run,) = found
     assert run.summary()["steps"] == STEPS_PER_EPOCH
     (entry,) = run.history
@@ -250,7 +250,7 @@ print(json.dumps({"answer": model(torch.ones(5, 3)).tolist(), "kind": type(model
 def _load_elsewhere(bundle: Path, elsewhere: Path) -> Any:
     """Load a bundle in a fresh process that knows nothing of this one; what it answers for five rows of ones."""
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(bundle)], cwd=elsewhere, capture_output=True, text=True, timeout=100,
+        [sys.executable, "-c", LOAD, str(bundle)], cwd=elsewhere, capture_output=True, text=True, timeout=300,
         check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

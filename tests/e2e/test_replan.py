@@ -60,7 +60,7 @@ def test_a_running_run_gets_another_plan(tmp_path: Path, capfd: pytest.CaptureFi
         wait_until(lambda: events(run, "step")[-1]["step"] > told["step"] + 3, process)
     finally:
         os.kill(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and json.loads(out)["plan"] == told["plan"], err
     steps = [e["step"] for e in events(run, "step")]
     assert steps == list(range(1, json.loads(out)["steps"] + 1))

@@ -63,7 +63,7 @@ def _script(folder: Path, text: str) -> Any:
     folder.mkdir()
     (folder / "script.py").write_text(text)
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "SHOAL_EXPORT": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_an_interrupted_cell_leaves_a_run_that_resumes(tmp_path: Path, monkeypat
         "def watch(event):\n"
         "    if event['kind'] == 'step' and event['step'] == 5:\n"
         "        pathlib.Path('interrupt-me').touch()\n"
-        "        deadline = time.monotonic() + 30\n"
+        "        deadline = time.monotonic() + 80\n"
         "        while pathlib.Path('interrupt-me').exists() and time.monotonic() < deadline:\n"
         "            time.sleep(0.01)\n"
         "        time.sleep(0.2)\n"
@@ -111,7 +111,7 @@ def test_an_interrupted_cell_leaves_a_run_that_resumes(tmp_path: Path, monkeypat
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     client = NotebookClient(
-        notebook, timeout=90, kernel_name="python3", allow_errors=True,
+        notebook, timeout=250, kernel_name="python3", allow_errors=True,
         resources={"metadata": {"path": str(tmp_path)}},
     )  # fmt: skip
     _execute(client, tmp_path / "interrupt-me")

@@ -47,8 +47,8 @@ def test_follows_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     (tmp_path / "followed.py").write_text(_JOB)
     train = [sys.executable, "-m", "shoal", "train", "followed.py:job", "--plan", "dp=1,threads=1"]
-    subprocess.run([*train, "--run", "first"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    subprocess.run([*train, "--run", "second", "--steps", "3"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    subprocess.run([*train, "--run", "first"], cwd=tmp_path, check=True, capture_output=True, timeout=250)
+    subprocess.run([*train, "--run", "second", "--steps", "3"], cwd=tmp_path, check=True, capture_output=True, timeout=250)
     second = tmp_path / "second"
     finished = (second / "model").rename(tmp_path / "finished")
     rows = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -77,7 +77,7 @@ def test_follows_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _versions(url: str) -> list[str]:
-    with urllib.request.urlopen(f"{url}/v2/models/followed", timeout=30) as answer:
+    with urllib.request.urlopen(f"{url}/v2/models/followed", timeout=60) as answer:
         found: list[str] = json.load(answer)["versions"]
     return found
 
@@ -118,7 +118,7 @@ def test_a_run_that_has_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             where = json.loads(service.stdout.readline())
             assert where["models"] == ["followed"]
             with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(f"{where['url']}/v2/health/ready", timeout=30)
+                urllib.request.urlopen(f"{where['url']}/v2/health/ready", timeout=60)
             assert refused.value.code == 503 and "followed: its run has no checkpoint yet" in refused.value.read().decode()
             client = shoal.Client(where["url"])
             (aside / "checkpoints").rename(run / "checkpoints")
@@ -133,4 +133,4 @@ def test_a_run_that_has_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             np.testing.assert_allclose(client.infer(rows)["output"], _right(run / "model", rows), rtol=1e-5, atol=1e-5)
         finally:
             service.terminate()
-            service.wait(30)
+            service.wait(60)

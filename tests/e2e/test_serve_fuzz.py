@@ -230,7 +230,7 @@ def _gateway(supervisor: psutil.Process) -> psutil.Process:
 def _numbers(url: str) -> dict[str, Any]:
     import urllib.request
 
-    with urllib.request.urlopen(url + "/v2/models/odd/stats", timeout=30) as answer:
+    with urllib.request.urlopen(url + "/v2/models/odd/stats", timeout=60) as answer:
         counts: dict[str, Any] = json.load(answer)["model_stats"][0]["shoal"]
     return counts
 

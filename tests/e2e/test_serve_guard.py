@@ -47,7 +47,7 @@ def service(files: dict[str, Path]) -> Iterator[Any]:
 
 def _ask(service: Any, files: dict[str, Path], path: str, headers: dict[str, str], method: str = "GET") -> tuple[int, Any]:
     context = ssl.create_default_context(cafile=str(files["cert"]))
-    connection = http.client.HTTPSConnection(service.url.removeprefix("https://"), timeout=30, context=context)
+    connection = http.client.HTTPSConnection(service.url.removeprefix("https://"), timeout=60, context=context)
     try:
         connection.request(method, path, b"{}" if method == "POST" else None, headers)
         answer = connection.getresponse()
@@ -94,11 +94,11 @@ class TestKeys:
     def test_load(self, service: Any, files: dict[str, Path]) -> None:
         command = [sys.executable, "-m", "shoal", "load", service.url, "--requests", "20", "--concurrency", "2", "--json"]
         done = subprocess.run([*command, "--api-key-file", str(files["keys"]), "--ca-file", str(files["cert"])],
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+                              capture_output=True, text=True, timeout=200)  # fmt: skip
         assert done.returncode == 0, done.stderr
         # The model raises where a random row begins with 255.
         assert set(json.loads(done.stdout)["statuses"]) <= {"200", "500"}, done.stdout
-        done = subprocess.run([*command, "--ca-file", str(files["cert"])], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*command, "--ca-file", str(files["cert"])], capture_output=True, text=True, timeout=200)
         assert done.returncode == 2 and "API key" in done.stderr
 
 
@@ -128,7 +128,7 @@ def test_the_command_refuses_keys_that_others_may_read(files: dict[str, Path], t
     keys.write_text(_KEY)
     keys.chmod(0o644)
     command = [sys.executable, "-m", "shoal", "serve", str(files["bundle"]), "--api-key-file", str(keys)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "chmod 600" in done.stderr
 
 
@@ -160,12 +160,12 @@ def test_a_route_speaks_tls_on_both_sides_and_passes_keys_on(service: Any, files
     try:
         assert route.stdout is not None
         url = json.loads(route.stdout.readline())["url"]
-        with shoal.Client(url, api_key=_KEY, ca_file=files["cert"], timeout_s=30) as client:
+        with shoal.Client(url, api_key=_KEY, ca_file=files["cert"], timeout_s=60) as client:
             assert client.infer(_ROWS)["output"].shape == (1, 5)
-        with shoal.Client(url, ca_file=files["cert"], timeout_s=30) as client, pytest.raises(ServiceError) as error:
+        with shoal.Client(url, ca_file=files["cert"], timeout_s=60) as client, pytest.raises(ServiceError) as error:
             client.infer(_ROWS)
         assert error.value.status == 401
     finally:
         route.terminate()
-        assert route.wait(30) == 0
+        assert route.wait(60) == 0
         route.stdout.close()

@@ -115,7 +115,7 @@ def test_curl_gets_a_line(service: Any, place: Path, tmp_path: Path) -> None:
     right = _right(place, _picture(3))
     done = subprocess.run(
         ["curl", "-s", "-F", f"image=@{tmp_path / 'cat.png'}", f"{service.url}/v2/models/seer/classify"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.stdout == f"{_LABELS[int(right.argmax())]} {right.max():.2f}\n"
 

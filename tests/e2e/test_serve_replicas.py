@@ -109,7 +109,7 @@ def test_refusals_bring_one_more(service: Any) -> None:
     }  # fmt: skip
 
     def refused_once() -> bool:
-        connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=30)
+        connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=_WAIT_S)
         connection.request("POST", "/v2/models/odd/infer", json.dumps(hopeless))
         assert connection.getresponse().status == 429
         connection.close()

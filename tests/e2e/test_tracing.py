@@ -99,7 +99,7 @@ def test_a_trace_goes_from_the_client_through_the_route_to_the_batch(collector: 
             failed = collector.until({"shoal infer odd"})["shoal infer odd"]
         finally:
             route.send_signal(signal.SIGTERM)
-            assert route.wait(30) == 0
+            assert route.wait(60) == 0
             route.stdout.close()
     routed, request, batch = found["shoal-route route odd"], found["shoal infer odd"], found["shoal batch"]
     assert routed.trace_id.hex() == request.trace_id.hex() == _TRACE

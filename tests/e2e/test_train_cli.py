@@ -134,7 +134,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     before, exported = Path.cwd(), os.environ.pop("SHOAL_EXPORT", None)
     done = subprocess.run(
         [sys.executable, "-m", "shoal", "train", job, "--plan", PLAN, "--run", "first", "--tensorboard", "--json"],
-        cwd=path, capture_output=True, text=True, timeout=100, check=False,
+        cwd=path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     os.chdir(path)

@@ -12,7 +12,7 @@ from typing import Any
 import counted_job
 import noisy_job
 import pytest
-from noisy_job import command, digest, environment, events, gone, kill, processes, wait_until
+from noisy_job import command, digest, environment, events, gone, held_at, kill, processes, wait_until
 
 import shoal
 from shoal.ps.log import segments
@@ -40,17 +40,21 @@ def run_command(target: str, run: Path, *more: str) -> list[str]:
 
 def train(target: str, run: Path, *more: str, code: int = 0) -> tuple[dict[str, Any], str]:
     """Train by the command line; what --json says, and what was said beside."""
-    done = subprocess.run(run_command(target, run, *more), env=environment(**own()), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(run_command(target, run, *more), env=environment(**own()), capture_output=True, text=True, timeout=250)
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout), done.stderr
 
 
 def killed(target: str, run: Path, pushes: int, *more: str) -> list[dict[str, Any]]:
-    """Train until this session has acknowledged so many pushes, kill -9 everything at once; all that was acknowledged."""
-    before, family = len(events(run, "push_ack")), list[int]()
+    """Train until this session has acknowledged so many pushes, kill -9 everything at once; all that was acknowledged.
+
+    At most 36 are waited for: SHOAL_FAULTS keeps a run of these from getting much further.
+    """
+    wanted, sessions, family = min(len(events(run, "push_ack")) + pushes, 36), len(events(run, "run_start")), list[int]()
     with subprocess.Popen(run_command(target, run, *more), env=environment(**own()), stdout=-3, stderr=-3) as process:
         try:
-            wait_until(lambda: len(events(run, "push_ack")) >= before + pushes, process)
+            wait_until(lambda: len(events(run, "run_start")) > sessions and process.pid in processes(run), process)
+            wait_until(lambda: len(events(run, "push_ack")) >= wanted, process)
             family = processes(run)
             assert process.poll() is None and len(family) >= 5
         finally:
@@ -64,6 +68,7 @@ def killed(target: str, run: Path, pushes: int, *more: str) -> list[dict[str, An
 def test_everything_acknowledged_is_there_once_after_kills_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, choose = tmp_path / "run", random.Random(1)
     plans = [f"ps=2,workers=2,async,{CALM}", f"ps=1,workers=2,staleness=2,{CALM}", f"ps=3,workers=2,async,{CALM}"]
+    monkeypatch.setenv("SHOAL_FAULTS", held_at(22, 0, 1))
     # Of the first session the log alone tells; then there are checkpoints as often as it goes.
     acknowledged = killed(COUNTED, run, choose.randrange(10, 25), "--plan", plans[0], "--push-log")
     assert [e["step"] for e in events(run, "checkpoint")] == [0]
@@ -81,12 +86,14 @@ def test_everything_acknowledged_is_there_once_after_kills_of_all(tmp_path: Path
     assert len(sessions) == 1 and len(segments(sessions[0], "server-0")) <= 3
 
 
-def test_sync_goes_on_with_the_same_bits_behind_its_checkpoint(tmp_path: Path) -> None:
+def test_sync_goes_on_with_the_same_bits_behind_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, plan = noisy_job.make_job(epochs=2), "ps=2,workers=2,sync,threads=1"
     calm = shoal.train(job, plan=plan, run_dir=tmp_path / "calm")
     run = tmp_path / "run"
     target = f"{noisy_job.__file__}:job"
+    monkeypatch.setenv("SHOAL_FAULTS", held_at(20, 1))
     killed(target, run, 34, "--plan", plan, "--epochs", "2", "--push-log")
+    monkeypatch.delenv("SHOAL_FAULTS")
     train(target, run, "--plan", plan.replace("ps=2", "ps=1"), "--epochs", "2", "--resume")
     resumed = shoal.open(run)
     assert digest(resumed) == digest(calm)

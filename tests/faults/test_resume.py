@@ -15,11 +15,13 @@ from typing import Any
 
 import noisy_job
 import pytest
-from noisy_job import command, digest, environment, events, gone, make_job, processes, wait_until
+from noisy_job import command, digest, environment, events, gone, held_at, make_job, processes, settle, wait_until
 
 import shoal
 
 PLAN = "dp=2,threads=1"
+# Of the workers that share the batch, each is a team that shares the model.
+SPLIT = ("--plan", "dp=2,tp=2,threads=1", "--epochs", "4")
 ROOT = Path(shoal.__file__).parents[1]
 
 
@@ -30,15 +32,16 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(run: Path, *more: str) -> dict[str, Any]:
     """Train by the command line; what --json says."""
-    done = subprocess.run(command(run, *more), env=environment(), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command(run, *more), env=environment(), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = {**json.loads(done.stdout), "stderr": done.stderr}
     return answer
 
 
 def killed_after(run: Path, checkpoint: int, pause_s: float, *more: str) -> None:
-    """Train, and kill -9 the supervisor some time after a checkpoint of at least this step."""
-    with subprocess.Popen(command(run, *more), env=environment(), stdout=-3, stderr=-3) as process:
+    """Train, and kill -9 the supervisor some time after a checkpoint of at least this step, and before the 40th."""
+    env = environment(SHOAL_FAULTS=held_at(checkpoint + 18, 1))
+    with subprocess.Popen(command(run, *more), env=env, stdout=-3, stderr=-3) as process:
         try:
             wait_until(lambda: any(e["step"] >= checkpoint for e in events(run, "checkpoint")), process)
             family = processes(run)
@@ -56,24 +59,24 @@ def shared_memory() -> set[str]:
 
 
 def test_killed_supervisor_and_damaged_checkpoint(tmp_path: Path) -> None:
-    calm = train(tmp_path / "calm")
+    calm = train(tmp_path / "calm", *SPLIT)
     run, choose, before = tmp_path / "run", random.Random(3), shared_memory()
 
-    killed_after(run, 1, 0.1 * choose.random())
+    killed_after(run, 1, 0.1 * choose.random(), *SPLIT)
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     first = int(newest.name.partition("-")[2])
-    killed_after(run, first + 20, 0.1 * choose.random(), "--resume")
+    killed_after(run, first + 1, 0.1 * choose.random(), "--resume", *SPLIT)
     assert shared_memory() <= before
 
     kept = sorted((run / "checkpoints").glob("step-*"))
-    assert len(kept) == 2
+    assert len(kept) >= 2
     weights = kept[-1] / "state.safetensors"
     with open(weights, "r+b") as file:
         file.seek(weights.stat().st_size // 2)
         flipped = bytes(byte ^ 0xFF for byte in file.read(8))
         file.seek(-8, os.SEEK_CUR)
         file.write(flipped)
-    resumed = train(run, "--resume")
+    resumed = train(run, "--resume", *SPLIT)
 
     assert resumed["weights_sha256"] == calm["weights_sha256"]
     for one, other in zip(resumed["epochs"], calm["epochs"], strict=True):
@@ -83,7 +86,7 @@ def test_killed_supervisor_and_damaged_checkpoint(tmp_path: Path) -> None:
     assert damage["path"] == str(kept[-1]) and "state.safetensors" in damage["reason"]
     assert kept[-1].name in resumed["stderr"]
     starts = [e["resumed_from"] for e in events(run, "run_start")]
-    assert starts[0] is None and starts[1] >= first and starts[2] == int(kept[0].name.partition("-")[2])
+    assert starts[0] is None and starts[1] >= first and starts[2] == int(kept[-2].name.partition("-")[2])
     assert processes(run) == []
     assert not list((run / "checkpoints").glob(".part-*"))
 
@@ -115,6 +118,7 @@ def test_full_disk_costs_the_newest_checkpoint_only(tmp_path: Path, monkeypatch:
             with contextlib.suppress(OSError), open(disk / ballast, "wb") as file:
                 while True:
                     file.write(bytes(1 << 16))
+        settle(event)
         if event["kind"] == "step" and event["step"] == 40:
             good.extend(sorted(p for p in (disk / "run" / "checkpoints").glob("step-*") if (p / "meta.json").exists()))
             (disk / ballast).unlink()
@@ -154,7 +158,7 @@ def test_large_arena_with_a_small_dev_shm(tmp_path: Path) -> None:
     inside = f"mount -t tmpfs -o size=64m none /dev/shm && exec {sys.executable} {script}"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", inside], env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True,
-        timeout=100,
+        timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "3 []"

@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bundles
+from noisy_job import gone, wait_until
 
 from shoal.serve.crew import Crew
 from shoal.serve.replica import ModelSource
 
 
 def _kill_all(crew: Crew) -> None:
-    for row in crew.processes():
-        os.kill(row["pid"], signal.SIGKILL)
+    pids = [row["pid"] for row in crew.processes()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     # So that the end of the template's channel is there before it is asked.
-    time.sleep(0.2)
+    wait_until(lambda: gone(pids))
 
 
 def test_a_replica_is_replaced_though_the_template_dies_when_it_is_asked_for_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from counting_job import EPOCHS, SAMPLES, Counted, check_ledger, counting_job
-from noisy_job import digest, events, history, make_job, processes
+from noisy_job import digest, events, history, make_job, processes, settle
 
 import shoal
 from shoal.data.order import batch_indices, epoch_order, share_bounds
@@ -44,7 +44,8 @@ def test_sync_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     job, plan = make_job(epochs=2), "ps=2,workers=2,sync,threads=1"
     calm = shoal.train(job, plan=plan, run_dir=tmp_path / "calm")
     monkeypatch.setenv("SHOAL_FAULTS", faults(SYNC_KILLS))
-    run = shoal.train(job, plan=plan, run_dir=tmp_path / "killed")
+    # A checkpoint to die in has to come in time.
+    run = shoal.train(job, plan=plan, run_dir=tmp_path / "killed", on_event=settle)
 
     assert digest(run) == digest(calm) and history(run) == history(calm)
     deaths, recovered = events(run.path, "death"), events(run.path, "recovered")

@@ -42,7 +42,7 @@ def test_loss_raises_in_one_worker(tmp_path: Path) -> None:
     )  # fmt: skip
     wait_until(lambda: processes(run, "worker") or process.poll() is not None)
     family = processes(run)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 1 and gone(family)
     assert err.count("Traceback (most recent call last)") == 1
     assert err.count("ValueError: the user's own mistake") == 1
@@ -88,7 +88,7 @@ def supervisor() -> Iterator[Supervisor]:
 
 def work(supervisor: Supervisor, job: shoal.Job, folder: Path) -> list[dict[str, Any]]:
     """Run a job's workers to the end; the events. Raises what they raise."""
-    supervisor.load("shoal.train.host:TrainHost", job, 60.0)
+    supervisor.load("shoal.train.host:TrainHost", job, 200.0)
     facts: JobFacts = supervisor.call("facts")
     plan = Plan.parse("dp=2,threads=1,accumulate=1")
     settings = RunSettings(

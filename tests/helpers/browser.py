@@ -114,7 +114,7 @@ def browser(directory: Path) -> Iterator[Browser]:
         found._session = None
         with contextlib.suppress(AssertionError, OSError):
             found.call("Browser.close")
-        process.wait(10)
+        process.wait(60)
     finally:
         process.kill()
         process.wait()

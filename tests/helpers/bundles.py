@@ -17,9 +17,14 @@ import time
 import torch
 from torch import nn
 
+GATE = "the gate"
+
 
 class Odd(nn.Module):
-    \"\"\"A linear layer; a row that begins with 255 raises, with 254 kills the process, with 253 takes half a second.\"\"\"
+    \"\"\"A linear layer; a row that begins with 255 raises, with 254 kills the process, with 253 takes half a second.
+
+    A row of nothing but 252 waits until the gate is there: a file.
+    \"\"\"
 
     def __init__(self):
         super().__init__()
@@ -33,6 +38,9 @@ class Odd(nn.Module):
             os.kill(os.getpid(), signal.SIGKILL)
         if bool((asked == 253).any()):
             time.sleep(0.5)
+        until = time.monotonic() + 60
+        while bool((x == 252).flatten(1).all(1).any()) and not os.path.exists(GATE) and time.monotonic() < until:
+            time.sleep(0.005)
         return self.linear(x.flatten(1).float() / 255)
 
 
@@ -46,6 +54,11 @@ class Two(nn.Module):
     def forward(self, left, right):
         return {"sum": self.scale * (left + right), "count": torch.full((len(left),), 7)}
 """
+
+
+def gate(directory: Path) -> Path:
+    """The file that rows of 252 wait for, of a bundle that lies here (or of a copy of it)."""
+    return directory.parent / "gate"
 
 
 def odd(directory: Path) -> Path:
@@ -67,7 +80,7 @@ def two(directory: Path) -> Path:
 def _write(directory: Path, name: str, kind: str, tensors: dict[str, Any]) -> Path:
     source = directory.parent / f"{name}_code.py"
     directory.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text(_SOURCE)
+    source.write_text(_SOURCE.replace('"the gate"', repr(str(gate(directory)))))
     names: dict[str, Any] = {}
     exec(_SOURCE, names)
     torch.manual_seed(1)

@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -153,6 +154,14 @@ def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 job = make_job(loss=loss, epochs=12)
 
 
+def never() -> nn.Module:
+    time.sleep(1000)
+    raise AssertionError("nobody waits so long")
+
+
+unending = make_job(model=never)
+
+
 # -- what the tests ask of a run -------------------------------------------------------------------------------------
 
 
@@ -162,6 +171,19 @@ def command(run: Path, *more: str, target: str = "job") -> list[str]:
         sys.executable, "-m", "shoal", "train", f"{HERE}:{target}", "--plan", "dp=2,threads=1", "--run", str(run),
         "--json", *more,
     ]  # fmt: skip
+
+
+def held_at(step: int, *ranks: int) -> str:
+    """For SHOAL_FAULTS: workers that take hours from this step (from 0) on, so that a run cannot end before it is killed."""
+    return ";".join(f"slow(rank={rank},factor=10000000,step={step})" for rank in ranks)
+
+
+def settle(event: dict[str, Any]) -> None:
+    """An observer: no step begins before the checkpoint that is being completed is whole, however slow the disk."""
+    if event["kind"] == "step":
+        for thread in threading.enumerate():
+            if thread.name == "shoal-checkpoint":
+                thread.join()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -199,7 +221,7 @@ def processes(run: Path, *roles: str) -> list[int]:
 
 
 def wait_until(
-    condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, timeout_s: float = 60.0
+    condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, timeout_s: float = 120.0
 ) -> Any:
     """Wait for something to become true and return it; the test fails where it never does, or the process ends."""
     deadline = time.monotonic() + timeout_s

@@ -35,7 +35,6 @@ def job() -> shoal.Job:
     )  # fmt: skip
 
 
-@pytest.mark.timeout(400)
 def test_compiled_runs_equal_those_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     truth = shoal.train(job(), plan=PLAN, run_dir=tmp_path / "written", steps=STEPS)

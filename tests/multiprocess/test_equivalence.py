@@ -93,7 +93,6 @@ def plain_float64() -> dict[str, torch.Tensor]:
     ).run(STEPS)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("k", WORKERS)
 def test_float32_with_sgd_and_momentum_equals_one_worker_and_plain_torch(runs: Runs, k: int) -> None:
     found = runs["transformer", k].weights()

@@ -141,8 +141,13 @@ def read_along(job: shoal.Job, plan: str, path: Path) -> tuple[shoal.Run, shoal.
         if event["kind"] == "step" and not thread.is_alive() and not final:
             thread.start()
             there.wait(60)
-        # Workers wait meanwhile: there is more to be seen.
+        # Workers wait meanwhile: there is more to be seen, and now and then they wait until something was.
         time.sleep(0.02)
+        deadline = time.monotonic() + 60
+        while event["kind"] == "step" and event["step"] % 5 == 0 and len(seen) <= event["step"] // 5 and thread.is_alive():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
 
     def read() -> None:
         reader.append(shoal.ps.Reader(path))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import noisy_job
 import numpy as np
 import pytest
 import torch
-from noisy_job import command, environment, events, gone, history, processes, wait_until
+from noisy_job import events, history
 from torch import nn
 
 import shoal
@@ -103,30 +100,3 @@ def test_what_a_split_run_leaves_behind(tmp_path: Path) -> None:
     exported = torch.export.load(run.path / "model" / "program.pt2").module()
     assert torch.equal(loaded.eval()(x) if isinstance(loaded, nn.Module) else loaded(x), built)
     torch.testing.assert_close(exported(x), built)
-
-
-def test_killed_supervisor_of_a_split_run(tmp_path: Path) -> None:
-    plan = ("--plan", "tp=2,threads=1", "--epochs", "4")
-    calm = _train(tmp_path / "calm", *plan)
-    run = tmp_path / "run"
-    with subprocess.Popen(command(run, *plan), env=environment(), stdout=-3, stderr=-3) as process:
-        try:
-            wait_until(lambda: any(e["step"] >= 15 for e in events(run, "checkpoint")), process)
-            family = processes(run)
-            assert process.poll() is None
-        finally:
-            process.kill()
-            process.wait()
-    wait_until(lambda: gone(family))
-    resumed = _train(run, "--resume", *plan)
-    assert resumed["weights_sha256"] == calm["weights_sha256"]
-    for one, other in zip(resumed["epochs"], calm["epochs"], strict=True):
-        assert {**one, "samples_per_s": 0} == {**other, "samples_per_s": 0}
-    assert events(run, "run_start")[-1]["resumed_from"] >= 15
-
-
-def _train(run: Path, *more: str) -> dict[str, Any]:
-    done = subprocess.run(command(run, *more), env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer

@@ -34,7 +34,6 @@ def job() -> shoal.Job:
     )  # fmt: skip
 
 
-@pytest.mark.timeout(240)
 def test_rewritten_runs_equal_those_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_EXPORT", "0")
 
@@ -81,7 +80,6 @@ class Residual(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-@pytest.mark.timeout(240)
 def test_convolutions_and_norms_of_our_own_under_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     residual = job().replace(name="residual", model=lambda: Residual().double())

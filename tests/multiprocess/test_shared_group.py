@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from shoal.errors import DeadlineError
 # Small pieces, so that small tensors go through many of them.
 PIECE = 4096
 LETTERS = 8
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 # -- scenarios: what every rank of a group does -------------------------------------------------------------------
@@ -324,7 +325,7 @@ def missing(port: Port, n: int) -> None:
     port.deadline_s = 0.3 if rank == 0 else LIMIT_S
     if rank == 0:
         text = raised(DeadlineError, lambda: dist.all_reduce(torch.ones(3), group=pair))
-        assert "Rank 0 waited 0.3" in text and "all_reduce" in text and text.endswith("from rank 1; see what keeps it.")
+        assert re.search(r"Rank 0 waited [\d.]+ s for .*all_reduce", text) and text.endswith("from rank 1; see what keeps it.")
         text = raised(DeadlineError, lambda: dist.recv(torch.ones(3), 2, tag=4))
         assert "a message of 12 bytes (tag 4) from rank 2" in text
         text = raised(DeadlineError, lambda: dist.send(torch.ones(100 * PIECE), 2, tag=4))
@@ -619,7 +620,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, __file__, str(place)], env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, __file__, str(place)], env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     yield place
 

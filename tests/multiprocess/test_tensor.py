@@ -434,7 +434,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}",
     }  # fmt: skip
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=110, env=environment)
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=250, env=environment)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

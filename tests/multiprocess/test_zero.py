@@ -412,7 +412,7 @@ def start(ways: int, folder: Path) -> list[dict[str, Any]]:
         start_new_session=True,
     )
     try:
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=250)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

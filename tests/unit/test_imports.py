@@ -209,4 +209,4 @@ def test_shoal_train_and_shoal_plan_stay_functions_when_the_modules_of_that_name
         "assert type(shoal.train) is type(shoal.plan) is FunctionType, (shoal.train, shoal.plan)\n"
         "assert isinstance(shoal.data, ModuleType)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -241,10 +242,10 @@ def test_every_step_is_told_however_late_the_ledger_is_read(store: Store) -> Non
 
 
 def test_a_worker_that_is_stopped_in_a_pull_holds_servers_up_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.axes.server_async._READER_S", 0.05)
     server = PushServer(store, 0, None, Waiting(spin_s=0.0), PLAN, -1)  # type: ignore[arg-type]
     naps: list[float] = []
-    monkeypatch.setattr("shoal.axes.server_async.time.sleep", naps.append)
+    clock = SimpleNamespace(monotonic=lambda: 0.1 * len(naps), sleep=naps.append)
+    monkeypatch.setattr("shoal.axes.server_async.time", clock)
     server.ledger.set_reading(1, 0, True)
     server._let_readers_finish()
     assert naps
@@ -259,7 +260,9 @@ def test_a_worker_that_is_stopped_in_a_pull_holds_servers_up_once(store: Store, 
 
 
 @pytest.mark.parametrize("make", [sgd, nadam])
-def test_readers_get_whole_weights_of_servers_that_never_rest(make: MakeOptimizer) -> None:
+def test_readers_get_whole_weights_of_servers_that_never_rest(
+    make: MakeOptimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make_store(make)
     ledger, over = Ledger(store.arena), threading.Event()
 
@@ -277,6 +280,7 @@ def test_readers_get_whole_weights_of_servers_that_never_rest(make: MakeOptimize
     servers = [PushServer(store, k, None, Waiting(spin_s=0.0), PLAN, -1) for k in (0, 1)]  # type: ignore[arg-type]
     threads = [threading.Thread(target=serve, args=[server]) for server in servers]
     published = PublishedWeights(store, PushClocks(ledger))
+    monkeypatch.setattr("shoal.train.published._WHOLE_S", 60.0)
     out = np.zeros(published.size, np.uint8)
     for thread in threads:
         thread.start()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "shoal", *arguments], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-m", "shoal", *arguments], capture_output=True, text=True, timeout=200, env=environment
     )
 
 
@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
         "print(sorted({'torch', 'numpy', 'rich', 'matplotlib', 'psutil', 'tensorboardX'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
@@ -214,7 +214,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         [sys.executable, "-m", "shoal", "data"], stdout=writing, stderr=subprocess.PIPE, env=environment
     )
     os.close(writing)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=200)[1]
     assert (process.returncode, said) == (0, b"")
 
 

@@ -14,6 +14,8 @@ from shoal.comm.group import Group, PeerFailed
 from shoal.errors import DeadlineError, JobFailed
 
 SIZE = 3
+# Those that a test forks have it from here.
+EVERYBODY = multiprocessing.get_context("fork").Barrier(SIZE)
 
 
 def exchange(group: Group, report: Any) -> None:
@@ -47,15 +49,19 @@ def fail_on_one(group: Group, report: Any) -> None:
 
 def come_late(group: Group, report: Any) -> None:
     """Rank 2 does not come before the deadline of the others is over."""
-    group.deadline_s = 0.5
+    group.deadline_s = 1.5
+    EVERYBODY.wait(60)
     try:
-        group.gather_rows(torch.zeros(1), "step 7") if group.rank != 2 else multiprocessing.Event().wait(2)
+        if group.rank != 2:
+            group.gather_rows(torch.zeros(1), "step 7")
     except (DeadlineError, JobFailed, PeerFailed) as error:
         report.put((group.rank, type(error).__name__, str(error)))
+    # Nobody goes before all have given up: who is gone is another failure.
+    EVERYBODY.wait(60)
 
 
 def member(task: Callable[[Group, Any], None], path: str, rank: int, report: Any) -> None:
-    with Group.meet(path, rank, SIZE, deadline_s=10.0) as group:
+    with Group.meet(path, rank, SIZE, deadline_s=60.0) as group:
         task(group, report)
 
 
@@ -68,7 +74,7 @@ def run(task: Callable[[Group, Any], None], path: Path, answers: int) -> list[An
     try:
         found = sorted(report.get(timeout=60) for _ in range(answers))
         for process in processes:
-            process.join(timeout=30)
+            process.join(timeout=60)
             assert process.exitcode == 0
     finally:
         for process in processes:

@@ -182,6 +182,6 @@ print(int(ArrayStore(root, "numbers", {"a": spec}).build([Origin("slow", fill)],
 def test_several_processes_build_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BUILDER, str(tmp_path)]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    answers = [process.communicate(timeout=60)[0].strip() for process in processes]
+    answers = [process.communicate(timeout=200)[0].strip() for process in processes]
     assert answers == [str(VALUES.sum())] * 3
     assert (tmp_path / "calls").read_text() == "x"

@@ -35,7 +35,7 @@ def test_pushes_are_read_back_and_told_when_they_are_on_disk(tmp_path: Path) -> 
     writer = LogWriter(tmp_path / "log", "server-1", told.append, segment_bytes=600)
     for number in range(5, 15):
         write(writer, number)
-    assert writer.wait(14, 30.0)
+    assert writer.wait(14, 60.0)
     writer.close()
     assert told == sorted(told) and told[-1] == 14
     found = read(tmp_path / "log", "server-1")
@@ -64,7 +64,7 @@ def test_whatever_is_torn_off_only_what_is_whole_is_read_and_a_successor_goes_on
     successor = LogWriter(tmp_path, "a")
     assert successor.last == 0 and path.stat().st_size == ends[0]
     write(successor, 1)
-    assert successor.wait(1, 30.0)
+    assert successor.wait(1, 60.0)
     successor.close()
     assert [push.number for push in read(tmp_path, "a")] == [0, 1]
 
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_takes_nothing_from_what_was_written(tmp_path: Path)
     writer = LogWriter(tmp_path, "a", limit_bytes=1000)
     write(writer, 0)
     write(writer, 1)
-    assert writer.wait(1, 30.0)
+    assert writer.wait(1, 60.0)
     size = segments(tmp_path, "a")[0].path.stat().st_size
     with pytest.raises(OSError) as caught:
         write(writer, 2, size=5000)

@@ -112,7 +112,7 @@ def test_a_reader_follows_and_never_sees_half_a_push(run):
             done.set()
             trainer.join()
         reader.wait(reader.number)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while reader.versions != servers.versions():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -189,7 +189,10 @@ def test_a_stranger_gets_nothing(run, tmp_path):
     ReadKey(key.address, key.publisher, stranger.public, stranger.secret).write(forged)
     with pytest.raises(DeadlineError, match="Nothing newer"):
         Reader(forged, deadline_s=1.0)
-    assert publisher._door.refused
+    deadline = time.monotonic() + 60
+    while not publisher._door.refused:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     plain = zmq.Context.instance().socket(zmq.DEALER)
     plain.linger = 0
     plain.connect(key.address)
@@ -217,7 +220,7 @@ def test_nonsense_is_dropped_and_harms_nobody(run, frames, caplog):
     if frames:
         socket.send_multipart(frames)
     socket.send(wire.encode(wire.Hello()))
-    assert socket.poll(10_000)
+    assert socket.poll(60_000)
     message, _ = wire.decode_answer(socket.recv_multipart(), None)
     assert isinstance(message, wire.Welcome) and message.size == servers.size
     socket.linger = 1000

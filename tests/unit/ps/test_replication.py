@@ -15,7 +15,7 @@ from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.replication import ChainServer, follow, successors
 from shoal.ps.shard import Shard
 
-QUICK = Patience(deadline_s=30.0, retry_s=0.2)
+QUICK = Patience(deadline_s=60.0, retry_s=0.2)
 
 
 @contextlib.contextmanager

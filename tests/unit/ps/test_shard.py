@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def servers(count: int, optimizer=sgd):
             server = ShardServer(shard, endpoint)
             stack.enter_context(Serving(server.serve, f"server {number}"))
             found[number] = server
-        client = Client({n: s.endpoint.address for n, s in found.items()}, keys, Patience(deadline_s=20.0))
+        client = Client({n: s.endpoint.address for n, s in found.items()}, keys, Patience(deadline_s=60.0))
         stack.callback(client.close)
         yield found, client, placement, keys
 
@@ -199,7 +200,7 @@ def test_many_threads_pushing_at_once_lose_nothing_and_see_no_half_of_a_push():
         torn = []
 
         def work(worker: int) -> None:
-            own = Client(addresses, keys, Patience(deadline_s=20.0, retry_s=0.05))
+            own = Client(addresses, keys, Patience(deadline_s=60.0, retry_s=0.05))
             one = {p.number: torch.ones(p.numel) for p in PIECES}
             for k in range(20):
                 # Two workers send the same pushes, as one that does another's work again.
@@ -226,12 +227,16 @@ def test_a_stranger_and_a_stranger_message_get_nothing():
         stranger = Client({0: endpoint.address}, RunKeys(keys.server, RunKeys.new().member), Patience(0.6, 0.2))
         with pytest.raises(DeadlineError, match="Server 0 has not answered"):
             stranger.ping(0)
+        deadline = time.monotonic() + 60
+        while not endpoint.refused:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         stranger.close()
         for k in range(300):
             client._sockets[0].send_multipart([bytes([k % 256]) * (k % 50), b"x" * k])
         for shards in ([99999], [-1]):
             client._sockets[0].send_multipart([encode(messages.Take(0, None, {"0": tuple(shards)}))])
-        assert client.ping(0) == 0 and endpoint.dropped == 300 and endpoint.refused > 0
+        assert client.ping(0) == 0 and endpoint.dropped == 300
 
 
 def test_a_server_that_comes_back_at_its_address_is_spoken_to_again_and_the_same_push_counts_once():
@@ -239,7 +244,7 @@ def test_a_server_that_comes_back_at_its_address_is_spoken_to_again_and_the_same
     endpoint = Endpoint(keys)
     address = endpoint.address
     shard = a_shard(sgd)
-    client = Client({0: address}, keys, Patience(deadline_s=20.0, retry_s=0.1))
+    client = Client({0: address}, keys, Patience(deadline_s=60.0, retry_s=0.1))
     push = {0: Push(ids=((0, 0, 0),), dense={p.number: torch.ones(p.numel) for p in PIECES})}
     with Serving(ShardServer(shard, endpoint).serve, "first"):
         client.acknowledged(client.push(push))

@@ -37,12 +37,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_arrays_go_in_and_come_out_over_one_connection(service: Service) -> None:
     with Client(service.url) as client:
         for inputs in ({"input": ROWS}, ROWS, ROWS.tolist(), ROWS.astype(np.float16), np.asfortranarray(ROWS)):
@@ -133,13 +127,15 @@ def test_a_deadline_that_passed_has_its_own_type(service: Service) -> None:
 
 
 def test_where_nobody_listens_it_is_tried_again_then_said(pauses: list[float]) -> None:
-    client = Client(f"http://127.0.0.1:{free_port()}", retries=2)
-    for ask in (lambda: client.infer(ROWS), lambda: asyncio.run(client.infer_async(ROWS))):
-        with pytest.raises(ServiceUnreachableError, match="Nobody answers at http://127.0.0.1") as caught:
-            ask()
-        assert caught.value.status == 0 and pauses == [0.05, 0.1]
-        pauses.clear()
-    assert not client.ready()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # held, so that nobody else gets it
+        client = Client(f"http://127.0.0.1:{silent.getsockname()[1]}", retries=2)
+        for ask in (lambda: client.infer(ROWS), lambda: asyncio.run(client.infer_async(ROWS))):
+            with pytest.raises(ServiceUnreachableError, match="Nobody answers at http://127.0.0.1") as caught:
+                ask()
+            assert caught.value.status == 0 and pauses == [0.05, 0.1]
+            pauses.clear()
+        assert not client.ready()
 
 
 def test_a_request_that_was_sent_is_not_sent_again(service: Service, pauses: list[float]) -> None:

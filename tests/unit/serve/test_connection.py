@@ -110,7 +110,7 @@ def _run(test: Callable[[_Server, Any], Awaitable[None]], loop: Callable[[Any], 
             return reader, writer
 
         try:
-            await asyncio.wait_for(test(service, connect), 10)
+            await asyncio.wait_for(test(service, connect), 60)
         finally:
             for writer in writers:
                 writer.transport.abort()

@@ -1,17 +1,34 @@
-"""Turns of an event loop: what it has no time for, and since when a request may have waited."""
+"""Turns of an event loop: what it has no time for, and since when a request may have waited. The clock is turned by hand."""
 
 from __future__ import annotations
 
 import asyncio
-import time
+from types import SimpleNamespace
+
+import pytest
 
 from shoal.serve.pace import Pace
 
 
-def test_a_turn_that_has_taken_its_time_is_behind() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """``now``: seconds."""
+    found = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("shoal.serve.pace.time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
+
+
+async def turn(pace: Pace, clock: SimpleNamespace, takes_s: float) -> None:
+    """A turn that sees one request and takes so long."""
+    pace.arrive(clock.now)
+    clock.now += takes_s
+    await asyncio.sleep(0)
+
+
+def test_a_turn_that_has_taken_its_time_is_behind(clock: SimpleNamespace) -> None:
     async def turns() -> None:
         pace = Pace(slo_s=1.0)
-        now = time.monotonic()
+        now = clock.now
         assert pace.arrive(now) == now, "nothing went before"
         assert not pace.behind(now + 0.099)
         assert pace.behind(now + 0.101)
@@ -23,24 +40,21 @@ def test_a_turn_that_has_taken_its_time_is_behind() -> None:
     asyncio.run(turns())
 
 
-def test_a_request_may_have_waited_for_the_turn_before() -> None:
+def test_a_request_may_have_waited_for_the_turn_before(clock: SimpleNamespace) -> None:
     async def turns() -> None:
         pace = Pace(slo_s=1.0)
-        pace.arrive(time.monotonic() - 5.0)
-        await asyncio.sleep(0)
-        now = time.monotonic()
-        assert pace.arrive(now) <= now - 5.0
+        await turn(pace, clock, 5.0)
+        assert pace.arrive(clock.now) == clock.now - 5.0
 
     asyncio.run(turns())
 
 
-def test_what_was_read_fills_a_turn() -> None:
+def test_what_was_read_fills_a_turn(clock: SimpleNamespace) -> None:
     async def turns() -> None:
         pace = Pace(slo_s=1.0)
         for _ in range(20):
             pace.handed_on()
-            pace.arrive(time.monotonic() - 0.02)
-            await asyncio.sleep(0)
+            await turn(pace, clock, 0.02)
         assert not pace.full(), "nobody waits"
         for _ in range(8):
             pace.handed_on()
@@ -49,19 +63,18 @@ def test_what_was_read_fills_a_turn() -> None:
             pace.handed_on()
         assert pace.full(), "eleven of 20 ms are more than a tenth of a second"
         for _ in range(11):
-            pace.arrive(time.monotonic())
+            pace.arrive(clock.now)
         assert not pace.full()
 
     asyncio.run(turns())
 
 
-def test_one_bad_moment_does_not_fill_the_next_turns() -> None:
+def test_one_bad_moment_does_not_fill_the_next_turns(clock: SimpleNamespace) -> None:
     async def turns() -> None:
         pace = Pace(slo_s=1.0)
-        for took_s in (0.0005, 5.0):
+        for takes_s in (0.0005, 5.0):
             pace.handed_on()
-            pace.arrive(time.monotonic() - took_s)
-            await asyncio.sleep(0)
+            await turn(pace, clock, takes_s)
         for _ in range(20):
             pace.handed_on()
         assert not pace.full()

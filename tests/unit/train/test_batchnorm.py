@@ -30,7 +30,7 @@ class Together:
     """Adds up what two threads give, in rank order, as the arena does."""
 
     def __init__(self) -> None:
-        self._barrier = threading.Barrier(2, timeout=20)
+        self._barrier = threading.Barrier(2, timeout=60)
         self._given: list[torch.Tensor] = [torch.empty(0)] * 2
 
     def of(self, rank: int) -> Any:
@@ -69,7 +69,7 @@ def halves(make: Any, parts: list[torch.Tensor], slopes: list[torch.Tensor]) -> 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert all(found)
     return found
 

@@ -27,7 +27,7 @@ def asking(run: Path, *plans: str) -> list[Any]:
 
     def one(plan: str) -> None:
         try:
-            found[plan] = ask(run, plan, 20.0)
+            found[plan] = ask(run, plan, 60.0)
         except RequestError as error:
             found[plan] = error
 
@@ -68,7 +68,7 @@ def test_a_run_that_cannot_change_says_so_in_one_sentence(run: Path) -> None:
     thread = threading.Thread(target=lambda: inbox.close("It is over.") if _arrived(run) else None)
     thread.start()
     with pytest.raises(RequestError, match=r"^It is over\.$"):
-        ask(run, "dp=2", 20.0)
+        ask(run, "dp=2", 60.0)
     thread.join()
     (run / "processes.json").write_text(
         json.dumps([{"role": role, "rank": 0, "pid": os.getpid(), "host": ""} for role in ("supervisor", "worker")])

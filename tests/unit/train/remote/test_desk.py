@@ -33,12 +33,12 @@ class Process:
 def meeting():
     keys = RunKeys.new()
     endpoint = Endpoint(keys)
-    yield Desk(endpoint), Meeting(endpoint.address, keys, deadline_s=20.0)
+    yield Desk(endpoint), Meeting(endpoint.address, keys, deadline_s=60.0)
     endpoint.close()
 
 
 def next_of(desk: Desk) -> Asked:
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 60.0
     while time.monotonic() < deadline:
         found = desk.receive(0.05)
         if found:
