@@ -25,7 +25,7 @@ optimizer state), and the activations of as many microbatches as are under way (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -340,18 +340,3 @@ def _forms_of(header: torch.Tensor) -> tuple[_Form, ...]:
         dtype, requires_grad, dims = next(words), next(words), next(words)
         forms.append(_Form(tuple(next(words) for _ in range(dims)), _DTYPES[dtype], bool(requires_grad)))
     return tuple(forms)
-
-
-def split_batch(batch: Any, microbatches: int) -> Iterator[Any]:
-    """Cut a batch (tensors in any containers, samples first) into microbatches, the larger ones first; empty ones left out."""
-    leaves, tree = pytree.tree_flatten(batch)
-    sizes = {len(t) for t in leaves if isinstance(t, torch.Tensor) and t.dim()}
-    if len(sizes) != 1:
-        raise JobError("The tensors of a batch do not all have as many rows as it has samples; use pp=1 for this job.")
-    count = sizes.pop()
-    start = 0
-    for index in range(min(microbatches, count)):
-        stop = start + count // min(microbatches, count) + (index < count % min(microbatches, count))
-        rows = slice(start, stop)
-        yield pytree.tree_unflatten([t[rows] if isinstance(t, torch.Tensor) and t.dim() else t for t in leaves], tree)
-        start = stop

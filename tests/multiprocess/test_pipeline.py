@@ -22,12 +22,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from shoal.axes import recompute
-from shoal.axes.pipeline import Cut, Pipeline, build_stage, find_cut, split_batch, stages_a_rank, stages_of_rank
+from shoal.axes.pipeline import Cut, Pipeline, build_stage, find_cut, stages_a_rank, stages_of_rank
 from shoal.comm.memory import SharedMemory
 from shoal.comm.region import RegionLayout
 from shoal.comm.shared_group import init
+from shoal.data.order import share_bounds
 
 RANKS, STEPS = 4, 3
 DEADLINE_S = 240.0
@@ -289,6 +291,13 @@ def batch_of(case: Case, step: int) -> Any:
     return KINDS[case.kind].data(case.samples, step)
 
 
+def split_batch(batch: Any, microbatches: int) -> list[Any]:
+    """Cut a batch as training does; what is empty is left out."""
+    count = len(next(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)))
+    bounds = share_bounds(count, (1,) * microbatches)
+    return [pytree.tree_map_only(torch.Tensor, lambda t, a=a, b=b: t[a:b], batch) for a, b in bounds if a < b]
+
+
 def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
     trained = [p for p in parameters if p.requires_grad]
     # A stage may have nothing to train, and an optimizer wants something.
@@ -316,7 +325,7 @@ def stages_of(case: Case) -> int:
 
 
 def cut_of(case: Case, stages: int) -> Cut:
-    example = next(split_batch(batch_of(case, 1), case.microbatches))
+    example = split_batch(batch_of(case, 1), case.microbatches)[0]
     return find_cut(model_of(case), stages, example, compute=partial(loss_of, case), costs=Even())
 
 
@@ -357,7 +366,7 @@ def in_pipeline(case: Case, cut: Cut, group: Any) -> dict[str, torch.Tensor]:
 
     for step in range(STEPS):
         optimizer.zero_grad()
-        batches = list(split_batch(batch_of(case, step), case.microbatches))
+        batches = split_batch(batch_of(case, step), case.microbatches)
         losses = pipeline.train(batches, compute)
         assert len(losses) == (len(batches) if pipeline.has_last_stage else 0)
         for name in cut.shared:
@@ -375,7 +384,7 @@ def in_pipeline(case: Case, cut: Cut, group: Any) -> dict[str, torch.Tensor]:
     assert seen.keys() == {name for name, p in own.items() if p.requires_grad}
     for stage in stages:
         stage.module.eval()
-    results = pipeline.evaluate(list(split_batch(batch_of(case, 0), case.microbatches)), compute)
+    results = pipeline.evaluate(split_batch(batch_of(case, 0), case.microbatches), compute)
     found = {name: p.detach() for name, p in own.items()}
     buffers = dict(model.named_buffers())
     found.update({name: buffers[name] for index in indices for name in cut.buffers[index] if name in buffers})

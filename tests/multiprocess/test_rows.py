@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from keyed import Keyed, samples
 from plain_torch import assert_equal
-from torch import nn
 from torch.nn import functional as F
 
 import shoal
@@ -28,33 +28,17 @@ def _no_export() -> Iterator[None]:
         yield
 
 
-class Keyed(nn.Module):
-    """One row a sample, and the sum of a bag whose keys are admitted late and dropped early."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = shoal.ps.Embedding(6)
-        self.bag = shoal.ps.Embedding(
-            6, optimizer=shoal.ps.Adam(lr=0.01), mode="sum", padding_key=0, admission=2, max_age=6, memory=40_000
-        )
-        self.out = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.double()
-
-    def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        first = self.rows(keys[:, 0] * (2**40 + 3) - 5)
-        return self.out(torch.cat([first, self.bag(keys)], dim=1))[:, 0]
+DATA = samples(SAMPLES)
+SIZES = {"max_age": 6, "memory": 40_000}
 
 
-def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    """(keys, target): a few keys are in most samples."""
-    generator = torch.Generator().manual_seed(3)
-    keys = (torch.rand(SAMPLES, 4, generator=generator) ** 3 * 120).long()
-    return keys, torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+def build() -> Keyed:
+    return Keyed(**SIZES)
 
 
 def make_job(**changes: Any) -> shoal.Job:
     job = shoal.Job(
-        name="keyed", model=Keyed, train_data=samples, eval_data=samples, loss=F.mse_loss, batch_size=BATCH, epochs=EPOCHS,
+        name="keyed", model=build, train_data=DATA, eval_data=DATA, loss=F.mse_loss, batch_size=BATCH, epochs=EPOCHS,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9), grad_clip=CLIP,
     )  # fmt: skip
     return job.replace(**changes)
@@ -64,9 +48,9 @@ def make_job(**changes: Any) -> shoal.Job:
 def expected() -> dict[str, torch.Tensor]:
     """What a plain loop comes to."""
     torch.manual_seed(0)
-    model = Keyed()
+    model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    keys, target = samples()
+    keys, target = DATA
     for epoch in range(EPOCHS):
         for batch in torch.from_numpy(epoch_order(SAMPLES, 0, epoch)).split(BATCH):
             optimizer.zero_grad()
@@ -130,12 +114,12 @@ def test_a_gradient_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
             return out + torch.where(bad > 1e9, bad, torch.sqrt(bad * 0)).sum() * 0
 
     with pytest.raises(JobFailed, match="gradient of key 77 of the table rows is not finite"):
-        shoal.train(make_job(model=Poisoned), plan="dp=1", run_dir=tmp_path)
+        shoal.train(make_job(model=lambda: Poisoned(**SIZES)), plan="dp=1", run_dir=tmp_path)
 
 
 def test_servers_go_on_without_a_push_whose_rows_have_a_gradient_that_is_no_number(tmp_path: Path) -> None:
     """In either mode: under async for eight of twenty steps, then under sync. Sample 17 spoils whatever is pushed with it."""
-    keys, target = samples()
+    keys, target = DATA
     numbered = torch.cat([keys, torch.arange(SAMPLES)[:, None]], dim=1)
 
     class Poisoned(Keyed):
@@ -147,7 +131,7 @@ def test_servers_go_on_without_a_push_whose_rows_have_a_gradient_that_is_no_numb
     def on_event(event: dict[str, Any]) -> shoal.Plan | None:
         return shoal.Plan.parse("ps=2,workers=2,sync") if (event["kind"], event.get("step")) == ("step", 8) else None
 
-    job = make_job(model=Poisoned, train_data=lambda: (numbered, target), eval_data=None)
+    job = make_job(model=lambda: Poisoned(**SIZES), train_data=lambda: (numbered, target), eval_data=None)
     run = shoal.train(job, plan="ps=1,workers=2,async", run_dir=tmp_path, on_event=on_event, skip_bad_pushes=True)
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     rejected = [event for event in told if event["kind"] == "push_rejected"]
