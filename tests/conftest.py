@@ -23,6 +23,8 @@ GRACE_S = 60.0
 settings.register_profile("shoal", deadline=None, derandomize=True)
 settings.load_profile("shoal")
 
+# Who was looked at and is not ours never will be: on a machine with many processes, looking takes longer than most tests.
+_others: set[int] = set()
 _settings_of_the_user = pytest.StashKey[dict[str, "str | None"]]()
 
 
@@ -87,17 +89,34 @@ def _set(name: str, value: str | None) -> None:
 
 def _our_processes() -> set[psutil.Process]:
     """Return the descendants of this process, and orphans of this session."""
-    here = psutil.Process()
-    ours = set(here.children(recursive=True))
-    token = os.environ[SESSION_VARIABLE]
-    for process in psutil.process_iter():
+    ours, here, present = set(), os.getpid(), set(psutil.pids())
+    _others.intersection_update(present)
+    for pid in present - _others - {here}:
         try:
-            if process != here and process.environ().get(SESSION_VARIABLE) == token:
+            process = psutil.Process(pid)
+            if here in _ancestors(process) or _has_our_token(process):
                 ours.add(process)
+            else:
+                _others.add(pid)
         except (psutil.Error, OSError):
-            # Gone in the meantime, or somebody else's: not ours either way.
+            # Gone in the meantime.
             continue
     return ours
+
+
+def _ancestors(process: psutil.Process) -> Iterator[int]:
+    pid = process.ppid()
+    while pid > 1:
+        yield pid
+        pid = psutil.Process(pid).ppid()
+
+
+def _has_our_token(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get(SESSION_VARIABLE) == os.environ[SESSION_VARIABLE]
+    except (psutil.Error, OSError):
+        # It has no environment that we may see, as a thread of the kernel.
+        return False
 
 
 def _started_since(before: set[psutil.Process]) -> list[psutil.Process]:
