@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from shoal.serve import pace as pace_module
 from shoal.serve.pace import Pace
 
 
@@ -14,7 +15,7 @@ from shoal.serve.pace import Pace
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """``now``: seconds."""
     found = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("shoal.serve.pace.time", SimpleNamespace(monotonic=lambda: found.now))
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found
 
 
