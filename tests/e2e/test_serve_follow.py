@@ -102,8 +102,8 @@ def test_a_run_that_has_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     (tmp_path / "followed.py").write_text(_JOB)
     train = [sys.executable, "-m", "shoal", "train", "followed.py:job", "--plan", "dp=1,threads=1", "--run", "run"]
-    # Long enough for checkpoints on the way: the first of them says how the model is built.
-    subprocess.run([*train, "--epochs", "500"], cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    # Several epochs, so that there is a checkpoint on the way: the first of them says how the model is built.
+    subprocess.run([*train, "--epochs", "20"], cwd=tmp_path, check=True, capture_output=True, timeout=240)
     run, aside = tmp_path / "run", tmp_path / "aside"
     assert describes(run)
     # As it was when it had just begun.

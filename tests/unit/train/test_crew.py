@@ -91,6 +91,7 @@ def test_what_is_stopped_or_killed_is_replaced(supervisor: Supervisor, monkeypat
     assert deaths[:2] == [(worker.pid, "SIGKILL"), (standby.pid, "stalled")]
     stall = next(e for e in seen if e["kind"] == "stall" and e["pid"] == standby.pid)
     assert stall["phase"] == "starting" and "stopped" in stall["stack"]
+    assert seen.index(stall) < next(k for k, e in enumerate(seen) if e["kind"] == "death" and e["pid"] == standby.pid)
     assert supervisor.children[other.pid] is other, "who was well stays"
 
     # Without the template all die, and go on under a new one where they were.
