@@ -42,7 +42,7 @@ HEARTBEAT_S = 1.0
 _COPYING_SHARE = 1
 # A reader that has asked nothing for so long has gone; those who have not are told of the end, if they ask until then.
 _GONE_S = 10.0
-_FAREWELL_S = 2.0
+_FAREWELL_S = 5.0
 # What is kept of changed rows for readers that are slow; more only while somebody is being given all rows.
 _KEPT_BYTES = 256 << 20
 
@@ -125,7 +125,7 @@ class Publisher:
         self._pairs = own, reader
         self._door = Doorkeeper(self._context, {reader.public})
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 200
+        self._socket.linger = 2000
         own.listen_by(self._socket)
         self._socket.maxmsgsize = 1 << 20
         try:

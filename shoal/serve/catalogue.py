@@ -20,6 +20,8 @@ from shoal.serve.ticket import Outputs
 
 _FRESH_S = 1.0
 _PROBE_S = 2.0
+# A version that comes in is asked while the one before it answers: it may take its time.
+_FIRST_ANSWER_S = 30.0
 _PROBE_TOLERANCE, _PROBE_TOLERANCE_CHEAP = 1e-3, 3e-2
 _LOAD_S = 300.0
 
@@ -140,23 +142,23 @@ class Catalogue:
         """Ask for a sample; those who want to know at the same time share one inference, for anybody may ask."""
         asked = self._probing.get(desk)
         if asked is None:
-            asked = asyncio.get_running_loop().create_task(desk.infer(_sample_request(desk), _PROBE_S))
+            asked = asyncio.get_running_loop().create_task(desk.infer(_sample_request(desk, _PROBE_S), _PROBE_S))
             self._probing[desk] = asked
             asked.add_done_callback(lambda task: (self._probing.pop(desk, None), task.cancelled() or task.exception()))
         await asyncio.shield(asked)
 
 
-def _sample_request(desk: Desk) -> v2.InferRequest:
+def _sample_request(desk: Desk, within_s: float) -> v2.InferRequest:
     rows = tuple(np.frombuffer(raw, spec.dtype).reshape(1, *spec.shape[1:])
                  for raw, spec in zip(desk.sample, desk.signature.inputs, strict=True))  # fmt: skip
-    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=_PROBE_S, priority=0, uncached=True,
+    return v2.InferRequest(id="", inputs=rows, rows=1, wanted=(), timeout_s=within_s, priority=0, uncached=True,
                            own=True)  # fmt: skip
 
 
 async def probe(desk: Desk) -> str | None:
     """Ask a version for its sample through its queue; None where the right answer came, else what was wrong."""
     try:
-        found = await desk.infer(_sample_request(desk), _PROBE_S)
+        found = await desk.infer(_sample_request(desk, _FIRST_ANSWER_S), _FIRST_ANSWER_S)
     except Refusal as refusal:
         return refusal.sentence
     specs = desk.signature.outputs

@@ -45,7 +45,7 @@ from shoal.serve.tolerance import Tolerance
 from shoal.serve.tracing import exporters
 
 _POLL_S = 0.05
-_OPEN_S = 30.0
+_OPEN_S = 120.0
 _SILENT_S = 10.0
 _MOST_DEATHS, _DEATHS_WITHIN_S = 5, 10.0
 
