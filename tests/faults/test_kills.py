@@ -52,7 +52,7 @@ KILLS: list[tuple[int, int, str, str]] = [
 ]
 
 
-LONG = make_job(epochs=30)
+LONG = make_job(epochs=20)
 
 
 def nadam(params: Any) -> torch.optim.Optimizer:
