@@ -164,7 +164,8 @@ def test_answers_keep_up_with_the_run(tmp_path: Path, online: Online) -> None:
         asker.rises("answers to change after the silence")
         until(lambda: (service.numbers()["online"]["weights"] or {}).get("following"), "the statistics to say so")
         numbers = service.numbers()["online"]
-        assert numbers["follows"]["lost"] == numbers["weights"]["lost"] == 1 and numbers["weights"]["tries"] > 0
+        # On a busy machine it may have been silent for as long before.
+        assert numbers["follows"]["lost"] == numbers["weights"]["lost"] >= 1 and numbers["weights"]["tries"] > 0
         assert numbers["version"] != version
         version = numbers["version"]
 
