@@ -56,7 +56,7 @@ def test_what_one_worker_cannot_hold_trains_under_the_plan_that_is_proposed(
         return err.rstrip("\n").splitlines()[-1]
 
     def trained(*words: str) -> Any:
-        assert main(["train", "jobs.py:large", *words, "--steps", "12", "--json"]) == 0
+        assert main(["train", "jobs.py:large", *words, "--epochs", "3", "--json"]) == 0
         out, err = capfd.readouterr()
         return json.loads(out), err
 

@@ -24,6 +24,7 @@ from shoal.plan import Plan
 from shoal.ps.claims import Claim, Claims
 from shoal.ps.ledger import EMPTY, Ledger, UnitColumns, regions
 from shoal.ps.lock import locked
+from shoal.train import published as published_module
 from shoal.train.describe import describe, fill
 from shoal.train.metric_state import MetricNotes
 from shoal.train.pacing import Pacer, PushRecorder
@@ -280,7 +281,7 @@ def test_readers_get_whole_weights_of_servers_that_never_rest(
     servers = [PushServer(store, k, None, Waiting(spin_s=0.0), PLAN, -1) for k in (0, 1)]  # type: ignore[arg-type]
     threads = [threading.Thread(target=serve, args=[server]) for server in servers]
     published = PublishedWeights(store, PushClocks(ledger))
-    monkeypatch.setattr("shoal.train.published._WHOLE_S", 60.0)
+    monkeypatch.setattr(published_module, "_WHOLE_S", 60.0)
     out = np.zeros(published.size, np.uint8)
     for thread in threads:
         thread.start()
