@@ -17,9 +17,8 @@ from shoal.observe.compare import max_rel_diff
 PLANS = [
     ("dp=2,threads=1", 5),
     ("tp=2,threads=1", 12),
-    ("pp=2,microbatches=2,threads=1", 17),
-    ("dp=3,zero=3,threads=1", 24),
-    ("dp=1,threads=1", None),
+    ("dp=3,zero=3,threads=1", 19),
+    ("pp=2,microbatches=2,threads=1", None),
 ]
 
 
@@ -76,7 +75,7 @@ def test_one_plan_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert [(n, w.shape) for n, w in gone_on.weights().items()] == [(n, w.shape) for n, w in whole.weights().items()]
         checkpoint = run / "checkpoints" / f"step-{gone_on.summary()['steps']:08d}" / "state.safetensors"
         assert _header(checkpoint) == _header(sorted((tmp_path / "whole" / "checkpoints").glob("step-*/state*"))[-1])
-    assert [e["resumed_from"] for e in events(run, "run_start")] == [None, 5, 12, 17, 24]
+    assert [e["resumed_from"] for e in events(run, "run_start")] == [None, 5, 12, 19]
     assert max_rel_diff(whole.weights(), gone_on.weights()) <= 1e-9
     for one, other in zip(history(whole), history(gone_on), strict=True):
         assert one == pytest.approx(other, rel=1e-9)
