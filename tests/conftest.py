@@ -6,6 +6,7 @@ A test marked ``real_data`` gets the user's own cache and network instead.
 from __future__ import annotations
 
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -46,6 +47,16 @@ def _own_cache_and_offline(
     yield
     for name, value in before.items():
         _set(name, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_arrive() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore Ctrl-C, and all that this starts in turn: not here."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
