@@ -42,6 +42,11 @@ class Installed:
         self.frozen = frozen
         self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         self.applied = Applied()
+        self._exchanges = [
+            registry.all_rewrites()[name].exchange(functools.partial(self.applied.count, name, 1))
+            for name in self.names
+            if registry.exchanges(name)
+        ]
 
     def put(self, module: nn.Module) -> None:
         """Take a module over, where it is one that can be."""
@@ -67,10 +72,15 @@ class Installed:
 
     def remove(self) -> None:
         """Give all modules back; ``resume`` takes them over again, with what was traced."""
+        for exchange in self._exchanges:
+            exchange.end()
         for module in self._forwards:
             vars(module).pop("forward", None)
 
     def resume(self) -> None:
+        """Take over what was given back, and how this process computes."""
+        for exchange in self._exchanges:
+            exchange.begin()
         for module, forward in self._forwards.items():
             vars(module)["forward"] = forward
 
@@ -85,7 +95,7 @@ class Installed:
             places = 0
             for name in self.names:
                 one = registry.all_rewrites()[name]
-                if hasattr(one, "replace_leaf"):
+                if not hasattr(one, "rewrite"):
                     continue
                 if one.TRAINS if region.training else one.INFERS:
                     found = int(one.rewrite(region))
@@ -161,4 +171,5 @@ def install(model: nn.Module, names: Iterable[str], frozen: bool = False) -> Ins
     installed = Installed(names, frozen)
     installed.put_leaves(model)
     installed.put(model)
+    installed.resume()
     return installed

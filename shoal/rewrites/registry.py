@@ -5,6 +5,7 @@
 - ``TRAINS``, ``INFERS``: whether it applies in training, and where nothing is trained (evaluation, serving).
 - ``replace_leaf(layer, found) -> forward or None``: another forward for a single layer of torch's own, which calls ``found``
   when it turns out to be of use; or
+- ``exchange(found) -> Exchange``: another way for the whole process to compute in float32, from ``begin()`` to ``end()``; or
 - ``rewrite(region) -> int``: change ``region.graph``; return in how many places. Only what is equal for every input may be
   changed; what depends on the input (its layout, say) is looked at when it comes.
 
@@ -41,6 +42,11 @@ def in_order(chosen: Iterable[str]) -> tuple[str, ...]:
     """The chosen names in the order in which they are applied, whatever order they were given in."""
     wanted = set(chosen)
     return tuple(name for name in all_rewrites() if name in wanted)
+
+
+def exchanges(name: str) -> bool:
+    """Whether it changes how a process computes in float32, and nothing in other types of numbers."""
+    return hasattr(all_rewrites()[name], "exchange")
 
 
 def describe(name: str) -> str:

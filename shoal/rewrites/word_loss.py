@@ -190,7 +190,7 @@ class _SumOfCrossEntropies(torch.autograd.Function):
             # The gradient of the scores: probabilities, less one at the target.
             scores.div_(sums).scatter_add_(1, aim, right.new_full((), -1).expand_as(right))
             if for_x is not None:
-                torch.mm(scores, weight, out=for_x[start : start + rows])
+                for_x[start : start + rows] = scores @ weight
             if for_weight is not None:
                 for_weight.addmm_(scores.t(), own)
             if for_bias is not None:

@@ -114,13 +114,16 @@ class _Tuning:
         began = time.monotonic()
         if not question.forced:
             # Most models have nothing to rewrite, and are soon done with.
-            names = names if self._finds_anything(names, few) else ()
+            names = self._applicable(names, few)
         if time.monotonic() - began > _SLOW_S:
             few = min(few, 2)
         findings: list[Finding] = []
         sound: list[str] = []
         check = _Check(self._job, model, samples_of(self._work.batch, 0, few), few) if names else None
         for name in names:
+            if registry.exchanges(name):
+                # A few samples do not make it worth while.
+                check = _Check(self._job, model, self._work.batch, question.samples, double=False)
             trouble = check.trouble((name,)) if check is not None else None
             if trouble != NOT_FOUND or question.forced:
                 findings.append(Finding(name, trouble=trouble))
@@ -133,6 +136,13 @@ class _Tuning:
         sub_batch = self._measure_sub_batches(chosen, measured) if question.sub_batches else 0
         unsound = [finding for finding in findings if finding.trouble is not None]
         return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), question.samples)
+
+    def _applicable(self, names: Sequence[str], few: int) -> tuple[str, ...]:
+        """These without what has no place: changes of the model, looked for all together, and of how a process computes."""
+        changes = [name for name in names if not registry.exchanges(name)]
+        found = set(changes if changes and self._finds_anything(changes, few) else ())
+        found |= {n for n in names if registry.exchanges(n) and self._finds_anything((n,), self._question.samples)}
+        return registry.in_order(found)
 
     def _finds_anything(self, names: Sequence[str], few: int) -> bool:
         """Whether any of these rewrites finds a place, taken all together."""
@@ -241,14 +251,14 @@ NOT_FOUND = "finds nothing to change in this model"
 
 
 class _Check:
-    """Compares a rewritten model with the author's on a few samples."""
+    """Compares a rewritten model with the author's on some samples, in float64 where both is wanted and possible."""
 
-    def __init__(self, job: Any, model: nn.Module, batch: Any, count: int) -> None:
+    def __init__(self, job: Any, model: nn.Module, batch: Any, count: int, double: bool = True) -> None:
         self._job, self._count = job, count
         self._model, self._batch, self._close = model, batch, _CLOSE_SINGLE
         self._truth: Any = None
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        if size <= _MOST_DOUBLED_BYTES and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+        if double and size <= _MOST_DOUBLED_BYTES and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
             # A copy in which every number is exact to nine digits; where it cannot be run, the model as it is decides.
             with contextlib.suppress(Exception):
                 self._model, self._batch = copy.deepcopy(model).double(), _doubled(batch)
