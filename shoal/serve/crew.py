@@ -80,7 +80,7 @@ class Crew:
         self.on_up: Callable[[int, int], None] = lambda rank, wake: None
         self.on_down: Callable[[int], None] = lambda rank: None
         # Told why weights that follow a run do so no more, and of updates that were not taken.
-        self.on_lost: Callable[[str], None] = lambda reason: None
+        self.on_lost: Callable[[str, bool], None] = lambda reason, ended: None
         self.on_skipped: Callable[[str], None] = lambda sentence: None
         self._follower: Child | None = None
         self._follows = False
@@ -292,7 +292,7 @@ class Crew:
             if isinstance(message, Skipped):
                 self.on_skipped(message.sentence)
             elif isinstance(message, Lost):
-                self._lose(message.reason)
+                self._lose(message.reason, message.ended)
         if child in dead:
             self._follower = None
             if self._follows:
@@ -305,10 +305,10 @@ class Crew:
                 pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**self._fruitless) if self._fruitless else 0.0
                 self._next_follower_at = time.monotonic() + pause_s
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, ended: bool = False) -> None:
         self._follows = False
         self.slots.live[LIVE.ENDED] = 1
-        self.on_lost(reason)
+        self.on_lost(reason, ended)
 
     # -- a replica's life ----------------------------------------------------------------------------------------
 

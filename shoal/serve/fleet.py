@@ -245,11 +245,11 @@ class Fleet:
         """
         if name in self._rollouts:
             raise RequestError(f"A new version of {name} is on its way already; wait for it.")
-        source = source or self._sources.get(name)
+        named, source = source is not None, source or self._sources.get(name)
         if source is None:
             raise TargetError(f'There is no model "{name[:80]}" that could be loaded; shoal serve NAME=PATH names one.')
         if checkpoint is None and live is None and name in self._followers:
-            checkpoint, live = self._followers[name].weights_for(source)
+            checkpoint, live = self._followers[name].weights_for(source, named)
         self._versions[name] = self._versions.get(name, 0) + 1
         self._sources.setdefault(name, source)
         old = self._active.get(name)
@@ -344,7 +344,7 @@ class Fleet:
         self._awaited.discard(crew.signature.name)
         self._tell(Take(crew.edition))
         if old is not None:
-            old.on_lost = old.on_skipped = lambda sentence: None
+            old.on_lost, old.on_skipped = (lambda reason, ended: None), (lambda sentence: None)
             self._retire(old)
         self._finish(rollout, None)
         follower = self._followers.get(crew.signature.name)

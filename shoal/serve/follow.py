@@ -103,25 +103,33 @@ class Follower:
         self._taken = found
         self._begin(found)
 
-    def weights_for(self, source: Path) -> tuple[Path | None, Path | None]:
-        """Where the weights are of what is loaded anew from ``source``: (a checkpoint, a run to be followed by its updates).
+    def weights_for(self, source: Path, named: bool = True) -> tuple[Path | None, Path | None]:
+        """Where the weights are of what is loaded from ``source``: (a checkpoint, a run to be followed by its updates).
 
-        Neither where it has its own. RequestError where there are none yet.
+        Neither where it has its own; ``named``: somebody wants these, and not only the model anew. RequestError where there are
+        none yet.
         """
-        if (source / bundle.WEIGHTS).exists() or source.resolve() != checkpoints_of(self._run):
+        own = (source / bundle.WEIGHTS).exists() or source.resolve() != checkpoints_of(self._run)
+        if own and named:
             return None, None
         if self._follows:
             return None, self._run
         found = newest(self._run)
+        if own and (found is None or found.name == "model"):
+            return None, None
         if found is None:
             raise RequestError(f"The run {self._run.name} has no checkpoint yet that could be loaded.")
         return found, None
 
-    def lost(self, reason: str) -> None:
-        """The weights follow the run no more; what they are now is newer than any checkpoint that there is."""
+    def lost(self, reason: str, ended: bool = False) -> None:
+        """The weights follow the run no more; what they are now is newer than any checkpoint that there is.
+
+        ``ended``: the run has said that this was all.
+        """
         self._follows = False
-        self.losses += 1
-        self._look_for_it()
+        if not ended:
+            self.losses += 1
+            self._look_for_it()
         found = newest(self._run)
         if found is not None and found.name != "model":
             self._taken = found

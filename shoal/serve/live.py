@@ -113,13 +113,15 @@ def not_a_number(model: nn.Module) -> str | None:
 def follow(banks: Banks, slots: Slots, message: FollowRun, channel: Channel) -> None:
     """Keep the banks current until the run publishes nothing more, or cannot be heard any more; then say so."""
     torch.set_num_threads(1)
+    ended = False
     try:
         with Reader(message.run, message.within_s) as reader:
             _keep(banks, slots, reader, channel)
+            ended = reader.ended is not None
             reason = reader.ended or f"Nothing was heard of it for {reader.silent_s:.0f} s."
     except ShoalError as error:
         reason = str(error)
-    channel.send(Lost(reason))
+    channel.send(Lost(reason, ended))
 
 
 def _keep(banks: Banks, slots: Slots, reader: Reader, channel: Channel) -> None:

@@ -258,6 +258,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Lost:
-    """That process to the supervisor: the run publishes nothing more, or cannot be heard, and why."""
+    """That process to the supervisor: the run publishes nothing more, or cannot be heard, and why. ``ended``: it has said so."""
 
     reason: str
+    ended: bool = False

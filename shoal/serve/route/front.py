@@ -10,7 +10,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.serve.asgi import Receive, Scope, Send, gone, refuse, respond, say, state
+from shoal.serve.asgi import GRPC_HEADER, Receive, Scope, Send, gone, refuse, respond, say, state
 from shoal.serve.refusals import Refusal
 from shoal.serve.route.balance import Ask, Balancer, Ended
 from shoal.serve.route.choosing import CONNECT_S, MOST_TRIES, PAUSE_S, Down, Late, Left, choose
@@ -59,6 +59,8 @@ class Front:
     ) -> None:  # fmt: skip
         """``timeout_s``: the deadline of a request that brings none; ``affinity_header``: which header has a request's key."""
         self.tally = Tally(metrics)
+        # Where the route speaks gRPC too.
+        self.grpc_port: int | None = None
         # Set where traces are kept.
         self.tracing: Tracing | None = None
         self._balancer = balancer
@@ -99,7 +101,8 @@ class Front:
         elif path == "/v2/health/ready":
             if self.tally.draining or not self._balancer.any_ready(time.monotonic()):
                 raise Refusal(503, "No service is ready.", 1.0)
-            await respond(send, 200, b"", [])
+            spoken = [] if self.grpc_port is None else [(GRPC_HEADER, b"%d" % self.grpc_port)]
+            await respond(send, 200, b"", spoken)
         elif path == "/metrics":
             content = self._metrics.render(self.numbers())
             await respond(send, 200, content, [(b"content-type", self._metrics.content_type)])

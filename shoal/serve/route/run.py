@@ -135,6 +135,7 @@ class Route:
         # Its library listens itself, at an address that is kept for it.
         self._held = hold(options.host, port, "--grpc-port")
         self.grpc_url = address_of(self._held)
+        self._front.grpc_port = int(self.grpc_url.rpartition(":")[2])
         ca = None if ca_file is None else ca_file.read_bytes()
         links = [GrpcLink(links, ca, links.address.tls) for links in self._links]
         found = GrpcFront(

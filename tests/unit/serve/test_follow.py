@@ -97,8 +97,8 @@ def test_updates_are_followed_and_checkpoints_wait(run: Run) -> None:
     (run.path / "read.key").unlink()
     run.finish()
     assert taker.look() == []
-    taker.follower.lost("The run has ended.")
-    assert taker.look() == ["model"]
+    taker.follower.lost("The run has ended.", True)
+    assert taker.look() == ["model"] and taker.follower.losses == 1
 
 
 def test_a_run_that_cannot_be_heard_is_followed_by_its_checkpoints(run: Run) -> None:
@@ -168,3 +168,7 @@ def test_what_is_loaded_anew_has_its_weights_from_the_run(run: Run, tmp_path: Pa
     taker.look()
     taker.done(None)
     assert taker.follower.weights_for(beside) == (None, run.path.resolve())
+    # Loaded anew, and not another one: a model whose description came from elsewhere keeps up with the run, too.
+    assert taker.follower.weights_for(tmp_path / "elsewhere", named=False) == (None, run.path.resolve())
+    taker.follower.lost("Nothing was heard of it.")
+    assert taker.follower.weights_for(tmp_path / "elsewhere", named=False) == (beside / "step-3", None)
