@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class _World:
             service.close()
 
 
+def _until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + _WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_World]:
     made = _World(tmp_path_factory.mktemp("route"))
@@ -71,10 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_World]:
 @pytest.fixture
 def client(world: _World) -> Iterator[Any]:
     with triton.InferenceServerClient(world.grpc_url) as found:
-        deadline = time.monotonic() + _WAIT_S
-        while not found.is_server_ready() or not all(one["ready"] for one in world.numbers()["services"]):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        _until(lambda: found.is_server_ready() and all(one["grpc_port"] for one in world.numbers()["services"]))
         yield found
 
 
@@ -126,10 +130,7 @@ def test_answers_errors_and_keys_pass_through(world: _World, client: Any) -> Non
             break
     bundles.gate(world.odd).touch()
     assert client.get_model_metadata("odd", headers=_HEADERS).name == "odd"
-    deadline = time.monotonic() + _WAIT_S
-    while world.numbers()["open"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    _until(lambda: not world.numbers()["open"])
     now = world.numbers()
     grown = {word: now[word] - before[word] for word in ("accepted", "answered", "failed", "invalid", "expired", "refused")}
     assert (grown["answered"], grown["failed"], grown["invalid"], grown["expired"] + grown["refused"]) == (29, 1, 3, 1), grown
@@ -157,8 +158,5 @@ def test_a_stream_is_answered_in_its_order_while_a_gateway_is_killed_and_a_servi
     ask(200, 260)
     client.stop_stream()
     # The other one may have answered all of these: that this one is gone comes to light when it is looked at next.
-    deadline = time.monotonic() + _WAIT_S
-    while world.numbers()["services"][1]["ready"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    _until(lambda: not world.numbers()["services"][1]["ready"])
     assert _infer(client).as_numpy("output").shape == (1, 5)
