@@ -128,7 +128,7 @@ class _Forward:
         taken = self._signature.take_apart(args, kwargs) if self._signature.simple else None
         if taken is not None:
             call, tensors = taken
-            key = (module.training, torch.is_grad_enabled(), call)
+            key = (module.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), call)
             if key not in self._ways and len(self._ways) < _MOST_WAYS:
                 self._ways[key] = self._installed.rewrite(module, call)
             way = self._ways.get(key)

@@ -22,7 +22,7 @@ def rewrite(region: Region) -> int:
     """Merge the layers of each input that has several."""
     places = 0
     for source in list(region.graph.nodes):
-        users = [user for user in source.users if module_of(region, user, nn.Linear) is not None and user.args[0] is source]
+        users = [user for user in source.users if _is_linear_of(region, user, source)]
         layers: list[Any] = [region.module(user) for user in users]
         if len(users) < 2 or len({layer.bias is None for layer in layers}) > 1 or len(set(map(id, layers))) < len(layers):
             continue
@@ -36,6 +36,11 @@ def rewrite(region: Region) -> int:
             region.graph.erase_node(user)
         places += 1
     return places
+
+
+def _is_linear_of(region: Region, node: Any, source: Any) -> bool:
+    # One that nobody uses gets no gradient: merged it would get zeros.
+    return module_of(region, node, nn.Linear) is not None and node.args[0] is source and bool(node.users)
 
 
 def _part(parts: tuple[torch.Tensor, ...], place: int) -> torch.Tensor:

@@ -2,28 +2,25 @@
 
 torch.fx runs the code once on stand-ins for the tensors. What the code does beside computing on them would be done then and
 never again, so a graph is made only where nothing of that kind is seen: no attribute of a module changes, no random stream
-moves, no container has hooks, and every branch hangs on values that are compared at each call (``Guard``).
+moves, no container has hooks, and every branch hangs on values that are compared at each call (``Guard``). Nor does a graph know
+of what the code has set around its operations (no gradients, autocast, checkpoints), or of gradients that the author has written.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import inspect
 import math
-import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-_PLAIN = (bool, int, float, str, type(None))
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
+from shoal.rewrites.watched import HOOKS, PLAIN, Guard, Held
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Signature:
         for name, value in list(bound.arguments.items())[1:]:
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
-            elif isinstance(value, _PLAIN):
+            elif isinstance(value, PLAIN):
                 constants.append((name, value))
             else:
                 return None
@@ -76,6 +73,14 @@ class _Tracer(fx.Tracer):
         # A buffer that were taken as it is would stay what it was.
         self.proxy_buffer_attributes = True
         self._call = call
+        self._modes = modes()
+        self.bent = False
+        """An operation stood under another mode than the call itself."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        # The author's code may catch what is raised here.
+        self.bent = self.bent or modes() != self._modes
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -92,6 +97,35 @@ class _Tracer(fx.Tracer):
         return is_leaf(m)
 
 
+def modes() -> tuple[Any, ...]:
+    """What is set around the operations that run now: gradients, autocast, hooks on what is saved for the backward pass."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else None
+    saved = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, dtype, saved
+
+
+class _OwnGradients:
+    """Sees whether code calls an autograd Function: on stand-ins its forward runs like any code, and its backward is lost."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def _look(self, frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and getattr(called, "__name__", None) == "apply":
+            own = getattr(called, "__self__", None)
+            self.seen = self.seen or (isinstance(own, type) and issubclass(own, torch.autograd.Function))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        before = sys.getprofile()
+        sys.setprofile(self._look)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is called as one: torch's own, but not the containers that run others in turn."""
     own = type(module).__module__.startswith(("torch.nn", "torch.ao", "torch.quantization"))
@@ -100,85 +134,12 @@ def is_leaf(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches or changes what goes through a module."""
-    return any(getattr(module, name, None) for name in _HOOKS)
+    return any(getattr(module, name, None) for name in HOOKS)
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nothing but its class decides what a module does: no hooks, no forward of the instance, no parametrization."""
     return not has_hooks(module) and "forward" not in vars(module) and not hasattr(module, "parametrizations")
-
-
-def _seen_attributes(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
-    """The attributes of modules that code may branch on or change."""
-    skipped = set(_HOOKS)
-    return [{k: _shallow(v) for k, v in vars(m).items() if k not in skipped} for m in modules]
-
-
-def _shallow(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (list, tuple)):
-        return (type(value), tuple(id(v) if not isinstance(v, _PLAIN) else v for v in value))
-    if isinstance(value, dict):
-        return (dict, tuple((str(k), v if isinstance(v, _PLAIN) else id(v)) for k, v in value.items()))
-    return id(value)
-
-
-class _Held:
-    """The attributes of modules and the random streams, to be put back when the code was run once too often."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
-        self._contents = [
-            (value, copy.copy(value))
-            for attributes, _ in self._attributes
-            for value in attributes.values()
-            if type(value) in (list, dict, set)
-        ]
-        self._python, self._torch = random.getstate(), torch.get_rng_state()
-        numpy_random = sys.modules.get("numpy.random")
-        self._numpy = numpy_random.get_state() if numpy_random is not None else None
-
-    def put_back(self) -> None:
-        for attributes, values in self._attributes:
-            attributes.clear()
-            attributes.update(values)
-        for value, content in self._contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
-        if self._numpy is not None:
-            sys.modules["numpy.random"].set_state(self._numpy)
-
-
-def _random_states() -> tuple[Any, ...]:
-    numpy_random = sys.modules.get("numpy.random")
-    held = numpy_random.get_state()[1].tobytes() if numpy_random is not None else None
-    return random.getstate(), held, bytes(torch.get_rng_state().numpy())
-
-
-class Guard:
-    """Whether a module and all in it are still as they were traced: plain attributes, who has no hooks, forwards of layers."""
-
-    def __init__(self, modules: Sequence[nn.Module], everything: Sequence[nn.Module] = ()) -> None:
-        """``modules``: whose code was traced; ``everything``: these, and the layers that they call."""
-        self._held = [
-            (vars(module), tuple((name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN)))
-            for module in modules
-        ]
-        hooks = [getattr(module, name) for module in everything for name in _HOOKS]
-        self._no_hooks = [held for held in hooks if not held]
-        self._forwards = [(vars(m), vars(m).get("forward")) for m in everything if is_leaf(m)]
-
-    def holds(self) -> bool:
-        if any(self._no_hooks) or any(own.get("forward") is not known for own, known in self._forwards):
-            return False
-        for attributes, known in self._held:
-            for name, value in known:
-                if attributes.get(name, self) != value:
-                    return False
-        return True
 
 
 @dataclass
@@ -218,16 +179,17 @@ def trace(module: nn.Module, call: Call) -> Region | None:
     if any("forward" in vars(m) for m in inner if m is not module) or type(module).__call__ is not nn.Module.__call__:
         return None
     everything = list(module.modules())
-    before, streams, held = _seen_attributes(everything), _random_states(), _Held(everything)
+    held, tracer, own_gradients = Held(everything), _Tracer(call), _OwnGradients()
     try:
-        graph = _Tracer(call).trace(module)
+        with own_gradients.watched():
+            graph = tracer.trace(module)
     except Exception:
         # Whatever goes wrong is left to the author's own code, which knows how to run.
         graph = None
-    changed = _random_states() != streams or _seen_attributes(everything) != before
+    changed = held.changed()
     # Also the tensors that the code makes anew, which torch.fx would keep for ever.
     held.put_back()
-    if graph is None or changed:
+    if graph is None or changed or tracer.bent or own_gradients.seen:
         return None
     if any(node.op == "get_attr" and not _belongs(module, str(node.target)) for node in graph.nodes):
         return None
