@@ -52,6 +52,8 @@ class Kind(IntEnum):
     """Gradients of rows, summed by key; the number of their table."""
     COMMIT = 4
     """The end of a push."""
+    TOLD = 5
+    """A frame of a message: see ``shoal.ps.logged``; which one."""
 
 
 @dataclass(frozen=True)

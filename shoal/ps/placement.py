@@ -12,6 +12,7 @@ from shoal.ps.dense import Numbers, Piece
 from shoal.ps.kernel import load
 from shoal.ps.ring import Ring
 from shoal.ps.shard import Push, RowGradients
+from shoal.ps.table import Rows
 
 
 class Placement:
@@ -38,6 +39,10 @@ class Placement:
         """The shards of a table that a server holds, in order."""
         return tuple(int(k) for k in np.flatnonzero(self._table_servers[table] == server))
 
+    def server_of_shard(self, table: int, shard: int) -> int:
+        """Who has a shard of a table."""
+        return int(self._table_servers[table][shard])
+
     def servers_of(self, table: int, keys: np.ndarray) -> dict[int, np.ndarray]:
         """For each server, the positions of those keys whose rows it has; servers with none are left out."""
         if len(self.servers) == 1:
@@ -46,6 +51,13 @@ class Placement:
         by_shard = self._table_servers[table]
         owners = np.repeat(by_shard, np.diff(starts))
         return {s: np.sort(own).astype(np.int64) for s in self.servers if len(own := order[owners == s])}
+
+    def split_rows(self, table: int, rows: Rows) -> dict[int, Rows]:
+        """Rows by the server that has them; servers with none are left out."""
+        return {
+            server: Rows(rows.keys[at], rows.values[torch.from_numpy(at)], rows.counts[at], rows.last[at])
+            for server, at in self.servers_of(table, rows.keys).items()
+        }
 
     def split(
         self, ids: tuple[PushId, ...], dense: Mapping[int, torch.Tensor], rows: Mapping[int, RowGradients], *, step: int,

@@ -111,9 +111,11 @@ class Publisher:
     """Serves readers in a thread of its own until it is closed."""
 
     def __init__(
-        self, source: Source, run: str, address: str = "tcp://127.0.0.1:*", after: Succession | None = None
-    ) -> None:
+        self, source: Source, run: str, address: str = "tcp://127.0.0.1:*", after: Succession | None = None, host: str = "",
+    ) -> None:  # fmt: skip
         """Bind; ``read_key`` is then what a reader needs. zmq.ZMQError where the address cannot be had.
+
+        ``host``: what readers elsewhere know this machine by, where ``address`` is all of its addresses.
 
         ``after``: what a publisher of the same run has left that was closed for this one: its readers find this one where that
         one was, with the keys that they have, and publications count on.
@@ -133,7 +135,7 @@ class Publisher:
         except zmq.ZMQError:
             # Somebody else has it by now: readers need the new one.
             self._socket.bind(address)
-        bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).replace("//0.0.0.0:", f"//{host or '0.0.0.0'}:")
         self.read_key = ReadKey(bound, own.public, reader.public, reader.secret)
         self._edition = _Edition(source, 0 if after is None else after.number)
         # Who waits: its identity, what it has, and since when.

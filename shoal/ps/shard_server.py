@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
 
-from shoal.errors import JobFailed, RequestError, ShoalError
+from shoal.errors import RequestError, ShoalError
 from shoal.ps import messages
-from shoal.ps.applied import PartlyApplied, PushId
+from shoal.ps.applied import PartlyApplied
 from shoal.ps.endpoint import Endpoint
 from shoal.ps.messages import (
     Block,
@@ -31,7 +30,9 @@ from shoal.ps.messages import (
     Take,
     Taken,
 )
-from shoal.ps.shard import Push, Shard, add_up
+from shoal.ps.shard import Push, Shard
+from shoal.ps.staged import MissingError, Staged
+from shoal.ps.watch import Watching
 from shoal.ps.wire import Malformed, encode
 
 _SLICE_S = 0.1
@@ -58,9 +59,9 @@ class ShardServer:
         self.shard = shard
         self.endpoint = endpoint
         self._keeper: Keeper = keeper if keeper is not None else InMemory()
-        # Pushes that wait to be applied with others.
-        self._staged: dict[PushId, Push] = {}
-        self._sum: Push | None = None
+        # Answers those who follow what is held here.
+        self._watching = Watching(shard, endpoint, self._keeper.when_kept)
+        self.staged = Staged(shard)
 
     def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
         """Answer until ``over``; ``between`` is called several times a second."""
@@ -73,7 +74,7 @@ class ShardServer:
         try:
             message = messages.decode_request(frames)
         except Malformed as error:
-            self.endpoint.complain(str(error))
+            self._take_other(identity, frames, error)
             return
 
         def answer(answered: msgspec.Struct, further: Sequence[Any] = ()) -> None:
@@ -83,10 +84,18 @@ class ShardServer:
             self._answer(message, frames[1:], answer)
         except Malformed as error:
             self.endpoint.complain(str(error))
-        except (PartlyApplied, RequestError, JobFailed) as error:
+        except MissingError as error:
+            answer(Refused(message.number, str(error), missing=True))
+        except (PartlyApplied, ShoalError) as error:
             answer(Refused(message.number, str(error)))
-        except ShoalError as error:
-            answer(Refused(message.number, str(error)))
+
+    def _take_other(self, identity: bytes, frames: Sequence[Any], error: Malformed) -> None:
+        """It is no client's; ``error``: why."""
+        try:
+            if not self._watching.take(identity, frames):
+                raise error
+        except Malformed as found:
+            self.endpoint.complain(str(found))
 
     def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
         shard, number = self.shard, message.number
@@ -106,8 +115,10 @@ class ShardServer:
             rows = shard.pull_rows(message.table, messages.unpack_keys(message, frames), message.step)
             heads, views = messages.pack_tensors({"": rows})
             answer(PulledRows(number, shard.version, heads[0]), views)
-        elif isinstance(message, (Norm, Commit)):
-            self._together(message, answer, done)
+        elif isinstance(message, Norm):
+            answer(Normed(number, self.staged.norm_squared(message.ids)))
+        elif isinstance(message, Commit):
+            done(self.staged.commit(message.ids, message.settled, message.scale, message.groups))
         elif isinstance(message, Take):
             self._give(message, answer)
         elif isinstance(message, Put):
@@ -118,45 +129,11 @@ class ShardServer:
             assert isinstance(message, Ping)
             answer(Done(number, shard.version))
 
-    def _forms(self) -> Forms:
-        shard = self.shard
-        return Forms(
-            {number: (piece.numel, piece.dtype) for number, piece in shard.dense.pieces.items()},
-            {number: (table.spec.width, table.spec.dtype) for number, table in shard.tables.items()},
-        )
-
-    # -- pushes that are applied together ------------------------------------------------------------------------
-
     def _stage(self, push: Push) -> bool:
-        if self.shard.ledger.has(push.ids):
-            return False
-        self.shard.check(push)
-        if len(push.ids) != 1:
-            raise RequestError("A push that waits for others has one id.")
-        new = push.ids[0] not in self._staged
-        # The same again may come from another worker; what is there has been acknowledged.
-        self._staged.setdefault(push.ids[0], push)
-        return new
+        return self.staged.stage(push)
 
-    def _together(self, message: Norm | Commit, answer: Callable[..., None], done: Callable[[bool], None]) -> None:
-        if self.shard.ledger.has(message.ids):
-            done(False) if isinstance(message, Commit) else answer(Normed(message.number, 0.0))
-            return
-        missing = [id for id in message.ids if id not in self._staged]
-        if missing or not message.ids:
-            answer(Refused(message.number, f"{len(missing)} of {len(message.ids)} pushes are not here", missing=True))
-            return
-        if self._sum is None or self._sum.ids != message.ids:
-            pushes = [self._staged[id] for id in message.ids]
-            self._sum = add_up(pushes, self.shard.tables, 1.0, None)
-        if isinstance(message, Norm):
-            answer(Normed(message.number, self._sum.norm_squared()))
-            return
-        whole, self._sum = self._sum, None
-        settled = max(whole.settled, message.settled)
-        new = self.shard.apply(replace(whole, settled=settled, scale=message.scale, groups=message.groups))
-        self._staged = {id: push for id, push in self._staged.items() if id not in self.shard.ledger}
-        done(new)
+    def _forms(self) -> Forms:
+        return forms_of(self.shard)
 
     def _give(self, message: Take, answer: Callable[..., None]) -> None:
         shard = self.shard
@@ -169,3 +146,11 @@ class ShardServer:
             raise RequestError("Something was asked for that is not held here.")
         kept, heads, frames = messages.pack_snapshot(shard.snapshot(message.pieces, wanted))
         answer(Taken(message.number, kept, heads), frames)
+
+
+def forms_of(shard: Shard) -> Forms:
+    """What pushes to a shard are like."""
+    return Forms(
+        {number: (piece.numel, piece.dtype) for number, piece in shard.dense.pieces.items()},
+        {number: (table.spec.width, table.spec.dtype) for number, table in shard.tables.items()},
+    )

@@ -96,7 +96,7 @@ class Lead(Session):
         self._tables = RunTables((), settings.cold_dir)
         self._predicted_s = predicted_step(self._plan, self._job, self._facts)
         run = self._directory.path
-        self._log = RunLog(run, self._plan, wants_log(self._options.push_log, self._plan, run, shared=False))
+        self._log = RunLog(run, self._plan, wants_log(self._options.push_log, self._plan, run))
         first = self._restore(store)
         self._write_beginning(first)
         self._recorder = Recorder(store, self._emit, settings.steps_per_epoch, first)

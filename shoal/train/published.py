@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,13 +15,13 @@ import torch
 from shoal.comm.arena import Arena, Note, Signal
 from shoal.comm.parts import put
 from shoal.comm.store import Store
-from shoal.comm.table import align
+from shoal.comm.table import ParameterTable, align
 from shoal.ps import wire
 from shoal.ps.keys import READ_KEY
 from shoal.ps.ledger import Ledger
-from shoal.ps.publish import Copied, Publisher, Succession
+from shoal.ps.publish import Copied, Publisher, Source, Succession
+from shoal.ps.published_rows import PublishedRows
 from shoal.ps.table import Table
-from shoal.train.published_rows import PublishedRows
 
 _WHOLE_S = 1.0
 _NAP_S = 20e-6
@@ -78,6 +79,33 @@ class PushClocks:
         self._ledger.set_reading(self._ledger.workers, server, holds)
 
 
+@dataclass(frozen=True)
+class Form:
+    """Where everything lies in what is published: weights, as in an arena or whole tensors, and then buffers."""
+
+    tensors: tuple[wire.Tensor, ...]
+    weight_bytes: int
+    buffers_at: int
+    size: int
+
+    @classmethod
+    def of(cls, table: ParameterTable, whole: bool = False) -> Form:
+        """``whole``: parameters are in parts in the arena, and published whole."""
+        tensors: dict[str, wire.Tensor] = {}
+        at = 0
+        for spec in table.parameters:
+            offset = at if whole else spec.offset
+            if spec.name not in tensors:
+                tensors[spec.name] = _tensor(spec.names, spec.dtype, spec.whole_shape, offset)
+                at += align(wire.nbytes(tensors[spec.name]))
+        weight_bytes = at if whole else table.weight_bytes
+        buffers_at = align(weight_bytes)
+        for buffer in table.buffers:
+            if buffer.persistent:
+                tensors[buffer.name] = _tensor(buffer.names, buffer.dtype, buffer.shape, buffers_at + buffer.offset)
+        return cls(tuple(tensors.values()), weight_bytes, buffers_at, buffers_at + table.buffer_bytes)
+
+
 class PublishedWeights:
     """A run's parameters, buffers and rows; implements ``shoal.ps.publish.Source``. Tensors are one block of bytes.
 
@@ -97,20 +125,8 @@ class PublishedWeights:
         self.groups: list[Sequence[int]] = [entries] if clocks.together else [(entry,) for entry in entries]
         self._rows = PublishedRows(tables, len(servers))
         self.tables = self._rows.described
-        tensors: dict[str, wire.Tensor] = {}
-        at = 0
-        for spec in table.parameters:
-            offset = at if self._cut else spec.offset
-            if spec.name not in tensors:
-                tensors[spec.name] = _tensor(spec.names, spec.dtype, spec.whole_shape, offset)
-                at += align(wire.nbytes(tensors[spec.name]))
-        self._weight_bytes = at if self._cut else table.weight_bytes
-        self._buffers_at = align(self._weight_bytes)
-        for spec in table.buffers:
-            if spec.persistent:
-                tensors[spec.name] = _tensor(spec.names, spec.dtype, spec.shape, self._buffers_at + spec.offset)
-        self.tensors = tuple(tensors.values())
-        self.size = self._buffers_at + table.buffer_bytes
+        self._form = Form.of(table, self._cut)
+        self.tensors, self.size = self._form.tensors, self._form.size
 
     def versions(self) -> tuple[int, ...]:
         return tuple(sum(self._clocks.finished(server) for server in members) for members in self._members)
@@ -152,8 +168,8 @@ class PublishedWeights:
 
     def _places(self, entry: int) -> list[tuple[int, int]]:
         """Where lies what belongs to an entry of the versions."""
-        buffers = [(self._buffers_at, self.size)] if entry == 0 else []
-        return [*([(0, self._weight_bytes)] if self._cut else self._ranges(entry)), *buffers]
+        buffers = [(self._form.buffers_at, self.size)] if entry == 0 else []
+        return [*([(0, self._form.weight_bytes)] if self._cut else self._ranges(entry)), *buffers]
 
     def _ranges(self, entry: int) -> list[tuple[int, int]]:
         """Of weights that lie here as they lie in the arena."""
@@ -174,7 +190,7 @@ class PublishedWeights:
                 out[start:stop] = weights[start:stop]
         if entry == 0 and size:
             held = store.arena.region("buffers")[step % 2 * size : (step % 2 + 1) * size]
-            out[self._buffers_at : self.size] = held.numpy()
+            out[self._form.buffers_at : self.size] = held.numpy()
 
     def _take_whole_tensors(self, out: np.ndarray) -> None:
         offsets = {tensor.names[0]: tensor for tensor in self.tensors}
@@ -205,7 +221,15 @@ class Publication:
         if not store.arena.servers:
             yield
             return
-        publisher = Publisher(PublishedWeights(store, clocks, tables), self._run, after=self._before)
+        with self.of_source(PublishedWeights(store, clocks, tables), goes_on):
+            yield
+
+    @contextlib.contextmanager
+    def of_source(
+        self, source: Source, goes_on: Callable[[], bool], address: str = "tcp://127.0.0.1:*", host: str = ""
+    ) -> Iterator[None]:
+        """Publish this meanwhile; ``address``, ``host``: see ``Publisher``."""
+        publisher = Publisher(source, self._run, address, self._before, host)
         # A full disk must not end a run because of readers that may never come.
         with contextlib.suppress(OSError):
             publisher.read_key.write(self._directory)

@@ -8,9 +8,9 @@ evaluation found. How a run goes on from it: ``shoal.train.replay``.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shoal.ps.log import LogWriter
 from shoal.train.checkpoint import Checkpoint, Restored
 from shoal.train.pacing import PushRecorder
 from shoal.train.recorder import Emit, Recorder
-from shoal.train.replay import EPOCHS, FOLDER, SESSION, LoggedTensors, Replay, sessions
+from shoal.train.replay import EPOCHS, FOLDER, LoggedTensors, Replay, SessionLog, sessions
 from shoal.train.row_tables import RunTables
 from shoal.train.settings import RunSettings
 from shoal.train.update_log import LogTrouble, log_limit, log_name
@@ -33,15 +33,16 @@ _LONG_BYTES, _LONG_TIMES = 256 << 20, 4
 _LOOK_S = 1.0
 
 
-def wants_log(asked: bool | None, plan: Plan, run: Path, shared: bool = True) -> bool:
+def wants_log(asked: bool | None, plan: Plan, run: Path) -> bool:
     """Whether a run keeps a log: as it is told, else as it has done so far. PlanError where it cannot."""
-    if asked and (plan.ps is None or not shared):
+    if asked and plan.ps is None:
         raise PlanError(
-            "push_log keeps the pushes of parameter servers that share this machine's memory; give a plan such as "
-            "ps=1,workers=4,async, or leave push_log out."
+            "push_log keeps the pushes of parameter servers; give a plan such as ps=1,workers=4,async, or leave push_log out."
         )
+    if asked and plan.replicas:
+        raise PlanError(f"push_log and replicas={plan.replicas} both keep pushes; leave one of them out.")
     if asked is None:
-        return plan.ps is not None and shared and (run / FOLDER).exists()
+        return plan.ps is not None and not plan.replicas and (run / FOLDER).exists()
     return asked
 
 
@@ -56,9 +57,11 @@ class RunLog:
 
     def __init__(self, run: Path, plan: Plan, kept: bool) -> None:
         self._run, self._plan, self.kept = run, plan, kept
-        self._old = sessions(run)
-        number = 1 + max((int(path.name) for path in (run / FOLDER).glob("[0-9]*")), default=0)
-        self.directory = (run / FOLDER / f"{number:04d}").resolve()
+        found = sessions(run)
+        self._old = [session for session in found if not session.remote]
+        # Those whose processes shared no memory.
+        self._others = [session for session in found if session.remote]
+        self.directory = next_session(run)
         self._replay: Replay | None = None
         self._epochs: LogWriter | None = None
         self._arena: Arena | None = None
@@ -70,17 +73,14 @@ class RunLog:
     # -- going on ------------------------------------------------------------------------------------------------
 
     def tensors(self, found: Checkpoint) -> LoggedTensors | None:
-        """A checkpoint's tensors as the log has them after it; None where it has nothing."""
+        """A checkpoint's tensors as the log has them after it; None where it has nothing. RequestError: it is another log."""
+        refuse(self._run, self._others, found)
         self._replay = Replay(self._run, self._old, found)
         return self._replay.tensors
 
     def refuse(self, found: Checkpoint) -> None:
         """RequestError where there is a log behind a checkpoint: whoever asks cannot read it."""
-        if any(session.pushes(found.step) for session in self._old):
-            raise RequestError(
-                f"{self._run} has a log of pushes behind its checkpoint, and processes that share no memory cannot read it; "
-                "go on with it on one machine until the next checkpoint."
-            )
+        refuse(self._run, [*self._old, *self._others], found)
 
     def roll_forward(
         self, found: Checkpoint, restored: Restored, tables: RunTables, settings: RunSettings
@@ -110,10 +110,7 @@ class RunLog:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             grid = arena.layout.grid
-            said = {"servers": grid.servers, "workers": grid.world_size, "team": grid.team_size, "first": first}
-            part = self.directory / f"{SESSION}.part"
-            part.write_text(json.dumps(said))
-            os.replace(part, self.directory / SESSION)
+            SessionLog(self.directory, grid.servers, grid.world_size, grid.team_size, first).begin()
             self._epochs = LogWriter(self.directory, EPOCHS)
         except OSError as error:
             raise full(self._run, error.strerror or str(error)) from None
@@ -134,15 +131,8 @@ class RunLog:
 
     def keep_epoch(self, entry: dict[str, Any], eval_loss: float) -> None:
         """What an epoch has come to, on disk before anybody goes on."""
-        if self._epochs is None:
-            return
-        number = int(entry["epoch"])
-        try:
-            self._epochs.begin(number, 0)
-            self._epochs.commit(json.dumps({"entry": entry, "eval_loss": eval_loss}).encode())
-            self._epochs.wait(number, _SYNC_S)
-        except OSError as error:
-            raise full(self._run, error.strerror or str(error)) from None
+        if self._epochs is not None:
+            write_epoch(self._epochs, self._run, entry, eval_loss)
 
     def checkpointed(self, found: Checkpoint) -> None:
         """A checkpoint is on disk: what no checkpoint needs is deleted."""
@@ -156,6 +146,8 @@ class RunLog:
             if oldest > following:
                 shutil.rmtree(session.path, ignore_errors=True)
                 self._old.remove(session)
+        if oldest > self._first:
+            discard(self._others)
         self._looked = 0.0
 
     def is_long(self, checkpoint_bytes: int) -> bool:
@@ -163,7 +155,7 @@ class RunLog:
         now = time.monotonic()
         if self.kept and now - self._looked > _LOOK_S:
             self._looked = now
-            self._long = logs.total_bytes(self.directory) > max(_LONG_BYTES, _LONG_TIMES * checkpoint_bytes)
+            self._long = is_long(self.directory, checkpoint_bytes)
         return self._long
 
     def fail(self, trouble: LogTrouble, emit: Emit) -> None:
@@ -184,3 +176,41 @@ def full(run: Path, reason: str) -> JobFailed:
     )
 
 
+def refuse(run: Path, others: Sequence[SessionLog], found: Checkpoint) -> None:
+    """RequestError where sessions of the other kind have pushes behind a checkpoint: who asks cannot read these."""
+    for session in others:
+        if session.holds_beyond(found.step):
+            how = "share no memory (torchrun, Slurm, SHOAL_TRANSPORT=group)" if session.remote else "share one machine's memory"
+            raise RequestError(
+                f"{run} has a log of pushes behind its checkpoint, kept by processes that {how}; go on with it in the same way "
+                "until the next checkpoint."
+            )
+
+
+def discard(others: list[SessionLog]) -> None:
+    """Delete sessions that no checkpoint needs any more."""
+    for session in others:
+        shutil.rmtree(session.path, ignore_errors=True)
+    others.clear()
+
+
+def next_session(run: Path) -> Path:
+    """The folder of a session that is about to begin."""
+    number = 1 + max((int(path.name) for path in (run / FOLDER).glob("[0-9]*")), default=0)
+    return (run / FOLDER / f"{number:04d}").resolve()
+
+
+def is_long(directory: Path, checkpoint_bytes: int) -> bool:
+    """Whether logs have grown so long that a checkpoint should be made."""
+    return logs.total_bytes(directory) > max(_LONG_BYTES, _LONG_TIMES * checkpoint_bytes)
+
+
+def write_epoch(log: LogWriter, run: Path, entry: dict[str, Any], eval_loss: float) -> None:
+    """Write what an epoch has come to, and wait until it is on disk. JobFailed where it does not get there."""
+    number = int(entry["epoch"])
+    try:
+        log.begin(number, 0)
+        log.commit(json.dumps({"entry": entry, "eval_loss": eval_loss}).encode())
+        log.wait(number, _SYNC_S)
+    except OSError as error:
+        raise full(run, error.strerror or str(error)) from None

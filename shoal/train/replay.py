@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ from shoal.train.row_tables import RunTables
 from shoal.train.settings import RunSettings
 from shoal.train.update_log import Commit, log_name, put_lines, read_rows
 
-FOLDER, SESSION, EPOCHS = "push-log", "session.json", "epochs"
+FOLDER, SESSION, EPOCHS, UNITS = "push-log", "session.json", "epochs", "units"
 _SUMS = 3 + VALUE_COLUMNS
 
 Everywhere = tuple[Push, ...]
@@ -45,13 +46,28 @@ Everywhere = tuple[Push, ...]
 
 @dataclass(frozen=True)
 class SessionLog:
-    """What one session has logged: the fields of its ``session.json``. It began with the step ``first``."""
+    """What one session has logged: the fields of its ``session.json``. It began with the step ``first``.
+
+    ``remote``: its processes shared no memory, so its logs are of another kind (``shoal.train.remote.log``).
+    """
 
     path: Path
     servers: int
     workers: int
     team: int
     first: int
+    remote: bool = False
+
+    def holds_beyond(self, mark: int) -> bool:
+        """Whether it has pushes that a checkpoint of this step lacks."""
+        return bool(logs.read(self.path, UNITS, mark) if self.remote else self.pushes(mark))
+
+    def begin(self) -> None:
+        """Say that it is there. OSError."""
+        said = {key: value for key, value in vars(self).items() if key != "path"}
+        part = self.path / f"{SESSION}.part"
+        part.write_text(json.dumps(said))
+        os.replace(part, self.path / SESSION)
 
     def pushes(self, mark: int) -> list[Everywhere]:
         """Those from ``mark`` on that all servers have."""
@@ -119,7 +135,7 @@ class LoggedTensors:
 
 
 @dataclass
-class _Progress:
+class Progress:
     """How far the pushes of all sessions come: the first unfinished step, the epoch's sums before it, units done behind it."""
 
     step: int
@@ -216,7 +232,7 @@ class Replay:
         epochs = self._logged_epochs(int(found.meta["epochs_done"]))
         done = int(found.meta["epochs_done"]) + len(epochs)
         sums = np.zeros(_SUMS) + np.asarray(restored.sums, np.float64)
-        progress = _Progress(found.step, sums, notebook=restored.notebook)
+        progress = Progress(found.step, sums, notebook=restored.notebook)
         self._per_epoch = per_epoch
         for session, pushes in self._parts:
             progress.workers = session.workers
@@ -230,7 +246,7 @@ class Replay:
                 self._pushed += self._acknowledged(session, push[0], ends[0])
             progress.advance(per_epoch, done * per_epoch)
         self._ahead = [row for _, row in sorted(progress.units.items())]
-        self._check_ahead(progress, plan, settings)
+        check_ahead(self._run, progress, plan, settings)
         meta = {**found.meta, "epochs_done": done}
         meta["history"] = [*found.meta["history"], *(epoch["entry"] for epoch in epochs)]
         if epochs:
@@ -238,48 +254,21 @@ class Replay:
         metrics = [] if epochs else restored.metrics
         return Checkpoint(found.path, progress.step, meta), Restored(progress.notebook, progress.sums, metrics)
 
-    def _check_ahead(self, progress: _Progress, plan: Plan, settings: RunSettings) -> None:
-        if not progress.units:
-            return
-        workers, last = progress.workers, max(progress.units)
-        if not plan.waits_for_nobody or plan.workers != workers:
-            raise RequestError(
-                f"The log of {self._run} ends amid batches that {workers} workers share; go on with ps=S,workers={workers} and "
-                "async or staleness until a checkpoint is written, and change the plan then."
-            )
-        if last // workers >= settings.total_steps:
-            raise RequestError(f"{self._run} has come to step {last // workers + 1} already; give at least as many.")
-
     def _logged_epochs(self, done: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for path in sorted((self._run / FOLDER).glob("[0-9]*")):
-            for push in logs.read(path, EPOCHS):
-                entry = json.loads(push.notes)
-                if entry["entry"]["epoch"] == done + len(found) + 1:
-                    found.append(entry)
+            found += logged_epochs(path, done + len(found))
         return found
 
     # -- what the run is told ------------------------------------------------------------------------------------
 
     def lay_ahead(self, recorder: PushRecorder) -> None:
-        """Write the units that are done already into the ledger: nobody is to do them again."""
-        now = time.monotonic()
-        for row in self._ahead:
-            unit = int(row[UnitColumns.UNIT]) - 1
-            target = recorder.ledger.row(unit)
-            target[: UnitColumns.VERSIONS] = row[: UnitColumns.VERSIONS]
-            target[UnitColumns.PUSH] = LOGGED
-            target[UnitColumns.BEGAN] = target[UnitColumns.ENDED] = now
-            recorder.take_for_told(unit)
+        """See the function of this name."""
+        lay_ahead(self._ahead, recorder)
 
     def tell(self, emit: Emit) -> None:
-        """Acknowledge the pushes that are in the log and that nobody was told of before the run was killed."""
-        if not self._pushed:
-            return
-        told = {_name(event) for event in read_events(self._run / "events.jsonl", ["push_ack"])}
-        for fields in self._pushed:
-            if _name(fields) not in told:
-                emit("push_ack", **fields)
+        """See ``tell_pushes``."""
+        tell_pushes(self._run, self._pushed, emit)
 
     def _acknowledged(self, session: SessionLog, push: Push, end: Commit) -> Iterator[dict[str, Any]]:
         versions = [push.number + 1] * session.servers
@@ -296,6 +285,52 @@ class Replay:
             pulled = row[UnitColumns.VERSIONS : UnitColumns.VERSIONS + session.servers]
             yield {"rank": int(row[UnitColumns.RANK]), "epoch": epoch + 1, "batch": batch + 1, "shard": shard,
                    "versions": versions, "staleness": int(push.number - min(pulled))}  # fmt: skip
+
+
+def check_ahead(run: Path, progress: Progress, plan: Plan, settings: RunSettings) -> None:
+    """RequestError where a plan cannot go on from units that are done behind the first unfinished step."""
+    if not progress.units:
+        return
+    workers, last = progress.workers, max(progress.units)
+    if not plan.waits_for_nobody or plan.workers != workers:
+        raise RequestError(
+            f"The log of {run} ends amid batches that {workers} workers share; go on with ps=S,workers={workers} and "
+            "async or staleness until a checkpoint is written, and change the plan then."
+        )
+    if last // workers >= settings.total_steps:
+        raise RequestError(f"{run} has come to step {last // workers + 1} already; give at least as many.")
+
+
+def lay_ahead(rows: Iterable[np.ndarray], recorder: PushRecorder) -> None:
+    """Write the units that are done already into the ledger: nobody is to do them again."""
+    now = time.monotonic()
+    for row in rows:
+        unit = int(row[UnitColumns.UNIT]) - 1
+        target = recorder.ledger.row(unit)
+        target[: UnitColumns.VERSIONS] = row[: UnitColumns.VERSIONS]
+        target[UnitColumns.PUSH] = LOGGED
+        target[UnitColumns.BEGAN] = target[UnitColumns.ENDED] = now
+        recorder.take_for_told(unit)
+
+
+def tell_pushes(run: Path, pushed: Sequence[dict[str, Any]], emit: Emit) -> None:
+    """Acknowledge the pushes that are in the log and that nobody was told of before the run was killed."""
+    if not pushed:
+        return
+    told = {_name(event) for event in read_events(run / "events.jsonl", ["push_ack"])}
+    for fields in pushed:
+        if _name(fields) not in told:
+            emit("push_ack", **fields)
+
+
+def logged_epochs(path: Path, done: int) -> list[dict[str, Any]]:
+    """What a session says of the epochs behind the first ``done``: the ``entry`` of each, and its ``eval_loss``."""
+    found: list[dict[str, Any]] = []
+    for push in logs.read(path, EPOCHS):
+        entry = json.loads(push.notes)
+        if entry["entry"]["epoch"] == done + len(found) + 1:
+            found.append(entry)
+    return found
 
 
 def _name(event: dict[str, Any]) -> tuple[int, int, int]:

@@ -46,9 +46,9 @@ def _writing() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LogTrouble:
-    """A server's log could not be written; it takes no pushes any more."""
+    """A server's log could not be written; it takes no pushes any more. ``server`` None: the lead's, of what counts."""
 
-    server: int
+    server: int | None
     reason: str
 
 

@@ -189,3 +189,26 @@ def test_answers_keep_up_with_the_run(tmp_path: Path, online: Online) -> None:
     assert not asker.failures
     answers = np.concatenate(asker.answers)
     assert (answers == answers[:, :1]).all() and len(np.unique(answers[:, 0])) > 12
+
+
+def test_a_run_whose_processes_share_no_memory_is_kept_up_with(
+    tmp_path: Path, online: Online, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
+    online.start("--plan", "ps=2,workers=1,sync,threads=1")
+    run = tmp_path / "run"
+    until(lambda: (run / "job.json").exists(), "the run to begin")
+    with shoal.serve(follow=run, slo_ms=20_000) as service:
+        until(shoal.Client(service.url).ready, "the first weights")
+        asker = Asker(service.url)
+        asker.start()
+        asker.rises("answers to change")
+        assert service.numbers()["online"]["weights"]["following"]
+        online.stop(signal.SIGTERM)
+        right = float(bundle.load(run / "model").a.detach().mean())
+        until(lambda: asker.last == right, f"the run's own answers {right}")
+        asker.stopped = True
+        asker.join()
+    assert not asker.failures
+    answers = np.concatenate(asker.answers)
+    assert (answers == answers[:, :1]).all() and len(np.unique(answers[:, 0])) > 8

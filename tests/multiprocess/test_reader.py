@@ -175,9 +175,12 @@ def test_rows_are_followed_through_the_death_of_a_server(
     for name, value in run.weights().items():
         assert torch.equal(value, seen[-1][1][name]), name
     assert any(len(table) < len(rows_of(seen[-1][1], "bag")) for table in reader._copy.tables[1:])
-    if "async" in plan:
-        return
-    # Whatever was seen is what one process has after as many steps, as a whole.
+    if "sync" in plan.split(","):
+        assert_each_is_of_one_step(seen)
+
+
+def assert_each_is_of_one_step(seen: list[tuple[tuple[int, ...], dict]]) -> None:
+    """Whatever was seen is what one process has after as many steps, as a whole."""
     states = plain_states()
     aged = 0
     for versions, state in seen:
@@ -195,3 +198,18 @@ def test_rows_are_followed_through_the_death_of_a_server(
             for key, row in mine.items():
                 torch.testing.assert_close(row, plain[key], rtol=1e-9, atol=1e-12)
     assert aged
+
+
+@pytest.mark.parametrize("plan", ["ps=2,workers=2,sync,threads=1", "ps=2,workers=2,async,threads=1"])
+def test_a_run_whose_processes_share_no_memory_is_followed_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
+    run, reader, seen = read_along(keyed_job(), plan, tmp_path / "run")
+    assert len(seen) > 5 and not (run.path / "read.key").exists()
+    for name, value in run.weights().items():
+        assert torch.equal(value, seen[-1][1][name]), name
+    assert sum(reader.versions) == (60 if "async" not in plan else 120)
+    if "async" not in plan:
+        assert_each_is_of_one_step(seen)

@@ -10,18 +10,14 @@ same id, so that no server counts it twice.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import VALUE_COLUMNS, Store
@@ -32,27 +28,28 @@ from shoal.ps.claims import Claim, Claims
 from shoal.ps.client import Client, NotStaged, Patience
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
 from shoal.ps.placement import Placement
-from shoal.train import checkpoint as checkpoints
 from shoal.train import notes
 from shoal.train.choose import predicted_step
 from shoal.train.evaluate import Tally
 from shoal.train.host import TrainHost
 from shoal.train.metric_state import metrics_of
-from shoal.train.pacing import Pacer, PushRecorder
-from shoal.train.push_log import RunLog, wants_log
+from shoal.train.pacing import Pacer
+from shoal.train.push_log import wants_log
 from shoal.train.remote import words
 from shoal.train.remote.chains import Chains
 from shoal.train.remote.desk import Asked, Desk
+from shoal.train.remote.keeping import Keeping
 from shoal.train.remote.line import Meeting
+from shoal.train.remote.log import LoggedRecorder, RemoteLog
 from shoal.train.remote.members import Lost, Member, Members
-from shoal.train.remote.nursery import Nursery, here
+from shoal.train.remote.published import RemoteSource
+from shoal.train.remote.recovery import Recovery
+from shoal.train.remote.stand_ins import Groups
 from shoal.train.remote.state import RemoteTables, StoreState, push_id
 from shoal.train.remote.worker import built_as
 from shoal.train.run import Run
-from shoal.train.schedule import Schedule
-from shoal.train.session import Session
 from shoal.train.settings import BadPush, EpochPart, RunSettings, ValueNames
-from shoal.train.update import WholeUpdater
+from shoal.train.update_log import LogTrouble
 
 _POLL_S = 0.05
 # A question that waits for something is answered after so long all the same: who asks knows then that the lead lives.
@@ -64,22 +61,6 @@ MOST_DEATHS = 5
 """So often may one worker die without having finished a unit in between."""
 
 
-class _Groups(WholeUpdater):
-    """What a schedule tells the hyperparameters; nothing is updated here."""
-
-    def __init__(self) -> None:
-        self.groups: Sequence[dict[str, Any]] | None = None
-
-    def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        self.groups = groups
-
-    def memory(self) -> dict[str, Any]:
-        return {"state": {}, "common": {}, "groups": []}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        """What servers keep is in their state."""
-
-
 @dataclass(frozen=True)
 class Orphan:
     """A unit whose worker was lost; ``row``: the place in which it was claimed."""
@@ -88,26 +69,8 @@ class Orphan:
     row: int
 
 
-class InLead:
-    """The built job inside the lead, where a session expects a template's supervisor."""
-
-    def __init__(self, host: TrainHost, members: Members, nursery: Nursery) -> None:
-        self._host, self._members, self._nursery = host, members, nursery
-
-    def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
-        return getattr(self._host, method)(*arguments)
-
-    def processes(self) -> list[dict[str, Any]]:
-        name = socket.gethostname()
-        return self._members.rows({"role": "supervisor", "rank": 0, "pid": os.getpid(), "host": name}, *here(self._nursery, name))
-
-
-class RemoteLead(Session):
+class RemoteLead(Keeping):
     """The supervisor's part of such a run."""
-
-    _recorder: PushRecorder
-    _pacer: Pacer
-    _client: Client | None = None
 
     def begin(
         self, settings: RunSettings, store: Store, host: TrainHost, placement: Placement, members: Members, desk: Desk,
@@ -118,6 +81,7 @@ class RemoteLead(Session):
         self._store, self._arena = store, store.arena
         self._host, self._placement, self._members = host, placement, members
         self._desk, self._meeting = desk, meeting
+        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._built = built_as(self._facts)
         self._sync = not self._plan.waits_for_nobody
         self._tables = RemoteTables(self._facts.tables, placement)  # type: ignore[assignment]
@@ -125,19 +89,22 @@ class RemoteLead(Session):
         self._predicted_s = predicted_step(self._plan, self._job, self._facts)
         self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
         run = self._directory.path
-        self._log = RunLog(run, self._plan, wants_log(self._options.push_log, self._plan, run, shared=False))
+        self._log = RemoteLog(run, self._plan, wants_log(self._options.push_log, self._plan, run), store, host)
+        self._recovery = Recovery(desk, members, meeting, self._log, store, self._state, self._tables)  # type: ignore[arg-type]
         first = self._restore(store)
         self._write_beginning(first)
-        self._recorder = PushRecorder(store, self._emit, settings, first)
+        self._recorder = LoggedRecorder(store, self._emit, settings, first, self._log)
         self._pacer = Pacer(store, settings, self._recorder, first)
         self._claims = Claims(store.arena, self._ahead())
         self._first_step = first
-        self._groups = _Groups()
-        self._schedule: Schedule = host.schedule(store.arena.world_size, self._groups)
+        self._groups = Groups()
+        self._schedule = host.schedule(store.arena.world_size, self._groups)
         page = store.read_notebook(store.arena.world_size, first) if first else None
         self._state.numbers = dict(((page or {}).get("optimizer") or {}).get("state", {}))
         self._schedule.recall(first)
+        self._log.take_up(self._recorder, self._schedule, self._emit)
         self._collected = first
+        self._versions = {}
         self._orphans: deque[Orphan] = deque()
         # Who has which units: their rank -> (unit, the row that it was claimed in).
         self._given: dict[int, list[Orphan]] = {}
@@ -147,9 +114,9 @@ class RemoteLead(Session):
         self._died_at: dict[int, tuple[float, int]] = {}
         # Workers that are gone and that nobody starts again.
         self._gone: set[int] = set()
-        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         # When servers died whose place is still empty.
         self._emptied: dict[int, tuple[float, int]] = {}
+        self._source = RemoteSource(store, placement, self._facts.tables, meeting.keys, self._sync, first)
         self._began_at = time.monotonic()
 
     def _ahead(self) -> int | None:
@@ -162,13 +129,14 @@ class RemoteLead(Session):
     def serve(self, began: float) -> Run:
         """Bring the run to its end."""
         self._interrupts.armed = True
-        while not self._is_over():
-            self._attend_members()
-            self._hear(_POLL_S)
-            if self._client is not None:
-                self._attend()
-                self._look_for_parts()
-        self._recorder.drain()
+        with self._source.published(self._publication, self._meeting):
+            while not self._is_over():
+                self._attend_members()
+                self._hear(_POLL_S)
+                if self._client is not None:
+                    self._attend()
+                    self._look_for_parts()
+            self._recorder.drain()
         self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
         run = self._end(began)
         self._dismiss(run)
@@ -199,7 +167,8 @@ class RemoteLead(Session):
     # -- what is said --------------------------------------------------------------------------------------------
 
     def _hear(self, timeout_s: float) -> None:
-        for asked in self._desk.receive(timeout_s):
+        backlog, self._recovery.backlog = self._recovery.backlog, []
+        for asked in [*backlog, *self._desk.receive(0.0 if backlog else timeout_s)]:
             said = asked.said
             if isinstance(said, words.Look):
                 self._members.hear(said.role, said.rank)
@@ -224,6 +193,8 @@ class RemoteLead(Session):
         elif isinstance(said, words.Bad):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
             self._take(BadPush(said.rank, said.units, said.parameter, said.samples))
+        elif isinstance(said, words.LogFailed):
+            self._log.fail(LogTrouble(said.rank, said.reason), self._emit)
         elif isinstance(said, words.Failed):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
             error = Failure(said.kind, said.sentence, said.traceback, said.rank).error()
@@ -244,6 +215,7 @@ class RemoteLead(Session):
                 lambda n: words.Placed(
                     number=n, plan=str(self._plan), total_steps=self._settings.total_steps, first_step=self._first_step,
                     checkpoints=self._settings.checkpoint_dir, servers=servers, orders=self._orders(),
+                    log=str(self._log.directory) if self._log.kept else "",
                 ),
             )
 
@@ -254,7 +226,7 @@ class RemoteLead(Session):
             epoch_done=supervisor.signal(Order.EPOCH_DONE), stop_epoch=int(supervisor.note(Note.STOP_EPOCH)),
             stop_at=int(supervisor.note(Note.STOP_AT)), eval_loss=supervisor.note(Note.EVAL_LOSS),
             idle=self._claims.all_finished(),
-            heads=tuple(self._chains.heads.values()) if self._client is not None and self._plan.replicas else (),
+            heads=tuple(self._chains.heads.values()) if self._client is not None and self._servers_move else (),
         )  # fmt: skip
 
     def _join(self, said: words.Join) -> None:
@@ -348,11 +320,16 @@ class RemoteLead(Session):
             for index, spec in enumerate(self._store.table.buffers):
                 for parity in (0, 1):
                     self._store.buffer(parity, index).copy_(found[spec.name])
+            if not self._sync:
+                self._source.keep_buffers()
         for row in rows:
             if self._sync:
                 self._staged[row.unit] = (said, row)
             else:
                 self._settle(row, said.rank, int(row.columns[UnitColumns.PUSH]), said.made)
+        if rows and not self._sync:
+            self._source.made(said.made)
+            self._log.settled([row.unit for row in rows], self._recorder, self._emit)
         if self._staged:
             self._commit()
         # Whoever reports something that was done by another meanwhile is told to go on.
@@ -384,14 +361,29 @@ class RemoteLead(Session):
                 if clip is not None:
                     norm = math.sqrt(client.norm_squared(ids)) * scale
                     scale *= min(1.0, clip / (norm + 1e-6))
-                versions = client.commit(ids, settled, scale, self._groups_of(step))
+                with self._source.step():
+                    versions = client.commit(ids, settled, scale, self._groups_of(step))
+                    self._source.keep_buffers()
             except NotStaged:
                 raise self._lost_server(f"A server has lost the pushes of step {step + 1}") from None
+            except JobFailed:
+                self._hear_of_logs()
+                raise
             made = [versions[server] for server in self._placement.servers]
+            self._source.made(made)
         for unit in units:
             said, row = self._staged.pop(unit)
             push = int(row.columns[UnitColumns.PUSH])
             self._settle(row, said.rank, push, made)
+        self._log.settled(units, self._recorder, self._emit)
+
+    def _hear_of_logs(self) -> None:
+        """A server has refused a step: it says by itself where that is because of its log."""
+        deadline = time.monotonic() + _HOLD_S
+        while self._log.kept and time.monotonic() < deadline:
+            for asked in self._desk.receive(_POLL_S):
+                if isinstance(asked.said, words.LogFailed):
+                    self._take_said(asked)
 
     def _settle(self, row: words.Row, rank: int, push: int, made: Sequence[int]) -> None:
         """Write a unit's row where recorders read it, and count it as done."""
@@ -411,6 +403,7 @@ class RemoteLead(Session):
             place[UnitColumns.PUSH] = count
         place[UnitColumns.UNIT] = row.unit + 1
         self._deaths.pop(rank, None)
+        self._recovery.heard()
         if rank in self._died_at:
             died_at, step = self._died_at.pop(rank)
             after_s = time.monotonic() - died_at
@@ -470,12 +463,19 @@ class RemoteLead(Session):
         client = Client(self._chains.heads, self._meeting.keys, patience, look)
         settled = self._id_of(self._first_step * self._arena.world_size)
         for server in self._placement.servers:
-            client.put(server, self._state.give(server, self._first_step, settled), whole=True)
+            client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
         self._tables.client = client  # type: ignore[attr-defined]
         self._tables.fill()  # type: ignore[attr-defined]
         if self._plan.replicas:
             self._chains.begin(Client(addresses, self._meeting.keys, patience, look))
         self._client = client
+        self._source.follow(self._chains.heads)
+        if self._log.kept and self._last_checkpoint is None:
+            # What the logs are about to say is said of this.
+            self._last_one(self._first_step)
+        self._log.begin(self._first_step, self._last_checkpoint, self._write_base)
+        if self._log.kept:
+            self._recovery.begin(client)
 
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
@@ -513,61 +513,35 @@ class RemoteLead(Session):
     def _bury_server(self, lost: Lost, step: int) -> None:
         """Another one that has the same shard answers for it at once; without one the run cannot go on."""
         rank, chains = lost.member.rank, self._chains
+        if self._log.kept and self._client is not None and self._members.is_own("server", rank):
+            self._bring_back(rank, step)
+            return
         if self._client is None or not chains.lose(rank):
             raise self._lost_server(f"Server {rank} died ({lost.cause})")
         shard = rank % self._plan.servers
         self._client.connect(shard, chains.heads[shard])
+        self._source.follow(chains.heads)
         self._emptied.setdefault(rank, (time.monotonic(), step))
         if self._members.is_own("server", rank) and chains.may_return(rank):
             self._members.start("server", rank)
 
+    def _bring_back(self, rank: int, step: int) -> None:
+        """A server that keeps a log has died: another process goes on from it."""
+        died_at, baseline, client = time.monotonic(), self._log.baseline, self._client
+        assert baseline is not None and client is not None
+        settled = self._id_of(baseline.step * self._arena.world_size)
+        self._recovery.bring_back(rank, self._let_in, settled)
+        self._chains.know({m.rank: m.address for m in self._members.joined("server")})
+        client.connect(rank, self._chains.heads[rank])
+        self._source.follow(self._chains.heads)
+        # The store has the checkpoint's state by now.
+        self._collected = -1
+        after_s, pid = time.monotonic() - died_at, self._members.of["server", rank].pid
+        self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="replayed", role="server")
+
+    def _let_in(self, asked: Asked) -> None:
+        self._take_said(asked)
+        self._answer_later(asked)
+
     def _lost_server(self, what: str) -> WorkerLostError:
         return WorkerLostError(f"{what}, and what it held is gone with it; go on with --resume: {self._name_last_checkpoint()}")
-
-    # -- checkpoints and the end ---------------------------------------------------------------------------------
-
-    def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
-        self._log.refuse(found)
-        return checkpoints.restore(found, store)
-
-    def _collect(self) -> None:
-        """Bring the servers' state into the store; nobody is at work."""
-        if self._client is not None and self._collected != self._recorder.step:
-            self._collected = self._recorder.step
-            for server in self._placement.servers:
-                self._state.take(self._client.take(server, None, {}))
-
-    def _write_last(self, step: int) -> None:
-        self._collect()
-        place = self._arena.world_size
-        self._schedule.reach(step)
-        self._schedule.keep(step)
-        page = self._store.read_notebook(place, step)
-        whole = not self._facts.table.elementwise
-        page["optimizer"] = {"state": self._state.numbers, "common": {}, "groups": page["groups"]} if whole else None
-        self._store.write_notebook(place, step, page)
-        checkpoints.PartWriter(self._store, self._directory.checkpoints, step).write_all()
-
-    def _describe_checkpoints(self) -> None:
-        """Nobody follows such a run."""
-
-    def _final_state(self, step: int) -> dict[str, torch.Tensor]:
-        self._collect()
-        return super()._final_state(step)
-
-    def _all_evaluated(self, epoch: int) -> bool:
-        return True
-
-    def _processes_here(self) -> list[dict[str, Any]]:
-        host = socket.gethostname()
-        return [row for row in self._supervisor.processes() if row["host"] == host]
-
-    def close(self) -> None:
-        """Leave the directory to whoever comes next."""
-        self._finish_completing()
-        if self._client is not None:
-            self._client.close()
-        self._chains.close()
-        with contextlib.suppress(OSError):
-            self._directory.release([])
-

@@ -12,6 +12,7 @@ import torch
 from shoal.plan import Plan
 from shoal.ps.dense import DensePart
 from shoal.ps.endpoint import Endpoint
+from shoal.ps.logged import LoggedServer, ToldLog
 from shoal.ps.replication import ChainServer
 from shoal.ps.requests import Ticket
 from shoal.ps.shard import Shard
@@ -20,8 +21,10 @@ from shoal.ps.table import Table
 from shoal.train.host import TrainHost
 from shoal.train.remote.line import Line, Meeting
 from shoal.train.remote.state import placement_of
+from shoal.train.remote.words import LogFailed
 from shoal.train.remote.worker import built_as
 from shoal.train.row_tables import cold_path
+from shoal.train.update_log import log_limit, log_name
 
 
 def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> tuple[Path, dict[str, Any]]:
@@ -56,7 +59,11 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
                 over = bool(getattr(ticket.answer, "orders", placed.orders).over) or not hasattr(ticket.answer, "orders")
                 ticket = line.look(getattr(ticket.answer, "orders", None))
 
-        server = ChainServer(shard, endpoint, meeting.keys) if plan.replicas else ShardServer(shard, endpoint)
+            if isinstance(server, LoggedServer) and server.trouble is not None:
+                reason = server.trouble
+                line.ask(lambda n: LogFailed(n, number, reason), "the end of the run")
+
+        server = _server(shard, endpoint, meeting, plan, placed.log, number)
         server.serve(lambda: over, between)
         for table in tables.values():
             table.close()
@@ -68,3 +75,11 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
         if endpoint is not None:
             endpoint.close()
         line.close()
+
+
+def _server(shard: Shard, endpoint: Endpoint, meeting: Meeting, plan: Plan, log: str, number: int) -> ShardServer:
+    if plan.replicas:
+        return ChainServer(shard, endpoint, meeting.keys)
+    if not log:
+        return ShardServer(shard, endpoint)
+    return LoggedServer(shard, endpoint, ToldLog(Path(log), log_name(number), endpoint, log_limit()))

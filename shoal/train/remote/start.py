@@ -24,12 +24,14 @@ from shoal.train.api import Observer, TrainOptions
 from shoal.train.choose import check_plan, remarks
 from shoal.train.driver import Emitter, abandon_if_refused, finished_run, tensorboard_observers
 from shoal.train.host import TrainHost
+from shoal.train.push_log import wants_log
 from shoal.train.remote.desk import Desk
-from shoal.train.remote.lead import InLead, RemoteLead
+from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Members
 from shoal.train.remote.nursery import Nursery
 from shoal.train.remote.server import serve
+from shoal.train.remote.stand_ins import InLead
 from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings, work
 from shoal.train.run import Run
@@ -165,6 +167,7 @@ def _lead(
             host = TrainHost(job)
             facts = host.facts()
             plan = complete(request.plan, host, threads)
+            wants_log(options.push_log, plan, directory.path)
             done = finished_run(directory, job, options, facts)
             if done is not None:
                 return done

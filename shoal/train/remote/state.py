@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class StoreState:
         self._index = {spec.name: index for index, spec in enumerate(store.table.trained)}
         self.numbers: dict[str, dict[str, Any]] = {}
 
-    def give(self, server: int, version: int, settled: PushId) -> Snapshot:
-        """What a server begins with."""
+    def give(self, server: int, version: int, settled: PushId, ids: Iterable[PushId] = ()) -> Snapshot:
+        """What a server begins with; ``settled``, ``ids``: what is in it."""
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, dict[str, Any]] = {}
         for piece in self._placement.pieces_of(server):
@@ -67,7 +67,7 @@ class StoreState:
                 tensors.update({f"state.{k}/{piece.number}": t for k, t in {**scalars, **self._tensors(index, piece)}.items()})
                 if self.numbers.get(piece.name):
                     numbers[str(piece.number)] = self.numbers[piece.name]
-        kept = Kept(version=version, settled=settled, ids=(), groups=(), numbers=numbers, row_shards={})
+        kept = Kept(version=version, settled=settled, ids=tuple(ids), groups=(), numbers=numbers, row_shards={})
         return Snapshot(kept, tensors)
 
     def take(self, snapshot: Snapshot) -> None:
@@ -145,12 +145,25 @@ class RemoteTables:
         """Give the servers the rows that the run begins with."""
         assert self.client is not None
         for number, rows, _ in self._begin:
-            for server, at in self._placement.servers_of(number, rows.keys).items():
-                own = Rows(rows.keys[at], rows.values[torch.from_numpy(at)], rows.counts[at], rows.last[at])
+            self._give(self.client, number, rows, self._placement.servers)
+        self._begin = []
+
+    def fill_again(self, client: Client, server: int, checkpoint: Path) -> None:
+        """Give a server the rows that it had when a checkpoint was written."""
+        for number, spec in enumerate(self._specs):
+            for rows, _ in read_rows(checkpoint, number, spec):
+                self._give(client, number, rows, (server,))
+
+    def _give(self, client: Client, number: int, rows: Rows, servers: Sequence[int]) -> None:
+        for server, own in self._placement.split_rows(number, rows).items():
+            if server in servers:
                 tensors = {f"rows/{number}/{name}": tensor for name, tensor in to_tensors(own, None).items()}
                 kept = Kept(version=0, settled=(0, 0, 0), ids=(), groups=(), numbers={}, row_shards={})
-                self.client.put(server, Snapshot(kept, tensors), whole=False)
-        self._begin = []
+                client.put(server, Snapshot(kept, tensors), whole=False)
+
+    def begin_again(self, found: Sequence[tuple[int, Rows]]) -> None:
+        """Let tables hold these rows, by the table's number, instead of those that a checkpoint had."""
+        self._begin = [(number, rows, None) for number, rows in found]
 
     def _take(self, server: int, number: int) -> Rows:
         assert self.client is not None

@@ -15,7 +15,7 @@ from shoal.ps.wire import decode_head
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """The lead's words, as the supervisor's in an arena.
 
-    ``idle``: everything that was begun is done. ``heads``: where each shard is now, where that changes (``replicas``).
+    ``idle``: everything that was begun is done. ``heads``: where each shard is now, where that may change.
     """
 
     steps_allowed: int = 0
@@ -115,6 +115,14 @@ class Failed(msgspec.Struct, tag="failed", frozen=True, kw_only=True):
     traceback: str
 
 
+class LogFailed(msgspec.Struct, tag="log_failed", frozen=True):
+    """A server could not write its log, and takes no pushes any more."""
+
+    number: int
+    rank: int
+    reason: str
+
+
 class Leave(msgspec.Struct, tag="leave", frozen=True):
     """A process is done; it is answered when the run has ended."""
 
@@ -127,7 +135,7 @@ class Leave(msgspec.Struct, tag="leave", frozen=True):
 
 
 class Placed(msgspec.Struct, tag="placed", frozen=True, kw_only=True):
-    """The run that somebody has joined. Servers are told no others."""
+    """The run that somebody has joined. Servers are told no others; ``log``: where they keep their logs, if they do."""
 
     number: int
     plan: str
@@ -136,6 +144,7 @@ class Placed(msgspec.Struct, tag="placed", frozen=True, kw_only=True):
     checkpoints: str
     servers: dict[str, str]
     orders: Orders
+    log: str = ""
 
 
 class Unit(msgspec.Struct, tag="unit", frozen=True, kw_only=True):
@@ -174,7 +183,7 @@ class Ended(msgspec.Struct, tag="ended", frozen=True):
     summary: bytes
 
 
-Said = Join | Claim | Look | Report | Names | Bad | Evaluated | Failed | Leave
+Said = Join | Claim | Look | Report | Names | Bad | Evaluated | Failed | LogFailed | Leave
 Answered = Placed | Unit | Later | Heard | Ended | Refused
 _said = msgspec.msgpack.Decoder(Said)
 _answered = msgspec.msgpack.Decoder(Answered)

@@ -415,7 +415,7 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     waiting = Waiting(spin_s=0.0, deadline_s=line.patience.deadline_s)
     axis = RemoteWorker(store, rank, waiting, plan, line, client, placement, settings.steps_per_epoch)
     axis.caches = [cache for cache in caches if cache is not None]
-    if plan.replicas:
+    if plan.replicas or placed.log:
         axis.heads = Heads(line, client, placed.servers)
         client.while_waiting = axis.heads.ask
     axis.obey(placed.orders)

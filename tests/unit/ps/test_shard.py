@@ -191,7 +191,7 @@ def test_staged_pushes_are_applied_together_or_not_at_all():
         assert client.norm_squared(ids) == pytest.approx(float(total.double().norm() ** 2))
         assert client.commit(ids, (0, 1, 0), scale=0.1) == {0: 1, 1: 1} == client.commit(ids, (0, 1, 0), scale=0.1)
         assert torch.allclose(gathered(client), -0.05 * total)
-        assert not any(server._staged for server in found.values())
+        assert not any(server.staged._pushes for server in found.values())
 
 
 def test_many_threads_pushing_at_once_lose_nothing_and_see_no_half_of_a_push():

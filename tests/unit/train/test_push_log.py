@@ -24,9 +24,11 @@ def test_a_run_keeps_a_log_where_it_is_told_or_has_done_so(tmp_path: Path) -> No
     (tmp_path / "push-log").mkdir()
     assert wants_log(None, ASYNC, tmp_path) and not wants_log(False, ASYNC, tmp_path)
     assert not wants_log(None, Plan.parse("dp=2"), tmp_path)
-    for plan, shared in ((Plan.parse("dp=2"), True), (ASYNC, False)):
-        with pytest.raises(PlanError, match="push_log keeps the pushes of parameter servers"):
-            wants_log(True, plan, tmp_path, shared)
+    copied = Plan.parse("ps=2,workers=2,async,replicas=1")
+    assert not wants_log(None, copied, tmp_path)
+    for plan, said in ((Plan.parse("dp=2"), "push_log keeps the pushes of parameter servers"), (copied, "leave one of them")):
+        with pytest.raises(PlanError, match=said):
+            wants_log(True, plan, tmp_path)
 
 
 def test_what_is_changed_of_a_checkpoint_changes_no_file(tmp_path: Path) -> None:

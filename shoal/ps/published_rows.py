@@ -34,7 +34,7 @@ class PublishedRows:
     def __init__(self, tables: Sequence[Table], servers: int) -> None:
         self._tables = tables
         self._servers = servers
-        self.described = tuple(_described(table.spec) for table in tables)
+        self.described = tuple(described(table.spec) for table in tables)
         # Of each table, for each shard: how many changes have been read.
         self._read = [np.full(table.spec.shards, _UNKNOWN, np.int64) for table in tables]
         self._rings = [np.full(table.spec.shards, _LEAST_RING, np.int64) for table in tables]
@@ -95,6 +95,7 @@ def _power_of_two(rows: int) -> int:
     return int(min(max(1 << max(rows, 1).bit_length(), _LEAST_RING), _MOST_RING))
 
 
-def _described(spec: TableSpec) -> wire.Table:
+def described(spec: TableSpec) -> wire.Table:
+    """A table as readers are told of it."""
     dtype = str(spec.dtype).removeprefix("torch.")
     return wire.Table(spec.name, spec.width, dtype, spec.shards, spec.seed, spec.memory_bytes)

@@ -1,0 +1,222 @@
+"""A server that shares no memory and keeps a log: what it is told is on disk before it is acknowledged.
+
+A shard is a state machine, so its log holds what it was told: each push as it came, whether it was applied or waits for others,
+and each word that these are to be applied. Told the same again, in order, behind the state that it began with, another process
+has the same state, to the bit. Acknowledgements wait for the thread that syncs; what has gathered meanwhile its next sync
+covers (group commit, see ``shoal.ps.log``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shoal.errors import JobFailed, ShoalError
+from shoal.ps import log as logs
+from shoal.ps import messages
+from shoal.ps.applied import PushId
+from shoal.ps.endpoint import Endpoint
+from shoal.ps.log import Kind, LogWriter, TornError
+from shoal.ps.messages import Commit, Done, PushHead, Request
+from shoal.ps.shard import Push, Shard
+from shoal.ps.shard_server import ShardServer, forms_of
+from shoal.ps.staged import Staged
+from shoal.ps.wire import Malformed, encode
+
+Told = tuple[PushHead | Commit, Sequence[memoryview]]
+"""What a server was told, and the frames that came with it."""
+
+
+class Recover(msgspec.Struct, tag="recover", frozen=True):
+    """This server has what a checkpoint of step ``mark`` holds: let it do what its log has behind that."""
+
+    number: int
+    mark: int
+
+
+class Mark(msgspec.Struct, tag="mark", frozen=True):
+    """There is a checkpoint of step ``mark``, which holds everything that this server was told."""
+
+    number: int
+    mark: int
+
+
+_decoder = msgspec.msgpack.Decoder(Recover | Mark)
+
+
+class LogFullError(ShoalError):
+    """The log takes no more."""
+
+
+def read_told(directory: Path, name: str, mark: int) -> Sequence[Told]:
+    """What a server was told behind the checkpoint of step ``mark``, in order. JobFailed where a file is damaged."""
+    found: list[Told] = []
+    try:
+        for record in logs.read(directory, name, mark):
+            message = messages.decode_request([record.notes])
+            assert isinstance(message, (PushHead, Commit))
+            found.append((message, [frame.read() for frame in record.frames]))
+    except (TornError, Malformed) as error:
+        raise JobFailed(
+            f"The log {name} in {directory} is damaged ({error}); move {directory} away to go on from the last checkpoint alone."
+        ) from None
+    return found
+
+
+def do_again(shard: Shard, staged: Staged, told: Sequence[Told], counts: Callable[[Sequence[PushId]], bool]) -> None:
+    """Do what a server was told; ``counts``: of the ids of a push, whether it is to be done."""
+    forms = forms_of(shard)
+    for message, frames in told:
+        if not counts(message.ids):
+            continue
+        if isinstance(message, Commit):
+            staged.commit(message.ids, message.settled, message.scale, message.groups)
+            continue
+        push = messages.unpack_push(message, frames, forms)
+        if message.staged:
+            staged.stage(push)
+        else:
+            shard.apply(push)
+
+
+class ToldLog:
+    """Writes a server's log; implements ``Keeper``. The server's thread uses it."""
+
+    def __init__(self, directory: Path, name: str, endpoint: Endpoint, limit_bytes: int | None) -> None:
+        self.directory, self.name = directory, name
+        self.mark = 0
+        self._cut = False
+        self._durable = -1
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        # The thread that syncs wakes the server's by this.
+        self._woken, self._wakes = os.pipe()
+        for end in (self._woken, self._wakes):
+            os.set_blocking(end, False)
+        self._endpoint = endpoint
+        endpoint.attend(self._woken, self._release)
+        self._writer = LogWriter(directory, name, self._on_durable, limit_bytes)
+        self._last = -1 if self._writer.last is None else self._writer.last
+        # Whoever sees this sees the log, too.
+        (directory / f"{name}.here").touch()
+
+    def append(self, head: bytes, frames: Sequence[Any]) -> None:
+        """Write what the server was told and is about to do. LogFullError: it is not in the log, and not to be done."""
+        try:
+            self._writer.begin(self._last + 1, self.mark, self._cut)
+            self._cut = False
+            self._writer.add(Kind.TOLD, [(at, (frame,)) for at, frame in enumerate(frames)])
+            self._writer.commit(head)
+        except OSError as error:
+            self._writer.abort()
+            raise LogFullError(error.strerror or str(error)) from None
+        self._last += 1
+
+    def begin_at(self, mark: int) -> None:
+        """What is written from here on stands behind a checkpoint."""
+        self._cut = self._cut or mark > self.mark
+        self.mark = mark
+
+    def when_kept(self, version: int, then: Callable[[], None]) -> None:
+        """All that was told so far has to be on disk: what is acknowledged may stand on any of it."""
+        if self._durable >= self._last:
+            then()
+        else:
+            self._waiting.append((self._last, then))
+
+    def _on_durable(self, number: int) -> None:
+        self._durable = number
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wakes, b"\0")
+
+    def _release(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._woken, 1 << 16)
+        while self._waiting and self._waiting[0][0] <= self._durable:
+            self._waiting.popleft()[1]()
+
+    @property
+    def failure(self) -> OSError | None:
+        """Why what was written did not get to the disk."""
+        return self._writer.failure
+
+    def close(self) -> None:
+        """See to it that everything is on disk."""
+        self._writer.close()
+        self._endpoint.forget(self._woken)
+        for end in (self._woken, self._wakes):
+            os.close(end)
+
+
+class LoggedServer(ShardServer):
+    """A server with a log. ``trouble``: why it takes no pushes any more."""
+
+    def __init__(self, shard: Shard, endpoint: Endpoint, log: ToldLog) -> None:
+        super().__init__(shard, endpoint, log)
+        self._log = log
+        self.trouble: str | None = None
+        # What is being answered.
+        self._told: Told | None = None
+        shard.on_apply = self._append
+
+    def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
+        try:
+            super().serve(over, between)
+        finally:
+            self._log.close()
+
+    def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
+        if not isinstance(message, (PushHead, Commit)):
+            super()._answer(message, frames, answer)
+            return
+        if self._log.failure is not None:
+            self.trouble = self.trouble or self._log.failure.strerror or str(self._log.failure)
+        self._told = message, frames
+        try:
+            if self.trouble is None:
+                super()._answer(message, frames, answer)
+        except LogFullError as error:
+            self.trouble = str(error)
+        finally:
+            self._told = None
+        # Of a push nobody is told anything more but the lead, who ends the run; and it may be the lead who waits.
+        if self.trouble is not None and isinstance(message, Commit):
+            raise LogFullError(self.trouble)
+
+    def _stage(self, push: Push) -> bool:
+        new = super()._stage(push)
+        if new:
+            try:
+                self._append(push)
+            except LogFullError:
+                self.staged.take_back(push)
+                raise
+        return new
+
+    def _append(self, push: Push) -> None:
+        # What is done again is in the log.
+        if self._told is not None:
+            message, frames = self._told
+            self._log.append(encode(message), frames)
+
+    def _take_other(self, identity: bytes, frames: Sequence[Any], error: Malformed) -> None:
+        try:
+            message = _decoder.decode(frames[0]) if frames else None
+        except msgspec.MsgspecError:
+            message = None
+        if message is None:
+            super()._take_other(identity, frames, error)
+            return
+        if isinstance(message, Recover):
+            self._recover(message.mark)
+        self._log.begin_at(message.mark)
+        self.endpoint.send(identity, encode(Done(message.number, self.shard.version)))
+
+    def _recover(self, mark: int) -> None:
+        told = read_told(self._log.directory, self._log.name, mark)
+        do_again(self.shard, self.staged, told, lambda ids: True)

@@ -1,0 +1,376 @@
+"""The log of pushes of a run whose processes share no memory, as its lead keeps it and goes on from it.
+
+Each server logs what it is told before it acknowledges it (``shoal.ps.logged``). A unit that all servers have acknowledged the
+lead writes into a log of its own, ``units``, and only then does it count as acknowledged. So what counts is what ``units``
+says: servers apply pushes in orders of their own, and may have some that others lack; of these none was acknowledged, and a
+run that goes on leaves them out.
+
+A session's folder has ``session.json``, the logs ``server-N``, ``units`` and ``epochs``, and ``base``: a checkpoint of what the
+session began with, where that was more than the run's own checkpoint. With it the sessions before are not needed any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.comm.store import VALUE_COLUMNS, Store
+from shoal.errors import RequestError
+from shoal.plan import Plan
+from shoal.ps import log as logs
+from shoal.ps.applied import PushId
+from shoal.ps.dense import DensePart
+from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.ps.log import Kind, LogWriter
+from shoal.ps.logged import do_again, read_told
+from shoal.ps.shard import Shard
+from shoal.ps.staged import Staged
+from shoal.ps.table import Rows, Table
+from shoal.train import checkpoint as checkpoints
+from shoal.train.checkpoint import Checkpoint, Restored
+from shoal.train.host import TrainHost
+from shoal.train.pacing import PushRecorder
+from shoal.train.push_log import discard, full, is_long, next_session, refuse, write_epoch
+from shoal.train.recorder import Emit
+from shoal.train.remote.state import RemoteTables, StoreState, placement_of, push_id
+from shoal.train.replay import (
+    EPOCHS,
+    FOLDER,
+    UNITS,
+    Progress,
+    SessionLog,
+    check_ahead,
+    lay_ahead,
+    logged_epochs,
+    sessions,
+    tell_pushes,
+)
+from shoal.train.row_tables import cold_path, read_rows
+from shoal.train.schedule import Schedule
+from shoal.train.settings import RunSettings
+from shoal.train.update_log import Commit, LogTrouble, log_limit, log_name
+
+_BASE, _AHEAD = "base", "ahead"
+_LOOK_S = 1.0
+_SUMS = 3 + VALUE_COLUMNS
+
+WriteBase = Callable[[Path, Mapping[str, Any]], Checkpoint]
+"""Writes what the run begins with as a checkpoint into a directory, with this beside what its ``meta.json`` has anyway."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a session has logged behind the checkpoint that it stands on."""
+
+    session: SessionLog
+    base: Checkpoint
+    ahead: Sequence[np.ndarray]
+    rows: Sequence[np.ndarray]
+    buffers: Mapping[int, bytes]
+
+
+class RemoteLog:
+    """Stands where ``RunLog`` does. ``kept``: whether this session keeps a log."""
+
+    def __init__(self, run: Path, plan: Plan, kept: bool, store: Store, host: TrainHost) -> None:
+        self._run, self._plan, self.kept = run, plan, kept
+        self._store, self._host = store, host
+        found = sessions(run)
+        self._old = [session for session in found if session.remote]
+        self._others = [session for session in found if not session.remote]
+        self.directory = next_session(run)
+        self._found: _Found | None = None
+        self._ahead: list[np.ndarray] = []
+        self._pushed: list[dict[str, Any]] = []
+        self._eval_losses: list[float] = []
+        self._per_epoch = 1
+        self._first = 0
+        self.baseline: Checkpoint | None = None
+        """What servers that come again begin with."""
+        self._units: LogWriter | None = None
+        self._epochs: LogWriter | None = None
+        self._durable = -1
+        self._mark = -1
+        # Of units that were settled and not told of yet, the record that has them.
+        self._record_of: dict[int, int] = {}
+        self._looked, self._long = 0.0, False
+        if kept:
+            log_limit()
+
+    # -- going on ------------------------------------------------------------------------------------------------
+
+    def refuse(self, found: Checkpoint) -> None:
+        """RequestError where there is a log behind a checkpoint that was kept in shared memory."""
+        refuse(self._run, self._others, found)
+
+    def forget(self) -> None:
+        """There is no checkpoint that sessions' logs could be behind."""
+        shutil.rmtree(self._run / FOLDER, ignore_errors=True)
+        self._old, self._others = [], []
+
+    def roll_forward(
+        self, found: Checkpoint, restored: Restored, tables: RemoteTables, settings: RunSettings
+    ) -> tuple[Checkpoint, Restored]:
+        """The checkpoint and what it holds beside tensors, as if it had been written after the last push that counts."""
+        self._per_epoch = settings.steps_per_epoch
+        if not self._old:
+            return found, restored
+        session = self._old[-1]
+        base = self._base_of(session, found)
+        if base is not found:
+            restored = checkpoints.restore(base, self._store)
+            tables.restore(base.path, base.step)
+        self._found = _read(session, base)
+        if not (self._found.rows or self._found.ahead or base is not found):
+            self._found = None
+            return found, restored
+        self._replay(self._found, restored, tables, settings)
+        return self._progress(self._found, found, restored, settings)
+
+    def _base_of(self, session: SessionLog, found: Checkpoint) -> Checkpoint:
+        """What the log of a session stands on: the newest of the run's checkpoint and what the session began with."""
+        base = checkpoints.newest(session.path / _BASE)
+        if base is not None and base.step >= found.step:
+            return base
+        if found.step < session.first:
+            raise RequestError(
+                f"{session.path} stands on a checkpoint of step {session.first}, which is damaged or gone; move it away to go "
+                f"on from step {found.step} without its pushes."
+            )
+        return found
+
+    def _replay(self, found: _Found, restored: Restored, tables: RemoteTables, settings: RunSettings) -> None:
+        """Do what the servers of the session have done and what counts, and put what comes of it where the run begins."""
+        facts, host, session, store = self._host.facts(), self._host, found.session, self._store
+        counts = {self._id(row, session.workers) for row in (*found.rows, *found.ahead)}
+        placement = placement_of(facts.table, facts.tables, range(session.servers))
+        state = StoreState(store, placement)
+        state.numbers = numbers_in(restored)
+        settled = push_id(found.base.step * session.workers, session.workers, self._per_epoch)
+        began_with = [self._id(row, session.workers) for row in found.ahead]
+        rows: list[tuple[int, Rows]] = []
+        for server in placement.servers:
+            told = read_told(session.path, log_name(server), found.base.step)
+            with _tables(facts.tables, settings.cold_dir) as held:
+                shard = Shard(DensePart(placement.pieces_of(server), host.optimizer_over), held)
+                shard.restore(state.give(server, found.base.step, settled, began_with))
+                for number, table in held.items():
+                    for saved, _ in read_rows(found.base.path, number, table.spec):
+                        own = placement.split_rows(number, saved).get(server)
+                        if own is not None:
+                            table.put(own)
+                do_again(shard, Staged(shard), told, lambda ids: counts.issuperset(ids))
+                state.take(shard.snapshot(row_shards={}))
+                rows += [(n, table.export(placement.row_shards_of(server, n))) for n, table in held.items()]
+        tables.begin_again(rows)
+        if restored.notebook is not None and restored.notebook.get("optimizer"):
+            restored.notebook["optimizer"]["state"] = state.numbers
+        for index, data in found.buffers.items():
+            for parity in (0, 1):
+                buffer = store.buffer(parity, index)
+                buffer.copy_(_tensor(data, buffer))
+
+    def _progress(
+        self, found: _Found, checkpoint: Checkpoint, restored: Restored, settings: RunSettings
+    ) -> tuple[Checkpoint, Restored]:
+        """How far the units that count come: see ``Progress``."""
+        base, session = found.base, found.session
+        epochs = logged_epochs(session.path, int(base.meta["epochs_done"]))
+        done = int(base.meta["epochs_done"]) + len(epochs)
+        progress = Progress(base.step, np.zeros(_SUMS) + np.asarray(restored.sums, np.float64), workers=session.workers)
+        for row in (*found.ahead, *found.rows):
+            progress.units[int(row[UnitColumns.UNIT]) - 1] = _of_sums(row)
+        progress.advance(self._per_epoch, done * self._per_epoch)
+        raw = {int(row[UnitColumns.UNIT]) - 1: row for row in (*found.ahead, *found.rows)}
+        self._ahead = [raw[unit] for unit in sorted(progress.units)]
+        self._pushed = [fields for row in found.rows if (fields := self._acknowledged(row, session)) is not None]
+        self._eval_losses = [epoch["eval_loss"] for epoch in epochs]
+        check_ahead(self._run, progress, self._plan, settings)
+        meta = {**base.meta, "epochs_done": done, "history": [*base.meta["history"], *(epoch["entry"] for epoch in epochs)]}
+        if epochs:
+            meta["eval_loss"] = epochs[-1]["eval_loss"]
+        metrics = [] if epochs else restored.metrics
+        return Checkpoint(checkpoint.path, progress.step, meta), Restored(restored.notebook, progress.sums, metrics)
+
+    def _id(self, row: np.ndarray, workers: int) -> PushId:
+        return push_id(int(row[UnitColumns.UNIT]) - 1, workers, self._per_epoch)
+
+    def _acknowledged(self, row: np.ndarray, session: SessionLog) -> dict[str, Any] | None:
+        if row[UnitColumns.PUSH] in (EMPTY, REJECTED):
+            return None
+        epoch, batch, shard = self._id(row, session.workers)
+        pulled, made = np.split(row[UnitColumns.VERSIONS :], 2)
+        return {"rank": int(row[UnitColumns.RANK]), "epoch": epoch + 1, "batch": batch + 1, "shard": shard,
+                "versions": [int(v) for v in made], "staleness": int(max(made - pulled)) - 1}  # fmt: skip
+
+    # -- keeping one ---------------------------------------------------------------------------------------------
+
+    def take_up(self, recorder: PushRecorder, schedule: Schedule, emit: Emit) -> None:
+        """Before anybody works: what earlier sessions have done is not done again."""
+        lay_ahead(self._ahead, recorder)
+        tell_pushes(self._run, self._pushed, emit)
+        # A schedule has been brought to the step that there is a checkpoint of.
+        for eval_loss in self._eval_losses:
+            schedule.after_epoch(eval_loss)
+
+    @property
+    def ahead_ids(self) -> list[PushId]:
+        """Pushes that the servers begin with, behind the first step."""
+        return [self._id(row, self._plan.workers or 1) for row in self._ahead]
+
+    def begin(self, first: int, last: Checkpoint | None, write: WriteBase) -> None:
+        """The servers have what the run begins with, at step ``first``, and nobody works yet; ``last``: the run's checkpoint."""
+        self._first, self.baseline = first, last
+        if not self.kept and self._found is None:
+            return
+        workers = self._store.arena.world_size
+        if last is None:
+            raise full(self._run, "no checkpoint could be written that it stands on")
+        session = SessionLog(self.directory, self._plan.servers, workers, 1, first, remote=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self._found is not None:
+                (self.directory / _BASE).mkdir(exist_ok=True)
+                self.baseline = write(self.directory / _BASE, {_AHEAD: [row.tolist() for row in self._ahead]})
+            session.begin()
+            if self.kept:
+                self._units = LogWriter(self.directory, UNITS, self._on_durable, log_limit())
+                self._epochs = LogWriter(self.directory, EPOCHS)
+        except OSError as error:
+            raise full(self._run, error.strerror or str(error)) from None
+        # What they had is in what this one begins with.
+        discard(self._old)
+
+    def _on_durable(self, number: int) -> None:
+        self._durable = number
+
+    def settled(self, units: Sequence[int], recorder: PushRecorder, emit: Emit) -> None:
+        """All servers have the pushes of these units, which count as one: they count when this is on disk."""
+        log = self._units
+        if log is None or not units:
+            return
+        assert self.baseline is not None
+        number = 0 if log.last is None else log.last + 1
+        store = self._store
+        try:
+            log.begin(number, self.baseline.step, cut=self.baseline.step > self._mark)
+            self._mark = self.baseline.step
+            buffers = [(k, (store.buffer(0, k).contiguous().numpy().tobytes(),)) for k in range(len(store.table.buffers))]
+            log.add(Kind.BYTES, buffers)
+            log.commit(Commit(np.stack([recorder.ledger.row(unit) for unit in units]), None).to_bytes())
+        except OSError as error:
+            log.abort()
+            self.fail(LogTrouble(None, error.strerror or str(error)), emit)
+        self._record_of.update(dict.fromkeys(units, number))
+
+    def has(self, unit: int, emit: Emit) -> bool:
+        """Whether it is on disk that a unit counts."""
+        log, number = self._units, self._record_of.get(unit)
+        if log is None:
+            return True
+        if log.failure is not None:
+            self.fail(LogTrouble(None, log.failure.strerror or str(log.failure)), emit)
+        if number is None or number > self._durable:
+            return False
+        del self._record_of[unit]
+        return True
+
+    def holds(self, recorder: PushRecorder, step: int) -> bool:
+        """Whether all steps before this one are on disk, where a log is kept."""
+        return not self.kept or recorder.committed() >= step
+
+    def keep_epoch(self, entry: dict[str, Any], eval_loss: float) -> None:
+        """What an epoch has come to, on disk before anybody goes on."""
+        if self._epochs is not None:
+            write_epoch(self._epochs, self._run, entry, eval_loss)
+
+    def checkpointed(self, found: Checkpoint) -> None:
+        """A checkpoint is on disk: what no checkpoint needs is deleted."""
+        oldest = min((int(path.name.removeprefix("step-")) for path in found.path.parent.glob("step-*")), default=0)
+        for name in (*(log_name(server) for server in range(self._plan.servers)), UNITS):
+            logs.prune(self.directory, name, oldest)
+        if oldest > self._first:
+            shutil.rmtree(self.directory / _BASE, ignore_errors=True)
+            discard(self._others)
+            discard(self._old)
+        self.baseline = found
+        self._looked = 0.0
+
+    def is_long(self, checkpoint_bytes: int) -> bool:
+        """Whether the log has grown so long that a checkpoint should be made."""
+        now = time.monotonic()
+        if self.kept and now - self._looked > _LOOK_S:
+            self._looked, self._long = now, is_long(self.directory, checkpoint_bytes)
+        return self._long
+
+    def fail(self, trouble: LogTrouble, emit: Emit) -> None:
+        """A log could not be written: JobFailed."""
+        emit("push_log_failed", server=trouble.server, reason=trouble.reason)
+        raise full(self._run, trouble.reason)
+
+    def close(self) -> None:
+        for log in (self._units, self._epochs):
+            if log is not None:
+                log.close()
+
+
+class LoggedRecorder(PushRecorder):
+    """A unit is done when it is on disk that it counts."""
+
+    def __init__(self, store: Store, emit: Emit, settings: RunSettings, first_step: int, log: RemoteLog) -> None:
+        self._log = log
+        super().__init__(store, emit, settings, first_step)
+
+    def _is_done(self, unit: int) -> bool:
+        return super()._is_done(unit) and self._log.has(unit, self._emit)
+
+
+def _read(session: SessionLog, base: Checkpoint) -> _Found:
+    ahead = [np.array(row, np.float64) for row in base.meta.get(_AHEAD, ())]
+    rows: list[np.ndarray] = []
+    buffers: dict[int, bytes] = {}
+    for record in logs.read(session.path, UNITS, base.step):
+        rows += list(Commit.from_bytes(record.notes).rows)
+        buffers = {frame.where: bytes(frame.read()) for frame in record.frames}
+    return _Found(session, base, ahead, rows, buffers)
+
+
+def numbers_in(restored: Restored) -> dict[str, dict[str, Any]]:
+    """What of the optimizer's state is no tensor, by parameter."""
+    return dict(((restored.notebook or {}).get("optimizer") or {}).get("state", {}))
+
+
+def _of_sums(row: np.ndarray) -> np.ndarray:
+    """A unit's row as it adds to an epoch's means: not at all where nothing of it was pushed."""
+    if row[UnitColumns.PUSH] not in (EMPTY, REJECTED):
+        return row
+    found = row.copy()
+    found[UnitColumns.LOSS : UnitColumns.SAMPLES + 1] = 0.0
+    found[UnitColumns.VALUES : UnitColumns.VALUES + VALUE_COLUMNS] = 0.0
+    return found
+
+
+def _tensor(data: bytes, like: Any) -> Any:
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape) if data else torch.empty_like(like)
+
+
+@contextlib.contextmanager
+def _tables(specs: Sequence[Any], cold_dir: str) -> Iterator[dict[int, Table]]:
+    """Tables of one server, for a while."""
+    place = Path(f"{cold_dir}-log")
+    found = {n: Table.create(spec, cold_path(place, n)) for n, spec in enumerate(specs)}
+    try:
+        yield found
+    finally:
+        for table in found.values():
+            table.close()
+        shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""Bringing a server back that keeps a log: another process takes up the last checkpoint, and does what the log has behind it.
+
+The lead does nothing else meanwhile, so that it may be done wherever it waits for that server; what others ask is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from shoal.comm.store import Store
+from shoal.errors import RequestError, WorkerLostError
+from shoal.ps.applied import PushId
+from shoal.ps.client import Client, Patience
+from shoal.ps.logged import Mark, Recover
+from shoal.train import checkpoint as checkpoints
+from shoal.train.remote import words
+from shoal.train.remote.desk import Asked, Desk
+from shoal.train.remote.line import Meeting
+from shoal.train.remote.log import RemoteLog, numbers_in
+from shoal.train.remote.members import Members
+from shoal.train.remote.state import RemoteTables, StoreState
+from shoal.train.update_log import log_name
+
+_JOIN_S = 120.0
+_SEEN_S = 10.0
+_POLL_S = 0.02
+_MOST_DEATHS = 5
+
+
+class Recovery:
+    """Looks after the servers' logs.
+
+    Attributes:
+        backlog: what was asked while a server was brought back.
+        versions: how many updates each server had made when the last checkpoint was written.
+    """
+
+    def __init__(
+        self, desk: Desk, members: Members, meeting: Meeting, log: RemoteLog, store: Store, state: StoreState,
+        tables: RemoteTables,
+    ) -> None:  # fmt: skip
+        self._desk, self._members, self._meeting = desk, members, meeting
+        self._log, self._store, self._state, self._tables = log, store, state, tables
+        self.backlog: list[Asked] = []
+        self.versions: dict[int, int] = {}
+        self._deaths: Counter[int] = Counter()
+
+    def begin(self, client: Client) -> None:
+        """The servers have what the run begins with: let them write their logs from here on."""
+        assert self._log.baseline is not None
+        mark = self._log.baseline.step
+        for server in client.places:
+            client.wait([client.send(server, lambda n: Recover(n, mark))], "a server to begin its log")
+        deadline = time.monotonic() + _SEEN_S
+        for server in client.places:
+            while not (self._log.directory / f"{log_name(server)}.here").exists():
+                if time.monotonic() > deadline:
+                    raise RequestError(
+                        f"Server {server} keeps its log in {self._log.directory} of its own machine, which the first process "
+                        "does not see; choose a --run that all machines share, or leave --push-log out."
+                    )
+                time.sleep(_POLL_S)
+
+    def checkpointed(self, client: Client, versions: Mapping[int, int]) -> None:
+        """A checkpoint holds all that the servers have, and nobody works."""
+        assert self._log.baseline is not None
+        self.versions = dict(versions)
+        mark = self._log.baseline.step
+        client.wait([client.send(s, lambda n: Mark(n, mark)) for s in client.places], "a server to go on with its log")
+
+    def heard(self) -> None:
+        """All servers have done something."""
+        self._deaths.clear()
+
+    def bring_back(self, rank: int, take: Callable[[Asked], None], settled: PushId) -> str:
+        """Start a server again that has died; its address. ``take``: answers what it asks. WorkerLostError: it dies always."""
+        while True:
+            self._deaths[rank] += 1
+            if self._deaths[rank] > _MOST_DEATHS:
+                raise WorkerLostError(
+                    f"Server {rank} died {self._deaths[rank]} times without having done anything; what was acknowledged is in "
+                    "its log: see what kills it, and go on with --resume."
+                )
+            self._members.start("server", rank)
+            address = self._await(rank, take)
+            if address is not None and self._fill(rank, address, settled):
+                return address
+
+    def _await(self, rank: int, take: Callable[[Asked], None]) -> str | None:
+        """Where a server is that was started, once it is there; None where it has died. The others' words are kept."""
+        member = self._members.of["server", rank]
+        deadline = time.monotonic() + _JOIN_S
+        while not member.joined:
+            for asked in self._desk.receive(_POLL_S):
+                said = asked.said
+                if isinstance(said, words.Join) and (said.role, said.rank) == ("server", rank):
+                    take(asked)
+                    member = self._members.of["server", rank]
+                else:
+                    self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
+                    self.backlog.append(asked)
+            if self._is_dead(rank):
+                return None
+            if time.monotonic() > deadline:
+                raise WorkerLostError(
+                    f"Server {rank} has not come back within {_JOIN_S:.0f} s; what was acknowledged is in its log: go on with "
+                    "--resume."
+                )
+        return member.address
+
+    def _is_dead(self, rank: int) -> bool:
+        process = self._members.of["server", rank].process
+        return process is not None and process.poll() is not None
+
+    def _fill(self, rank: int, address: str, settled: PushId) -> bool:
+        """Give a server what it has lost; False where it has died meanwhile."""
+
+        class Died(Exception):
+            pass
+
+        def look() -> None:
+            if self._is_dead(rank):
+                raise Died
+
+        baseline = self._log.baseline
+        assert baseline is not None
+        self._read(baseline)
+        client = Client({rank: address}, self._meeting.keys, Patience(deadline_s=self._meeting.deadline_s), look)
+        try:
+            version = self.versions.get(rank, baseline.step)
+            client.put(rank, self._state.give(rank, version, settled, self._log.ahead_ids), whole=True)
+            self._tables.fill_again(client, rank, baseline.path)
+            client.wait([client.send(rank, lambda n: Recover(n, baseline.step))], "a server to do again what its log has")
+        except Died:
+            return False
+        finally:
+            client.close()
+        return True
+
+    def _read(self, baseline: checkpoints.Checkpoint) -> None:
+        """Let the store hold what the checkpoint has; its buffers are those of now."""
+        table = self._store.table
+        kept = [[self._store.buffer(parity, k).clone() for parity in (0, 1)] for k in range(len(table.buffers))]
+        self._state.numbers = numbers_in(checkpoints.restore(baseline, self._store))
+        for k, both in enumerate(kept):
+            for parity, buffer in enumerate(both):
+                self._store.buffer(parity, k).copy_(buffer)

@@ -1,0 +1,128 @@
+"""Servers that share no memory and keep a log: killed alone they come back, killed with all the run goes on; no push is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import counted_job
+import noisy_job
+import pytest
+import torch
+from noisy_job import command, environment, events, gone, kill, processes, wait_until
+
+import shoal
+from shoal.errors import RequestError
+from shoal.ps.log import segments
+
+COUNTED, NOISY = f"{counted_job.__file__}:job", f"{noisy_job.__file__}:job"
+CALM = "threads=1,batchnorm=local"
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "1000")
+    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
+
+
+def run_command(target: str, run: Path, *more: str) -> tuple[list[str], dict[str, str]]:
+    words = command(run, *more)
+    words[words.index("train") + 1] = target
+    return words, environment(SHOAL_CHECKPOINT_S=os.environ["SHOAL_CHECKPOINT_S"])
+
+
+def train(target: str, run: Path, *more: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    words, own = run_command(target, run, *more)
+    done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def pid_of(run: Path, role: str, rank: int) -> int:
+    rows = json.loads((run / "processes.json").read_text())
+    return next(int(row["pid"]) for row in rows if (row["role"], row["rank"]) == (role, rank))
+
+
+def killed(
+    target: str, run: Path, pushes: int, *more: str, alone: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Train until this session has acknowledged so many pushes, kill -9 all at once; ``alone``: what is done in the middle."""
+    before, family = len(events(run, "push_ack")), list[int]()
+    words, own = run_command(target, run, *more)
+    with subprocess.Popen(words, env=own, stdout=-3, stderr=-3) as process:
+        try:
+            wait_until(lambda: len(events(run, "push_ack")) >= before + pushes // 2, process)
+            alone()
+            wait_until(lambda: len(events(run, "push_ack")) >= before + pushes, process)
+            family = processes(run)
+            assert process.poll() is None and len(family) >= 5
+        finally:
+            for pid in {process.pid, *family}:
+                kill(pid)
+            process.wait()
+    wait_until(lambda: gone(family))
+    return events(run, "push_ack")
+
+
+def test_everything_acknowledged_is_there_once_after_kills_of_servers_and_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, chance = tmp_path / "run", random.Random(5)
+
+    def kill_servers() -> None:
+        for rank in (1, 0):
+            before = len(events(run, "recovered"))
+            kill(pid_of(run, "server", rank))
+            wait_until(lambda: len(events(run, "recovered")) > before)  # noqa: B023
+
+    # Of the first session the log alone tells, whatever dies.
+    plan = f"ps=2,workers=2,async,{CALM}"
+    killed(COUNTED, run, chance.randrange(16, 24), "--plan", plan, "--push-log", alone=kill_servers)
+    assert [e["step"] for e in events(run, "checkpoint")] == [0]
+    back = [(e["role"], e["rank"], e["action"]) for e in events(run, "recovered")]
+    assert back == [("server", 1, "replayed"), ("server", 0, "replayed")]
+    # Processes that share memory keep logs of another kind.
+    with monkeypatch.context() as patch, pytest.raises(RequestError, match=r"that share no memory .*in the same way"):
+        patch.setenv("SHOAL_TRANSPORT", "arena")
+        shoal.train(counted_job.job, plan=plan, run_dir=run, resume=True)
+    # On another number of servers, until the disk is full.
+    monkeypatch.setenv("SHOAL_PUSH_LOG_BYTES", "4000000")
+    answer, said = train(COUNTED, run, "--plan", plan.replace("ps=2", "ps=1"), "--resume", code=1)
+    assert "no further push was taken" in said.splitlines()[-1] and answer["exit_code"] == 1
+    assert events(run, "push_log_failed")[-1]["server"] == 0
+    monkeypatch.delenv("SHOAL_PUSH_LOG_BYTES")
+    # With checkpoints as often as it goes; and to the end.
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
+    killed(COUNTED, run, 12, "--plan", plan, "--resume", alone=kill_servers)
+    train(COUNTED, run, "--plan", plan.replace("async", "staleness=2").replace("ps=2", "ps=3"), "--resume")
+    counted_job.check(shoal.open(run), events(run, "push_ack"))
+    assert [e["epoch"] for e in events(run, "epoch")] == [1, 2, 3]
+    sessions = sorted((run / "push-log").iterdir())
+    assert len(sessions) == 1 and len(segments(sessions[0], "server-0")) <= 3 and not (sessions[0] / "base").exists()
+
+
+def test_sync_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    job, plan, run = noisy_job.make_job(epochs=2), f"ps=2,workers=2,sync,{CALM}", tmp_path / "run"
+    calm = shoal.train(job, plan=plan, run_dir=tmp_path / "calm")
+
+    def kill_a_server() -> None:
+        kill(pid_of(run, "server", 1))
+
+    killed(NOISY, run, 34, "--plan", plan, "--epochs", "2", "--push-log", alone=kill_a_server)
+    assert [e["rank"] for e in events(run, "recovered")] == [1]
+    train(NOISY, run, "--plan", plan, "--epochs", "2", "--resume")
+    resumed = shoal.open(run)
+    ours, theirs = resumed.weights(), calm.weights()
+    # Buffers are those of whoever was last.
+    names = [name for name, _ in calm.model().named_parameters()]
+    assert names and all(torch.equal(ours[name], theirs[name]) for name in names)
+    assert [e["loss"] for e in resumed.history] == pytest.approx([e["loss"] for e in calm.history])
+    acks = [(e["epoch"], e["batch"], e["shard"]) for e in events(run, "push_ack")]
+    assert sorted(acks) == [(e, b, s) for e in (1, 2) for b in range(1, 14) for s in range(2)]
+    assert events(run, "run_start")[-1]["resumed_from"] >= 17
