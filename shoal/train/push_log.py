@@ -118,7 +118,7 @@ class RunLog:
     def forget(self) -> None:
         """There is no checkpoint that the old sessions' logs could be behind."""
         shutil.rmtree(self._run / FOLDER, ignore_errors=True)
-        self._old = []
+        self._old, self._others = [], []
 
     def logged(self) -> int:
         """Updates that are on disk at every server."""

@@ -1,0 +1,92 @@
+"""A server with a log: another one that has it and what the first began with has the same bits; a full disk loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shards import a_push, a_shard, same
+
+from shoal.errors import DeadlineError, JobFailed
+from shoal.ps.client import Client, Patience
+from shoal.ps.endpoint import Endpoint, RunKeys, Serving
+from shoal.ps.log import segments
+from shoal.ps.logged import LoggedServer, Mark, Recover, ToldLog
+from shoal.ps.shard import Shard
+
+QUICK = Patience(deadline_s=20.0, retry_s=5.0)
+
+
+@contextlib.contextmanager
+def served(directory: Path, shard: Shard, limit: int | None = None) -> Iterator[tuple[Client, LoggedServer]]:
+    keys = RunKeys.new()
+    endpoint = Endpoint(keys)
+    server = LoggedServer(shard, endpoint, ToldLog(directory, "server-0", endpoint, limit))
+    with Serving(server.serve, "server") as serving, contextlib.closing(Client({0: endpoint.address}, keys, QUICK)) as client:
+        yield client, server
+    endpoint.close()
+    assert serving.error is None
+
+
+def recover(client: Client, mark: int) -> None:
+    client.wait([client.send(0, lambda n: Recover(n, mark))], "recovery")
+
+
+def stage(client: Client, k: int) -> None:
+    client.acknowledged(client.push({0: a_push(k)}, staged=True))
+
+
+def test_another_server_goes_on_from_the_log_with_the_same_bits(tmp_path: Path) -> None:
+    first, alone = a_shard(), a_shard()
+    with served(tmp_path, first) as (client, _):
+        recover(client, 0)
+        for k in range(4):
+            assert client.acknowledged(client.push({0: a_push(k)})) == {0: k + 1}
+            alone.apply(a_push(k))
+        client.acknowledged(client.push({0: a_push(2)}))
+        for k in (4, 5, 6):
+            stage(client, k)
+        client.commit([(0, 4, 0), (0, 5, 0)], (0, 0, 0), 0.5)
+    second = a_shard()
+    with served(tmp_path, second) as (client, _):
+        recover(client, 0)
+        assert same(first, second) and second.version == 5 and not same(first, alone)
+        # What waited for others waits here; what is sent again counts once.
+        assert client.acknowledged(client.push({0: a_push(3)})) == {0: 5}
+        client.commit([(0, 6, 0)], (0, 0, 0))
+        # A checkpoint holds all that there is.
+        client.wait([client.send(0, lambda n: Mark(n, 9))], "a mark")
+        client.acknowledged(client.push({0: a_push(7)}))
+    third = a_shard()
+    checkpoint = a_shard()
+    with served(tmp_path, checkpoint) as (client, _):
+        recover(client, 0)
+        assert same(checkpoint, second)
+    assert [segment.mark for segment in segments(tmp_path, "server-0")] == [0, 9]
+    with served(tmp_path, third) as (client, _):
+        recover(client, 9)
+    assert third.version == 1 and (0, 7, 0) in third.ledger and (0, 6, 0) not in third.ledger
+
+
+def test_a_full_disk_is_told_and_nothing_that_was_acknowledged_is_lost(tmp_path: Path) -> None:
+    first = a_shard()
+    with served(tmp_path, first, limit=4000) as (client, server):
+        recover(client, 0)
+        stage(client, 0)
+        done = 0
+        with pytest.raises(DeadlineError):
+            client.patience = Patience(deadline_s=0.5, retry_s=5.0)
+            for k in range(1, 20):
+                client.acknowledged(client.push({0: a_push(k)}))
+                done = k
+        assert server.trouble is not None and "limit" in server.trouble and done >= 1 and first.version == done
+        # Nobody who waits for a step to be applied waits for ever.
+        with pytest.raises(JobFailed, match="limit"):
+            client.commit([(0, 0, 0)], (0, 0, 0))
+    second = a_shard()
+    with served(tmp_path, second) as (client, _):
+        recover(client, 0)
+        assert same(first, second)
+        client.commit([(0, 0, 0)], (0, 0, 0))
