@@ -61,7 +61,7 @@ def read_told(directory: Path, name: str, mark: int) -> Sequence[Told]:
         for record in logs.read(directory, name, mark):
             message = messages.decode_request([record.notes])
             assert isinstance(message, (PushHead, Commit))
-            found.append((message, [frame.read() for frame in record.frames]))
+            found.append((message, [memoryview(bytearray(frame.read())) for frame in record.frames]))
     except (TornError, Malformed) as error:
         raise JobFailed(
             f"The log {name} in {directory} is damaged ({error}); move {directory} away to go on from the last checkpoint alone."

@@ -230,7 +230,8 @@ class Watcher(Requests):
         answer = ticket.answer
         if not isinstance(answer, PieceRead) or len(ticket.further) != 2:
             raise Malformed("another answer than was asked for")
-        keys, rows = self._rows(table, *ticket.further, answer.rows)
+        named, values = ticket.further
+        keys, rows = self._rows(table, named, values, answer.rows)
         return keys, rows, answer.after
 
 
