@@ -156,6 +156,7 @@ class RemoteLog:
         settled = push_id(found.base.step * session.workers, session.workers, self._per_epoch)
         began_with = [self._id(row, session.workers) for row in found.ahead]
         rows: list[tuple[int, Rows]] = []
+        held_by = []
         for server in placement.servers:
             told = read_told(session.path, log_name(server), found.base.step)
             with _tables(facts.tables, settings.cold_dir) as held:
@@ -167,8 +168,11 @@ class RemoteLog:
                         if own is not None:
                             table.put(own)
                 do_again(shard, Staged(shard), told, lambda ids: counts.issuperset(ids))
-                state.take(shard.snapshot(row_shards={}))
+                held_by.append(shard.snapshot(row_shards={}))
                 rows += [(n, table.export(placement.row_shards_of(server, n))) for n, table in held.items()]
+        # Not before all have begun: what is kept once a parameter, such as Adam's count of steps, several of them hold.
+        for snapshot in held_by:
+            state.take(snapshot)
         tables.begin_again(rows)
         if restored.notebook is not None and restored.notebook.get("optimizer"):
             restored.notebook["optimizer"]["state"] = state.numbers
