@@ -101,6 +101,13 @@ class Nursery:
             self._supervisor.load(ENTRY, self._job, _BUILD_S)
             self._supervisor.call("meet", self.meeting, self._options)
 
+    def describe(self, host: TrainHost, timeout_s: float) -> dict[str, Any]:
+        """What goes into the model and comes out, while the run goes on; ``host``: the lead's, where there is no template."""
+        if self._supervisor is None or not self._supervisor.alive():
+            return host.describe_first()
+        found: dict[str, Any] = self._supervisor.call("describe_first", timeout_s=timeout_s)
+        return found
+
     def start(self, role: str, rank: int) -> Process:
         """Start a process of a role."""
         if self._supervisor is None:

@@ -36,6 +36,9 @@ class InLead:
         self._host, self._members, self._nursery = host, members, nursery
 
     def call(self, method: str, *arguments: Any, timeout_s: float = 0.0) -> Any:
+        if method == "describe_aside":
+            # This process has threads, and sockets that a fork of it would share.
+            return self._nursery.describe(self._host, timeout_s)
         return getattr(self._host, method)(*arguments)
 
     def processes(self) -> list[dict[str, Any]]:
