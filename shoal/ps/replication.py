@@ -2,13 +2,15 @@
 
 A chain is a row of servers with the same pieces. Clients speak to its *head*: it applies a push, hands it on, and acknowledges it
 when the *tail* has it; everyone in between does the same, so whatever was acknowledged is held by all. As a shard is a state
-machine, they hold the same bits. Pushes are numbered by the shard's version and applied in that order; who has missed one says
-so, and gets it and all behind it once more.
+machine, they hold the same bits. What is handed on are *entries*, numbered and taken in that order: pushes that are applied,
+pushes that wait to be applied with others (``sync``), and the word that these are, which says no gradient again. Who has missed
+an entry says so, and gets it and all behind it once more.
 
 When the head dies, the next one along the chain is the head: it has all that was acknowledged, clients send the rest again, and
 ids see to it that nothing counts twice. What is read is held by all, too, so that a version means the same bits at whoever is the
 head. When another dies, the one before it is told whom to follow it with. A replacement joins
-as the tail: it gets a snapshot, taken between two pushes, and then what was pushed since, while clients go on.
+as the tail: it gets a snapshot, taken between two entries, with the pushes that wait, and then what came since, while clients
+go on.
 
 Which servers make up a chain: ``successors`` along the ring, so that each server's shard lies with its neighbours.
 """
@@ -25,11 +27,13 @@ import msgspec
 import zmq
 
 from shoal.ps import messages
+from shoal.ps.applied import PushId
 from shoal.ps.client import Client
 from shoal.ps.endpoint import Endpoint, RunKeys
-from shoal.ps.messages import Done, Pull, PullRows, PushHead, Put, Refused, Request
-from shoal.ps.shard import Push, Shard
+from shoal.ps.messages import Done, Pull, PullRows, PushHead, Refused, Request, Tensor
+from shoal.ps.shard import Kept, Push, Shard, Snapshot
 from shoal.ps.shard_server import ShardServer
+from shoal.ps.staged import Staged
 from shoal.ps.wire import Malformed, encode
 
 _RESEND_S = 1.0
@@ -37,10 +41,29 @@ _ADOPTION_S = 60.0
 
 
 class Forward(msgspec.Struct, tag="forward", frozen=True, kw_only=True):
-    """The push that makes a shard's version ``number``; ``push``: its head, and its frames follow."""
+    """Entry ``number``: a push to be applied, or to wait for others; ``push``: its head, and its frames follow."""
 
     number: int
     push: PushHead
+
+
+class Together(msgspec.Struct, tag="together", frozen=True, kw_only=True):
+    """Entry ``number``: the sum of pushes that wait is to be applied."""
+
+    number: int
+    ids: tuple[PushId, ...]
+    settled: PushId
+    scale: float
+    groups: tuple[dict[str, Any], ...] | None
+
+
+class Adopt(msgspec.Struct, tag="adopt", frozen=True, kw_only=True):
+    """Everything up to entry ``number``: a snapshot, and the heads of the pushes that wait, in order; frames: of both."""
+
+    number: int
+    kept: Kept
+    tensors: tuple[Tensor, ...]
+    waiting: tuple[PushHead, ...]
 
 
 class Follow(msgspec.Struct, tag="follow", frozen=True):
@@ -51,7 +74,7 @@ class Follow(msgspec.Struct, tag="follow", frozen=True):
     anew: bool = False
 
 
-_decoder = msgspec.msgpack.Decoder(Forward | Follow)
+_decoder = msgspec.msgpack.Decoder(Forward | Together | Adopt | Follow)
 
 
 def successors(servers: Sequence[int], server: int, replicas: int) -> tuple[int, ...]:
@@ -65,15 +88,21 @@ def successors(servers: Sequence[int], server: int, replicas: int) -> tuple[int,
 
 @dataclass
 class _Sent:
-    """A push that the successor has not acknowledged."""
+    """An entry that the successor has not acknowledged."""
 
-    version: int
+    number: int
     head: bytes
     frames: Sequence[Any]
 
 
 class Chain:
-    """A server's place in a chain, for its ``ShardServer``: whom it hands pushes on to, and what waits for them."""
+    """A server's place in a chain, for its ``ShardServer``: whom it hands entries on to, and what waits for them.
+
+    Attributes:
+        number: the last entry that was taken here.
+        applied: the last one that has changed the shard.
+        staged: the pushes that wait here.
+    """
 
     def __init__(self, shard: Shard, endpoint: Endpoint, keys: RunKeys) -> None:
         self._shard, self._endpoint, self._keys = shard, endpoint, keys
@@ -82,29 +111,51 @@ class Chain:
         self._sent: deque[_Sent] = deque()
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._heard_at = 0.0
-        # The version of the snapshot that a new successor has yet to take up.
+        # The number of the snapshot that a new successor has yet to take up.
         self._adopted: int | None = None
-        shard.on_apply = self._hand_on
+        self.number = self.applied = 0
+        self.staged = Staged(shard)
+        shard.on_apply = self._hand_on_applied
 
     def when_kept(self, version: int, then: Callable[[], None]) -> None:
-        if self._socket is None or version <= self.kept:
+        """See ``Keeper``: whatever was taken so far, and so any version."""
+        self.when_taken(self.number, then)
+
+    def when_taken(self, number: int, then: Callable[[], None]) -> None:
+        """Call ``then`` once all entries up to one are held by all behind this."""
+        if self._socket is None or number <= self.kept:
             then()
         else:
-            self._waiting.append((version, then))
+            self._waiting.append((number, then))
 
     @property
     def kept(self) -> int:
-        """Up to which version the successor has everything."""
-        return self._sent[0].version - 1 if self._sent else self._shard.version
+        """Up to which entry the successor has everything."""
+        return self._sent[0].number - 1 if self._sent else self.number
 
-    def _hand_on(self, push: Push) -> None:
+    def _hand_on_applied(self, push: Push) -> None:
         """A push is about to be applied here."""
+        if self.staged.holds(push.ids):
+            groups = None if push.groups is None else tuple(push.groups)
+            self._hand_on(
+                lambda n: Together(number=n, ids=push.ids, settled=push.settled, scale=push.scale, groups=groups), ()
+            )
+        else:
+            head, frames = messages.pack_push(push, 0)
+            self._hand_on(lambda n: Forward(number=n, push=head), frames)
+        self.applied = self.number
+
+    def hand_on_staged(self, push: Push) -> None:
+        """A push waits here from now on."""
+        head, frames = messages.pack_push(push, 0, staged=True)
+        self._hand_on(lambda n: Forward(number=n, push=head), frames)
+
+    def _hand_on(self, make: Callable[[int], msgspec.Struct], frames: Sequence[Any]) -> None:
+        self.number += 1
         if self._socket is None:
             return
-        head, frames = messages.pack_push(push, 0)
-        version = self._shard.version + 1
         # The frames may be views of what the optimizer is about to use, but nobody changes a gradient.
-        sent = _Sent(version, encode(Forward(number=version, push=head)), frames)
+        sent = _Sent(self.number, encode(make(self.number)), frames)
         if not self._sent:
             self._heard_at = time.monotonic()
         self._sent.append(sent)
@@ -125,7 +176,7 @@ class Chain:
             self._socket.close(linger=0)
             self._socket = None
         if not address:
-            # Here is the tail: what is applied is kept as well as can be.
+            # Here is the tail: what is taken is kept as well as can be.
             self._sent.clear()
             self._release()
             return
@@ -135,15 +186,20 @@ class Chain:
         self._endpoint.attend(socket, self._hear)
         self._heard_at = time.monotonic()
         if anew:
-            snapshot = self._shard.snapshot()
-            kept, heads, frames = messages.pack_snapshot(snapshot)
-            put = encode(Put(number=kept.version, kept=kept, tensors=heads, whole=True))
-            self._sent = deque([_Sent(kept.version, put, frames)])
-            self._adopted = kept.version
+            head, frames = self._everything()
+            self._sent = deque([_Sent(self.number, head, frames)])
+            self._adopted = self.number
             self._transmit(self._sent[0])
         else:
             for sent in self._sent:
                 self._transmit(sent)
+
+    def _everything(self) -> tuple[bytes, list[Any]]:
+        """What a new successor gets first: head and frames."""
+        kept, heads, frames = messages.pack_snapshot(self._shard.snapshot())
+        waiting = [messages.pack_push(push, 0, staged=True) for push in self.staged.pushes]
+        adopt = Adopt(number=self.number, kept=kept, tensors=heads, waiting=tuple(head for head, _ in waiting))
+        return encode(adopt), [*frames, *(frame for _, own in waiting for frame in own)]
 
     def _hear(self) -> None:
         """The successor has answered."""
@@ -161,7 +217,7 @@ class Chain:
             if isinstance(answer, Done):
                 if self._adopted is not None and answer.number >= self._adopted:
                     self._adopted = None
-                while self._sent and self._sent[0].version <= answer.number:
+                while self._sent and self._sent[0].number <= answer.number:
                     self._sent.popleft()
             elif isinstance(answer, Refused) and answer.missing:
                 for sent in self._sent:
@@ -195,6 +251,9 @@ class ChainServer(ShardServer):
     def __init__(self, shard: Shard, endpoint: Endpoint, keys: RunKeys) -> None:
         self.chain = Chain(shard, endpoint, keys)
         super().__init__(shard, endpoint, self.chain)
+        self.staged = self.chain.staged
+        # Whether it was given everything by the one before it.
+        self._adopted = False
 
     def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
         def attend() -> None:
@@ -223,35 +282,62 @@ class ChainServer(ShardServer):
             answer(Done(message.number, self.shard.version))
             return
         try:
-            self._forwarded(message, frames[1:], answer)
+            self._take_entry(message, frames[1:], answer)
         except Malformed as error:
             self.endpoint.complain(str(error))
 
     def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
-        kept = message.kept.version if isinstance(message, Put) and message.whole else None
-        if kept is not None and 0 < kept <= self.shard.version:
-            # It was sent twice, and what came behind it is here.
-            self.chain.when_kept(kept, lambda: answer(Done(message.number, self.shard.version, False)))
-            return
-        version = self.shard.version
-        if isinstance(message, (Pull, PullRows)) and self.chain.kept < version:
+        applied = self.chain.applied
+        if isinstance(message, (Pull, PullRows)) and self.chain.kept < applied:
             # Nobody is told a version that may not survive: another push might become the one of that number.
             def when_kept(answered: msgspec.Struct, further: Sequence[Any] = ()) -> None:
                 copies = [bytes(frame) for frame in further]
-                self.chain.when_kept(version, lambda: answer(answered, copies))
+                self.chain.when_taken(applied, lambda: answer(answered, copies))
 
             super()._answer(message, frames, when_kept)
             return
         super()._answer(message, frames, answer)
 
-    def _forwarded(self, message: Forward, frames: Sequence[Any], answer: Callable[[msgspec.Struct], None]) -> None:
-        shard, number = self.shard, message.number
-        if number > shard.version + 1:
-            answer(Refused(number, f"push {shard.version + 1} is missing", missing=True))
+    def _stage(self, push: Push) -> bool:
+        new = super()._stage(push)
+        if new:
+            self.chain.hand_on_staged(push)
+        return new
+
+    def _take_entry(
+        self, message: Forward | Together | Adopt, frames: Sequence[Any], answer: Callable[[msgspec.Struct], None]
+    ) -> None:
+        chain, number = self.chain, message.number
+        if isinstance(message, Adopt):
+            # Where it was sent twice, what came behind it may be here.
+            if not self._adopted or number > chain.number:
+                self._adopt(message, frames)
+        elif number > chain.number + 1:
+            answer(Refused(number, f"entry {chain.number + 1} is missing", missing=True))
             return
-        if number == shard.version + 1:
-            shard.apply(messages.unpack_push(message.push, frames, self._forms()))
-        self.chain.when_kept(number, lambda: answer(Done(number, shard.version)))
+        elif number == chain.number + 1:
+            if isinstance(message, Together):
+                self.staged.commit(message.ids, message.settled, message.scale, message.groups)
+            else:
+                push = messages.unpack_push(message.push, frames, self._forms())
+                (self._stage if message.push.staged else self.shard.apply)(push)
+        chain.when_taken(number, lambda: answer(Done(number, self.shard.version)))
+
+    def _adopt(self, message: Adopt, frames: Sequence[Any]) -> None:
+        """Take up everything that the one before this has."""
+        at = len(message.tensors)
+        tensors = messages.unpack_tensors(message.tensors, frames[:at])
+        waiting = []
+        for head in message.waiting:
+            count = len(head.dense) + 3 * len(head.rows)
+            waiting.append(messages.unpack_push(head, frames[at : at + count], self._forms()))
+            at += count
+        if at != len(frames):
+            raise Malformed(f"{len(frames)} frames where {at} belong")
+        self.shard.restore(Snapshot(message.kept, tensors))
+        self.staged.put(waiting)
+        self.chain.number = self.chain.applied = message.number
+        self._adopted = True
 
 
 def follow(client: Client, server: int, address: str, anew: bool = False) -> int:

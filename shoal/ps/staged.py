@@ -35,6 +35,19 @@ class Staged:
         self._pushes.setdefault(push.ids[0], push)
         return new
 
+    @property
+    def pushes(self) -> tuple[Push, ...]:
+        """All that wait, in the order in which they came."""
+        return tuple(self._pushes.values())
+
+    def holds(self, ids: Sequence[PushId]) -> bool:
+        """Whether all of these wait here."""
+        return all(id in self._pushes for id in ids)
+
+    def put(self, pushes: Sequence[Push]) -> None:
+        """Let just these wait."""
+        self._pushes, self._sum = {push.ids[0]: push for push in pushes}, None
+
     def take_back(self, push: Push) -> None:
         """It could not be kept after all."""
         self._pushes.pop(push.ids[0], None)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import shoal
-from shoal.errors import NotBuiltError
 from shoal.observe.events import read_events
 from shoal.ps.initialisers import Zeros
 
@@ -39,11 +38,16 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return keys, torch.cos(keys[:, 1].double())
 
 
-def job() -> shoal.Job:
-    return shoal.Job(
-        name="sums", model=lambda: Sums().double(), train_data=data, batch_size=20, epochs=6,
-        loss=lambda output, target: (output * target).mean(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
-    )  # fmt: skip
+def job(**changes: Any) -> shoal.Job:
+    return shoal.Job(**{
+        "name": "sums", "model": lambda: Sums().double(), "train_data": data, "batch_size": 20, "epochs": 6,
+        "loss": lambda output, target: (output * target).mean(), "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2), **changes,
+    })  # fmt: skip
+
+
+def kill(run: Path, role: str, rank: int) -> None:
+    rows = json.loads((run / "processes.json").read_text())
+    os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == (role, rank)), signal.SIGKILL)
 
 
 def learned() -> dict[str, torch.Tensor]:
@@ -65,17 +69,16 @@ def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
     chance, run, killed = random.Random(7), tmp_path / "run", []
     first = chance.choice([0, 1])
 
-    def kill(rank: int) -> None:
-        rows = json.loads((run / "processes.json").read_text())
-        os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == ("server", rank)), signal.SIGKILL)
+    def lose(rank: int) -> None:
+        kill(run, "server", rank)
         killed.append(rank)
 
     def watch(event: dict[str, Any]) -> None:
         if event["kind"] == "step" and event["step"] >= 6 and not killed:
-            kill(first)
+            lose(first)
         elif event["kind"] == "recovered" and len(killed) < 3:
             # The one that has come back has the only other copy: then that of the first head, and then a tail of the other shard.
-            kill([first + 2, 3 - first][len(killed) - 1])
+            lose([first + 2, 3 - first][len(killed) - 1])
 
     found = shoal.train(job(), plan="ps=2,workers=2,async,replicas=1,threads=1", run_dir=run, on_event=watch)
     assert killed == [first, first + 2, 3 - first]
@@ -91,7 +94,30 @@ def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
 
 
-def test_copies_are_refused_where_they_are_not_built(tmp_path: Path) -> None:
-    with pytest.raises(NotBuiltError, match="replicas=1 is built for async and staleness; add async"):
-        shoal.train(job(), plan="ps=2,workers=2,sync,replicas=1", run_dir=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_steps_that_wait_for_all_have_the_bits_of_a_run_in_which_nobody_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    of, run, killed = job(epochs=1000, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3), grad_clip=0.5), tmp_path / "run", []
+    # A head at work, the one that answers in its place, a tail of the other shard, and a worker.
+    order = [("server", 0), ("server", 2), ("server", 3), ("worker", 1)]
+
+    def watch(event: dict[str, Any]) -> str | None:
+        due = (event["kind"] == "step" and event["step"] == 6) if not killed else event["kind"] == "recovered"
+        if due and len(killed) == len(order):
+            return "stop"
+        if due:
+            kill(run, *order[len(killed)])
+            killed.append(order[len(killed)])
+        return None
+
+    found = shoal.train(of, plan="ps=2,workers=2,sync,replicas=1,threads=1", run_dir=run, on_event=watch)
+    assert [(e["role"], e["rank"], e["cause"]) for e in read_events(run / "events.jsonl", {"death"})] == [
+        (*who, "SIGKILL") for who in order
+    ]
+    steps = found.summary()["steps"]
+    acknowledged = [(e["epoch"], e["batch"], e["shard"]) for e in read_events(run / "events.jsonl", {"push_ack"})]
+    assert acknowledged == [(step // 10 + 1, step % 10 + 1, shard) for step in range(steps) for shard in (0, 1)]
+    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
+    whole = shoal.train(of, plan="ps=2,workers=2,sync,threads=1", run_dir=tmp_path / "whole", steps=steps)
+    assert found.summary()["weights_sha256"] == whole.summary()["weights_sha256"]

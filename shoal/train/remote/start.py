@@ -64,10 +64,6 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     check_plan(whole, job, facts)
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
-    if whole.replicas and not whole.waits_for_nobody:
-        raise NotBuiltError(
-            f"replicas={whole.replicas} is built for async and staleness; add async to the plan, or leave replicas out."
-        )
     if facts.batchnorm and whole.batchnorm != "local":
         raise NotBuiltError(_NEEDS_GLOBAL_BATCHNORM)
     why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
-import torch
 from shards import a_push, a_shard, same
 
 from shoal.errors import DeadlineError
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.replication import ChainServer, follow, successors
-from shoal.ps.shard import Shard
+from shoal.ps.shard import Shard, add_up
 
 QUICK = Patience(deadline_s=60.0, retry_s=0.2)
 
 
 @contextlib.contextmanager
-def member(keys: RunKeys, shard: Shard, name: str) -> Iterator[str]:
+def member(keys: RunKeys, shard: Shard, name: str, address: str = "tcp://127.0.0.1:*") -> Iterator[str]:
     """A server of a chain in a thread; its address."""
-    endpoint = Endpoint(keys)
+    endpoint = Endpoint(keys, address)
     server = ChainServer(shard, endpoint, keys)
     serving = Serving(server.serve, name)
     try:
@@ -97,15 +97,81 @@ def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_
 
 def test_who_has_missed_a_push_gets_it_once_more_before_any_other():
     keys, first, second = RunKeys.new(), a_shard(), a_shard()
-    with member(keys, first, "head") as head, member(keys, second, "tail") as tail:
-        client = Client({0: head, 1: tail}, keys, QUICK)
-        follow(client, 0, tail)
-        client.acknowledged(client.push({0: a_push(0)}))
-        # Somebody has taken the tail's state away, as a process does that comes back at its address.
-        second.version = 0
-        second.ledger = type(second.ledger)()
-        tickets = client.push({0: a_push(1)})
-        follow(client, 0, tail, anew=True)
-        assert client.acknowledged(tickets) == {0: 2}
-        assert second.version == 2 and torch.equal(first.dense.weight(0), second.dense.weight(0))
+    with member(keys, first, "head") as head:
+        client = Client({0: head}, keys, QUICK)
+        with member(keys, a_shard(), "tail") as tail:
+            follow(client, 0, tail)
+            client.acknowledged(client.push({0: a_push(0)}))
+        # Another one is at its address, and has nothing.
+        with member(keys, second, "tail again", tail):
+            tickets = client.push({0: a_push(1)})
+            with pytest.raises(DeadlineError, match="has not answered"):
+                hasty = Client({0: head}, keys, Patience(0.5, 0.1))
+                try:
+                    hasty.acknowledged(hasty.push({0: a_push(1)}))
+                finally:
+                    hasty.close()
+            assert second.version == 0
+            follow(client, 0, tail, anew=True)
+            assert client.acknowledged(tickets) == {0: 2}
+            assert same(first, second)
         client.close()
+
+
+def test_pushes_that_wait_for_others_survive_and_are_applied_once_whoever_of_a_chain_goes():
+    keys, alone = RunKeys.new(), a_shard()
+    steps = [
+        [dataclasses.replace(a_push(step), ids=((0, step, part),), scale=1.0 + part) for part in (0, 1)] for step in range(5)
+    ]
+    for step, pushes in enumerate(steps):
+        alone.apply(dataclasses.replace(add_up(pushes, alone.tables, 0.5, [{"lr": 0.02}]), settled=(0, step + 1, 0)))
+    shards = [a_shard() for _ in range(4)]
+    with contextlib.ExitStack() as stack:
+        leave = [contextlib.ExitStack() for _ in shards]
+        at = [leave[k].enter_context(member(keys, shard, f"server {k}")) for k, shard in enumerate(shards)]
+        for each in leave:
+            stack.enter_context(each)
+        client = Client({0: at[0]}, keys, QUICK)
+        others = Client(dict(enumerate(at)), keys, QUICK)
+        stack.callback(client.close)
+        stack.callback(others.close)
+        follow(others, 0, at[1])
+
+        def stage(step: int, *parts: int) -> None:
+            for part in parts:
+                client.acknowledged(client.push({0: steps[step][part]}, staged=True))
+
+        def commit(step: int) -> None:
+            ids = [push.ids[0] for push in steps[step]]
+            assert client.commit(ids, (0, step + 1, 0), 0.5, [{"lr": 0.02}]) == {0: step + 1}
+
+        def go_to(head: int) -> None:
+            client.disconnect(0)
+            client.connect(0, at[head])
+
+        stage(0, 0, 1)
+        commit(0)
+        assert shards[1].version == 1
+        # The head goes between two pushes of a step: the next one has the first of them.
+        stage(1, 0)
+        leave[0].close()
+        go_to(1)
+        stage(1, 1, 0)
+        commit(1)
+        # A new tail gets those that wait along with everything else, and is the head before they are applied.
+        stage(2, 1, 0)
+        follow(others, 1, at[2], anew=True)
+        stage(2, 0)
+        leave[1].close()
+        go_to(2)
+        commit(2)
+        # The head goes when a step was applied and nobody has heard of it: it is asked for again, and done once.
+        follow(others, 2, at[3], anew=True)
+        stage(3, 0, 1)
+        commit(3)
+        leave[2].close()
+        go_to(3)
+        commit(3)
+        stage(4, 0, 1)
+        commit(4)
+        assert same(shards[3], alone) and shards[3].ledger.settled == (0, 5, 0)
