@@ -1,21 +1,34 @@
-"""Servers with copies: whoever is killed, the run goes on, and every push that was acknowledged is in the weights once."""
+"""Servers with copies: whoever is killed, the run goes on, and every push that was acknowledged is in the weights once.
+
+This file is also the script that torchrun starts: see ``script``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchrun import torchrun
 
 import shoal
+from shoal.data.order import epoch_order
 from shoal.observe.events import read_events
 from shoal.ps.initialisers import Zeros
+
+HERE = Path(__file__).resolve()
 
 
 class Sums(nn.Module):
@@ -40,84 +53,158 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def job(**changes: Any) -> shoal.Job:
     return shoal.Job(**{
-        "name": "sums", "model": lambda: Sums().double(), "train_data": data, "batch_size": 20, "epochs": 6,
+        "name": "sums", "model": lambda: Sums().double(), "train_data": data, "batch_size": 20, "epochs": 1000,
         "loss": lambda output, target: (output * target).mean(), "optimizer": lambda p: torch.optim.SGD(p, lr=1e-2), **changes,
     })  # fmt: skip
 
 
-def kill(run: Path, role: str, rank: int) -> None:
-    rows = json.loads((run / "processes.json").read_text())
-    os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == (role, rank)), signal.SIGKILL)
+def learned(acknowledged: Sequence[tuple[int, int, int]], together: bool = False) -> dict[str, torch.Tensor]:
+    """What the model has after these pushes, each the mean over ten samples: (epoch, batch, shard) from 1, 1 and 0.
 
-
-def learned() -> dict[str, torch.Tensor]:
-    """What the model has after each sample counted once an epoch, in a push that is the mean over ten of them."""
-    (keys, target), pushed = data(), 6 / 10
+    ``together``: two of them make one step, and count half.
+    """
+    keys, target = data()
+    orders = {epoch: epoch_order(len(keys), 0, epoch - 1) for epoch, _, _ in acknowledged}
+    samples = np.concatenate([orders[e][20 * (b - 1) + 10 * s :][:10] for e, b, s in acknowledged])
+    keys, target = keys[samples], target[samples] / (20 if together else 10)
     rows = torch.zeros(60, 4, dtype=torch.float64)
-    rows.index_add_(0, keys.reshape(-1), -0.1 * pushed * target.repeat_interleave(5)[:, None].expand(-1, 4))
+    rows.index_add_(0, keys.reshape(-1), -0.1 * target.repeat_interleave(5)[:, None].expand(-1, 4))
     found = {"rows.keys": torch.arange(60), "rows.rows": rows}
     for number in range(6):
         features = torch.sin(keys[:, :1] * torch.arange(1, 17) + number).double()
-        found[f"weights.{number}"] = 1 - 1e-2 * pushed * target @ features
+        found[f"weights.{number}"] = 1 - 1e-2 * target @ features
     return found
+
+
+class Killer:
+    """Hears a run's events: kills one after the other, each when the one before is back, and then lets the run end.
+
+    ``acknowledged``: what was heard to be acknowledged, as (epoch, batch, shard).
+    """
+
+    def __init__(self, run: Path, order: Sequence[tuple[str, int]]) -> None:
+        self._run, self._order = run, list(order)
+        self._killed = 0
+        self.acknowledged: list[tuple[int, int, int]] = []
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Note what was acknowledged."""
+        if event["kind"] == "push_ack":
+            self.acknowledged.append((event["epoch"], event["batch"], event["shard"]))
+
+    def __call__(self, event: dict[str, Any]) -> str | None:
+        self.hear(event)
+        due = event["kind"] == "recovered" if self._killed else event["kind"] == "step" and event["step"] == 6
+        if due and self._killed == len(self._order):
+            return "stop"
+        if due:
+            role, rank = self._order[self._killed]
+            rows = json.loads((self._run / "processes.json").read_text())
+            os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == (role, rank)), signal.SIGKILL)
+            self._killed += 1
+        return None
+
+    def check_deaths(self) -> None:
+        """All were killed, nobody else has died, and all are back."""
+        events = list(read_events(self._run / "events.jsonl", {"death", "recovered"}))
+        assert [(e["role"], e["rank"], e["cause"]) for e in events if e["kind"] == "death"] == [
+            (*who, "SIGKILL") for who in self._order
+        ]
+        assert [(e["role"], e["rank"]) for e in events if e["kind"] == "recovered"] == self._order
 
 
 def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOAL_EXPORT", "0")
-    chance, run, killed = random.Random(7), tmp_path / "run", []
-    first = chance.choice([0, 1])
-
-    def lose(rank: int) -> None:
-        kill(run, "server", rank)
-        killed.append(rank)
-
-    def watch(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] >= 6 and not killed:
-            lose(first)
-        elif event["kind"] == "recovered" and len(killed) < 3:
-            # The one that has come back has the only other copy: then that of the first head, and then a tail of the other shard.
-            lose([first + 2, 3 - first][len(killed) - 1])
-
-    found = shoal.train(job(), plan="ps=2,workers=2,async,replicas=1,threads=1", run_dir=run, on_event=watch)
-    assert killed == [first, first + 2, 3 - first]
-    deaths = [(e["role"], e["rank"], e["cause"]) for e in read_events(run / "events.jsonl", {"death"})]
-    assert deaths == [("server", rank, "SIGKILL") for rank in killed]
-    back = [(e["rank"], e["action"]) for e in read_events(run / "events.jsonl", {"recovered"})]
-    assert back[:2] == [(rank, "copied") for rank in killed[:2]]
-    pushes = sorted((e["epoch"], e["batch"], e["shard"]) for e in read_events(run / "events.jsonl", {"push_ack"}))
-    assert pushes == [(e, b, s) for e in range(1, 7) for b in range(1, 11) for s in (0, 1)]
-    weights, expected = found.weights(), learned()
+    run, first = tmp_path / "run", random.Random(7).choice([0, 1])
+    # Who answers in the first one's place has the only other copy when it comes back; then a tail of the other shard.
+    killer = Killer(run, [("server", rank) for rank in (first, first + 2, 3 - first)])
+    found = shoal.train(job(), plan="ps=2,workers=2,async,replicas=1,threads=1", run_dir=run, on_event=killer)
+    killer.check_deaths()
+    back = read_events(run / "events.jsonl", {"recovered"})
+    assert {event["action"] for event in back} == {"copied"}
+    assert len(set(killer.acknowledged)) == len(killer.acknowledged)
+    weights, expected = found.weights(), learned(killer.acknowledged)
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
+
+
+def sync_job() -> shoal.Job:
+    return job(optimizer=lambda p: torch.optim.Adam(p, lr=1e-3), grad_clip=0.5)
+
+
+def check_bits(killed: shoal.Run, workers: int, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has the bits of one in which nobody was killed, and each of its pushes was acknowledged once, in order."""
+    steps = killed.summary()["steps"]
+    pushes = [(e["epoch"], e["batch"], e["shard"]) for e in read_events(killed.path / "events.jsonl", {"push_ack"})]
+    assert pushes == [(step // 10 + 1, step % 10 + 1, shard) for step in range(steps) for shard in range(workers)]
+    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
+    found = shoal.train(sync_job(), plan=f"ps=2,workers={workers},sync,threads=1", run_dir=whole, steps=steps)
+    assert killed.summary()["weights_sha256"] == found.summary()["weights_sha256"]
 
 
 def test_steps_that_wait_for_all_have_the_bits_of_a_run_in_which_nobody_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOAL_EXPORT", "0")
-    of, run, killed = job(epochs=1000, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3), grad_clip=0.5), tmp_path / "run", []
-    # A head at work, the one that answers in its place, a tail of the other shard, and a worker.
-    order = [("server", 0), ("server", 2), ("server", 3), ("worker", 1)]
+    run = tmp_path / "run"
+    # A head, the one that answers in its place, a tail of the other shard, and a worker.
+    killer = Killer(run, [("server", 0), ("server", 2), ("server", 3), ("worker", 1)])
+    found = shoal.train(sync_job(), plan="ps=2,workers=2,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
+    killer.check_deaths()
+    check_bits(found, 2, tmp_path / "whole", monkeypatch)
 
-    def watch(event: dict[str, Any]) -> str | None:
-        due = (event["kind"] == "step" and event["step"] == 6) if not killed else event["kind"] == "recovered"
-        if due and len(killed) == len(order):
-            return "stop"
-        if due:
-            kill(run, *order[len(killed)])
-            killed.append(order[len(killed)])
-        return None
 
-    found = shoal.train(of, plan="ps=2,workers=2,sync,replicas=1,threads=1", run_dir=run, on_event=watch)
-    assert [(e["role"], e["rank"], e["cause"]) for e in read_events(run / "events.jsonl", {"death"})] == [
-        (*who, "SIGKILL") for who in order
-    ]
-    steps = found.summary()["steps"]
-    acknowledged = [(e["epoch"], e["batch"], e["shard"]) for e in read_events(run / "events.jsonl", {"push_ack"})]
-    assert acknowledged == [(step // 10 + 1, step % 10 + 1, shard) for step in range(steps) for shard in (0, 1)]
-    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
-    whole = shoal.train(of, plan="ps=2,workers=2,sync,threads=1", run_dir=tmp_path / "whole", steps=steps)
-    assert found.summary()["weights_sha256"] == whole.summary()["weights_sha256"]
+def test_a_server_that_is_killed_as_soon_as_it_is_there_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    run = tmp_path / "run"
+
+    def kill_first() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                rows = json.loads((run / "processes.json").read_text())
+                pids = [row["pid"] for row in rows if (row["role"], row["rank"]) == ("server", 1)]
+                if pids:
+                    os.kill(pids[0], signal.SIGKILL)
+                    return
+            time.sleep(0.001)
+
+    # Whether it is given something to hold before it dies is left to chance: in the end it makes no difference.
+    thread = threading.Thread(target=kill_first)
+    thread.start()
+    heard = Killer(run, [("server", 1)])
+    shoal.train(job(), plan="ps=2,workers=2,sync,replicas=1,threads=1", run_dir=run, steps=30, on_event=heard.hear)
+    thread.join()
+    assert [e["rank"] for e in read_events(run / "events.jsonl", {"death"}) if e["role"] == "server"] == [1]
+    assert heard.acknowledged == [(step // 10 + 1, step % 10 + 1, shard) for step in range(30) for shard in (0, 1)]
+    weights = shoal.open(run).weights()
+    for name, value in learned(heard.acknowledged, together=True).items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
+
+
+def script(run: Path) -> None:
+    """What each of five processes does that torchrun has started, on two machines as far as they know."""
+    rank = int(os.environ["RANK"])
+    os.environ["SHOAL_MACHINE"] = f"number {rank // 3}"
+    # One that another process of the job keeps, and the one that answers in its place; then one of the lead's own.
+    killer = Killer(run, [("server", 1), ("server", 3), ("server", 0)])
+    shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_torchrun_has_started_survives_its_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    process = torchrun(HERE, run, processes=5)
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors
+    found = shoal.open(run)
+    Killer(run, [("server", 1), ("server", 3), ("server", 0)]).check_deaths()
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    check_bits(found, 1, tmp_path / "whole", monkeypatch)
+
+
+if __name__ == "__main__":
+    script(Path(sys.argv[1]))

@@ -88,6 +88,11 @@ class Chains:
             self._tell(chain[-1], "")
         return True
 
+    def may_begin_again(self, rank: int) -> bool:
+        """A server has died before the run had begun: whether to start it again."""
+        self._deaths[rank] += 1
+        return self.may_return(rank)
+
     def may_return(self, rank: int) -> bool:
         """Whether to start a server again: not where it has died many times before it was of any use."""
         return self._deaths[rank] < _MOST_DEATHS

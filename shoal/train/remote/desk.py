@@ -50,6 +50,10 @@ class Desk:
                 found.append(asked)
         return found
 
+    def is_open(self, asked: Asked) -> bool:
+        """Whether it still waits for an answer: not where whoever asked has died."""
+        return any(other is asked for other in self.open)
+
     def answer(self, asked: Asked, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = ()) -> None:
         """Answer a question."""
         self.open.remove(asked)

@@ -10,6 +10,7 @@ same id, so that no server counts it twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -69,8 +70,15 @@ class Orphan:
     row: int
 
 
+class BeginAgain(Exception):
+    """A server has died before the run had begun: another one will be there, and all are given what it begins with."""
+
+
 class RemoteLead(Keeping):
     """The supervisor's part of such a run."""
+
+    # Whether a server has died since all were there, and before all had what the run begins with.
+    _died_early = False
 
     def begin(
         self, settings: RunSettings, store: Store, host: TrainHost, placement: Placement, members: Members, desk: Desk,
@@ -153,7 +161,7 @@ class RemoteLead(Keeping):
             for asked in list(self._desk.open):
                 if isinstance(asked.said, words.Leave):
                     self._desk.answer(asked, lambda n: words.Ended(n, str(run.path), summary))
-                    self._members.of[asked.said.role, asked.said.rank].left = True
+                    self._members.leave(asked.said.role, asked.said.rank)
                 elif isinstance(asked.said, words.Join):
                     self._desk.answer(asked, lambda n: messages.Refused(n, "the run has ended"))
                 elif isinstance(asked.said, words.Claim):
@@ -170,6 +178,8 @@ class RemoteLead(Keeping):
         backlog, self._recovery.backlog = self._recovery.backlog, []
         for asked in [*backlog, *self._desk.receive(0.0 if backlog else timeout_s)]:
             said = asked.said
+            if not self._desk.is_open(asked):
+                continue
             if isinstance(said, words.Look):
                 self._members.hear(said.role, said.rank)
             elif isinstance(said, (words.Claim, words.Report, words.Evaluated, words.Bad)):
@@ -193,6 +203,9 @@ class RemoteLead(Keeping):
         elif isinstance(said, words.Bad):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
             self._take(BadPush(said.rank, said.units, said.parameter, said.samples))
+        elif isinstance(said, words.Gone):
+            self._members.gone(said.role, said.rank, said.pid, said.cause)
+            desk.answer(asked, lambda n: words.Heard(n, self._orders()))
         elif isinstance(said, words.LogFailed):
             self._log.fail(LogTrouble(said.rank, said.reason), self._emit)
         elif isinstance(said, words.Failed):
@@ -423,7 +436,9 @@ class RemoteLead(Keeping):
         joined = self._members.joined("server")
         addresses = {m.rank: m.address for m in joined}
         if self._client is None and len(joined) == len(self._chains.ranks):
-            self._fill_servers(addresses)
+            self._died_early = False
+            with contextlib.suppress(BeginAgain):
+                self._fill_servers(addresses)
         for rank in self._chains.attend(addresses):
             died_at, step = self._emptied.pop(rank)
             after_s = time.monotonic() - died_at
@@ -452,23 +467,24 @@ class RemoteLead(Keeping):
         return max(least, 20.0 * self._recorder.longest_step_s)
 
     def _fill_servers(self, addresses: dict[int, str]) -> None:
-        """All servers are there: give them what the run begins with."""
-
-        def look() -> None:
-            for lost in self._members.lost(self._silence_s):
-                self._bury(lost)
-
+        """All servers are there: give them what the run begins with. BeginAgain where one of them dies meanwhile."""
         patience = Patience(deadline_s=self._meeting.deadline_s)
         self._chains.know(addresses)
-        client = Client(self._chains.heads, self._meeting.keys, patience, look)
-        settled = self._id_of(self._first_step * self._arena.world_size)
-        for server in self._placement.servers:
-            client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
-        self._tables.client = client  # type: ignore[attr-defined]
-        self._tables.fill()  # type: ignore[attr-defined]
-        if self._plan.replicas:
-            self._chains.begin(Client(addresses, self._meeting.keys, patience, look))
+        with contextlib.ExitStack() as stack:
+            client = Client(self._chains.heads, self._meeting.keys, patience, self._look_around)
+            stack.callback(client.close)
+            settled = self._id_of(self._first_step * self._arena.world_size)
+            for server in self._placement.servers:
+                client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
+            self._tables.client = client  # type: ignore[attr-defined]
+            self._tables.fill()  # type: ignore[attr-defined]
+            if self._plan.replicas:
+                others = Client(addresses, self._meeting.keys, patience, self._look_around)
+                stack.callback(others.close)
+                self._chains.begin(others)
+            stack.pop_all()
         self._client = client
+        self._tables.begun()  # type: ignore[attr-defined]
         self._source.follow(self._chains.heads)
         if self._log.kept and self._last_checkpoint is None:
             # What the logs are about to say is said of this.
@@ -476,6 +492,20 @@ class RemoteLead(Keeping):
         self._log.begin(self._first_step, self._last_checkpoint, self._write_base)
         if self._log.kept:
             self._recovery.begin(client)
+
+    def _look_around(self) -> None:
+        """While a server's answer is awaited: who has died? What else is said is heard afterwards."""
+        for asked in self._desk.receive(0.0):
+            said = asked.said
+            if isinstance(said, words.Gone):
+                self._take_said(asked)
+            else:
+                self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
+                self._recovery.backlog.append(asked)
+        for lost in self._members.lost(self._silence_s):
+            self._bury(lost)
+        if self._client is None and self._died_early:
+            raise BeginAgain
 
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
@@ -516,6 +546,9 @@ class RemoteLead(Keeping):
         if self._log.kept and self._client is not None and self._members.is_own("server", rank):
             self._bring_back(rank, step)
             return
+        if self._client is None and self._may_begin_again(rank):
+            self._died_early = True
+            return
         if self._client is None or not chains.lose(rank):
             raise self._lost_server(f"Server {rank} died ({lost.cause})")
         shard = rank % self._plan.servers
@@ -524,6 +557,15 @@ class RemoteLead(Keeping):
         self._emptied.setdefault(rank, (time.monotonic(), step))
         if self._members.is_own("server", rank) and chains.may_return(rank):
             self._members.start("server", rank)
+
+    def _may_begin_again(self, rank: int) -> bool:
+        """Whether another server comes in the place of one that died before it had been given anything to hold."""
+        own = self._members.is_own("server", rank)
+        if self._log.kept or not (own or self._plan.replicas) or not self._chains.may_begin_again(rank):
+            return False
+        if own:
+            self._members.start("server", rank)
+        return True
 
     def _bring_back(self, rank: int, step: int) -> None:
         """A server that keeps a log has died: another process goes on from it."""

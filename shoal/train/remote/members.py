@@ -16,7 +16,10 @@ Start = Callable[[str, int], Process]
 
 @dataclass
 class Member:
-    """A process; ``heard_at``: when it last said something; ``process``: where the lead has started it."""
+    """A process.
+
+    ``heard_at``: when it last said something; ``process``: where the lead has started it; ``died``: of what, as its keeper says.
+    """
 
     role: str
     rank: int
@@ -27,6 +30,7 @@ class Member:
     joined: bool = False
     left: bool = False
     process: Process | None = None
+    died: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,28 @@ class Members:
         if (role, rank) in self.of:
             self.of[role, rank].heard_at = time.monotonic()
 
+    def leave(self, role: str, rank: int) -> None:
+        """Somebody is done."""
+        if (role, rank) in self.of:
+            self.of[role, rank].left = True
+
+    def gone(self, role: str, rank: int, pid: int, cause: str) -> None:
+        """Somebody has died who was started elsewhere."""
+        member = self.of.get((role, rank))
+        if member is not None and member.pid == pid:
+            member.died = cause
+
     def lost(self, silent_s: Callable[[Member], float]) -> list[Lost]:
         """Take those out who have died, or have said nothing for longer than ``silent_s``."""
         found = []
         for key, member in list(self.of.items()):
-            cause = ""
+            cause = member.died
             code = None if member.process is None else member.process.poll()
             if member.left or (code == 0 and member.joined):
                 continue
             if code is not None:
                 cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            elif member.joined and time.monotonic() - member.heard_at > silent_s(member):
+            elif not cause and member.joined and time.monotonic() - member.heard_at > silent_s(member):
                 cause = "silence"
                 if member.process is not None:
                     member.process.kill()

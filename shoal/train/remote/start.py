@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from shoal.cluster import Cluster
+from shoal.comm import nearby
 from shoal.comm.arena import Arena
 from shoal.comm.group import Group
 from shoal.errors import NotBuiltError, PlanError, ShoalError, UserCodeError
@@ -26,6 +27,7 @@ from shoal.train.driver import Emitter, abandon_if_refused, finished_run, tensor
 from shoal.train.host import TrainHost
 from shoal.train.push_log import wants_log
 from shoal.train.remote.desk import Desk
+from shoal.train.remote.keeper import keep, spread
 from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Members
@@ -87,8 +89,7 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
     plan = request.plan
     with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
         meeting = Meeting(endpoint.address, keys, request.deadline_s)
-        servers = plan.servers * (1 + (plan.replicas or 0))
-        own = [("server", n) for n in range(servers)] + [("worker", n) for n in range(plan.data_ways)]
+        own = [("server", n) for n in range(_servers(plan))] + [("worker", n) for n in range(plan.data_ways)]
         threads = max(1, Cluster.local(measure=False).cores // plan.data_ways)
         with _nursery(request, meeting) as nursery:
             return _lead(request, directory, endpoint, nursery, own, threads)
@@ -97,17 +98,10 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
 def run_joined(request: Request, group: Group, threads: int) -> Run:
     """Train as one of the processes of a job: the first is the lead (and starts server 0), then servers, then workers."""
     plan, rank = request.plan, group.rank
-    if plan.replicas:
-        raise NotBuiltError(
-            f"replicas={plan.replicas} is built for one machine, where shoal starts all processes; leave it out of the plan."
-        )
-    wanted = plan.servers + plan.data_ways
-    if group.world_size != wanted:
-        raise PlanError(
-            f"ps={plan.ps},workers={plan.data_ways} takes {wanted} processes and the job was started with {group.world_size}; "
-            f"start {wanted}, or write ps={min(plan.servers, group.world_size - 1)},workers="
-            f"{group.world_size - min(plan.servers, group.world_size - 1)}."
-        )
+    servers = _servers(plan)
+    _check_count(plan, servers + plan.data_ways, group.world_size)
+    machines = group.gather_objects(nearby.machine_key(), "the names of the machines") if plan.replicas else [""]
+    place = spread(machines, plan.servers, plan.replicas)[rank] if plan.replicas else rank
     with contextlib.ExitStack() as stack:
         endpoint = meeting = None
         if rank == 0:
@@ -126,11 +120,35 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
         make = partial(TrainHost, request.job)
         # Whoever started the job interrupts all of its processes: the lead ends the run then, and tells the others.
         request.interrupts.armed = True
-        if rank < plan.servers:
-            path, summary = serve(make, meeting, rank)
+        if place >= servers:
+            path, summary = work(make, request.options, meeting, place - servers)
+        elif plan.replicas:
+            path, summary = keep(stack.enter_context(_nursery(request, meeting)), place)
         else:
-            path, summary = work(make, request.options, meeting, rank - plan.servers)
+            path, summary = serve(make, meeting, place)
         return Run(path, summary, request.job)
+
+
+def _servers(plan: Plan) -> int:
+    """How many processes are servers."""
+    return plan.servers * (1 + (plan.replicas or 0))
+
+
+def _check_count(plan: Plan, wanted: int, found: int) -> None:
+    """PlanError where a job has another number of processes than its plan takes."""
+    if found == wanted:
+        return
+    said = f"ps={plan.ps},workers={plan.data_ways}"
+    if plan.replicas:
+        raise PlanError(
+            f"{said},replicas={plan.replicas} takes {wanted} processes, {_servers(plan)} of them servers, and the job was "
+            f"started with {found}; start {wanted}, or change the plan."
+        )
+    servers = min(plan.servers, found - 1)
+    raise PlanError(
+        f"{said} takes {wanted} processes and the job was started with {found}; start {wanted}, or write "
+        f"ps={servers},workers={found - servers}."
+    )
 
 
 def _own_address() -> str:

@@ -146,6 +146,9 @@ class RemoteTables:
         assert self.client is not None
         for number, rows, _ in self._begin:
             self._give(self.client, number, rows, self._placement.servers)
+
+    def begun(self) -> None:
+        """The servers have them."""
         self._begin = []
 
     def fill_again(self, client: Client, server: int, checkpoint: Path) -> None:

@@ -123,6 +123,16 @@ class LogFailed(msgspec.Struct, tag="log_failed", frozen=True):
     reason: str
 
 
+class Gone(msgspec.Struct, tag="gone", frozen=True):
+    """A process has died, says the one that had started it."""
+
+    number: int
+    role: str
+    rank: int
+    pid: int
+    cause: str
+
+
 class Leave(msgspec.Struct, tag="leave", frozen=True):
     """A process is done; it is answered when the run has ended."""
 
@@ -183,7 +193,7 @@ class Ended(msgspec.Struct, tag="ended", frozen=True):
     summary: bytes
 
 
-Said = Join | Claim | Look | Report | Names | Bad | Evaluated | Failed | LogFailed | Leave
+Said = Join | Claim | Look | Report | Names | Bad | Evaluated | Failed | LogFailed | Gone | Leave
 Answered = Placed | Unit | Later | Heard | Ended | Refused
 _said = msgspec.msgpack.Decoder(Said)
 _answered = msgspec.msgpack.Decoder(Answered)

@@ -1,0 +1,100 @@
+"""A process of a job that torchrun or Slurm has started, and that keeps a server of a run with ``replicas`` alive.
+
+Such a job ends when one of its processes does. So the server is another process, which this one has started: when it dies this
+one says so to the lead, which needs not wait for its silence, and starts another one, which gets its state from a copy.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.process.messages import SERVER
+from shoal.ps.requests import Ticket
+from shoal.train.remote import words
+from shoal.train.remote.line import LEAD, Line
+from shoal.train.remote.nursery import Nursery, Process
+
+ROLE = "keeper"
+_MOST_DEATHS = 5
+_WHOLE_S = 60.0
+
+
+def spread(machines: Sequence[str], servers: int, replicas: int) -> tuple[int, ...]:
+    """Of each process of a job the number of its server, or servers · (1 + replicas) + the rank of its worker.
+
+    Those that hold the same shard are on different machines as far as there are machines for it; the first process is always
+    server 0, and workers follow in order.
+
+    Args:
+        machines: of each process, the name of its machine.
+    """
+    count = servers * (1 + replicas)
+    placed: dict[int, int] = {}
+    for number in range(count):
+        taken = {machines[rank] for rank, other in placed.items() if other % servers == number % servers}
+        free = [rank for rank in range(len(machines)) if rank not in placed]
+        placed[next((rank for rank in free if machines[rank] not in taken), free[0])] = number
+    workers = iter(range(count, len(machines)))
+    return tuple(placed[rank] if rank in placed else next(workers) for rank in range(len(machines)))
+
+
+class Keeper:
+    """Starts a server, and starts it again when it has died: not for ever where it dies at once each time."""
+
+    def __init__(self, nursery: Nursery, line: Line) -> None:
+        self._nursery, self._line = nursery, line
+        self._process: Process | None = None
+        self._started_at = 0.0
+        self._deaths = 0
+        # The word of its death.
+        self._told: Ticket | None = None
+
+    def start(self) -> None:
+        self._process = self._nursery.start(SERVER, self._line.rank)
+        self._started_at = time.monotonic()
+
+    def attend(self) -> None:
+        """Several times a second: see whether it lives, and whether the lead knows that it has died."""
+        if self._told is not None:
+            self._line.again(self._told)
+            if self._told.answer is not None:
+                self._told = None
+                if self._deaths < _MOST_DEATHS:
+                    self.start()
+            return
+        process = self._process
+        code = process.poll() if process is not None else None
+        if process is None or not code:
+            return
+        if time.monotonic() - self._started_at > _WHOLE_S:
+            self._deaths = 0
+        self._deaths += 1
+        self._process = None
+        rank, cause = self._line.rank, signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self._told = self._line.send(LEAD, lambda n: words.Gone(n, SERVER, rank, process.pid, cause))
+
+
+def keep(nursery: Nursery, number: int) -> tuple[Path, dict[str, Any]]:
+    """Keep a server until the run has ended; the run's directory and its summary."""
+    line = Line(nursery.meeting, ROLE, number)
+    try:
+        nursery.ready()
+        keeper = Keeper(nursery, line)
+        keeper.start()
+        line.while_waiting = keeper.attend
+        orders: words.Orders | None = None
+        while orders is None or not orders.over:
+            ticket = line.look(orders)
+            line.wait([ticket], "the run to go on")
+            orders = ticket.answer.orders
+        return line.leave()
+    except BaseException as error:
+        line.while_waiting = lambda: None
+        line.tell_failure(error)
+        raise
+    finally:
+        line.close()
