@@ -10,7 +10,6 @@ same id, so that no server counts it twice.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from shoal.errors import JobError, JobFailed, WorkerLostError
 from shoal.process.failure import Failure
 from shoal.ps import messages
 from shoal.ps.claims import Claim, Claims
-from shoal.ps.client import Client, NotStaged, Patience
+from shoal.ps.client import NotStaged
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
 from shoal.ps.placement import Placement
 from shoal.train import notes
@@ -39,7 +38,7 @@ from shoal.train.push_log import wants_log
 from shoal.train.remote import words
 from shoal.train.remote.chains import Chains
 from shoal.train.remote.desk import Asked, Desk
-from shoal.train.remote.keeping import Keeping
+from shoal.train.remote.holding import Holding
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.log import LoggedRecorder, RemoteLog
 from shoal.train.remote.members import Lost, Member, Members
@@ -57,7 +56,6 @@ _POLL_S = 0.05
 _HOLD_S = 0.5
 _LEAST_SILENCE_S = 60.0
 _LAST_SILENCE_S = 5.0
-_START_S = 300.0
 MOST_DEATHS = 5
 """So often may one worker die without having finished a unit in between."""
 
@@ -70,15 +68,8 @@ class Orphan:
     row: int
 
 
-class BeginAgain(Exception):
-    """A server has died before the run had begun: another one will be there, and all are given what it begins with."""
-
-
-class RemoteLead(Keeping):
+class RemoteLead(Holding):
     """The supervisor's part of such a run."""
-
-    # Whether a server has died since all were there, and before all had what the run begins with.
-    _died_early = False
 
     def begin(
         self, settings: RunSettings, store: Store, host: TrainHost, placement: Placement, members: Members, desk: Desk,
@@ -122,8 +113,7 @@ class RemoteLead(Keeping):
         self._died_at: dict[int, tuple[float, int]] = {}
         # Workers that are gone and that nobody starts again.
         self._gone: set[int] = set()
-        # When servers died whose place is still empty.
-        self._emptied: dict[int, tuple[float, int]] = {}
+        self._emptied = {}
         self._source = RemoteSource(store, placement, self._facts.tables, meeting.keys, self._sync, first)
         self._began_at = time.monotonic()
 
@@ -433,20 +423,7 @@ class RemoteLead(Keeping):
             self._bury(lost)
         if self._members.changed:
             self._tell_processes()
-        joined = self._members.joined("server")
-        addresses = {m.rank: m.address for m in joined}
-        if self._client is None and len(joined) == len(self._chains.ranks):
-            self._died_early = False
-            with contextlib.suppress(BeginAgain):
-                self._fill_servers(addresses)
-        for rank in self._chains.attend(addresses):
-            died_at, step = self._emptied.pop(rank)
-            after_s = time.monotonic() - died_at
-            pid = self._members.of["server", rank].pid
-            self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="copied", role="server")
-        if self._client is None and time.monotonic() - self._began_at > _START_S:
-            missing = sorted(set(self._chains.ranks) - set(addresses))
-            raise WorkerLostError(f"Server {missing[0]} has not come within {_START_S:.0f} s; see what keeps it.")
+        self._attend_servers()
 
     def _look_for_parts(self) -> None:
         """An evaluation cannot end without the part of a worker that is gone for good."""
@@ -465,47 +442,6 @@ class RemoteLead(Keeping):
             # Whoever has been told to end a run is not waited for much longer: torchrun gives it 30 s.
             least = min(least, _LAST_SILENCE_S)
         return max(least, 20.0 * self._recorder.longest_step_s)
-
-    def _fill_servers(self, addresses: dict[int, str]) -> None:
-        """All servers are there: give them what the run begins with. BeginAgain where one of them dies meanwhile."""
-        patience = Patience(deadline_s=self._meeting.deadline_s)
-        self._chains.know(addresses)
-        with contextlib.ExitStack() as stack:
-            client = Client(self._chains.heads, self._meeting.keys, patience, self._look_around)
-            stack.callback(client.close)
-            settled = self._id_of(self._first_step * self._arena.world_size)
-            for server in self._placement.servers:
-                client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
-            self._tables.client = client  # type: ignore[attr-defined]
-            self._tables.fill()  # type: ignore[attr-defined]
-            if self._plan.replicas:
-                others = Client(addresses, self._meeting.keys, patience, self._look_around)
-                stack.callback(others.close)
-                self._chains.begin(others)
-            stack.pop_all()
-        self._client = client
-        self._tables.begun()  # type: ignore[attr-defined]
-        self._source.follow(self._chains.heads)
-        if self._log.kept and self._last_checkpoint is None:
-            # What the logs are about to say is said of this.
-            self._last_one(self._first_step)
-        self._log.begin(self._first_step, self._last_checkpoint, self._write_base)
-        if self._log.kept:
-            self._recovery.begin(client)
-
-    def _look_around(self) -> None:
-        """While a server's answer is awaited: who has died? What else is said is heard afterwards."""
-        for asked in self._desk.receive(0.0):
-            said = asked.said
-            if isinstance(said, words.Gone):
-                self._take_said(asked)
-            else:
-                self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
-                self._recovery.backlog.append(asked)
-        for lost in self._members.lost(self._silence_s):
-            self._bury(lost)
-        if self._client is None and self._died_early:
-            raise BeginAgain
 
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
@@ -539,51 +475,3 @@ class RemoteLead(Keeping):
         self._gone.add(member.rank)
         if not any(m.role == "worker" for m in self._members.of.values()):
             raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")
-
-    def _bury_server(self, lost: Lost, step: int) -> None:
-        """Another one that has the same shard answers for it at once; without one the run cannot go on."""
-        rank, chains = lost.member.rank, self._chains
-        if self._log.kept and self._client is not None and self._members.is_own("server", rank):
-            self._bring_back(rank, step)
-            return
-        if self._client is None and self._may_begin_again(rank):
-            self._died_early = True
-            return
-        if self._client is None or not chains.lose(rank):
-            raise self._lost_server(f"Server {rank} died ({lost.cause})")
-        shard = rank % self._plan.servers
-        self._client.connect(shard, chains.heads[shard])
-        self._source.follow(chains.heads)
-        self._emptied.setdefault(rank, (time.monotonic(), step))
-        if self._members.is_own("server", rank) and chains.may_return(rank):
-            self._members.start("server", rank)
-
-    def _may_begin_again(self, rank: int) -> bool:
-        """Whether another server comes in the place of one that died before it had been given anything to hold."""
-        own = self._members.is_own("server", rank)
-        if self._log.kept or not (own or self._plan.replicas) or not self._chains.may_begin_again(rank):
-            return False
-        if own:
-            self._members.start("server", rank)
-        return True
-
-    def _bring_back(self, rank: int, step: int) -> None:
-        """A server that keeps a log has died: another process goes on from it."""
-        died_at, baseline, client = time.monotonic(), self._log.baseline, self._client
-        assert baseline is not None and client is not None
-        settled = self._id_of(baseline.step * self._arena.world_size)
-        self._recovery.bring_back(rank, self._let_in, settled)
-        self._chains.know({m.rank: m.address for m in self._members.joined("server")})
-        client.connect(rank, self._chains.heads[rank])
-        self._source.follow(self._chains.heads)
-        # The store has the checkpoint's state by now.
-        self._collected = -1
-        after_s, pid = time.monotonic() - died_at, self._members.of["server", rank].pid
-        self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="replayed", role="server")
-
-    def _let_in(self, asked: Asked) -> None:
-        self._take_said(asked)
-        self._answer_later(asked)
-
-    def _lost_server(self, what: str) -> WorkerLostError:
-        return WorkerLostError(f"{what}, and what it held is gone with it; go on with --resume: {self._name_last_checkpoint()}")
