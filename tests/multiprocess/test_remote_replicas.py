@@ -30,6 +30,9 @@ from shoal.ps.initialisers import Zeros
 
 HERE = Path(__file__).resolve()
 
+# One that another process of the job keeps, and the one that answers in its place; then one of the lead's own, and the worker.
+KEPT = [("server", 1), ("server", 3), ("server", 0), ("worker", 0)]
+
 
 class Sums(nn.Module):
     """Linear in everything that it learns, so that what is learned is the sum over pushes, in whatever order they come."""
@@ -189,19 +192,18 @@ def script(run: Path) -> None:
     """What each of five processes does that torchrun has started, on two machines as far as they know."""
     rank = int(os.environ["RANK"])
     os.environ["SHOAL_MACHINE"] = f"number {rank // 3}"
-    # One that another process of the job keeps, and the one that answers in its place; then one of the lead's own.
-    killer = Killer(run, [("server", 1), ("server", 3), ("server", 0)])
+    killer = Killer(run, KEPT)
     shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
 
 
 @pytest.mark.timeout(300)
-def test_a_job_that_torchrun_has_started_survives_its_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_torchrun_has_started_outlives_servers_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     process = torchrun(HERE, run, processes=5)
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     found = shoal.open(run)
-    Killer(run, [("server", 1), ("server", 3), ("server", 0)]).check_deaths()
+    Killer(run, KEPT).check_deaths()
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     check_bits(found, 1, tmp_path / "whole", monkeypatch)
 

@@ -1,7 +1,7 @@
-"""A process of a job that torchrun or Slurm has started, and that keeps a server of a run with ``replicas`` alive.
+"""A process of a job that torchrun or Slurm has started, and that keeps a server or a worker of a run with ``replicas`` alive.
 
-Such a job ends when one of its processes does. So the server is another process, which this one has started: when it dies this
-one says so to the lead, which needs not wait for its silence, and starts another one, which gets its state from a copy.
+Such a job ends when one of its processes does. So who serves or works is another process, which this one has started: when that
+dies this one says so to the lead, which needs not wait for its silence, and starts another one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.process.messages import SERVER
 from shoal.ps.requests import Ticket
 from shoal.train.remote import words
 from shoal.train.remote.line import LEAD, Line
@@ -43,10 +42,10 @@ def spread(machines: Sequence[str], servers: int, replicas: int) -> tuple[int, .
 
 
 class Keeper:
-    """Starts a server, and starts it again when it has died: not for ever where it dies at once each time."""
+    """Starts a process, and starts it again when it has died: not for ever where it dies at once each time."""
 
-    def __init__(self, nursery: Nursery, line: Line) -> None:
-        self._nursery, self._line = nursery, line
+    def __init__(self, nursery: Nursery, line: Line, role: str) -> None:
+        self._nursery, self._line, self._role = nursery, line, role
         self._process: Process | None = None
         self._started_at = 0.0
         self._deaths = 0
@@ -54,7 +53,7 @@ class Keeper:
         self._told: Ticket | None = None
 
     def start(self) -> None:
-        self._process = self._nursery.start(SERVER, self._line.rank)
+        self._process = self._nursery.start(self._role, self._line.rank)
         self._started_at = time.monotonic()
 
     def attend(self) -> None:
@@ -75,15 +74,15 @@ class Keeper:
         self._deaths += 1
         self._process = None
         rank, cause = self._line.rank, signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        self._told = self._line.send(LEAD, lambda n: words.Gone(n, SERVER, rank, process.pid, cause))
+        self._told = self._line.send(LEAD, lambda n: words.Gone(n, self._role, rank, process.pid, cause))
 
 
-def keep(nursery: Nursery, number: int) -> tuple[Path, dict[str, Any]]:
-    """Keep a server until the run has ended; the run's directory and its summary."""
+def keep(nursery: Nursery, role: str, number: int) -> tuple[Path, dict[str, Any]]:
+    """Keep the server or the worker of this number until the run has ended; the run's directory and its summary."""
     line = Line(nursery.meeting, ROLE, number)
     try:
         nursery.ready()
-        keeper = Keeper(nursery, line)
+        keeper = Keeper(nursery, line, role)
         keeper.start()
         line.while_waiting = keeper.attend
         orders: words.Orders | None = None

@@ -468,9 +468,11 @@ class RemoteLead(Holding):
         for asked in list(self._desk.open):
             if getattr(asked.said, "rank", None) == member.rank and getattr(asked.said, "role", "worker") == "worker":
                 self._desk.open.remove(asked)
-        if self._members.is_own("worker", member.rank):
+        own = self._members.is_own("worker", member.rank)
+        if own or lost.returns:
             self._died_at[member.rank] = (time.monotonic(), step)
-            self._members.start("worker", member.rank)
+            if own:
+                self._members.start("worker", member.rank)
             return
         self._gone.add(member.rank)
         if not any(m.role == "worker" for m in self._members.of.values()):

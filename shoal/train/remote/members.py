@@ -35,10 +35,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Lost:
-    """Somebody who is gone, and by what."""
+    """Somebody who is gone, and by what; ``returns``: whoever keeps it starts another one."""
 
     member: Member
     cause: str
+    returns: bool = False
 
 
 class Members:
@@ -111,7 +112,7 @@ class Members:
             if cause:
                 del self.of[key]
                 self.changed = True
-                found.append(Lost(member, cause))
+                found.append(Lost(member, cause, bool(member.died)))
         return found
 
     def joined(self, role: str) -> list[Member]:

@@ -19,6 +19,7 @@ from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
 from shoal.process.interrupts import Interrupts
+from shoal.process.messages import SERVER, WORKER
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Refused
 from shoal.train.api import Observer, TrainOptions
@@ -120,12 +121,14 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
         make = partial(TrainHost, request.job)
         # Whoever started the job interrupts all of its processes: the lead ends the run then, and tells the others.
         request.interrupts.armed = True
-        if place >= servers:
-            path, summary = work(make, request.options, meeting, place - servers)
-        elif plan.replicas:
-            path, summary = keep(stack.enter_context(_nursery(request, meeting)), place)
+        serves = place < servers
+        number = place if serves else place - servers
+        if plan.replicas:
+            path, summary = keep(stack.enter_context(_nursery(request, meeting)), SERVER if serves else WORKER, number)
+        elif serves:
+            path, summary = serve(make, meeting, number)
         else:
-            path, summary = serve(make, meeting, place)
+            path, summary = work(make, request.options, meeting, number)
         return Run(path, summary, request.job)
 
 
