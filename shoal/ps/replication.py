@@ -7,10 +7,10 @@ pushes that wait to be applied with others (``sync``), and the word that these a
 an entry says so, and gets it and all behind it once more.
 
 When the head dies, the next one along the chain is the head: it has all that was acknowledged, clients send the rest again, and
-ids see to it that nothing counts twice. What is read is held by all, too, so that a version means the same bits at whoever is the
-head. When another dies, the one before it is told whom to follow it with. A replacement joins
-as the tail: it gets a snapshot, taken between two entries, with the pushes that wait, and then what came since, while clients
-go on.
+ids see to it that nothing counts twice. From the first push of a client on it takes no entries any more, so that one that only
+seemed to be dead acknowledges nothing. What is read is held by all, too, so that a version means the same bits at whoever is the
+head. When another dies, the one before it is told whom to follow it with. A replacement joins as the tail: it gets a snapshot,
+taken between two entries, with the pushes that wait, and then what came since, while clients go on.
 
 Which servers make up a chain: ``successors`` along the ring, so that each server's shard lies with its neighbours.
 """
@@ -254,6 +254,8 @@ class ChainServer(ShardServer):
         self.staged = self.chain.staged
         # Whether it was given everything by the one before it.
         self._adopted = False
+        # Whether it has taken a client's push, as only a head does.
+        self._leads = False
 
     def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
         def attend() -> None:
@@ -296,7 +298,9 @@ class ChainServer(ShardServer):
 
             super()._answer(message, frames, when_kept)
             return
+        taken = self.chain.number
         super()._answer(message, frames, answer)
+        self._leads = self._leads or self.chain.number > taken
 
     def _stage(self, push: Push) -> bool:
         new = super()._stage(push)
@@ -308,6 +312,10 @@ class ChainServer(ShardServer):
         self, message: Forward | Together | Adopt, frames: Sequence[Any], answer: Callable[[msgspec.Struct], None]
     ) -> None:
         chain, number = self.chain, message.number
+        if self._leads:
+            # A head that was given up for dead and lives must not acknowledge what nobody has who counts.
+            answer(Refused(number, "another one is the head of this chain"))
+            return
         if isinstance(message, Adopt):
             # Where it was sent twice, what came behind it may be here.
             if not self._adopted or number > chain.number:

@@ -118,6 +118,21 @@ def test_who_has_missed_a_push_gets_it_once_more_before_any_other():
         client.close()
 
 
+def test_a_head_that_was_given_up_and_lives_acknowledges_nothing_any_more():
+    keys, first, second = RunKeys.new(), a_shard(), a_shard()
+    with member(keys, first, "head") as head, member(keys, second, "successor") as successor:
+        client = Client({0: head, 1: successor}, keys, QUICK)
+        follow(client, 0, successor)
+        client.acknowledged(client.push({0: a_push(0)}))
+        assert client.acknowledged(client.push({1: a_push(1)})) == {1: 2}
+        hasty = Client({0: head}, keys, Patience(0.5, 0.1))
+        with pytest.raises(DeadlineError, match="has not answered"):
+            hasty.acknowledged(hasty.push({0: a_push(2)}))
+        hasty.close()
+        assert client.acknowledged(client.push({1: a_push(2)})) == {1: 3}
+        client.close()
+
+
 def test_pushes_that_wait_for_others_survive_and_are_applied_once_whoever_of_a_chain_goes():
     keys, alone = RunKeys.new(), a_shard()
     steps = [
