@@ -25,6 +25,7 @@ from torchrun import torchrun
 
 import shoal
 from shoal.data.order import epoch_order
+from shoal.errors import PlanError
 from shoal.observe.events import read_events
 from shoal.ps.initialisers import Zeros
 
@@ -192,6 +193,8 @@ def script(run: Path) -> None:
     """What each of five processes does that torchrun has started, on two machines as far as they know."""
     rank = int(os.environ["RANK"])
     os.environ["SHOAL_MACHINE"] = f"number {rank // 3}"
+    with pytest.raises(PlanError, match="takes 7 processes, 4 of them servers, and the job was started with 5; start 7"):
+        shoal.train(sync_job(), plan="ps=2,workers=3,sync,replicas=1", run_dir=run)
     killer = Killer(run, KEPT)
     shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
 
