@@ -24,7 +24,8 @@ from shoal.plan import Plan
 from shoal.ps.embedding import Embedding
 from shoal.rewrites.install import install
 from shoal.train.built import Built
-from shoal.train.embedding import quicken_embeddings
+from shoal.train.embedding import Embeddings, quicken_embeddings
+from shoal.train.gradients import SparseRows
 from shoal.train.tune import Finding, rewrites_of
 from shoal.train.work import Tensors, Work, close, tensors, unchanged, work_of
 
@@ -79,10 +80,31 @@ def compiler_trouble() -> str | None:
     return None
 
 
-def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[], Any]], plan: Plan) -> Finding:
+class _Tables:
+    """Embeddings' gradients on their way to a stripe, as a worker sends them: some ways to compute leave most rows alone."""
+
+    def __init__(self, model: nn.Module, embeddings: Embeddings | None) -> None:
+        weights = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and not m.sparse and m.weight.requires_grad}
+        self._places = [(weight, place := torch.zeros_like(weight.detach()), SparseRows(place, embeddings)) for weight in weights]
+
+    def train(self, work: Work, size: int = 0) -> None:
+        """A worker's pass, and what becomes of these gradients."""
+        work.train(size, keep=True)
+        for weight, place, rows in self._places:
+            if weight.grad is not None and not rows.take(weight, weight.grad):
+                place.copy_(weight.grad)
+                rows.forget()
+        work.forget()
+
+
+def try_compiling(
+    built: Built, work: Work, rewritten: Callable[[], Callable[[], Any]], plan: Plan, embeddings: Embeddings | None = None
+) -> Finding:
     """Compile a model, hold it against the author's code, and measure it beside what the plan does without.
 
-    ``rewritten``: lets the model compute as it would without being compiled, and returns what takes that back.
+    Args:
+        rewritten: lets the model compute as it would without being compiled, and returns what takes that back.
+        embeddings: what makes the gradients of tables in this process.
     """
     threads = plan.threads or 1
     torch.set_num_threads(threads)
@@ -90,10 +112,11 @@ def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[],
     if trouble is not None:
         return Finding(NAME, trouble=trouble)
     truth = _answers(work)
+    tables = _Tables(built.model, embeddings)
     undo = rewritten()
     with unchanged(built.model):
         # Running statistics, which these passes move, are compared below.
-        before = _time(functools.partial(work.train, plan.sub_batch or 0), threads)
+        before = _time(functools.partial(tables.train, work, plan.sub_batch or 0), threads)
     undo()
     compile_model(built.model, threads)
     try:
@@ -103,7 +126,7 @@ def try_compiling(built: Built, work: Work, rewritten: Callable[[], Callable[[],
         return Finding(NAME, trouble=f"torch.compile fails on this model ({type(error).__name__}: {said}); " + _REMEDY)
     if not _alike(truth, found):
         return Finding(NAME, trouble="compiled, this model does not give the same results; " + _REMEDY)
-    return Finding(NAME, before, _time(work.train, threads))
+    return Finding(NAME, before, _time(functools.partial(tables.train, work), threads))
 
 
 def compile_aside(built: Built, plan: Plan, samples: int) -> Finding:
@@ -115,7 +138,7 @@ def compile_aside(built: Built, plan: Plan, samples: int) -> Finding:
     def rewritten() -> Callable[[], Any]:
         return install(built.model, names).remove
 
-    found = try_compiling(built, work, rewritten, plan)
+    found = try_compiling(built, work, rewritten, plan, kept)
     if kept is not None:
         kept.end()
     return found

@@ -82,7 +82,7 @@ class Fitting:
         """What is known of compiling, or is found out now; None where it is not known, and not to be found out."""
         samples = max(1, self._facts.batch_size // plan.data_ways)
         bare = plan.replace(compile=None, explanation=())
-        key = f"compile {bare} {samples}"
+        key = f"compiled {bare} {samples}"
         known = self._recall(key)
         if known is not None and (known["trouble"] is None or not asked):
             return Finding(**known)

@@ -61,7 +61,7 @@ class Shards:
     echo_parts: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
-class _SparseRows:
+class SparseRows:
     """A place for a gradient of which most rows are zero: only those that were written to are cleared before the next."""
 
     def __init__(self, place: torch.Tensor, embeddings: Embeddings | None) -> None:
@@ -147,7 +147,7 @@ class Gradients:
             target.parameter.register_post_accumulate_grad_hook(drop)
             return
 
-        rows, owned, take = _SparseRows(place, self._embeddings), target.index is not None, dense.load().take
+        rows, owned, take = SparseRows(place, self._embeddings), target.index is not None, dense.load().take
 
         def keep(p: torch.Tensor) -> None:
             gradient = p.grad

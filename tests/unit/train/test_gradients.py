@@ -14,7 +14,7 @@ from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.ps import outbox
 from shoal.train.describe import describe
-from shoal.train.gradients import Gradients, Target, _SparseRows, find_bad
+from shoal.train.gradients import Gradients, Target, SparseRows, find_bad
 from shoal.train.row_tables import RowGradients
 from shoal.train.split import Ways, split_table
 
@@ -105,7 +105,7 @@ def test_what_nobody_trains_is_dropped_and_sparse_gradients_become_dense(store: 
 
 def test_only_what_was_written_is_cleared_and_nothing_else_is_left() -> None:
     place = torch.full((50, 3), 7.0)
-    rows = _SparseRows(place, None)
+    rows = SparseRows(place, None)
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_only_what_was_written_is_cleared_and_nothing_else_is_left() -> None:
 
 def test_a_batch_may_be_written_where_the_last_one_was() -> None:
     place, batch = torch.zeros(50, 3), torch.tensor([[4, 9]])
-    rows = _SparseRows(place, None)
+    rows = SparseRows(place, None)
     for first in (4, 14, 24):
         batch.copy_(torch.tensor([[first, first + 5]]))
         rows.write(torch.sparse_coo_tensor(batch, torch.ones(2, 3), (50, 3), check_invariants=True), adds=False)
