@@ -38,14 +38,42 @@ static int mostly_full(char **src, int n, int64_t lines) {
     return full * 2 > seen;
 }
 
+/* The first line from `line` on, and before `end`, that any of the sources has marked; `end` where there is none. */
+static int64_t next_marked(uint8_t **marks, int n, int64_t line, int64_t end) {
+    for (; line + 8 <= end; line += 8) {
+        uint64_t any = 0, own;
+        for (int k = 0; k < n; k++) {
+            memcpy(&own, marks[k] + line, 8);
+            any |= own;
+        }
+        if (any) break;
+    }
+    for (; line < end; line++)
+        for (int k = 0; k < n; k++)
+            if (marks[k][line]) return line;
+    return end;
+}
+
 /* Sum the lines in which some source has a bit that is not 0: their numbers go to found, and (src[0] + ... + src[n-1]) * scale
- * of each, in that order, to dst. Returns how many there are, or -1 where they are more than most. */
+ * of each, in that order, to dst. Returns how many there are, or -1 where they are more than most.
+ * The lines come in pieces, which end at ends; of those that are known, every line that no source has marked is 0. */
 #define DEFINE_SUM_LINES(NAME, T)                                                                      \
-    int64_t NAME(T *dst, char **src, int n, int64_t lines, T scale, int64_t *found, int64_t most) {    \
+    int64_t NAME(T *dst, char **src, int n, int64_t lines, T scale, int64_t *found, int64_t most, uint8_t **marks,     \
+                 const int64_t *ends, const uint8_t *known) {                                          \
         enum { WIDTH = LINE_BYTES / sizeof(T) };                                                       \
-        int64_t count = 0;                                                                             \
+        int64_t count = 0, piece = 0;                                                                  \
         if (mostly_full(src, n, lines)) return -1;                                                     \
         for (int64_t line = 0; line < lines; line++) {                                                 \
+            if (marks) {                                                                               \
+                while (line >= ends[piece]) piece++;                                                   \
+                if (known[piece]) {                                                                    \
+                    line = next_marked(marks, n, line, ends[piece]);                                   \
+                    if (line == ends[piece]) {                                                         \
+                        line--;                                                                        \
+                        continue;                                                                      \
+                    }                                                                                  \
+                }                                                                                      \
+            }                                                                                          \
             if (!holds(src, n, line * LINE_BYTES)) continue;                                           \
             if (count == most) return -1;                                                              \
             T *sum = dst + count * WIDTH;                                                              \
@@ -89,6 +117,15 @@ DEFINE_ADD_ROWS(shoal_add_rows_f64, double)
 void shoal_clear_rows(char *table, const int64_t *rows, int64_t n, int64_t bytes, int64_t count) {
     for (int64_t i = 0; i < n; i++)
         if (rows[i] >= 0 && rows[i] < count) memset(table + rows[i] * bytes, 0, bytes);
+}
+
+/* Mark the lines that rows of a table lie in, or take their marks away; the table begins with a line. */
+void shoal_mark_rows(uint8_t *marks, const int64_t *rows, int64_t n, int64_t bytes, int64_t count, int64_t mark) {
+    for (int64_t i = 0; i < n; i++) {
+        if (rows[i] < 0 || rows[i] >= count || !bytes) continue;
+        for (int64_t line = rows[i] * bytes / LINE_BYTES; line <= (rows[i] * bytes + bytes - 1) / LINE_BYTES; line++)
+            marks[line] = mark;
+    }
 }
 
 void shoal_copy_rows(char *table, const char *from, const int64_t *rows, int64_t n, int64_t bytes, int64_t count) {

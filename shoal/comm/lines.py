@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from shoal.comm import native
@@ -18,17 +20,33 @@ LINE_BYTES = 64
 _PROBE_LINES = 256
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What is known of lines before they are looked at.
+
+    Attributes:
+        lines: for each source a byte (uint8) for each line; where it is 0 the line is, of a piece that is ``known``.
+        ends: int64, the line that each piece ends before; known: uint8, one for each.
+    """
+
+    lines: Sequence[torch.Tensor]
+    ends: np.ndarray
+    known: np.ndarray
+
+
 class Lines(Protocol):
     """What can be done with lines."""
 
     def sum_into(
-        self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float, found: torch.Tensor, most: int
-    ) -> int:
+        self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float, found: torch.Tensor, most: int,
+        marks: Marks | None = None,
+    ) -> int:  # fmt: skip
         """Sum those lines in which any source has a bit that is not 0.
 
         ``out`` and the sources are 1-D and of one dtype, the sources whole lines. The numbers of these lines go to ``found``
         (int64), in ascending order; (sources[0] + sources[1] + ...) * scale of each goes to the front of ``out``. Returns how
         many they are, or -1 where they are more than ``most`` or where every 256th line already shows that most are full.
+        ``marks`` change nothing of that but how long it takes.
         """
 
     def take(self, row: torch.Tensor, source: torch.Tensor, lines: torch.Tensor) -> None:
@@ -46,21 +64,24 @@ class _Compiled:
             torch.float64: (lib.shoal_sum_lines_f64, ctypes.c_double),
         }
         for function, kind in self._sum.values():
-            function.argtypes = [pointer, pointer, ctypes.c_int, number, kind, pointer, number]
+            function.argtypes = [pointer, pointer, ctypes.c_int, number, kind, pointer, number, pointer, pointer, pointer]
             function.restype = number
         self._take, self._put = lib.shoal_take_lines, lib.shoal_put_lines
         for function in (self._take, self._put):
             function.argtypes, function.restype = [pointer, pointer, pointer, number], None
 
     def sum_into(
-        self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float, found: torch.Tensor, most: int
-    ) -> int:
+        self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float, found: torch.Tensor, most: int,
+        marks: Marks | None = None,
+    ) -> int:  # fmt: skip
         entry = self._sum.get(out.dtype)
         if entry is None:
             return _TORCH.sum_into(out, sources, scale, found, most)
-        pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
         lines = sources[0].numel() * out.element_size() // LINE_BYTES
-        return int(entry[0](out.data_ptr(), pointers, len(sources), lines, scale, found.data_ptr(), most))
+        given = out.data_ptr(), _pointers(sources), len(sources), lines, scale, found.data_ptr(), most
+        if marks is None:
+            return int(entry[0](*given, None, None, None))
+        return int(entry[0](*given, _pointers(marks.lines), marks.ends.ctypes.data, marks.known.ctypes.data))
 
     def take(self, row: torch.Tensor, source: torch.Tensor, lines: torch.Tensor) -> None:
         self._take(row.data_ptr(), source.data_ptr(), lines.data_ptr(), len(lines))
@@ -69,10 +90,15 @@ class _Compiled:
         self._put(target.data_ptr(), row.data_ptr(), lines.data_ptr(), len(lines))
 
 
+def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
 class _Torch:
     def sum_into(
-        self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float, found: torch.Tensor, most: int
-    ) -> int:
+        self, out: torch.Tensor, sources: Sequence[torch.Tensor], scale: float, found: torch.Tensor, most: int,
+        marks: Marks | None = None,
+    ) -> int:  # fmt: skip
         width = LINE_BYTES // out.element_size()
         full = torch.stack([(s.view(torch.uint8).view(-1, LINE_BYTES) != 0).any(1) for s in sources]).any(0)
         probe, lines = full[::_PROBE_LINES], full.nonzero().reshape(-1)

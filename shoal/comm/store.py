@@ -16,6 +16,7 @@ import torch
 
 from shoal.comm.arena import Arena, ArenaLayout
 from shoal.comm.grid import Grid
+from shoal.comm.lines import LINE_BYTES
 from shoal.comm.parts import put
 from shoal.comm.table import CHUNK_BYTES, Lane, ParameterTable, align, chunks_of_lane, deal_tensors, lane_of
 from shoal.errors import JobError
@@ -107,6 +108,8 @@ def arena_layout(
             "records": world_size * RING_STEPS * Columns.COUNT * 8,
             "notebooks": (world_size + grid.servers) * 2 * NOTEBOOK_BYTES,
             "touched": grid.stripes * max(1, len(table.trained)),
+            "marked": grid.stripes * max(1, len(table.trained)),
+            "marks": 0 if private else grid.stripes * align(-(-table.trained_bytes // LINE_BYTES)),
             "echoed": grid.stripes * max(1, len(table.echoes)),
             "scalars": parts * own.scalar_bytes,
             "undo": parts * own.undo_bytes,
@@ -140,6 +143,8 @@ class Store:
         self.records = records.reshape(n, RING_STEPS, Columns.COUNT)
         stripes = self.grid.stripes
         self.touched = arena.region("touched")[: stripes * len(table.trained)].view(stripes, -1).numpy()
+        # Whether the marks of a parameter's gradient say all that may not be zero in it.
+        self.marked = arena.region("marked")[: stripes * len(table.trained)].view(stripes, -1).numpy()
         self.echoed = arena.region("echoed")[: stripes * len(table.echoes)].view(stripes, -1).numpy()
         self.buffer_steps = arena.region("buffer_steps").numpy().view(np.float64)
 
@@ -173,6 +178,14 @@ class Store:
         """Bytes ``start`` to ``stop`` of a stripe."""
         offset = stripe * self.table.trained_bytes + start
         return self.arena.view("gradients", offset, (stop - start) // dtype.itemsize, dtype)
+
+    def marks(self, stripe: int, start: int, stop: int) -> torch.Tensor | None:
+        """A byte for each line of a stripe from byte ``start`` to ``stop``; None where there are none."""
+        region = self.arena.region("marks")
+        if not region.numel():
+            return None
+        at = stripe * (region.numel() // self.grid.stripes)
+        return region[at + start // LINE_BYTES : at + stop // LINE_BYTES]
 
     def buffer(self, parity: int, index: int) -> torch.Tensor:
         """A buffer's value at the beginning of the even or odd steps."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shoal.comm.lines import LINE_BYTES
+from shoal.comm.lines import LINE_BYTES, Marks
 from shoal.comm.store import Store
 from shoal.comm.table import Chunk, Lane, align
 from shoal.train.describe import hyperparameters, optimizer_like, sliced_group
@@ -64,6 +64,7 @@ class ElementwiseChunk:
         self._ends = np.array([align(b) // LINE_BYTES for _, b in self._spans])
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
         self._all = {r: store.gradient_range(r, start, stop, self._dtype) for r in lane.sources}
+        self._all_marks = {r: store.marks(r, start, stop) for r in lane.sources}
         self.take_sources(lane.sources)
         self._echoes = [
             (k, echo) for k, i in enumerate(self._indices) for echo, e in enumerate(table.echoes) if e.parameter == i
@@ -115,6 +116,8 @@ class ElementwiseChunk:
         run = range(stripes[0], stripes[-1] + 1)
         self._rows_of: Any = slice(run.start, run.stop) if len(run) == len(stripes) else list(stripes)
         self._stripes = [self._all[r] for r in stripes]
+        found = [own for r in stripes if (own := self._all_marks[r]) is not None]
+        self._marks = found if self.store.arena.device.type == "cpu" else []
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for own, index in zip(self._optimizer.param_groups, self._groups, strict=True):
@@ -131,7 +134,7 @@ class ElementwiseChunk:
         # From the second update on, when the optimizer's state is there.
         worth_trying = self._sparse and factor > 0 and self._ends[-1] >= LEAST_LINES and not self._echoes
         if worth_trying and all(self._bound) and touched.all():
-            lines.sum_gradients(self._stripes, self._ends, factor)
+            lines.sum_gradients(self._stripes, self._ends, factor, self._known_lines())
             if lines.gradients is not None:
                 self._gradients = list(lines.gradients)
                 return
@@ -166,6 +169,13 @@ class ElementwiseChunk:
                 # Another stage's memory, read once a step: it need not be resident here while this one computes.
                 if echo.nbytes >= _LET_GO_BYTES:
                     self.store.arena.memory.let_go(echo.data_ptr(), echo.nbytes)
+
+    def _known_lines(self) -> Marks | None:
+        """What those who computed the gradients know of their lines."""
+        if not self._marks:
+            return None
+        known = np.ascontiguousarray(self.store.marked[self._rows_of][:, self._indices].all(0), dtype=np.uint8)
+        return Marks(self._marks, self._ends, known) if known.any() else None
 
     def _echoes_of(self, k: int) -> list[torch.Tensor]:
         """The gradients that other stages have for the k-th piece."""

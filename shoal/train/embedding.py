@@ -56,6 +56,8 @@ class Embeddings:
         self._clear, self._copy = library.shoal_clear_rows, library.shoal_copy_rows
         self._clear.argtypes, self._clear.restype = [pointer, pointer, number, number, number], None
         self._copy.argtypes, self._copy.restype = [pointer, pointer, pointer, number, number, number], None
+        self._mark = library.shoal_mark_rows
+        self._mark.argtypes, self._mark.restype = [pointer, pointer, number, number, number, number], None
         self._original = original
         # Made for somebody, by address; and given back.
         self._made: dict[int, _Table] = {}
@@ -107,6 +109,11 @@ class Embeddings:
         """Set some rows of a contiguous table to zero."""
         size = table.stride(0) * table.element_size()
         self._clear(table.data_ptr(), rows.data_ptr(), rows.numel(), size, len(table))
+
+    def mark_rows(self, marks: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, mark: bool) -> None:
+        """Set the marks (uint8) of the lines in which rows of a contiguous table lie."""
+        size = table.stride(0) * table.element_size()
+        self._mark(marks.data_ptr(), rows.data_ptr(), rows.numel(), size, len(table), mark)
 
     def _backward(
         self, gradient: torch.Tensor, indices: torch.Tensor, count: int, skipped: int, by_frequency: bool

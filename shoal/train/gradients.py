@@ -13,6 +13,7 @@ from torch import nn
 
 from shoal.comm import dense
 from shoal.comm.store import Store
+from shoal.comm.table import align
 from shoal.train.embedding import Embeddings
 from shoal.train.row_tables import RowGradients
 
@@ -64,8 +65,9 @@ class Shards:
 class SparseRows:
     """A place for a gradient of which most rows are zero: only those that were written to are cleared before the next."""
 
-    def __init__(self, place: torch.Tensor, embeddings: Embeddings | None) -> None:
-        self._place, self._embeddings = place, embeddings
+    def __init__(self, place: torch.Tensor, embeddings: Embeddings | None, marks: torch.Tensor | None = None) -> None:
+        """``marks``: a byte for each line of the place, which ``take`` keeps: 0 where the line is."""
+        self._place, self._embeddings, self._marks = place, embeddings, marks
         # None: any row may hold something; a predecessor's, say.
         self._written: list[torch.Tensor] | None = None
 
@@ -79,12 +81,19 @@ class SparseRows:
         rows = None if embeddings is None else embeddings.rows(parameter, gradient)
         if embeddings is None or rows is None:
             return False
+        marks = self._marks
         if self._written is None:
             self._place.copy_(gradient)
+            if marks is not None:
+                marks.zero_()
         else:
             for old in self._written:
                 embeddings.clear_rows(self._place, old)
+                if marks is not None:
+                    embeddings.mark_rows(marks, self._place, old, False)
             embeddings.copy_rows(self._place, gradient, rows)
+        if marks is not None:
+            embeddings.mark_rows(marks, self._place, rows, True)
         self._written = [rows]
         embeddings.give_back(gradient)
         return True
@@ -110,9 +119,15 @@ class Gradients:
 
     def __init__(
         self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None,
-        rows: RowGradients | None = None, embeddings: Embeddings | None = None,
+        rows: RowGradients | None = None, embeddings: Embeddings | None = None, marks: bool = False,
     ) -> None:  # fmt: skip
-        """``rows``: what takes the gradients of embeddings whose rows are no parameters; ``embeddings``: makes others'."""
+        """Have the gradients of these parameters go where they belong.
+
+        Args:
+            rows: what takes the gradients of embeddings whose rows are no parameters; embeddings: makes others'.
+            marks: say which lines of embeddings' gradients may not be zero; nobody else writes to the stripe.
+        """
+        self._marks = marks
         self._touched = store.touched[stripe]
         self._echoed = store.echoed[stripe]
         # Of each gradient, whether it was seen to be finite when it was taken.
@@ -147,26 +162,34 @@ class Gradients:
             target.parameter.register_post_accumulate_grad_hook(drop)
             return
 
-        rows, owned, take = SparseRows(place, self._embeddings), target.index is not None, dense.load().take
+        owned, take = target.index is not None, dense.load().take
+        lines = self._lines_of(target.index) if self._marks and target.index is not None else None
+        rows, marked = SparseRows(place, self._embeddings, lines), self._store.marked[self._stripe]
 
         def keep(p: torch.Tensor) -> None:
             gradient = p.grad
             assert gradient is not None
             finite: bool | None = None
+            sparse = False
             if gradient.is_sparse and gradient.sparse_dim() == 1:
                 rows.write(gradient, bool(marks[at]))
             elif marks[at]:
                 place.add_(gradient)
                 rows.forget()
-            elif not rows.take(p, gradient):
+            elif not (sparse := rows.take(p, gradient)):
                 finite = take(place, gradient)
                 rows.forget()
             marks[at] = 1
             if owned:
                 self.finite[at] = bool(finite)
+                marked[at] = sparse and lines is not None
             p.grad = None
 
         target.parameter.register_post_accumulate_grad_hook(keep)
+
+    def _lines_of(self, index: int) -> torch.Tensor | None:
+        spec = self._store.table.parameters[index]
+        return self._store.marks(self._stripe, spec.offset, align(spec.offset + spec.nbytes))
 
     def collect(self) -> None:
         """Take what no hook could: sharded gradients are complete only when the backward pass is over."""

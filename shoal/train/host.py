@@ -449,7 +449,7 @@ class TrainHost:
             gradients=Gradients(
                 store, store.stripe_of(rank), part.targets, part.shards,
                 make_rows(part.model) if make_rows is not None else None,
-                self._embeddings,
+                self._embeddings, type(axis) is ArenaData,
             ),
             store=store,
             axis=axis,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.comm.lines import LINE_BYTES, load
+from shoal.comm.lines import LINE_BYTES, Marks, load
 from shoal.comm.table import align
 from shoal.train.line_step import LineStep
 
@@ -60,12 +60,14 @@ class LineWork:
         self._cuts: list[tuple[int, int]] = []
         self.gradients: list[torch.Tensor] | None = None
 
-    def sum_gradients(self, stripes: Sequence[torch.Tensor], ends: np.ndarray, factor: float) -> None:
+    def sum_gradients(
+        self, stripes: Sequence[torch.Tensor], ends: np.ndarray, factor: float, marks: Marks | None = None
+    ) -> None:
         """Look for the lines with a gradient and sum these. ``ends``: at which line of the chunk each piece ends."""
         dtype = stripes[0].dtype
         width = LINE_BYTES // dtype.itemsize
         sums = self._sums.view(dtype)
-        count = self._lines.sum_into(sums, stripes, factor, self._numbers, int(ends[-1]) // 2)
+        count = self._lines.sum_into(sums, stripes, factor, self._numbers, int(ends[-1]) // 2, marks)
         self.gradients = None
         if count >= 0:
             self._own = self._numbers[:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,24 @@ def stripes(n: int, dtype: torch.dtype, full: int) -> list[torch.Tensor]:
         made.append(rows)
     made[0][7, 3] = -0.0
     return [rows.view(-1) for rows in made]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_marks_change_nothing_but_say_where_not_to_look(kind: lines.Lines, n: int) -> None:
+    sources = stripes(n, torch.float32, 90)
+    width = lines.LINE_BYTES // 4
+    ends = np.array([5, 700, 701, 1203, LINES])
+    # Some marked lines hold nothing, and in pieces that are not known no mark means anything.
+    marks = [(source.view(LINES, width).view(torch.int32) != 0).any(1).to(torch.uint8) for source in sources]
+    marks[0][[6, 650, 1300]] = 1
+    known = np.array([1, 1, 0, 1, 0], np.uint8)
+    for own in marks:
+        own[700:701] = own[1203:] = 0
+    out, found = [torch.zeros_like(sources[0]) for _ in range(2)], torch.full((2, LINES), -1)
+    count = kind.sum_into(out[0], sources, 0.3, found[0], LINES // 2)
+    assert kind.sum_into(out[1], sources, 0.3, found[1], LINES // 2, lines.Marks(marks, ends, known)) == count
+    assert torch.equal(found[0], found[1]) and torch.equal(out[0], out[1])
+    assert kind.sum_into(out[1], sources, 0.3, found[1], count - 1, lines.Marks(marks, ends, known)) == -1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -14,7 +14,8 @@ from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.ps import outbox
 from shoal.train.describe import describe
-from shoal.train.gradients import Gradients, Target, SparseRows, find_bad
+from shoal.train.embedding import quicken_embeddings
+from shoal.train.gradients import Gradients, SparseRows, Target, find_bad
 from shoal.train.row_tables import RowGradients
 from shoal.train.split import Ways, split_table
 
@@ -78,6 +79,45 @@ def test_gradients_add_up_in_the_stripe_and_leave_the_parameter(store: Store) ->
     gradients.begin()
     model.table.sum().backward()
     assert store.gradient(1, at).unique().tolist() == [1.0]
+
+
+def test_marks_say_which_lines_of_a_table_may_not_be_zero() -> None:
+    embeddings = quicken_embeddings()
+    if embeddings is None:
+        pytest.skip("no compiler, or a torch without get_kernel")
+    # Rows of 20 bytes share lines, and lie across their borders.
+    model = nn.Embedding(3000, 5)
+    table = describe(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    arena = Arena.create(arena_layout(table, Grid(dp=2)))
+    store, target = Store(arena, table), [Target(model.weight, 0)]
+    place, marks = store.gradient(1, 0), store.marks(1, 0, table.trained_bytes)
+    assert marks is not None and len(marks) * 64 == table.trained_bytes
+
+    def step(*passes: list[int], given: float = 1.0) -> tuple[bool, list[int]]:
+        """Whether lines are known, and those that are marked; the stripe is what torch gives."""
+        store.touched[1] = 0
+        for rows in passes:
+            (model(torch.tensor(rows)).sum() * given).backward()
+        reached = torch.tensor([row for rows in passes for row in rows])
+        expected = torch.zeros(3000, 5).index_add_(0, reached, torch.full((len(reached), 5), given))
+        assert torch.equal(place, expected)
+        return bool(store.marked[1, 0]), marks.nonzero().view(-1).tolist()
+
+    try:
+        gradients = [Gradients(store, 1, target, embeddings=embeddings, marks=True)]
+        assert step([7, 7, 2999]) == (True, [2, 937])
+        assert step([3, 9]) == (True, [0, 1, 2, 3])
+        assert step([4], [8])[0] is False
+        assert step([16]) == (True, [5])
+        # Whoever takes a worker's place knows nothing of what it has left behind.
+        model.weight._post_accumulate_grad_hooks.clear()
+        place[1234], marks[:] = 5.0, 1
+        gradients.append(Gradients(store, 1, target, embeddings=embeddings, marks=True))
+        assert step([0], given=-0.0) == (True, [0])
+        assert not store.marked[0].any()
+    finally:
+        embeddings.end()
+        arena.memory.close()
 
 
 def test_a_second_stage_has_a_place_of_its_own(store: Store) -> None:
