@@ -39,14 +39,18 @@ static int mostly_full(char **src, int n, int64_t lines) {
 }
 
 /* The first line from `line` on, and before `end`, that any of the sources has marked; `end` where there is none. */
-static int64_t next_marked(uint8_t **marks, int n, int64_t line, int64_t end) {
+static inline int64_t next_marked(uint8_t **marks, int n, int64_t line, int64_t end) {
     for (; line + 8 <= end; line += 8) {
         uint64_t any = 0, own;
         for (int k = 0; k < n; k++) {
             memcpy(&own, marks[k] + line, 8);
             any |= own;
         }
-        if (any) break;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        if (any) return line + __builtin_ctzll(any) / 8;
+#else
+        if (any) return line + __builtin_clzll(any) / 8;
+#endif
     }
     for (; line < end; line++)
         for (int k = 0; k < n; k++)
@@ -54,39 +58,52 @@ static int64_t next_marked(uint8_t **marks, int n, int64_t line, int64_t end) {
     return end;
 }
 
+/* So many lines ahead are asked for: a peer has just written them. */
+enum { AHEAD = 8 };
+
+/* The numbers of the lines that may hold anything: the marked ones of pieces that are known, of others those that do. -1: more than most. */
+static int64_t candidates(char **src, int n, uint8_t **marks, const int64_t *ends, const uint8_t *known, int64_t lines, int64_t *found,
+                          int64_t most) {
+    int64_t count = 0;
+    for (int64_t line = 0, piece = 0; line < lines; piece++) {
+        for (; line < ends[piece]; line++) {
+            if (known[piece]) line = next_marked(marks, n, line, ends[piece]);
+            if (line == ends[piece]) break;
+            if (!known[piece] && !holds(src, n, line * LINE_BYTES)) continue;
+            if (count == most) return -1;
+            found[count++] = line;
+        }
+    }
+    return count;
+}
+
 /* Sum the lines in which some source has a bit that is not 0: their numbers go to found, and (src[0] + ... + src[n-1]) * scale
  * of each, in that order, to dst. Returns how many there are, or -1 where they are more than most.
- * The lines come in pieces, which end at ends; of those that are known, every line that no source has marked is 0. */
-#define DEFINE_SUM_LINES(NAME, T)                                                                      \
-    int64_t NAME(T *dst, char **src, int n, int64_t lines, T scale, int64_t *found, int64_t most, uint8_t **marks,     \
-                 const int64_t *ends, const uint8_t *known) {                                          \
-        enum { WIDTH = LINE_BYTES / sizeof(T) };                                                       \
-        int64_t count = 0, piece = 0;                                                                  \
-        if (mostly_full(src, n, lines)) return -1;                                                     \
-        for (int64_t line = 0; line < lines; line++) {                                                 \
-            if (marks) {                                                                               \
-                while (line >= ends[piece]) piece++;                                                   \
-                if (known[piece]) {                                                                    \
-                    line = next_marked(marks, n, line, ends[piece]);                                   \
-                    if (line == ends[piece]) {                                                         \
-                        line--;                                                                        \
-                        continue;                                                                      \
-                    }                                                                                  \
-                }                                                                                      \
-            }                                                                                          \
-            if (!holds(src, n, line * LINE_BYTES)) continue;                                           \
-            if (count == most) return -1;                                                              \
-            T *sum = dst + count * WIDTH;                                                              \
-            const T *first = (const T *)(src[0] + line * LINE_BYTES);                                  \
-            for (int i = 0; i < WIDTH; i++) sum[i] = first[i];                                         \
-            for (int k = 1; k < n; k++) {                                                              \
-                const T *next = (const T *)(src[k] + line * LINE_BYTES);                               \
-                for (int i = 0; i < WIDTH; i++) sum[i] += next[i];                                     \
-            }                                                                                          \
-            for (int i = 0; i < WIDTH; i++) sum[i] *= scale;                                           \
-            found[count++] = line;                                                                     \
-        }                                                                                              \
-        return count;                                                                                  \
+ * Where there are marks, lines come in pieces, which end at ends; of those that are known, every line that no source has marked is 0. */
+#define DEFINE_SUM_LINES(NAME, T)                                                                                   \
+    int64_t NAME(T *dst, char **src, int n, int64_t lines, T scale, int64_t *found, int64_t most, uint8_t **marks,  \
+                 const int64_t *ends, const uint8_t *known) {                                                       \
+        enum { WIDTH = LINE_BYTES / sizeof(T) };                                                                    \
+        int64_t count = 0, chosen = lines;                                                                          \
+        if (mostly_full(src, n, lines)) return -1;                                                                  \
+        if (marks && (chosen = candidates(src, n, marks, ends, known, lines, found, most)) < 0) return -1;          \
+        for (int64_t i = 0; i < chosen; i++) {                                                                      \
+            const int64_t line = marks ? found[i] : i;                                                              \
+            for (int k = 0; marks && i + AHEAD < chosen && k < n; k++)                                              \
+                __builtin_prefetch(src[k] + found[i + AHEAD] * LINE_BYTES);                                         \
+            if (!holds(src, n, line * LINE_BYTES)) continue;                                                        \
+            if (count == most) return -1;                                                                           \
+            T *sum = dst + count * WIDTH;                                                                           \
+            const T *first = (const T *)(src[0] + line * LINE_BYTES);                                               \
+            for (int i = 0; i < WIDTH; i++) sum[i] = first[i];                                                      \
+            for (int k = 1; k < n; k++) {                                                                           \
+                const T *next = (const T *)(src[k] + line * LINE_BYTES);                                            \
+                for (int i = 0; i < WIDTH; i++) sum[i] += next[i];                                                  \
+            }                                                                                                       \
+            for (int i = 0; i < WIDTH; i++) sum[i] *= scale;                                                        \
+            found[count++] = line;                                                                                  \
+        }                                                                                                           \
+        return count;                                                                                               \
     }
 DEFINE_SUM_LINES(shoal_sum_lines_f32, float)
 DEFINE_SUM_LINES(shoal_sum_lines_f64, double)
