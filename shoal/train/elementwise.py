@@ -64,6 +64,7 @@ class ElementwiseChunk:
         self._ends = np.array([align(b) // LINE_BYTES for _, b in self._spans])
         self._indices = np.array([piece.parameter for piece in chunk.pieces])
         self._all = {r: store.gradient_range(r, start, stop, self._dtype) for r in lane.sources}
+        self._here = store.arena.device.type == "cpu"
         self._all_marks = {r: store.marks(r, start, stop) for r in lane.sources}
         self.take_sources(lane.sources)
         self._echoes = [
@@ -73,7 +74,6 @@ class ElementwiseChunk:
         self._optimizer = self._make_optimizer(optimizer)
         self._gradients: list[torch.Tensor | None] = []
         self._bound = [False] * len(self._pieces)
-        self._here = store.arena.device.type == "cpu"
         self._sgd = SgdChunk(weights, self._spans, [self._groups.index(g) for g in self._group_of])
         # How the step in work is made: with the sum's factor where it is made at once.
         self._factor, self.at_once = 1.0, False
@@ -117,7 +117,8 @@ class ElementwiseChunk:
         self._rows_of: Any = slice(run.start, run.stop) if len(run) == len(stripes) else list(stripes)
         self._stripes = [self._all[r] for r in stripes]
         found = [own for r in stripes if (own := self._all_marks[r]) is not None]
-        self._marks = found if self.store.arena.device.type == "cpu" else []
+        self._marks = found if self._here else []
+        self._known: tuple[bytes, Marks | None] = b"", None
 
     def take_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for own, index in zip(self._optimizer.param_groups, self._groups, strict=True):
@@ -174,8 +175,13 @@ class ElementwiseChunk:
         """What those who computed the gradients know of their lines."""
         if not self._marks:
             return None
-        known = np.ascontiguousarray(self.store.marked[self._rows_of][:, self._indices].all(0), dtype=np.uint8)
-        return Marks(self._marks, self._ends, known) if known.any() else None
+        marked = self.store.marked[self._rows_of]
+        said = marked.tobytes()
+        if said != self._known[0]:
+            # It seldom changes from step to step.
+            known = np.ascontiguousarray(marked[:, self._indices].all(0), dtype=np.uint8)
+            self._known = said, Marks(self._marks, self._ends, known) if known.any() else None
+        return self._known[1]
 
     def _echoes_of(self, k: int) -> list[torch.Tensor]:
         """The gradients that other stages have for the k-th piece."""
