@@ -18,6 +18,7 @@ from noisy_job import digest, events, history, kill, make_job, processes, settle
 import shoal
 from shoal.comm.arena import Arena
 from shoal.comm.store import Store
+from shoal.jobs.recsys import clicks_wide_deep
 from shoal.plan import Plan
 from shoal.process.supervisor import Child, Supervisor
 from shoal.train.api import TrainOptions
@@ -118,6 +119,20 @@ def test_killed_in_every_phase(
 def _shown(phase: str) -> tuple[str, ...]:
     """What the event says for the places that are between two phases."""
     return {"published": ("backward",), "updated": ("update",), "committed": ("update",)}.get(phase, (phase,))
+
+
+def test_a_recommender_whose_workers_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of its table travel by rows, and their lines are marked: whoever takes over knows nothing of either."""
+    job = clicks_wide_deep.job().replace(
+        train_data=lambda: clicks_wide_deep._tensors(1280, seed=1), eval_data=None, batch_size=64, epochs=1
+    )
+    plan = PLAN + ",rewrites=perceptron,compile=off"
+    calm = shoal.train(job, plan=plan, run_dir=tmp_path / "calm")
+    places = [(1, 2, "backward"), (0, 5, "published"), (1, 8, "reduce"), (0, 11, "update"), (1, 14, "updated")]
+    text = ";".join(f"kill(rank={rank},step={step},phase={phase})" for rank, step, phase in places)
+    run = with_faults(monkeypatch, job, tmp_path / "killed", text, plan)
+    assert digest(run) == digest(calm) and history(run) == history(calm)
+    assert len(events(run.path, "recovered")) == len(places)
 
 
 def test_who_died_after_its_commit_waits_for_the_others(
