@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +51,35 @@ class Division:
     def shares_of(self, order: np.ndarray, index: int, replica: int) -> list[Share]:
         """A replica's shares of batch ``index`` of an epoch: one for each microbatch that is not empty for all."""
         batch = batch_indices(order, index, self.batch_size)
-        found = []
-        for low, high in share_bounds(len(batch), (1,) * self.accumulate):
+        return [Share(batch[start:stop], counts) for start, stop, counts in _cuts(self, len(batch), replica)]
+
+    def cuts(self, size: int, replica: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Where a replica's shares of a batch of so many samples begin and end, and what each replica has then."""
+        for low, high in share_bounds(size, (1,) * self.accumulate):
             for a, b in share_bounds(high - low, (1,) * self.microbatches):
                 if b > a:
                     bounds = share_bounds(b - a, self.shares)
                     start, stop = bounds[replica]
-                    own = batch[low + a + start : low + a + stop]
-                    found += self._in_sub_batches(own, tuple(last - first for first, last in bounds))
-        return found
+                    counts = tuple(last - first for first, last in bounds)
+                    yield from self._in_sub_batches(low + a + start, low + a + stop, counts)
 
-    def _in_sub_batches(self, own: np.ndarray, counts: tuple[int, ...]) -> list[Share]:
+    def _in_sub_batches(
+        self, start: int, stop: int, counts: tuple[int, ...]
+    ) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """A microbatch in pieces; replicas have equally many of them, though the last ones of some may be empty."""
         if not self.sub_batch:
-            return [Share(own, counts)]
+            yield start, stop, counts
+            return
         size = self.sub_batch
-        return [
-            Share(own[at : at + size], tuple(min(size, max(0, count - at)) for count in counts))
-            for at in range(0, max(counts), size)
-        ]
+        for at in range(0, max(counts), size):
+            own = tuple(min(size, max(0, count - at)) for count in counts)
+            yield min(start + at, stop), min(start + at + size, stop), own
+
+
+@functools.lru_cache(maxsize=64)
+def _cuts(division: Division, size: int, replica: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    # The same at nearly every step.
+    return tuple(division.cuts(size, replica))
 
 
 def division_of(job: Job, plan: Plan) -> Division:
