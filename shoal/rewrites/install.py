@@ -169,7 +169,8 @@ def _children(module: nn.Module) -> Iterable[nn.Module]:
 def install(model: nn.Module, names: Iterable[str], frozen: bool = False) -> Installed:
     """Let a model compute with these rewrites, from its next call on; ``frozen``: its weights do not change any more."""
     installed = Installed(names, frozen)
-    installed.put_leaves(model)
-    installed.put(model)
+    if not all(map(registry.exchanges, installed.names)):
+        installed.put_leaves(model)
+        installed.put(model)
     installed.resume()
     return installed

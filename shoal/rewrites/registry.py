@@ -5,7 +5,8 @@
 - ``TRAINS``, ``INFERS``: whether it applies in training, and where nothing is trained (evaluation, serving).
 - ``replace_leaf(layer, found) -> forward or None``: another forward for a single layer of torch's own, which calls ``found``
   when it turns out to be of use; or
-- ``exchange(found) -> Exchange``: another way for the whole process to compute in float32, from ``begin()`` to ``end()``; or
+- ``exchange(found) -> Exchange``: another way for the whole process to compute in float32, from ``begin()`` to ``end()``,
+  whatever it has of the model; with ``gain() -> float``: how many times as fast this machine computes so, on one thread; or
 - ``rewrite(region) -> int``: change ``region.graph``; return in how many places. Only what is equal for every input may be
   changed; what depends on the input (its layout, say) is looked at when it comes.
 

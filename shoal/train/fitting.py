@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from shoal.comm.grid import Grid
 from shoal.errors import PlanError
 from shoal.plan import Plan
@@ -14,7 +16,7 @@ from shoal.process.supervisor import Supervisor
 from shoal.rewrites import registry
 from shoal.train.compiling import GAIN as COMPILE_GAIN
 from shoal.train.settings import JobFacts
-from shoal.train.tune import Finding, Question, Tuned
+from shoal.train.tune import GAIN, Finding, Question, Tuned, rewrites_of
 
 _SECONDS = 3.0
 _COMPILE_S = 6.0
@@ -39,6 +41,7 @@ class Fitting:
         self._recall, self._remember = recall, remember
         self._found: dict[str, Tuned] = {}
         self._compiled: Finding | None = None
+        self._gains: Mapping[str, float] | None = None
         if isinstance(wanted.rewrites, tuple):
             registry.check_names(wanted.rewrites)
 
@@ -52,7 +55,8 @@ class Fitting:
         """What each change gains, or why it was not made, in sentences."""
         hindrance = _hindrance(plan)
         if hindrance is not None:
-            return [f"No rewrites: {hindrance}."] if self._wanted.rewrites == "auto" else []
+            said = [_sentence_of_process(name, self._processes()[name]) for name in rewrites_of(plan)]
+            return [*said, f"No {'other ' * bool(said)}rewrites: {hindrance}."] if self._wanted.rewrites == "auto" else said
         tuned = self._found.get(str(plan.layout))
         return [] if tuned is None else [_sentence(finding, tuned) for finding in tuned.findings]
 
@@ -109,10 +113,10 @@ class Fitting:
     def _fit(self, plan: Plan, most: int, layouts: int) -> Plan:
         wanted = self._wanted.rewrites
         hindrance = _hindrance(plan)
-        if isinstance(wanted, tuple) and hindrance is not None:
-            raise PlanError(f"rewrites={'+'.join(wanted)} cannot be used: {hindrance}; write rewrites=none.")
-        if hindrance is not None or wanted == "none":
+        if wanted == "none":
             return plan.replace(rewrites="none")
+        if hindrance is not None:
+            return plan.replace(rewrites=self._for_processes(plan, hindrance) or "none")
         if str(plan.layout) not in self._found:
             self._found[str(plan.layout)] = self._ask(plan, most, layouts)
         tuned = self._found[str(plan.layout)]
@@ -120,6 +124,28 @@ class Fitting:
         if tuned.sub_batch and tuned.sub_batch < self._facts.batch_size // plan.data_ways:
             fitted = fitted.replace(sub_batch=tuned.sub_batch, batchnorm="micro")
         return fitted
+
+    def _for_processes(self, plan: Plan, hindrance: str) -> tuple[str, ...]:
+        """Of the rewrites those that change no model but how its processes compute: asked for, or found to gain."""
+        wanted = self._wanted.rewrites
+        allowed = not plan.compile and plan.device in (None, "cpu")
+        if isinstance(wanted, tuple):
+            refused = [name for name in wanted if not (allowed and registry.exchanges(name))]
+            if refused:
+                raise PlanError(f"rewrites={'+'.join(refused)} cannot be used: {hindrance}; write rewrites=none.")
+            return wanted
+        singles = any(spec.dtype == torch.float32 for spec in self._facts.table.parameters)
+        if not allowed or not singles or plan.precision == "bf16":
+            return ()
+        return tuple(name for name, gain in self._processes().items() if gain >= GAIN)
+
+    def _processes(self) -> Mapping[str, float]:
+        """How many times as fast processes compute with each of those, on one thread."""
+        if self._gains is None:
+            known = self._recall("processes")
+            self._gains = known if known is not None else self._supervisor.call("processes_gain", timeout_s=_TIMEOUT_S)
+            self._remember("processes", dict(self._gains))
+        return self._gains
 
     def _ask(self, plan: Plan, most: int, layouts: int) -> Tuned:
         wanted = self._wanted.rewrites
@@ -168,6 +194,11 @@ def _hindrance(plan: Plan) -> str | None:
     if plan.recompute not in (None, "none"):
         return f"recompute={plan.recompute} runs the author's blocks again as they are"
     return None
+
+
+def _sentence_of_process(name: str, gain: float) -> str:
+    """What a change of how processes compute gains, by itself."""
+    return f"{name} ({registry.describe(name)}): {gain:.2f} × as fast where it applies, on one thread."
 
 
 def _sentence(finding: Finding, tuned: Tuned) -> str:

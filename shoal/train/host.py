@@ -73,7 +73,7 @@ from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.server import ServerLoop, ServerParts
 from shoal.train.settings import JobFacts, RunSettings, table_of
 from shoal.train.split import Split
-from shoal.train.tune import Finding, Question, Tuned, rewrites_of, tune
+from shoal.train.tune import Finding, Question, Tuned, processes_gain, rewrites_of, tune
 from shoal.train.update import Updater, make_updater
 from shoal.train.update_log import UpdateLog
 from shoal.train.work import work_of
@@ -228,6 +228,10 @@ class TrainHost:
     def tune(self, question: Question) -> Tuned:
         """What a rewritten model gains, measured aside."""
         return aside(lambda: tune(self._built, question), "find out what rewriting the model gains")
+
+    def processes_gain(self) -> dict[str, float]:
+        """What is gained by rewrites that change how processes compute and no model, measured aside."""
+        return aside(processes_gain, "find out how fast this machine computes")
 
     def try_compiling(self, plan: Plan, samples: int, limit_s: float | None) -> Finding:
         """What compiling the model gives, found out aside; it is given up after ``limit_s``."""
@@ -534,6 +538,7 @@ class TrainHost:
             self._built = dataclasses.replace(built, model=copy.deepcopy(built.model))
             move_buffers(built.model, store.arena.device)
         part = take_part(built, settings.split, plan, store, rank, prepare, beside.mesh if beside else None)
+        self._rewrites = install(part.model, rewrites_of(plan))
         give_parameters(built.optimizer, part.parameters, store.table)
         return part, team
 

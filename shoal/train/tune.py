@@ -97,6 +97,11 @@ def tune(built: Built, question: Question) -> Tuned:
         return Tuned((), 0, (), question.samples)
 
 
+def processes_gain() -> dict[str, float]:
+    """How many times as fast this machine computes, on one thread, with each rewrite that changes no model."""
+    return {name: one.gain() for name, one in registry.all_rewrites().items() if registry.exchanges(name)}
+
+
 class _Tuning:
     def __init__(self, built: Built, question: Question) -> None:
         self._job, self._model, self._question = built.job, built.model, question

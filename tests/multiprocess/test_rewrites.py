@@ -11,6 +11,7 @@ from torch import nn
 
 import shoal
 from shoal.errors import PlanError
+from shoal.kernels.onednn import available
 
 STEPS = 10
 
@@ -93,12 +94,36 @@ def test_convolutions_and_norms_of_our_own_under_several_workers(tmp_path: Path,
         assert_equal(run.weights(), runs[0].weights(), within=1e-9)
 
 
+def text_job() -> shoal.Job:
+    generator = torch.Generator().manual_seed(3)
+    return shoal.Job(
+        name="multiplying", model=lambda: nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256), nn.Linear(256, 4)),
+        train_data=lambda: (torch.randn(192, 256, generator=generator), torch.arange(192) % 4), batch_size=96,
+        loss=nn.functional.cross_entropy, optimizer=lambda params: torch.optim.SGD(params, lr=0.05), epochs=3,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not available(), reason="this torch was built without oneDNN")
+def test_products_by_onednn_under_plans_that_cut_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_EXPORT", "0")
+    truth = shoal.train(text_job(), plan="dp=1,threads=1,rewrites=none", run_dir=tmp_path / "truth", steps=6)
+    for plan in ("tp=2,threads=1", "dp=2,zero=3,threads=1", "dp=1,threads=1,recompute=full"):
+        whole = f"{plan},rewrites=onednn_matmul"
+        run = shoal.train(text_job(), plan=whole, run_dir=tmp_path / plan, steps=6)
+        assert "rewrites=onednn_matmul" in str(run.plan)
+        assert_equal(run.weights(), truth.weights(), within=1e-5)
+        # Another order of adding up: it was oneDNN that multiplied.
+        assert not all(torch.equal(run.weights()[name], value) for name, value in truth.weights().items())
+
+
 def test_names_that_cannot_be_used_are_refused_in_a_sentence(tmp_path: Path) -> None:
     linear = job().replace(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 14 * 14, 5)).double())
     for plan, sentence in (
         ("dp=1,rewrites=relu_pool", "The rewrite relu_pool finds nothing to change in this model; leave it out of the plan."),
         ("dp=1,rewrites=flaten", 'There is no rewrite "flaten"'),
         ("dp=2,tp=1,zero=3,rewrites=flatten", "rewrites=flatten cannot be used: they change whole models"),
+        ("tp=2,rewrites=onednn_matmul+flatten", "rewrites=flatten cannot be used: they change whole models"),
         ("pp=2,sub_batch=2", "sub_batch=2 does not go with a pipeline"),
     ):
         with pytest.raises(PlanError, match=sentence.split("(")[0]):
