@@ -140,6 +140,8 @@ class Publisher:
         self._edition = _Edition(source, 0 if after is None else after.number)
         # Who waits: its identity, what it has, and since when.
         self._waiting: dict[bytes, tuple[int, float]] = {}
+        # Which publication each reader has, who have one.
+        self._have: dict[bytes, int] = {}
         # Who looks into the shared memory.
         self._sharing: set[bytes] = set()
         # Who has asked for something, and when.
@@ -201,6 +203,7 @@ class Publisher:
         self._waiting.pop(identity, None)
         self._filling.pop(identity, None)
         self._sharing.discard(identity)
+        self._have.pop(identity, None)
 
     def _take(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -225,6 +228,8 @@ class Publisher:
                 else:
                     (self._sharing.add if request.shares else self._sharing.discard)(identity)
                     self._waiting[identity] = (request.have, time.monotonic())
+                    if request.have:
+                        self._have[identity] = request.have
 
     def _send_piece(self, identity: bytes, asked: wire.Rows) -> None:
         tables = self._source.tables
@@ -245,6 +250,7 @@ class Publisher:
             self._edition.renew(everybody=wholes, needed=needed, compare=not self._heard.keys() <= self._sharing)
         except OSError as error:
             logger.warning("Rows are not published: there is no memory to note which of them change (%s).", error.strerror)
+        self._edition.trim(min([*self._have.values(), *(have for have, _ in self._filling.values())], default=0))
         took_s = time.monotonic() - began
         now = time.monotonic()
         for identity, (have, since) in list(self._waiting.items()):
@@ -376,6 +382,11 @@ class _Edition:
                 log.forget(self.number)
             elif known:
                 log.add(self.number, last_of(known), needed)
+
+    def trim(self, number: int) -> None:
+        """Every reader has publication ``number``, or a newer one: rows that changed until then are not kept."""
+        for log in self._logs:
+            log.trim(min(number, self.number))
 
     def nothing(self, have: int) -> wire.Update:
         """What is said to a reader who waits to be whole, and is not yet."""

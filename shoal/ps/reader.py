@@ -310,6 +310,8 @@ class Reader:
             self._copy, self._coming = self._coming, None
         if self._copy is copy and update.whole:
             self.lag_s = time.time() - update.taken_at
+            loaded = [number for held, number in self._loaded.values() if held is copy]
+            copy.trim(min(loaded, default=copy.number))
 
 
 def answers(run: str | Path, within_s: float = _DEADLINE_S) -> bool:

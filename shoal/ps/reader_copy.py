@@ -95,6 +95,11 @@ class Copy:
             at += size
             self._change(changed.table, keys, gone, rows)
 
+    def trim(self, number: int) -> None:
+        """No model is brought up to date from an older publication than ``number``."""
+        for log in self._logs:
+            log.trim(number)
+
     def _change(self, number: int, keys: np.ndarray, gone: np.ndarray, rows: np.ndarray) -> None:
         table, log = self.tables[number], self._logs[number]
         _put(table, keys, rows, self.number)

@@ -82,13 +82,22 @@ class RowLog:
         """Nothing is known of what came before publication ``number``."""
         self._kept, self.floor = [], number
 
+    def trim(self, number: int) -> None:
+        """Nobody will ask for what came up to publication ``number``."""
+        at = next((k for k, (own, _) in enumerate(self._kept) if own > number), len(self._kept))
+        del self._kept[:at]
+        self.floor = max(self.floor, number)
+
     def _compact(self) -> None:
         """Leave out what has changed again later."""
-        seen = np.empty(0, np.int64)
+        ends = np.cumsum([len(changes.keys) for _, changes in self._kept])
+        keys = np.concatenate([changes.keys for _, changes in self._kept])
+        # The first of each in the opposite order; then by where it was.
+        last = np.sort(len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1])
+        cuts = np.searchsorted(last, ends)
         kept: list[tuple[int, Changes]] = []
-        for number, changes in reversed(self._kept):
-            fresh = np.isin(changes.keys, seen, assume_unique=True, invert=True)
-            if fresh.any():
-                kept.append((number, Changes(changes.keys[fresh], changes.rows[fresh], changes.there[fresh])))
-                seen = np.concatenate([seen, changes.keys[fresh]])
-        self._kept = kept[::-1]
+        for (number, changes), end, first, stop in zip(self._kept, ends, (0, *cuts), cuts, strict=False):
+            at = last[first:stop] - (end - len(changes.keys))
+            if len(at):
+                kept.append((number, Changes(changes.keys[at], changes.rows[at], changes.there[at])))
+        self._kept = kept

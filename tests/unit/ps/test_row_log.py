@@ -29,6 +29,8 @@ def test_the_last_change_of_a_key_counts():
     assert as_dict(log.since(1)) == {5: 1.0, 6: 4.0, -7: 3.0}
     assert as_dict(log.since(2)) == {6: 4.0, -7: 3.0} and as_dict(log.since(4)) == {}
     assert log.since(0) is None
+    log.trim(3)
+    assert log.since(2) is None and as_dict(log.since(3)) == {6: 4.0}
 
 
 def test_the_oldest_goes_where_there_is_too_much_unless_somebody_needs_it():
