@@ -28,6 +28,8 @@ _MOST_ID = 256
 _MOST_DIMS = 8
 _MOST_SIZE = 1 << 40
 _AROUND_BYTES = 64 << 10
+_BEFORE_BYTES = 1024
+_DATA, _EMPTY = b'"data"', b"[]"
 # A number in JSON, all its digits, and the spaces before it.
 _ELEMENT_BYTES = 40
 # Pictures are decoded by size: more of them than this are not worth sending at once.
@@ -141,7 +143,9 @@ def decode(
     view = memoryview(body)
     if header_length is not None and header_length > len(view):
         raise Refusal(400, f"The header is said to be {header_length} bytes long and the body has {len(view)}.")
-    request = _parse(view if header_length is None else view[:header_length])
+    request = _numbers_apart(body) if header_length is None and isinstance(body, bytes) else None
+    if request is None:
+        request = _parse(view if header_length is None else view[:header_length])
     data = _Body(view[len(view) if header_length is None else header_length :])
     found = assemble(signature, request, data, max_rows)
     if data.at != len(data.binary):
@@ -297,6 +301,31 @@ def elements_of(name: str, raw: memoryview, count: int) -> list[bytes]:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
+def _numbers_apart(body: bytes) -> Said | None:
+    """A request with one flat list of numbers, which is most of its bytes; None for any other, to be read as a whole.
+
+    The list is cut out and looked at by who makes an array of it, so it is read once: msgspec reads what it passes over.
+    """
+    at = body.find(_DATA, 0, _BEFORE_BYTES)
+    start = body.find(b"[", at, at + _BEFORE_BYTES)
+    end = body.find(b"]", start) + 1
+    # Without strings in it, the list ends there if what is around it makes sense without it.
+    if at < 0 or start < 0 or not end or body.find(b'"', start, end) >= 0:
+        return None
+    around = body[:start] + _EMPTY + body[end:]
+    # The word could be written with escapes, or be there as another's, too.
+    if len(around) > _AROUND_BYTES or around.count(_DATA) != 1 or b"\\" in around:
+        return None
+    try:
+        said = _DECODER.decode(around)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if len(said.inputs) != 1 or bytes(said.inputs[0].data) != _EMPTY:
+        return None
+    said.inputs[0].data = msgspec.Raw(body[start:end])
+    return said
+
+
 def _parse(header: memoryview) -> Said:
     try:
         return _DECODER.decode(header)
@@ -428,7 +457,8 @@ def _from_json(spec: TensorSignature, entry: Input, count: int) -> np.ndarray:
 
 def _flat_numbers(raw: bytes, spec: TensorSignature) -> np.ndarray | None:
     """The numbers of a flat list, straight into an array; None for anything else, which is then read with more care."""
-    if spec.dtype.kind not in "fiu" or raw.count(b"[") != 1:
+    # One byte is found, or not, twenty times as fast as it is counted.
+    if spec.dtype.kind not in "fiu" or raw[:1] != b"[" or raw.find(b"[", 1) >= 0:
         return None
     try:
         found = _NUMBERS.parse(raw)

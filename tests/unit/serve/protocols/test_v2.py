@@ -280,3 +280,36 @@ def _refused_unless_wanted(spec: TensorSignature, raw: bytes, status: int) -> No
             assert refused.value.status == status
         else:
             assert v2.decode(signature, header + raw, len(header), 8).inputs[0].tobytes() == raw
+
+
+_APART = [
+    b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[1,2.5,-3e1]}]}',
+    b'{"inputs":[{"data" : [1, 2, 3], "name":"x","shape":[1,3],"datatype":"FP32"}],"id":"]","parameters":{"priority":2}}',
+    b'{"inputs":[{"data":[1,2,3],"name":"x","shape":[1,3],"datatype":"FP32","data":[4,5,6]}]}',
+    b'{"parameters":{"data":[7,8,9]},"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[]}]}',
+    b'{"parameters":{"data":[7,8,9]},"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","\\u0064ata":[1,2,3]}]}',
+    b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[[1,2,3]]}]}',
+    b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[1,,3]}]}',
+    b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":["],", ":1}]}',
+    b'{"inputs":[{"name":"x","shape":[1,3],"datatype":"FP32","data":[1,2,3]},{"name":"x","shape":[0],"datatype":"FP32"}]}',
+    b'{"inputs":[],"id":"data","outputs":[{"name":"y"}]} [1,2,3]',
+]  # fmt: skip
+
+
+@given(st.data())
+def test_numbers_that_are_cut_out_say_what_they_say_in_their_place(data: st.DataObject) -> None:
+    body = bytearray(data.draw(st.sampled_from(_APART)))
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(body)))
+        piece = data.draw(st.sampled_from([b"", b"[", b"]", b'"', b",", b'"data":', b"\\"]))
+        body[at : at + data.draw(st.integers(0, 3))] = piece
+
+    def found(given: bytes | memoryview) -> Any:
+        try:
+            request = v2.decode(_signature(), given, None, 8)
+        except Refusal as refusal:
+            return refusal.status
+        return request.id, request.priority, request.inputs[0].tolist()
+
+    # Only what is bytes has its numbers cut out.
+    assert found(bytes(body)) == found(memoryview(bytes(body)))
