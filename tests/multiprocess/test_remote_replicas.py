@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve()
 
 # One that another process of the job keeps, and the one that answers in its place; then one of the lead's own, and the worker.
 KEPT = [("server", 1), ("server", 3), ("server", 0), ("worker", 0)]
+LOGGED = [("server", 2), ("worker", 0)]
 
 
 class Sums(nn.Module):
@@ -62,15 +63,16 @@ def job(**changes: Any) -> shoal.Job:
     })  # fmt: skip
 
 
-def learned(acknowledged: Sequence[tuple[int, int, int]], together: bool = False) -> dict[str, torch.Tensor]:
-    """What the model has after these pushes, each the mean over ten samples: (epoch, batch, shard) from 1, 1 and 0.
+def learned(acknowledged: Sequence[tuple[int, int, int]], workers: int = 2, together: bool = False) -> dict[str, torch.Tensor]:
+    """What the model has after these pushes, each the mean over its samples: (epoch, batch, shard) from 1, 1 and 0.
 
-    ``together``: two of them make one step, and count half.
+    ``together``: those of all workers make one step, the mean over its batch.
     """
+    size = 20 // workers
     keys, target = data()
     orders = {epoch: epoch_order(len(keys), 0, epoch - 1) for epoch, _, _ in acknowledged}
-    samples = np.concatenate([orders[e][20 * (b - 1) + 10 * s :][:10] for e, b, s in acknowledged])
-    keys, target = keys[samples], target[samples] / (20 if together else 10)
+    samples = np.concatenate([orders[e][20 * (b - 1) + size * s :][:size] for e, b, s in acknowledged])
+    keys, target = keys[samples], target[samples] / (20 if together else size)
     rows = torch.zeros(60, 4, dtype=torch.float64)
     rows.index_add_(0, keys.reshape(-1), -0.1 * target.repeat_interleave(5)[:, None].expand(-1, 4))
     found = {"rows.keys": torch.arange(60), "rows.rows": rows}
@@ -129,21 +131,30 @@ def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
     back = read_events(run / "events.jsonl", {"recovered"})
     assert {event["action"] for event in back} == {"copied"}
     assert len(set(killer.acknowledged)) == len(killer.acknowledged)
-    weights, expected = found.weights(), learned(killer.acknowledged)
-    assert weights.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
+    check_sum(found, learned(killer.acknowledged))
 
 
 def sync_job() -> shoal.Job:
     return job(optimizer=lambda p: torch.optim.Adam(p, lr=1e-3), grad_clip=0.5)
 
 
+def pushes(run: shoal.Run) -> list[tuple[int, int, int]]:
+    """What was acknowledged, as (epoch, batch, shard)."""
+    return [(e["epoch"], e["batch"], e["shard"]) for e in read_events(run.path / "events.jsonl", {"push_ack"})]
+
+
+def check_sum(run: shoal.Run, expected: dict[str, torch.Tensor]) -> None:
+    """Every push is in a run's weights and rows once."""
+    weights = run.weights()
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
+
+
 def check_bits(killed: shoal.Run, workers: int, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run has the bits of one in which nobody was killed, and each of its pushes was acknowledged once, in order."""
     steps = killed.summary()["steps"]
-    pushes = [(e["epoch"], e["batch"], e["shard"]) for e in read_events(killed.path / "events.jsonl", {"push_ack"})]
-    assert pushes == [(step // 10 + 1, step % 10 + 1, shard) for step in range(steps) for shard in range(workers)]
+    assert pushes(killed) == [(step // 10 + 1, step % 10 + 1, shard) for step in range(steps) for shard in range(workers)]
     monkeypatch.setenv("SHOAL_TRANSPORT", "group")
     found = shoal.train(sync_job(), plan=f"ps=2,workers={workers},sync,threads=1", run_dir=whole, steps=steps)
     assert killed.summary()["weights_sha256"] == found.summary()["weights_sha256"]
@@ -184,9 +195,7 @@ def test_a_server_that_is_killed_as_soon_as_it_is_there_costs_nothing(tmp_path: 
     thread.join()
     assert [e["rank"] for e in read_events(run / "events.jsonl", {"death"}) if e["role"] == "server"] == [1]
     assert heard.acknowledged == [(step // 10 + 1, step % 10 + 1, shard) for step in range(30) for shard in (0, 1)]
-    weights = shoal.open(run).weights()
-    for name, value in learned(heard.acknowledged, together=True).items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-9)
+    check_sum(shoal.open(run), learned(heard.acknowledged, together=True))
 
 
 def script(run: Path) -> None:
@@ -197,6 +206,9 @@ def script(run: Path) -> None:
         shoal.train(sync_job(), plan="ps=2,workers=3,sync,replicas=1", run_dir=run)
     killer = Killer(run, KEPT)
     shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
+    # With a log in place of copies, processes are kept as well.
+    killer = Killer(logged := run.with_name("logged"), LOGGED)
+    shoal.train(job(), plan="ps=4,workers=1,async,threads=1", run_dir=logged, push_log=True, on_event=killer)
 
 
 @pytest.mark.timeout(300)
@@ -207,6 +219,10 @@ def test_a_job_that_torchrun_has_started_outlives_servers_and_workers(tmp_path: 
     assert process.returncode == 0, errors
     found = shoal.open(run)
     Killer(run, KEPT).check_deaths()
+    Killer(tmp_path / "logged", LOGGED).check_deaths()
+    logged = shoal.open(tmp_path / "logged")
+    assert len(set(pushes(logged))) == len(pushes(logged))
+    check_sum(logged, learned(pushes(logged), workers=1))
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     check_bits(found, 1, tmp_path / "whole", monkeypatch)
 

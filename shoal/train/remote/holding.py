@@ -113,7 +113,8 @@ class Holding(Keeping):
     def _bury_server(self, lost: Lost, step: int) -> None:
         """Another one that has the same shard answers for it at once; without one the run cannot go on."""
         rank, chains = lost.member.rank, self._chains
-        if self._log.kept and self._client is not None and self._members.is_own("server", rank):
+        comes_back = lost.returns or self._members.is_own("server", rank)
+        if self._log.kept and self._client is not None and comes_back:
             self._bring_back(rank, step)
             return
         if self._client is None and self._may_begin_again(rank):

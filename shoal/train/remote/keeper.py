@@ -1,7 +1,8 @@
-"""A process of a job that torchrun or Slurm has started, and that keeps a server or a worker of a run with ``replicas`` alive.
+"""A process of a job that torchrun or Slurm has started, and that keeps a server or a worker of a run alive.
 
 Such a job ends when one of its processes does. So who serves or works is another process, which this one has started: when that
-dies this one says so to the lead, which needs not wait for its silence, and starts another one.
+dies this one says so to the lead, which needs not wait for its silence, and starts another one. It is so where nothing that was
+acknowledged goes with a server: with copies, or a log.
 """
 
 from __future__ import annotations

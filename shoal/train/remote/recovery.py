@@ -75,7 +75,14 @@ class Recovery:
         self._deaths.clear()
 
     def bring_back(self, rank: int, take: Callable[[Asked], None], settled: PushId) -> str:
-        """Start a server again that has died; its address. ``take``: answers what it asks. WorkerLostError: it dies always."""
+        """Start a server again that has died, or let its keeper do so; its address.
+
+        Args:
+            take: hears what it asks, and answers; and what its keeper says.
+
+        Raises:
+            WorkerLostError: it dies always, or does not come.
+        """
         while True:
             self._deaths[rank] += 1
             if self._deaths[rank] > _MOST_DEATHS:
@@ -83,24 +90,18 @@ class Recovery:
                     f"Server {rank} died {self._deaths[rank]} times without having done anything; what was acknowledged is in "
                     "its log: see what kills it, and go on with --resume."
                 )
-            self._members.start("server", rank)
+            self._members.of.pop(("server", rank), None)
+            if self._members.is_own("server", rank):
+                self._members.start("server", rank)
             address = self._await(rank, take)
-            if address is not None and self._fill(rank, address, settled):
+            if address is not None and self._fill(rank, address, settled, take):
                 return address
 
     def _await(self, rank: int, take: Callable[[Asked], None]) -> str | None:
-        """Where a server is that was started, once it is there; None where it has died. The others' words are kept."""
-        member = self._members.of["server", rank]
+        """Where a server is that was started, once it is there; None where it has died."""
         deadline = time.monotonic() + _JOIN_S
-        while not member.joined:
-            for asked in self._desk.receive(_POLL_S):
-                said = asked.said
-                if isinstance(said, words.Join) and (said.role, said.rank) == ("server", rank):
-                    take(asked)
-                    member = self._members.of["server", rank]
-                else:
-                    self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
-                    self.backlog.append(asked)
+        while (member := self._members.of.get(("server", rank))) is None or not member.joined:
+            self._hear(rank, take, _POLL_S)
             if self._is_dead(rank):
                 return None
             if time.monotonic() > deadline:
@@ -110,17 +111,30 @@ class Recovery:
                 )
         return member.address
 
-    def _is_dead(self, rank: int) -> bool:
-        process = self._members.of["server", rank].process
-        return process is not None and process.poll() is not None
+    def _hear(self, rank: int, take: Callable[[Asked], None], timeout_s: float) -> None:
+        """Hear a server that comes back, and of those who have died; what others ask is kept."""
+        for asked in self._desk.receive(timeout_s):
+            said = asked.said
+            if isinstance(said, words.Gone) or (isinstance(said, words.Join) and (said.role, said.rank) == ("server", rank)):
+                take(asked)
+            else:
+                self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
+                self.backlog.append(asked)
 
-    def _fill(self, rank: int, address: str, settled: PushId) -> bool:
+    def _is_dead(self, rank: int) -> bool:
+        member = self._members.of.get(("server", rank))
+        if member is None:
+            return False
+        return bool(member.died) or (member.process is not None and member.process.poll() is not None)
+
+    def _fill(self, rank: int, address: str, settled: PushId, take: Callable[[Asked], None]) -> bool:
         """Give a server what it has lost; False where it has died meanwhile."""
 
         class Died(Exception):
             pass
 
         def look() -> None:
+            self._hear(rank, take, 0.0)
             if self._is_dead(rank):
                 raise Died
 

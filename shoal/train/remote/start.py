@@ -100,22 +100,27 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
     """Train as one of the processes of a job: the first is the lead (and starts server 0), then servers, then workers."""
     plan, rank = request.plan, group.rank
     servers = _servers(plan)
+    # What makes no sense is refused by all processes alike.
+    wants_log(request.options.push_log or False, plan, Path())
     _check_count(plan, servers + plan.data_ways, group.world_size)
     machines = group.gather_objects(nearby.machine_key(), "the names of the machines") if plan.replicas else [""]
     place = spread(machines, plan.servers, plan.replicas)[rank] if plan.replicas else rank
     with contextlib.ExitStack() as stack:
-        endpoint = meeting = None
+        endpoint = meeting = directory = None
+        # Whether those who serve and work are processes of their own, which others keep.
+        kept = False
         if rank == 0:
+            options = request.options
+            directory = RunDirectory.claim(options.run_dir, request.job.name, options.resume)
+            kept = bool(plan.replicas) or wants_log(options.push_log, plan, directory.path)
             keys = RunKeys.new()
             here = group.on_one_machine
             endpoint = stack.enter_context(contextlib.closing(Endpoint(keys, f"tcp://{'127.0.0.1' if here else '0.0.0.0'}:*")))
             address = endpoint.address.replace("0.0.0.0", _own_address())
             meeting = Meeting(address, keys, request.deadline_s)
-        meeting = group.broadcast_object(meeting, 0, "where the lead is")
+        meeting, kept = group.broadcast_object((meeting, kept), 0, "where the lead is")
         if rank == 0:
-            assert endpoint is not None
-            options = request.options
-            directory = RunDirectory.claim(options.run_dir, request.job.name, options.resume)
+            assert endpoint is not None and directory is not None
             nursery = stack.enter_context(_nursery(request, meeting))
             return _lead(request, directory, endpoint, nursery, [("server", 0)], threads)
         make = partial(TrainHost, request.job)
@@ -123,7 +128,7 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
         request.interrupts.armed = True
         serves = place < servers
         number = place if serves else place - servers
-        if plan.replicas:
+        if kept:
             path, summary = keep(stack.enter_context(_nursery(request, meeting)), SERVER if serves else WORKER, number)
         elif serves:
             path, summary = serve(make, meeting, number)
