@@ -187,3 +187,18 @@ def test_a_dropout_that_is_turned_on_later_is_not_left_out() -> None:
         for a, b in zip(run(theirs, *given), run(ours, *given), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
     assert installed.applied.places == {"merge_linears": 1, "attention": 1}
+
+
+def test_without_rewrites_code_runs_as_often_as_it_is_called() -> None:
+    calls = []
+
+    class Counts(_Gated):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(len(calls))
+            return super().forward(x)
+
+    model = Counts()
+    installed = install(model, ())
+    run(model, torch.randn(5, 8))
+    assert calls == [0]
+    installed.remove()
