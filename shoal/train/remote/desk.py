@@ -31,11 +31,14 @@ class Desk:
         self.endpoint = endpoint
         self.open: list[Asked] = []
         self._last: dict[bytes, tuple[int, bytes, Sequence[Any]]] = {}
+        self._dead: set[bytes] = set()
 
     def receive(self, timeout_s: float) -> list[Asked]:
         """The questions that have come and are new; they are open until they are answered."""
         found = []
         for identity, frames in self.endpoint.receive(timeout_s):
+            if identity in self._dead:
+                continue
             try:
                 said = words.decode_said(frames)
             except Malformed as error:
@@ -49,6 +52,12 @@ class Desk:
                 self.open.append(asked)
                 found.append(asked)
         return found
+
+    def forget(self, identity: bytes, for_good: bool) -> None:
+        """Leave open what was asked under this name; ``for_good``: who asked has died, and nothing on its way is heard."""
+        if for_good:
+            self._dead.add(identity)
+        self.open = [asked for asked in self.open if asked.identity != identity]
 
     def is_open(self, asked: Asked) -> bool:
         """Whether it still waits for an answer: not where whoever asked has died."""

@@ -181,7 +181,7 @@ class RemoteLead(Holding):
     def _take_said(self, asked: Asked) -> None:
         said, desk = asked.said, self._desk
         if isinstance(said, words.Join):
-            self._join(said)
+            self._join(asked, said)
         elif isinstance(said, words.Report):
             self._report(asked, said)
         elif isinstance(said, words.Names):
@@ -232,18 +232,22 @@ class RemoteLead(Holding):
             heads=tuple(self._chains.heads.values()) if self._client is not None and self._servers_move else (),
         )  # fmt: skip
 
-    def _join(self, said: words.Join) -> None:
+    def _join(self, asked: Asked, said: words.Join) -> None:
         if said.built != self._built:
             raise JobError(
                 f"{said.role.capitalize()} {said.rank} has built another model or data set than the lead; let the job's "
                 "functions do the same in every process."
             )
         known = self._members.of.get((said.role, said.rank))
+        if known is not None and known.process is not None and known.pid != said.pid:
+            # Of one that died before this was heard; the lead has put another in its place.
+            self._desk.forget(asked.identity, for_good=True)
+            return
         if known is not None and known.joined and known.pid != said.pid:
             raise JobFailed(f"Two processes say that they are {said.role} {said.rank}; start each once.")
         if said.role == "worker":
             self._gone.discard(said.rank)
-        self._members.join(said.role, said.rank, said.pid, said.host, said.address)
+        self._members.join(said.role, said.rank, said.pid, said.host, said.address, asked.identity)
 
     def _evaluated(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
         evaluation, training = (metrics_of(notes.from_bytes(frame), self._job.metrics) for frame in frames)
@@ -258,6 +262,9 @@ class RemoteLead(Holding):
     def _answer_claim(self, asked: Asked, said: words.Claim, waited: bool) -> None:
         """Hand out a unit: first those whose worker was lost, each to be pushed by itself."""
         rank, workers = said.rank, self._arena.world_size
+        if not said.open:
+            # What it does not know of, it will not do: it was given to a predecessor at the last moment.
+            self._take_back(rank)
         given = None
         if self._orphans and not said.open:
             given = self._orphans.popleft()
@@ -275,6 +282,15 @@ class RemoteLead(Holding):
         step = (self._claims.last() + 1) // workers
         if waited or said.open or (self._claims.all_finished() and self._is_at_edge(step)):
             self._desk.answer(asked, lambda n: words.Later(n, step, self._orders()))
+
+    def _take_back(self, rank: int) -> None:
+        """Let others do what a worker was given and has not done."""
+        for orphan in self._given.pop(rank, []):
+            # Under sync it may be staged already: then it is done, but for the others.
+            if orphan.unit in self._staged:
+                self._given.setdefault(rank, []).append(orphan)
+            else:
+                self._orphans.append(orphan)
 
     def _is_at_edge(self, step: int) -> bool:
         supervisor = self._arena.supervisor
@@ -446,6 +462,8 @@ class RemoteLead(Holding):
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
         member = lost.member
+        # A unit that a dead worker has asked for would be nobody's.
+        self._desk.forget(member.identity, for_good=lost.dead)
         step = self._recorder.step + 1
         self._emit(
             "death", rank=member.rank, pid=member.pid, step=step, phase="unknown", cause=lost.cause, role=member.role
@@ -459,15 +477,7 @@ class RemoteLead(Holding):
                 f"Worker {member.rank} died {deaths} times without having finished anything (last by {lost.cause}), so "
                 f"something in its work kills it; {self._name_last_checkpoint()}"
             )
-        for orphan in self._given.pop(member.rank, []):
-            # Under sync it may be staged already: then it is done, but for the others.
-            if orphan.unit in self._staged:
-                self._given.setdefault(member.rank, []).append(orphan)
-            else:
-                self._orphans.append(orphan)
-        for asked in list(self._desk.open):
-            if getattr(asked.said, "rank", None) == member.rank and getattr(asked.said, "role", "worker") == "worker":
-                self._desk.open.remove(asked)
+        self._take_back(member.rank)
         own = self._members.is_own("worker", member.rank)
         if own or lost.returns:
             self._died_at[member.rank] = (time.monotonic(), step)

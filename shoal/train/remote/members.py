@@ -10,6 +10,8 @@ from typing import Any
 
 from shoal.train.remote.nursery import Process
 
+SILENCE = "silence"
+
 Start = Callable[[str, int], Process]
 """Starts the process of a role and a rank."""
 
@@ -18,7 +20,8 @@ Start = Callable[[str, int], Process]
 class Member:
     """A process.
 
-    ``heard_at``: when it last said something; ``process``: where the lead has started it; ``died``: of what, as its keeper says.
+    ``heard_at``: when it last said something; ``process``: where the lead has started it; ``died``: of what, as its keeper says;
+    ``identity``: the name that it asks under.
     """
 
     role: str
@@ -31,6 +34,7 @@ class Member:
     left: bool = False
     process: Process | None = None
     died: str = ""
+    identity: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Lost:
     member: Member
     cause: str
     returns: bool = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether it can say nothing any more."""
+        return self.cause != SILENCE or self.member.process is not None
 
 
 class Members:
@@ -70,12 +79,13 @@ class Members:
         """Whether the lead starts this one again."""
         return (role, rank) in self._own
 
-    def join(self, role: str, rank: int, pid: int, host: str, address: str) -> Member:
+    def join(self, role: str, rank: int, pid: int, host: str, address: str, identity: bytes) -> Member:
         """Somebody is there."""
         found = self.of.get((role, rank))
         if found is None or found.pid != pid:
             found = self.of[role, rank] = Member(role, rank, pid)
         found.host, found.address, found.joined, found.heard_at = host, address, True, time.monotonic()
+        found.identity = identity
         self.changed = True
         return found
 
@@ -106,7 +116,7 @@ class Members:
             if code is not None:
                 cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             elif not cause and member.joined and time.monotonic() - member.heard_at > silent_s(member):
-                cause = "silence"
+                cause = SILENCE
                 if member.process is not None:
                     member.process.kill()
             if cause:

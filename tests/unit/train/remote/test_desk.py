@@ -70,6 +70,25 @@ def test_a_question_that_comes_again_is_answered_alike_and_counted_once(meeting)
     line.close()
 
 
+def test_a_dead_process_is_not_heard_any_more(meeting):
+    desk, where = meeting
+    dead, other = Line(where, "worker", 1), Line(where, "worker", 0)
+    dead.look(None)
+    asked = next_of(desk)
+    desk.forget(asked.identity, for_good=False)
+    assert desk.open == [] and not desk.is_open(asked)
+    # It lives, and may ask again.
+    dead.send(LEAD, lambda n: Claim(n, 1, 0))
+    again = next_of(desk)
+    assert again.said.rank == 1
+    dead.send(LEAD, lambda n: Claim(n, 1, 2))
+    desk.forget(asked.identity, for_good=True)
+    other.look(None)
+    assert next_of(desk).said.rank == 0 and [a.said.rank for a in desk.open] == [0]
+    dead.close()
+    other.close()
+
+
 def test_what_is_none_of_a_runs_words_is_dropped(meeting):
     desk, where = meeting
     dice, line = random.Random(2), Line(where, "worker", 0)
@@ -101,11 +120,13 @@ def test_who_is_lost_is_found_out_once_and_started_again():
     members = Members(start, [("server", 0), ("worker", 0)])
     members.begin()
     for role, rank, pid in (("server", 0, 100), ("worker", 0, 101), ("worker", 1, 500)):
-        members.join(role, rank, pid, "here", "")
+        members.join(role, rank, pid, "here", "", b"")
     assert members.lost(lambda member: 60.0) == []
     made[1].kill()
     lost = members.lost(lambda member: 60.0)
-    assert [(found.member.role, found.member.rank, found.cause) for found in lost] == [("worker", 0, "SIGKILL")]
+    assert [(found.member.role, found.member.rank, found.cause, found.dead) for found in lost] == [
+        ("worker", 0, "SIGKILL", True)
+    ]
     assert members.lost(lambda member: 60.0) == [] and members.is_own("worker", 0) and not members.is_own("worker", 1)
     members.start("worker", 0)
     rows = members.rows({"role": "supervisor", "rank": 0, "pid": 1, "host": "here"})
@@ -114,4 +135,6 @@ def test_who_is_lost_is_found_out_once_and_started_again():
     ]  # fmt: skip
     # Who was started elsewhere is lost when it says nothing for too long; who has left is not.
     members.of["server", 0].left = True
-    assert [(found.member.rank, found.cause) for found in members.lost(lambda member: -1.0)] == [(1, "silence")]
+    assert [(found.member.rank, found.cause, found.dead) for found in members.lost(lambda member: -1.0)] == [
+        (1, "silence", False)
+    ]
