@@ -175,8 +175,11 @@ class RemoteLead(Holding):
             elif isinstance(said, (words.Claim, words.Report, words.Evaluated, words.Bad)):
                 self._members.hear("worker", said.rank)
             self._take_said(asked)
+        # What was asked while a server was waited for is heard the next time, and answered then.
+        unheard = self._recovery.backlog
         for asked in list(self._desk.open):
-            self._answer_later(asked)
+            if not any(asked is other for other in unheard):
+                self._answer_later(asked)
 
     def _take_said(self, asked: Asked) -> None:
         said, desk = asked.said, self._desk
@@ -423,11 +426,12 @@ class RemoteLead(Holding):
         place[UnitColumns.UNIT] = row.unit + 1
         self._deaths.pop(rank, None)
         self._recovery.heard()
-        if rank in self._died_at:
+        member = self._members.of.get(("worker", rank))
+        # What one had pushed before it died may be settled while nobody is in its place yet.
+        if rank in self._died_at and member is not None and member.joined:
             died_at, step = self._died_at.pop(rank)
             after_s = time.monotonic() - died_at
-            pid = self._members.of["worker", rank].pid
-            self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="recomputed", role="worker")
+            self._emit("recovered", rank=rank, pid=member.pid, step=step, after_s=after_s, action="recomputed", role="worker")
         remaining = [o for o in (*self._orphans, *(o for g in self._given.values() for o in g)) if o.row == given.row]
         if not remaining:
             self._claims.finish(given.row)
