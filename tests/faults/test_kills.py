@@ -67,9 +67,11 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
 
 
-def with_faults(monkeypatch: pytest.MonkeyPatch, job: shoal.Job, run: Path, faults: str, **options: Any) -> shoal.Run:
+def with_faults(
+    monkeypatch: pytest.MonkeyPatch, job: shoal.Job, run: Path, faults: str, plan: str = PLAN, **options: Any
+) -> shoal.Run:
     monkeypatch.setenv("SHOAL_FAULTS", faults)
-    return shoal.train(job, plan=PLAN, run_dir=run, **options)
+    return shoal.train(job, plan=plan, run_dir=run, **options)
 
 
 @pytest.fixture(scope="module")
