@@ -112,8 +112,13 @@ class Server(Updates):
         self.wait_for(lambda s: arena.wait_all(Signal.GRADIENTS, step + 1, *s), f"the push of step {step + 1}", check)
 
     def sources(self, step: int) -> list[int] | None:
-        """The stripes that count, where not all of them do."""
+        """The workers whose pushes count, where not all do."""
         return None
+
+    def stripes(self, step: int) -> list[int] | None:
+        """The stripes that are summed, where that is not all of them."""
+        ranks = self.sources(step)
+        return None if ranks is None else [self.store.stripe_of(rank) for rank in ranks]
 
     def take(self, step: int) -> None:
         """Begin the update of a step."""

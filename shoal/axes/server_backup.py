@@ -1,23 +1,17 @@
 """The server axis with backup workers: ``sync,backup=b`` takes the first W - b pushes of a step (Chen et al. 2016).
 
-Server 0 chooses: as soon as all but b workers have pushed, it writes down whose pushes count, and posts CHOSEN; every server
-sums these alone, scaled to the mean over their samples. A push that comes later is dropped. Its worker may have computed it
-from weights that were half updated, which is why nothing of it counts, neither gradient nor loss; it goes on with the step
-that the servers are at. What moves and what is held is as under ``sync``, but for a byte for each worker and step.
-
-Which pushes count is in the arena before the first server begins its update, so whoever replaces a server takes the same.
+Server 0 chooses: as soon as all but b workers have pushed, it writes down whose pushes count; every server sums these alone,
+scaled to the mean over their samples. A push that comes later is dropped: nothing of it counts, neither gradient nor loss (see
+``shoal.axes.server_led``). What moves and what is held is as under ``sync``, but for a byte for each worker and step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from shoal.axes.server import ServedWorker, Server
+from shoal.axes.server_led import LedServer, LedWorker, is_decided
 from shoal.axes.updating import SliceUpdater, Totals
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Arena, Signal
@@ -33,12 +27,7 @@ class Chosen:
     """Whose pushes of a step count."""
 
     def __init__(self, arena: Arena) -> None:
-        self._arena = arena
         self._marks: np.ndarray = arena.region("chosen").numpy().reshape(RING_STEPS, -1)
-
-    def known(self, step: int) -> bool:
-        """Whether it is decided."""
-        return self._arena.servers[0].signal(Signal.CHOSEN) > step
 
     def ranks(self, step: int) -> list[int]:
         return [int(rank) for rank in np.flatnonzero(self._marks[step % RING_STEPS])]
@@ -48,85 +37,46 @@ class Chosen:
         row = self._marks[step % RING_STEPS]
         row[:] = 0
         row[list(ranks)] = 1
-        self._arena.servers[0].post(Signal.CHOSEN, step + 1)
 
 
-class BackedWorker(ServedWorker):
+class BackedWorker(LedWorker):
     """A worker whose push may come too late."""
 
     def __init__(self, store: Store, rank: int, waiting: Waiting, bells: Sequence[int]) -> None:
-        super().__init__(store, rank, waiting)
+        super().__init__(store, rank, waiting, bells)
         self.chosen = Chosen(store.arena)
-        self._bells = bells
-
-    @property
-    def meets_others(self) -> bool:
-        return False
 
     def is_late(self, step: int) -> bool:
         """Whether a push of the step would be dropped, or was."""
-        return self.chosen.known(step) and self.rank not in self.chosen.ranks(step)
-
-    def publish(self, step: int) -> None:
-        super().publish(step)
-        os.eventfd_write(self._bells[0], 1)
+        return is_decided(self.arena, step) and self.rank not in self.chosen.ranks(step)
 
     def gather(self, step: int) -> Totals:
-        leader = self.arena.servers[0]
-
-        def attempt(times: tuple[float, float]) -> int:
-            return -1 if leader.wait(Signal.CHOSEN, step + 1, times[1], times[0]) else self.world_size
-
-        self.wait_for(attempt, f"the choice of pushes of step {step + 1}")
+        self.await_decision(step)
         ranks = self.chosen.ranks(step)
         return self.totals(step, ranks) if self.rank in ranks else Totals(0.0, 1.0)
 
-    def next_step(self, step: int) -> int:
-        ahead = max(step + 1, *(slot.signal(Signal.UPDATED) for slot in self.arena.servers))
-        self.wait_updaters(Signal.UPDATED, ahead)
-        self.slot.post(Signal.UPDATED, ahead)
-        return ahead
 
-
-class BackedServer(Server):
+class BackedServer(LedServer):
     """A server that does not wait for the last ``backup`` workers; ``batch``: step -> samples of its batch."""
 
     def __init__(
         self, store: Store, number: int, updater: SliceUpdater, waiting: Waiting, backup: int, bell: int,
         batch: Callable[[int], int],
     ) -> None:  # fmt: skip
-        super().__init__(store, number, updater, waiting)
+        super().__init__(store, number, updater, waiting, bell)
         self.chosen = Chosen(store.arena)
         self._needed = store.arena.world_size - backup
-        self._bell = bell
         self._batch = batch
+        self._pushed: list[int] = []
 
-    def await_pushes(self, step: int, check: Callable[[], None]) -> None:
-        if self.number:
-            leader, place = self.arena.servers[0], self.arena.world_size
+    def missing(self, step: int) -> int:
+        slots = self.arena.slots
+        self._pushed = [rank for rank, slot in enumerate(slots) if slot.signal(Signal.GRADIENTS) > step]
+        missing = next((rank for rank in range(len(slots)) if rank not in self._pushed), 0)
+        return -1 if len(self._pushed) >= self._needed else missing
 
-            def attempt(times: tuple[float, float]) -> int:
-                return -1 if leader.wait(Signal.CHOSEN, step + 1, times[1], times[0]) else place
-
-            self.wait_for(attempt, f"the choice of pushes of step {step + 1}", check)
-        elif not self.chosen.known(step):
-            ranks: list[int] = []
-
-            def gather(times: tuple[float, float]) -> int:
-                ranks[:] = self._pushed(step)
-                if len(ranks) < self._needed:
-                    select.select([self._bell], [], [], times[1])
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._bell)
-                    ranks[:] = self._pushed(step)
-                missing = next((r for r in range(self.arena.world_size) if r not in ranks), 0)
-                return -1 if len(ranks) >= self._needed else missing
-
-            self.wait_for(gather, f"the push of step {step + 1}", check)
-            self.chosen.write(step, ranks)
-
-    def _pushed(self, step: int) -> list[int]:
-        return [rank for rank, slot in enumerate(self.arena.slots) if slot.signal(Signal.GRADIENTS) > step]
+    def decide(self, step: int) -> None:
+        self.chosen.write(step, self._pushed)
 
     def sources(self, step: int) -> list[int] | None:
         return self.chosen.ranks(step)

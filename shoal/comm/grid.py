@@ -26,7 +26,7 @@ class Grid:
     """dp × pp × tp ranks; the tensor axis is the innermost, since its ranks speak most often.
 
     ``sharded``: weights and gradients are cut along the data axis, too. ``servers``: processes beside the ranks that update
-    the weights in their place.
+    the weights in their place. ``spare_stripes``: gradients of the whole model that there is room for beyond one a replica.
     """
 
     dp: int = 1
@@ -34,6 +34,7 @@ class Grid:
     tp: int = 1
     sharded: bool = False
     servers: int = 0
+    spare_stripes: int = 0
 
     @classmethod
     def of(cls, plan: Plan) -> Grid:
@@ -99,8 +100,8 @@ class Grid:
 
     @property
     def stripes(self) -> int:
-        """How many gradients of the whole model there are to add up: sharded ones come added up already."""
-        return 1 if self.sharded else self.dp
+        """How many gradients of the whole model there is room for: sharded ones come added up already."""
+        return (1 if self.sharded else self.dp) + self.spare_stripes
 
     def stripe(self, rank: int) -> int:
         """The stripe that a rank's gradients go to."""

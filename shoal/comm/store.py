@@ -49,6 +49,19 @@ class Columns:
     COUNT = 14 + 2 * VALUE_COLUMNS
 
 
+_SUMS = (
+    (Columns.LOSS, Columns.LOSS_SUM), (Columns.WEIGHT, Columns.WEIGHT_SUM), (Columns.SAMPLES, Columns.SAMPLES_SUM),
+)  # fmt: skip
+
+
+def carry_sums(record: np.ndarray, before: np.ndarray | None) -> None:
+    """Fill in a step record's running sums over the epoch; ``before``: the record of the step before, None at a beginning."""
+    for now, total in _SUMS:
+        record[total] = record[now] + (before[total] if before is not None else 0.0)
+    values = before[Columns.VALUE_SUMS : Columns.COUNT] if before is not None else 0.0
+    record[Columns.VALUE_SUMS : Columns.COUNT] = record[Columns.VALUES : Columns.VALUE_SUMS] + values
+
+
 @dataclass(frozen=True)
 class SliceLayout:
     """How one worker's part of the optimizer's memory is laid out."""

@@ -35,6 +35,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "stall": ("rank", "pid", "step", "phase", "waited_s", "waits_for", "stack", "replaced_after_s", "role"),
         "clock": ("rank", "clock", "slowest"),
         "push_ack": ("rank", "epoch", "batch", "shard", "versions", "staleness"),
+        "portion_rerun": ("rank", "epoch", "batch", "shard", "times"),
         "push_dropped": ("rank", "epoch", "batch", "shard"),
         "push_log_failed": ("server", "reason"),
         "push_rejected": ("rank", "epoch", "batch", "shard", "parameter", "samples"),
@@ -53,7 +54,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 OPEN_KINDS = frozenset({"epoch"})
 """Kinds whose fields are partly named by the job."""
 
-FREQUENT_KINDS = frozenset({"step", "clock", "push_ack", "push_dropped"})
+FREQUENT_KINDS = frozenset({"step", "clock", "push_ack", "push_dropped", "portion_rerun"})
 """Kinds that wait for ``flush``; all others are handed to the file at once."""
 
 _FLUSH_BYTES = 1 << 16

@@ -105,6 +105,7 @@ class ModelMemory:
         state_tensors: optimizer tensors for each trained parameter (Adam 2, momentum 1).
         process_bytes: what a worker needs before all that.
         guessed: the activations were not measured exactly.
+        portioned: a parameter server's workers take portions of a batch (``accumulate`` of a share), each with a gradient.
     """
 
     weights: tuple[Weight, ...]
@@ -114,6 +115,7 @@ class ModelMemory:
     state_tensors: int = 2
     process_bytes: int = PROCESS_BYTES
     guessed: bool = False
+    portioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,18 @@ def machine_need(model: ModelMemory, plan: Plan, need: Need) -> int:
     world = plan.world_size if plan.names_axes else 1
     weights = sum(w.nbytes for w in model.weights)
     trained = sum(w.nbytes for w in model.weights if w.trained)
-    stripes = 1 if plan.zero == 3 else (plan.data_ways if plan.names_axes else 1)
     private = need.activations + need.gathered + need.process
     # A server is a process, too, without activations; workers that wait for nobody have weights of their own.
     copies = 0 if plan.mode in (None, "sync") else world
     servers = plan.servers * model.process_bytes
-    shared = weights + trained * (stripes + model.state_tensors + copies) + 2 * model.buffer_bytes
+    shared = weights + trained * (_stripes(model, plan) + model.state_tensors + copies) + 2 * model.buffer_bytes
     return shared + world * private + servers
+
+
+def _stripes(model: ModelMemory, plan: Plan) -> int:
+    """How many gradients of all weights there are at once; of portions, those that wait and those that are computed."""
+    ways = plan.data_ways if plan.names_axes and plan.zero != 3 else 1
+    return ways * ((plan.accumulate or 1) + 1) - 1 if model.portioned and plan.ps is not None else ways
 
 
 def cut_stages(model: ModelMemory, count: int) -> list[list[int]]:
@@ -265,7 +272,9 @@ def _stage_need(
         weights, gradients = weights / dp, (trained + echoes) / dp
     else:
         # Its own stripe, and of each other one the slice that it adds up: that is the servers' work where there are some.
-        gradients = trained * (1 + (0 if serves else (dp - 1) / dp)) + echoes
+        # Portions' gradients go wherever there is room.
+        others = _stripes(model, plan) - 1 if model.portioned and serves else 0 if serves else (dp - 1) / dp
+        gradients = trained * (1 + others) + echoes
         weights *= 2 if serves and plan.mode not in (None, "sync") else 1
     return Need(
         weights=math.ceil(weights),
@@ -283,7 +292,7 @@ def _server_need(model: ModelMemory, plan: Plan) -> Need:
     trained = sum(w.nbytes for w in model.weights if w.trained) / plan.servers
     return Need(
         weights=math.ceil(trained),
-        gradients=math.ceil(trained * plan.data_ways),
+        gradients=math.ceil(trained * _stripes(model, plan)),
         state=math.ceil(model.state_tensors * trained),
         activations=0,
         gathered=0,

@@ -31,6 +31,7 @@ from shoal.train.crew import Crew, bind
 from shoal.train.fitting import Fitting, uncompilable
 from shoal.train.forecast import Forecast, limit_text
 from shoal.train.memory import memory_of
+from shoal.train.portions import with_portions
 from shoal.train.row_tables import RunTables, check_tables
 from shoal.train.settings import JobFacts, RunSettings, layout_of, table_of
 from shoal.train.split import Split
@@ -72,7 +73,7 @@ def choose(
     batch = min(job.batch_size, facts.samples)
     check_compile(plan)
     # Compiling takes far longer than a trial: the other choices are made without.
-    opened = plan.replace(compile=False) if plan.compile else plan
+    opened = with_portions(plan.replace(compile=False) if plan.compile else plan, facts)
     candidates = local_candidates(opened, machine.cores, batch, facts.images, divisible(job, facts))
     check_plan(candidates[0], job, facts)
     fitting = Fitting(

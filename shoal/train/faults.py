@@ -20,11 +20,13 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.comm.arena import FAULT_NOTES, Slot
 from shoal.errors import RequestError
 
+_SLICE_S = 0.05
 PHASES = (
     "data",
     "forward",
@@ -101,8 +103,9 @@ class Faults:
             if here and self._slot.count_fault(index, fault.times):
                 os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
-    def drag(self, step: int, computed_s: float) -> None:
-        """Make a computation that took ``computed_s`` take longer."""
+    def drag(self, step: int, computed_s: float, is_void: Callable[[], bool] = lambda: False) -> None:
+        """Make a computation that took ``computed_s`` take longer; as it would be, it is given up where it is void."""
         for fault in self._slow:
-            if step >= fault.step:
-                time.sleep(computed_s * (fault.factor - 1))
+            until = time.monotonic() + computed_s * (fault.factor - 1)
+            while step >= fault.step and (left_s := until - time.monotonic()) > 0 and not is_void():
+                time.sleep(min(left_s, _SLICE_S))

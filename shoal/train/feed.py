@@ -48,20 +48,24 @@ class Division:
     microbatches: int = 1
     sub_batch: int = 0
 
-    def shares_of(self, order: np.ndarray, index: int, replica: int) -> list[Share]:
-        """A replica's shares of batch ``index`` of an epoch: one for each microbatch that is not empty for all."""
-        batch = batch_indices(order, index, self.batch_size)
+    def shares_of(self, batch: np.ndarray, replica: int) -> list[Share]:
+        """A replica's shares of a batch: one for each microbatch that is not empty for all."""
         return [Share(batch[start:stop], counts) for start, stop, counts in _cuts(self, len(batch), replica)]
 
     def cuts(self, size: int, replica: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Where a replica's shares of a batch of so many samples begin and end, and what each replica has then."""
-        for low, high in share_bounds(size, (1,) * self.accumulate):
-            for a, b in share_bounds(high - low, (1,) * self.microbatches):
-                if b > a:
-                    bounds = share_bounds(b - a, self.shares)
-                    start, stop = bounds[replica]
-                    counts = tuple(last - first for first, last in bounds)
-                    yield from self._in_sub_batches(low + a + start, low + a + stop, counts)
+        for piece in range(self.accumulate):
+            yield from self.piece_cuts(size, piece, replica)
+
+    def piece_cuts(self, size: int, piece: int, replica: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """The same for one of the pieces."""
+        low, high = share_bounds(size, (1,) * self.accumulate)[piece]
+        for a, b in share_bounds(high - low, (1,) * self.microbatches):
+            if b > a:
+                bounds = share_bounds(b - a, self.shares)
+                start, stop = bounds[replica]
+                counts = tuple(last - first for first, last in bounds)
+                yield from self._in_sub_batches(low + a + start, low + a + stop, counts)
 
     def _in_sub_batches(
         self, start: int, stop: int, counts: tuple[int, ...]
@@ -109,12 +113,16 @@ class Feed:
     def steps_per_epoch(self) -> int:
         return batch_count(len(self.source), self.division.batch_size)
 
-    def shares(self, step: int) -> list[Share]:
-        """This replica's shares of a step (from 0, counted over all epochs)."""
+    def batch(self, step: int) -> np.ndarray:
+        """The samples of a step (from 0, counted over all epochs), in order."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.source), self.division.seed, epoch))
-        return self.division.shares_of(self._order[1], index, self.replica)
+        return batch_indices(self._order[1], index, self.division.batch_size)
+
+    def shares(self, step: int) -> list[Share]:
+        """This replica's shares of a step."""
+        return self.division.shares_of(self.batch(step), self.replica)
 
     def prepare(self, step: int) -> None:
         """Fetch a step's batches now, to be handed out by ``batches``."""
@@ -127,6 +135,12 @@ class Feed:
         found = self._ready[1]
         self._ready = (-1, [])
         return found
+
+    def portion(self, step: int, piece: int, replica: int) -> list[tuple[Share, Any]]:
+        """One of the pieces (``accumulate``) of a replica's share of a step, with its batches; nothing is kept of it."""
+        batch = self.batch(step)
+        shares = [Share(batch[a:b], counts) for a, b, counts in self.division.piece_cuts(len(batch), piece, replica)]
+        return [(share, self._fetch(step, share)) for share in shares]
 
     def spare(self) -> Any:
         """A batch for a worker without a share that has to call the model all the same."""

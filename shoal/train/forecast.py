@@ -6,6 +6,7 @@ fits, and which would. The arithmetic is in ``shoal.planner.memory``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,6 @@ import numpy as np
 from torch import nn
 
 from shoal.cluster import Cluster
-from shoal.comm.grid import Grid
-from shoal.comm.store import arena_layout
 from shoal.errors import PlanError
 from shoal.job import Job
 from shoal.plan import Plan
@@ -26,7 +25,7 @@ from shoal.process.supervisor import Supervisor
 from shoal.train import objective
 from shoal.train.activations import Activations, measure_activations, model_memory
 from shoal.train.built import Built
-from shoal.train.settings import JobFacts
+from shoal.train.settings import JobFacts, layout_of, portions_of
 from shoal.train.split import Split
 
 _MOST_SAMPLES = 8
@@ -69,7 +68,7 @@ def measure(built: Built, facts: JobFacts, plan: Plan, cut: Sequence[str]) -> Me
     found: Activations = measure_activations(built.model, example, count, loss, plan.precision or "fp32", modes)
     names = set(cut)
     memory = model_memory(facts.table, found, batch, process_bytes, lambda name: name in names)
-    return Measured(memory, found.homes)
+    return Measured(dataclasses.replace(memory, portioned=portions_of(plan, facts) > 0), found.homes)
 
 
 def _own_bytes(built: Built) -> int:
@@ -98,7 +97,7 @@ class Forecast:
         """Whether a plan has to be looked at: there is a limit, or what it certainly takes comes near what the machine has."""
         if self.limits.worker_bytes is not None:
             return True
-        certain = arena_layout(self._facts.table, Grid.of(plan), 0).size + (plan.world_size + plan.servers) * PROCESS_BYTES
+        certain = layout_of(plan, self._facts, None).size + (plan.world_size + plan.servers) * PROCESS_BYTES
         return certain > _NEAR * self._machine.memory_bytes
 
     def need(self, plan: Plan, split: Split | None) -> tuple[ModelMemory, Need]:

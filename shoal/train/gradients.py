@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import nn
 from shoal.comm import dense
 from shoal.comm.store import Store
 from shoal.comm.table import align
+from shoal.errors import ShoalError
 from shoal.train.embedding import Embeddings
 from shoal.train.row_tables import RowGradients
 
@@ -114,8 +115,24 @@ class SparseRows:
             self._written.append(at.clone())
 
 
+@dataclass
+class Place:
+    """Where a gradient goes now, and what is known of what lies there; ``lines``: the marks that are kept of it."""
+
+    tensor: torch.Tensor
+    rows: SparseRows
+    lines: torch.Tensor | None
+
+
+class GivenUp(ShoalError):
+    """A backward pass was broken off: see ``Gradients.is_void``."""
+
+
 class Gradients:
     """The gradients of one worker. Hooks take each one as it comes, so that no second copy of them builds up."""
+
+    is_void: Callable[[], bool] | None = None
+    """Asked with every gradient: whether what is computed counts for nothing any more; then GivenUp leaves the pass."""
 
     def __init__(
         self, store: Store, stripe: int, targets: Sequence[Target], shards: Shards | None = None,
@@ -128,17 +145,35 @@ class Gradients:
             marks: say which lines of embeddings' gradients may not be zero; nobody else writes to the stripe.
         """
         self._marks = marks
-        self._touched = store.touched[stripe]
-        self._echoed = store.echoed[stripe]
+        self._own = [target for target in targets if target.index is not None]
         # Of each gradient, whether it was seen to be finite when it was taken.
         self.finite = np.zeros(len(store.table.trained), dtype=bool)
-        self._store, self._stripe = store, stripe
+        self._store = store
         self._shards = shards
         self._rows, self._embeddings = rows, embeddings
+        self._held: dict[int, dict[int, Place]] = {}
+        self.move_to(stripe)
         self._own_echoes = [t.echo for t in targets if t.echo is not None]
         self._own_echoes += [echo for echo, _ in shards.echoes] if shards is not None else []
         for target in targets:
             self._hook(target)
+
+    def move_to(self, stripe: int) -> None:
+        """From now on gradients go to this stripe, which others may have written to meanwhile."""
+        store = self._store
+        self._touched, self._marked = store.touched[stripe], store.marked[stripe]
+        self._stripe = stripe
+        self._echoed = store.echoed[stripe]
+        if stripe not in self._held:
+            self._held[stripe] = {target.index: self._place(target.index) for target in self._own if target.index is not None}
+        self._places = self._held[stripe]
+        for place in self._places.values():
+            place.rows.forget()
+
+    def _place(self, index: int) -> Place:
+        tensor = self._store.gradient(self._stripe, index)
+        lines = self._lines_of(index) if self._marks else None
+        return Place(tensor, SparseRows(tensor, self._embeddings, lines), lines)
 
     def begin(self) -> None:
         """Forget what was gathered: a step begins, or begins again."""
@@ -151,41 +186,58 @@ class Gradients:
 
     def _hook(self, target: Target) -> None:
         if target.index is not None:
-            place, marks, at = self._store.gradient(self._stripe, target.index), self._touched, target.index
+            hook = self._keep_own(target.index)
         elif target.echo is not None:
-            place, marks, at = self._store.echo(self._stripe, target.echo), self._echoed, target.echo
+            hook = self._keep_echo(target.echo)
         else:
 
-            def drop(p: torch.Tensor) -> None:
+            def hook(p: torch.Tensor) -> None:
                 p.grad = None
 
-            target.parameter.register_post_accumulate_grad_hook(drop)
-            return
+        target.parameter.register_post_accumulate_grad_hook(hook)
 
-        owned, take = target.index is not None, dense.load().take
-        lines = self._lines_of(target.index) if self._marks and target.index is not None else None
-        rows, marked = SparseRows(place, self._embeddings, lines), self._store.marked[self._stripe]
+    def _keep_own(self, index: int) -> Callable[[torch.Tensor], None]:
+        take = dense.load().take
 
         def keep(p: torch.Tensor) -> None:
-            gradient = p.grad
-            assert gradient is not None
-            finite: bool | None = None
-            sparse = False
-            if gradient.is_sparse and gradient.sparse_dim() == 1:
-                rows.write(gradient, bool(marks[at]))
-            elif marks[at]:
-                place.add_(gradient)
-                rows.forget()
-            elif not (sparse := rows.take(p, gradient)):
-                finite = take(place, gradient)
-                rows.forget()
-            marks[at] = 1
-            if owned:
-                self.finite[at] = bool(finite)
-                marked[at] = sparse and lines is not None
+            if self.is_void is not None and self.is_void():
+                raise GivenUp("What is computed counts for nothing any more.")
+            place = self._places[index]
+            finite, sparse = self._put(p, place, bool(self._touched[index]), take)
+            self._touched[index] = 1
+            self.finite[index] = finite
+            self._marked[index] = sparse and place.lines is not None
             p.grad = None
 
-        target.parameter.register_post_accumulate_grad_hook(keep)
+        return keep
+
+    def _keep_echo(self, echo: int) -> Callable[[torch.Tensor], None]:
+        tensor, take = self._store.echo(self._stripe, echo), dense.load().take
+        place = Place(tensor, SparseRows(tensor, self._embeddings, None), None)
+
+        def keep(p: torch.Tensor) -> None:
+            self._put(p, place, bool(self._echoed[echo]), take)
+            self._echoed[echo] = 1
+            p.grad = None
+
+        return keep
+
+    @staticmethod
+    def _put(p: torch.Tensor, place: Place, adds: bool, take: Callable[..., bool | None]) -> tuple[bool, bool]:
+        """Bring a gradient to its place; whether it was seen to be finite, and whether by those of its rows that may not be 0."""
+        gradient = p.grad
+        assert gradient is not None
+        if gradient.is_sparse and gradient.sparse_dim() == 1:
+            place.rows.write(gradient, adds)
+        elif adds:
+            place.tensor.add_(gradient)
+            place.rows.forget()
+        elif place.rows.take(p, gradient):
+            return False, True
+        else:
+            place.rows.forget()
+            return bool(take(place.tensor, gradient)), False
+        return False, False
 
     def _lines_of(self, index: int) -> torch.Tensor | None:
         spec = self._store.table.parameters[index]

@@ -21,6 +21,7 @@ from shoal.axes.server import ServedWorker, Server
 from shoal.axes.server_async import PushingWorker, PushServer, make_bells
 from shoal.axes.server_backup import BackedServer, BackedWorker
 from shoal.axes.server_order import OrderedPushServer
+from shoal.axes.server_portions import PortionServer, PortionWorker
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Arena, Note, Phase, Signal, Slot
 from shoal.comm.store import Store
@@ -57,6 +58,7 @@ from shoal.train.describe import (
     sliced_group,
 )
 from shoal.train.embedding import Embeddings, quicken_embeddings
+from shoal.train.evaluate import is_stateful
 from shoal.train.export import describe_model
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, division_of
@@ -66,12 +68,13 @@ from shoal.train.lbfgs import LbfgsUpdater
 from shoal.train.loop import Loop, Parts, Sender
 from shoal.train.part import Part, cut_model, take_part, to_meta, whole_part
 from shoal.train.passes import Surroundings, make_passes
+from shoal.train.portions import PortionLoop
 from shoal.train.push_server import PushServerLoop, PushServerParts
 from shoal.train.pushing import PushLoop, own_copy
 from shoal.train.row_tables import Owner, RowGradients, TableUpdater, attach_tables, first_rows, name_tables
 from shoal.train.schedule import NoSchedule, Schedule
 from shoal.train.server import ServerLoop, ServerParts
-from shoal.train.settings import JobFacts, RunSettings, table_of
+from shoal.train.settings import JobFacts, RunSettings, portions_of, table_of
 from shoal.train.split import Split
 from shoal.train.tune import Finding, Question, Tuned, processes_gain, rewrites_of, tune
 from shoal.train.update import Updater, make_updater
@@ -166,6 +169,7 @@ class TrainHost:
             images=_has_images(built),
             build_s=time.monotonic() - began,
             batch_size=min(job.batch_size, len(built.train)),
+            stateful=any(is_stateful(metric) for metric in job.metrics.values()),
         )
         # The first values, to begin again from when several runs are tried. Parameters are never changed where they lie:
         # a run moves them elsewhere.
@@ -250,7 +254,7 @@ class TrainHost:
         self._store, self._settings = store, settings
         for bell in self._bells:
             os.close(bell)
-        rings = settings.plan.waits_for_nobody or settings.plan.backup
+        rings = settings.plan.waits_for_nobody or settings.plan.backup or portions_of(settings.plan, self._facts)
         self._bells = make_bells(settings.grid.servers) if rings else []
         return store
 
@@ -304,12 +308,15 @@ class TrainHost:
         place = role.rank + (store.arena.world_size if role.role == SERVER else 0)
         store.arena.places[place].write(Note.INCARNATION, role.incarnation)
         waiting = Waiting(spin_s=settings.spin_s)
+        portions = portions_of(settings.plan, self._facts)
 
         def make_axis(updater: Updater | None) -> ArenaData:
             if updater is None and settings.plan.waits_for_nobody:
                 return PushingWorker(store, role.rank, waiting, settings.plan, self._bells)
             if updater is None and settings.plan.backup:
                 return BackedWorker(store, role.rank, waiting, self._bells)
+            if updater is None and portions:
+                return PortionWorker(store, role.rank, waiting, self._bells, portions)
             if updater is None:
                 return ServedWorker(store, role.rank, waiting)
             return ArenaData(store, role.rank, updater, waiting, settings.guard)
@@ -366,8 +373,11 @@ class TrainHost:
                 )  # fmt: skip
             )
         axis = Server(store, number, updater, waiting, settings.guard)
-        if settings.plan.backup:
-            batch, samples, per_epoch = built.job.batch_size, len(built.train), settings.steps_per_epoch
+        per_epoch, portions = settings.steps_per_epoch, portions_of(settings.plan, self._facts)
+        if portions:
+            axis = PortionServer(store, number, updater, waiting, self._bells[number], portions, per_epoch)
+        elif settings.plan.backup:
+            batch, samples = built.job.batch_size, len(built.train)
             axis = BackedServer(
                 store, number, updater, waiting, settings.plan.backup, self._bells[number],
                 lambda step: min(batch, samples - step % per_epoch * batch),
@@ -395,7 +405,7 @@ class TrainHost:
         parts, around, own = self.worker(rank, channel, make_axis, beside)
         if parts.settings.plan.waits_for_nobody:
             return PushLoop(parts, around, own_copy(parts.store, own))
-        return Loop(parts)
+        return PortionLoop(parts, around) if isinstance(parts.axis, PortionWorker) else Loop(parts)
 
     def worker(
         self, rank: int, channel: Sender, make_axis: Callable[[Updater | None], ArenaData], beside: Beside | None = None,

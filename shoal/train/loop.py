@@ -19,7 +19,7 @@ from shoal.axes.data import ArenaData
 from shoal.axes.updating import Hooks
 from shoal.comm.arena import Note, Order, Phase, Signal
 from shoal.comm.journal import Journal
-from shoal.comm.store import VALUE_COLUMNS, Columns, Store
+from shoal.comm.store import VALUE_COLUMNS, Columns, Store, carry_sums
 from shoal.comm.team import StepAborted, Team
 from shoal.data.source import Source
 from shoal.errors import JobError
@@ -160,10 +160,7 @@ class Loop:
             axis.publish(step)
             parts.faults.reach("published", step)
             if step + 1 < parts.settings.total_steps:
-                # While the others still compute, there is time to fetch what comes next.
-                slot.enter(Phase.DATA, step)
-                with user_code("train_data", self.rank):
-                    parts.feed.prepare(step + 1)
+                self._look_ahead(step)
         slot.enter(Phase.WAITING, step)
         self._hand_over_metrics(step)
         totals = axis.gather(step)
@@ -191,21 +188,32 @@ class Loop:
         parts.faults.reach("committed", step)
         self._finish(step)
 
+    def _look_ahead(self, step: int) -> None:
+        """While the others still compute, there is time to fetch what comes next."""
+        self.slot.enter(Phase.DATA, step)
+        with user_code("train_data", self.rank):
+            self.parts.feed.prepare(step + 1)
+
     def _examine(self, step: int, record: np.ndarray) -> None:
         """A gradient that is no number never reaches a server. A loss that is none is found by all together."""
-        store, replica = self.parts.store, self._replica
-        bad = find_bad(store, store.stripe_of(self.rank), self.parts.axis.own, self.parts.gradients.finite)
-        bad = bad or self.parts.gradients.bad_row
-        if bad is None or not math.isfinite(record[Columns.LOSS]) or self.parts.axis.is_late(step):
+        stripe = self.parts.store.stripe_of(self.rank)
+        if self._is_good(step, stripe, float(record[Columns.LOSS]), self._replica, self.parts.feed.shares(step)):
             return
-        samples = tuple(int(s) for share in self.parts.feed.shares(step) for s in share.indices)
-        self.parts.channel.send(BadPush(self.rank, (step * self.parts.settings.grid.dp + replica,), bad, samples))
-        if not self.parts.settings.skip_bad_pushes:
-            self.parts.axis.await_end()
-        # What it would have added is left out, and the other shares count as they would have.
-        store.touched[store.stripe_of(self.rank), self.parts.axis.own] = 0
         self.parts.gradients.withdraw_rows()
         record[Columns.SAMPLES] = 0.0
+
+    def _is_good(self, step: int, stripe: int, loss: float, replica: int, shares: Sequence[Share]) -> bool:
+        """Whether the gradients in a stripe are all numbers; where not, the run ends, or they are left out and others count."""
+        parts = self.parts
+        bad = find_bad(parts.store, stripe, parts.axis.own, parts.gradients.finite) or parts.gradients.bad_row
+        if bad is None or not math.isfinite(loss) or parts.axis.is_late(step):
+            return True
+        samples = tuple(int(s) for share in shares for s in share.indices)
+        parts.channel.send(BadPush(self.rank, (step * parts.settings.grid.dp + replica,), bad, samples))
+        if not parts.settings.skip_bad_pushes:
+            parts.axis.await_end()
+        parts.store.touched[stripe, parts.axis.own] = 0
+        return False
 
     def _finish(self, step: int) -> None:
         """Wait until everybody's part of the step's update is done, and for an observer who must see it first."""
@@ -350,14 +358,7 @@ class Loop:
         record[Columns.LOSS], record[Columns.WEIGHT], record[Columns.SAMPLES] = sums.loss, sums.weight, sums.samples
         record[Columns.MEASURED] = float(sums.measured)
         record[Columns.VALUES : Columns.VALUE_SUMS] = own
-        old = before[Columns.VALUE_SUMS : Columns.COUNT] if before is not None else 0.0
-        record[Columns.VALUE_SUMS : Columns.COUNT] = own + old
-        for now, total in (
-            (Columns.LOSS, Columns.LOSS_SUM),
-            (Columns.WEIGHT, Columns.WEIGHT_SUM),
-            (Columns.SAMPLES, Columns.SAMPLES_SUM),
-        ):
-            record[total] = record[now] + (before[total] if before is not None else 0.0)
+        carry_sums(record, before)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

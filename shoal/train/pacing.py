@@ -15,11 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from shoal.axes.server_async import claims_of
 from shoal.comm.arena import Note, Order, Signal
-from shoal.comm.store import RING_STEPS, VALUE_COLUMNS, Columns, Store
+from shoal.comm.store import RING_STEPS, VALUE_COLUMNS, Columns, Store, carry_sums
 from shoal.ps.ledger import EMPTY, REJECTED, Ledger, UnitColumns
 from shoal.ps.lock import locked
 from shoal.train.recorder import Emit, Recorder
@@ -119,7 +117,7 @@ class PushRecorder(Recorder):
         rows = [self.ledger.row(unit) for unit in range(step * self._workers, (step + 1) * self._workers)]
         for rank in range(self._workers):
             record = self._store.record(rank, step)
-            before = np.zeros(Columns.COUNT) if begins or not step else self._store.record(rank, step - 1).copy()
+            before = None if begins or not step else self._store.record(rank, step - 1)
             record[:] = 0.0
             # A step begins where the first of its units does, so that the time of one never counts for another.
             record[Columns.BEGAN] = min(row[UnitColumns.BEGAN] for row in rows)
@@ -131,20 +129,15 @@ class PushRecorder(Recorder):
                     record[Columns.MEASURED] = max(record[Columns.MEASURED], row[UnitColumns.MEASURED])
                     values = row[UnitColumns.VALUES : UnitColumns.VALUES + VALUE_COLUMNS]
                     record[Columns.VALUES : Columns.VALUE_SUMS] += values
-            for now, total in (
-                (Columns.LOSS, Columns.LOSS_SUM), (Columns.WEIGHT, Columns.WEIGHT_SUM),
-                (Columns.SAMPLES, Columns.SAMPLES_SUM),
-            ):  # fmt: skip
-                record[total] = record[now] + before[total]
-            record[Columns.VALUE_SUMS :] = record[Columns.VALUES : Columns.VALUE_SUMS] + before[Columns.VALUE_SUMS :]
+            carry_sums(record, before)
             record[Columns.STEP] = step + 1
 
     def _tell_pushes(self, step: int, rows: Any) -> None:
         """They were told as they came."""
 
-    def histogram(self) -> dict[str, int]:
+    def told(self) -> dict[str, Any]:
         """Staleness -> how many pushes had it."""
-        return {str(staleness): self.staleness[staleness] for staleness in sorted(self.staleness)}
+        return {"staleness": {str(staleness): self.staleness[staleness] for staleness in sorted(self.staleness)}}
 
     @property
     def step_s(self) -> float | None:

@@ -145,6 +145,10 @@ class Recorder:
             entry["partial"] = True
         return entry
 
+    def told(self) -> dict[str, Any]:
+        """What a run's summary says besides of how its pushes went."""
+        return {}
+
     @property
     def epoch_train_s(self) -> float:
         return self._epoch_train_s

@@ -128,9 +128,9 @@ class ServerLoop:
             axis.await_end()
         parts.faults.reach("taken", step)
         axis.take(step)
-        sources = axis.sources(step)
-        if sources is not None:
-            parts.updater.take_sources([axis.store.stripe_of(rank) for rank in sources])
+        stripes = axis.stripes(step)
+        if stripes is not None:
+            parts.updater.take_sources(stripes)
         parts.faults.reach("reduce", step)
         self._saver.begin(step)
         slot.enter(Phase.UPDATE, step)

@@ -34,6 +34,7 @@ from shoal.train.evaluate import combine
 from shoal.train.memory import MemoryWatch
 from shoal.train.metric_state import write_pieces
 from shoal.train.pacing import Pacer, PushRecorder, of_bad_loss, of_bad_push
+from shoal.train.portions import PortionRecorder
 from shoal.train.published import Publication, PushClocks, StepClocks
 from shoal.train.push_log import RunLog, wants_log
 from shoal.train.recorder import Goal, Recorder
@@ -49,6 +50,7 @@ from shoal.train.settings import (
     NotFinite,
     ValueNames,
     batch_line,
+    portions_of,
     table_of,
 )
 from shoal.train.setup import job_page, refuse_another_job, run_settings, take_turns
@@ -151,8 +153,12 @@ class Session:
             pushes = PushRecorder(self._store, self._emit, self._settings, first)
             self._recorder, self._pacer = pushes, Pacer(self._store, self._settings, pushes, first)
         else:
-            kind = BackedRecorder if self._plan.backup else Recorder
-            self._recorder = kind(self._store, self._emit, self._settings.steps_per_epoch, first)
+            count = portions_of(self._plan, self._facts)
+            common = (self._store, self._emit, self._settings.steps_per_epoch, first)
+            if count:
+                self._recorder = PortionRecorder(*common, count)
+            else:
+                self._recorder = (BackedRecorder if self._plan.backup else Recorder)(*common)
         if self._log.kept and self._last_checkpoint is None:
             # What the log is about to say is said of this.
             self._last_one(first)
@@ -531,7 +537,7 @@ class Session:
             "device_memory_mb": self._device_memory_mb, "memory_mb": self._memory.largest_worker_mb,
             "predicted_memory_mb": self._predicted_mb,
             "startup_s": self._startup_s, "eval_s": self._eval_s, "wall_s": time.monotonic() - began,
-            **({"staleness": recorder.histogram()} if isinstance(recorder, PushRecorder) else {}),
+            **recorder.told(),
             "weights_sha256": digest, "stopped_by": self._stopped_by if self._stopped_by != "interrupt" or not complete else None,
         }  # fmt: skip
         try:

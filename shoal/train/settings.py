@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from shoal.job import Job
 from shoal.plan import Plan
 from shoal.ps.lbfgs import DIRECTION, products_bytes
 from shoal.ps.ledger import regions
+from shoal.ps.portions import portion_bytes, spare_stripes
 from shoal.ps.spec import TableSpec
 from shoal.train.split import Split
 
@@ -34,6 +36,7 @@ class JobFacts:
         images: the first batch holds 4-D floating tensors, so that memory layout matters.
         build_s: how long building took.
         batch_size: of the job, or all samples where there are fewer.
+        stateful: a metric over the training data keeps a state.
     """
 
     table: ParameterTable
@@ -45,6 +48,7 @@ class JobFacts:
     images: bool
     build_s: float
     batch_size: int = 1
+    stateful: bool = False
 
     def collective_bytes(self, plan: Plan) -> int:
         """Room for a worker's part in a step's small collectives: all microbatches, each layer used twice, and some."""
@@ -88,9 +92,24 @@ def table_of(facts: JobFacts, split: Split | None) -> ParameterTable:
     return facts.table if split is None else split.table
 
 
+def portions_of(plan: Plan, facts: JobFacts) -> int:
+    """Into how many portions a batch is cut that workers take as they come; 0 where each has a share of its own.
+
+    That is batch optimisation, L-BFGS. What belongs to workers and not to the batch keeps them at their own shares: metrics
+    with a state, statistics over the global batch, gradients of rows.
+    """
+    if DIRECTION not in facts.table.state_keys or plan.ps is None or facts.tables or facts.stateful:
+        return 0
+    if facts.batchnorm and plan.batchnorm != "local":
+        return 0
+    return (plan.accumulate or 1) * plan.data_ways
+
+
 def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = False) -> ArenaLayout:
     """The arena of a run; ``private``: its workers share no memory."""
-    grid = Grid.of(plan)
+    grid, portions = Grid.of(plan), portions_of(plan, facts)
+    if portions:
+        grid = dataclasses.replace(grid, spare_stripes=spare_stripes(portions))
     return arena_layout(
         table_of(facts, split),
         grid,
@@ -108,7 +127,9 @@ def _server_regions(plan: Plan, grid: Grid, facts: JobFacts, private: bool) -> M
         # A worker may do what all others of a step should have done.
         return regions(grid.world_size, grid.servers, max(plan.push_every or 1, grid.world_size))
     if plan.ps is not None and DIRECTION in facts.table.state_keys:
-        return {"products": products_bytes(grid.servers)}
+        portions = portions_of(plan, facts)
+        further = {"portions": portion_bytes(grid.dp, portions)} if portions else {}
+        return {"products": products_bytes(grid.servers), **further}
     if plan.waits_for_nobody:
         return regions(grid.world_size, grid.servers, plan.push_every or 1)
     return {"chosen": chosen_bytes(grid.world_size)} if plan.backup else {}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from counting_job import EPOCHS, SAMPLES, Counted, check_ledger, counting_job
-from noisy_job import digest, events, history, make_job, processes, settle
+from noisy_job import accuracy, digest, events, history, make_job, processes, settle
 
 import shoal
 from shoal.data.order import batch_indices, epoch_order, share_bounds
@@ -60,6 +65,64 @@ def test_sync_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     acks = [(e["epoch"], e["batch"], e["shard"]) for e in events(run.path, "push_ack")]
     assert acks == [(e, b, s) for e in (1, 2) for b in range(1, 14) for s in range(2)]
     assert processes(run.path) == []
+
+
+def weighted(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss whose weights do not add up exactly."""
+    weight = 0.1 + target / 3
+    return (torch.nn.functional.cross_entropy(output, target, reduction="none") * weight).sum(), weight.sum()
+
+
+def hesitant() -> torch.nn.Module:
+    """A model of which one call goes wrong, where SHOAL_TEST_CALLS names a folder: it ends its process (in a folder "killed"),
+    or waits until another process was given the same batch."""
+
+    class Hesitant(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            folder = os.environ.get("SHOAL_TEST_CALLS")
+            if folder and self.training:
+                name = hashlib.sha256(x.numpy().tobytes()).hexdigest()
+                (Path(folder) / f"{name}-{os.getpid()}").touch()
+                with contextlib.suppress(FileExistsError):
+                    (Path(folder) / "struck").touch(exist_ok=False)
+                    if Path(folder).name == "killed":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    until = time.monotonic() + 100
+                    while len(list(Path(folder).glob(f"{name}-*"))) < 2:
+                        assert time.monotonic() < until
+                        time.sleep(0.001)
+            return super().forward(x)
+
+    return Hesitant(*make_job().model())
+
+
+def test_portions_of_slow_and_of_killed_workers_are_computed_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L-BFGS, with whatever might depend on who computes a portion: dropout, running statistics, weights that are no round
+    numbers. A worker that is slow hands in what others have computed long since, or gives it up."""
+    job = make_job(
+        model=hesitant, epochs=2, grad_clip=None, scheduler=None, optimizer="lbfgs", metrics={"accuracy": accuracy},
+        loss=weighted, batch_size=64,
+    )  # fmt: skip
+    plan = "ps=2,workers=2,sync,batchnorm=local,accumulate=4,threads=1"
+    runs = {}
+    for name in ("calm", "slow", "killed"):
+        if name != "calm":
+            (tmp_path / "calls" / name).mkdir(parents=True)
+            monkeypatch.setenv("SHOAL_TEST_CALLS", str(tmp_path / "calls" / name))
+        monkeypatch.setenv("SHOAL_FAULTS", "kill(server=0,step=4,phase=taken)" if name == "killed" else "")
+        runs[name] = run = shoal.train(job, plan=plan, run_dir=tmp_path / name)
+        again = events(run.path, "portion_rerun")
+        assert sum(e["times"] - 1 for e in again) == run.summary()["portions_rerun"]
+        acks = [(e["epoch"], e["batch"], e["shard"]) for e in events(run.path, "push_ack")]
+        assert len(acks) == len(set(acks)) and {shard for _, _, shard in acks} == set(range(8))
+    calm, slow, killed = runs.values()
+    assert digest(slow) == digest(killed) == digest(calm) and history(slow) == history(killed) == history(calm)
+    assert slow.summary()["portions_rerun"] >= 1 and events(slow.path, "death") == []
+    assert killed.summary()["portions_rerun"] >= 1
+    assert sorted(e["role"] for e in events(killed.path, "death")) == ["server", "worker"]
+    assert processes(killed.path) == []
 
 
 # -- workers that wait for nobody ----------------------------------------------------------------------------------------

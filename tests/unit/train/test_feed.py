@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data.order import epoch_order
+from shoal.data.order import batch_indices, epoch_order
 from shoal.data.source import open_source
 from shoal.train.feed import Division, Feed
 
@@ -20,7 +20,7 @@ def test_the_workers_shares_of_an_epoch_are_every_batch_once_and_in_order(
     division = Division(batch_size, tuple(shares), accumulate, seed)
     order = epoch_order(samples, seed, 0)
     for index in range(-(-samples // batch_size)):
-        parts = [division.shares_of(order, index, rank) for rank in range(len(shares))]
+        parts = [division.shares_of(batch_indices(order, index, batch_size), rank) for rank in range(len(shares))]
         # All workers see the same microbatches, and who has how many samples of each.
         assert len({len(own) for own in parts}) == 1
         batch = []
@@ -62,7 +62,7 @@ def test_sub_batches_are_the_same_number_for_all_and_hold_every_sample_once() ->
     order = np.arange(103)
     division = Division(50, (3, 1), 1, 0, 1, sub_batch=10)
     for index, sizes in ((0, ([10, 10, 10, 8], [10, 2, 0, 0])), (2, ([2], [1]))):
-        own = [division.shares_of(order, index, replica) for replica in (0, 1)]
+        own = [division.shares_of(batch_indices(order, index, 50), replica) for replica in (0, 1)]
         assert [[len(share.indices) for share in shares] for shares in own] == list(sizes)
         assert [share.counts for share in own[0]] == [share.counts for share in own[1]] == list(zip(*sizes, strict=True))
         together = np.concatenate([share.indices for shares in own for share in shares])
