@@ -104,8 +104,9 @@ class Faults:
                 os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
     def drag(self, step: int, computed_s: float, is_void: Callable[[], bool] = lambda: False) -> None:
-        """Make a computation that took ``computed_s`` take longer; as it would be, it is given up where it is void."""
+        """Make a computation that took ``computed_s`` take longer; like that, it is given up where it ``is_void``."""
         for fault in self._slow:
-            until = time.monotonic() + computed_s * (fault.factor - 1)
-            while step >= fault.step and (left_s := until - time.monotonic()) > 0 and not is_void():
+            left_s = computed_s * (fault.factor - 1) if step >= fault.step else 0.0
+            while left_s > 0 and not is_void():
                 time.sleep(min(left_s, _SLICE_S))
+                left_s -= _SLICE_S
