@@ -162,7 +162,7 @@ def test_answers_keep_up_with_the_run(tmp_path: Path, online: Online) -> None:
         online.process.send_signal(signal.SIGCONT)
         until(lambda: service.numbers()["online"]["follows"]["by"] == "updates", "the run to be heard again")
         asker.rises("answers to change after the silence")
-        until(lambda: (service.numbers()["online"]["weights"] or {}).get("following"), "the statistics to say so")
+        until(lambda: (service.numbers()["online"].get("weights") or {}).get("following"), "the statistics to say so")
         numbers = service.numbers()["online"]
         # On a busy machine it may have been silent for as long before.
         assert numbers["follows"]["lost"] == numbers["weights"]["lost"] >= 1 and numbers["weights"]["tries"] > 0
@@ -203,7 +203,8 @@ def test_a_run_whose_processes_share_no_memory_is_kept_up_with(
         asker = Asker(service.url)
         asker.start()
         asker.rises("answers to change")
-        assert service.numbers()["online"]["weights"]["following"]
+        # The first weights may be those of a checkpoint.
+        until(lambda: (service.numbers()["online"].get("weights") or {}).get("following"), "the run itself to be followed")
         online.stop(signal.SIGTERM)
         right = float(bundle.load(run / "model").a.detach().mean())
         until(lambda: asker.last == right, f"the run's own answers {right}")
