@@ -46,41 +46,117 @@ def wants_log(asked: bool | None, plan: Plan, run: Path) -> bool:
     return asked
 
 
-class RunLog:
-    """The log of one run; where none is kept it only goes on from the one that there is.
+class KeptLog:
+    """What a run's log is to its session: where processes share memory, a ``RunLog``; where not, a ``RemoteLog``.
 
     Args:
         run: the run directory.
         plan: of this session.
-        kept: whether this session keeps a log.
+        kept: whether this session keeps a log; else it only goes on from the one that there is.
     """
+
+    remote = False
+    """Of which kind: see ``SessionLog``."""
 
     def __init__(self, run: Path, plan: Plan, kept: bool) -> None:
         self._run, self._plan, self.kept = run, plan, kept
         found = sessions(run)
-        self._old = [session for session in found if not session.remote]
-        # Those whose processes shared no memory.
-        self._others = [session for session in found if session.remote]
-        self.directory = next_session(run)
-        self._replay: Replay | None = None
+        self._old = [session for session in found if session.remote == self.remote]
+        # Those of the other kind.
+        self._others = [session for session in found if session.remote != self.remote]
+        number = 1 + max((int(path.name) for path in (run / FOLDER).glob("[0-9]*")), default=0)
+        self.directory = (run / FOLDER / f"{number:04d}").resolve()
         self._epochs: LogWriter | None = None
-        self._arena: Arena | None = None
         self._first = 0
         self._looked, self._long = 0.0, False
         if kept:
             log_limit()
 
+    def forget(self) -> None:
+        """There is no checkpoint that the old sessions' logs could be behind."""
+        shutil.rmtree(self._run / FOLDER, ignore_errors=True)
+        self._old, self._others = [], []
+
+    def holds(self, recorder: Recorder, step: int) -> bool:
+        """Whether all steps before this one are on disk, where a log is kept."""
+        return not self.kept or recorder.committed() >= step
+
+    def keep_epoch(self, entry: dict[str, Any], eval_loss: float) -> None:
+        """What an epoch has come to, on disk before anybody goes on. JobFailed where it does not get there."""
+        if self._epochs is None:
+            return
+        number = int(entry["epoch"])
+        try:
+            self._epochs.begin(number, 0)
+            self._epochs.commit(json.dumps({"entry": entry, "eval_loss": eval_loss}).encode())
+            self._epochs.wait(number, _SYNC_S)
+        except OSError as error:
+            raise self._full(error) from None
+
+    def checkpointed(self, found: Checkpoint) -> None:
+        """A checkpoint is on disk: what no checkpoint needs is deleted."""
+        oldest = min((int(path.name.removeprefix("step-")) for path in found.path.parent.glob("step-*")), default=0)
+        self._let_go(found, oldest)
+        if oldest > self._first:
+            discard(self._others)
+        self._looked = 0.0
+
+    def _let_go(self, found: Checkpoint, oldest: int) -> None:
+        """Delete of this kind of log what the checkpoints from step ``oldest`` on do not need; ``found`` is the newest."""
+        raise NotImplementedError
+
+    def is_long(self, checkpoint_bytes: int) -> bool:
+        """Whether the log has grown so long that a checkpoint should be made."""
+        now = time.monotonic()
+        if self.kept and now - self._looked > _LOOK_S:
+            self._looked = now
+            self._long = logs.total_bytes(self.directory) > max(_LONG_BYTES, _LONG_TIMES * checkpoint_bytes)
+        return self._long
+
+    def fail(self, trouble: LogTrouble, emit: Emit) -> None:
+        """A log could not be written: JobFailed."""
+        emit("push_log_failed", server=trouble.server, reason=trouble.reason)
+        raise full(self._run, trouble.reason)
+
+    def close(self) -> None:
+        if self._epochs is not None:
+            self._epochs.close()
+
+    def _refuse(self, others: Sequence[SessionLog], found: Checkpoint) -> None:
+        """RequestError where these sessions have pushes behind a checkpoint: whoever asks cannot read them."""
+        for session in others:
+            if session.holds_beyond(found.step):
+                how = "share one machine's memory"
+                if session.remote:
+                    how = "share no memory (torchrun, Slurm, SHOAL_TRANSPORT=group)"
+                raise RequestError(
+                    f"{self._run} has a log of pushes behind its checkpoint, kept by processes that {how}; go on with it in the "
+                    "same way until the next checkpoint."
+                )
+
+    def _full(self, error: OSError) -> JobFailed:
+        return full(self._run, error.strerror or str(error))
+
+
+class RunLog(KeptLog):
+    """The log of a run whose processes share one machine's memory."""
+
+    def __init__(self, run: Path, plan: Plan, kept: bool) -> None:
+        super().__init__(run, plan, kept)
+        self._replay: Replay | None = None
+        self._arena: Arena | None = None
+
     # -- going on ------------------------------------------------------------------------------------------------
 
     def tensors(self, found: Checkpoint) -> LoggedTensors | None:
         """A checkpoint's tensors as the log has them after it; None where it has nothing. RequestError: it is another log."""
-        refuse(self._run, self._others, found)
+        self._refuse(self._others, found)
         self._replay = Replay(self._run, self._old, found)
         return self._replay.tensors
 
     def refuse(self, found: Checkpoint) -> None:
         """RequestError where there is a log behind a checkpoint: whoever asks cannot read it."""
-        refuse(self._run, [*self._old, *self._others], found)
+        self._refuse([*self._old, *self._others], found)
 
     def roll_forward(
         self, found: Checkpoint, restored: Restored, tables: RunTables, settings: RunSettings
@@ -113,30 +189,14 @@ class RunLog:
             SessionLog(self.directory, grid.servers, grid.world_size, grid.team_size, first).begin()
             self._epochs = LogWriter(self.directory, EPOCHS)
         except OSError as error:
-            raise full(self._run, error.strerror or str(error)) from None
-
-    def forget(self) -> None:
-        """There is no checkpoint that the old sessions' logs could be behind."""
-        shutil.rmtree(self._run / FOLDER, ignore_errors=True)
-        self._old, self._others = [], []
+            raise self._full(error) from None
 
     def logged(self) -> int:
         """Updates that are on disk at every server."""
         assert self._arena is not None
         return int(min(slot.note(Note.LOGGED) for slot in self._arena.servers))
 
-    def holds(self, recorder: Recorder, step: int) -> bool:
-        """Whether all steps before this one are on disk, where a log is kept."""
-        return not self.kept or recorder.committed() >= step
-
-    def keep_epoch(self, entry: dict[str, Any], eval_loss: float) -> None:
-        """What an epoch has come to, on disk before anybody goes on."""
-        if self._epochs is not None:
-            write_epoch(self._epochs, self._run, entry, eval_loss)
-
-    def checkpointed(self, found: Checkpoint) -> None:
-        """A checkpoint is on disk: what no checkpoint needs is deleted."""
-        oldest = min((int(path.name.removeprefix("step-")) for path in found.path.parent.glob("step-*")), default=0)
+    def _let_go(self, found: Checkpoint, oldest: int) -> None:
         if self._arena is not None:
             self._arena.supervisor.write(Note.CHECKPOINTED, found.step)
             for server in range(len(self._arena.servers)):
@@ -146,26 +206,6 @@ class RunLog:
             if oldest > following:
                 shutil.rmtree(session.path, ignore_errors=True)
                 self._old.remove(session)
-        if oldest > self._first:
-            discard(self._others)
-        self._looked = 0.0
-
-    def is_long(self, checkpoint_bytes: int) -> bool:
-        """Whether the log has grown so long that a checkpoint should be made."""
-        now = time.monotonic()
-        if self.kept and now - self._looked > _LOOK_S:
-            self._looked = now
-            self._long = is_long(self.directory, checkpoint_bytes)
-        return self._long
-
-    def fail(self, trouble: LogTrouble, emit: Emit) -> None:
-        """A server could not write its log: JobFailed."""
-        emit("push_log_failed", server=trouble.server, reason=trouble.reason)
-        raise full(self._run, trouble.reason)
-
-    def close(self) -> None:
-        if self._epochs is not None:
-            self._epochs.close()
 
 
 def full(run: Path, reason: str) -> JobFailed:
@@ -176,41 +216,8 @@ def full(run: Path, reason: str) -> JobFailed:
     )
 
 
-def refuse(run: Path, others: Sequence[SessionLog], found: Checkpoint) -> None:
-    """RequestError where sessions of the other kind have pushes behind a checkpoint: who asks cannot read these."""
-    for session in others:
-        if session.holds_beyond(found.step):
-            how = "share no memory (torchrun, Slurm, SHOAL_TRANSPORT=group)" if session.remote else "share one machine's memory"
-            raise RequestError(
-                f"{run} has a log of pushes behind its checkpoint, kept by processes that {how}; go on with it in the same way "
-                "until the next checkpoint."
-            )
-
-
 def discard(others: list[SessionLog]) -> None:
     """Delete sessions that no checkpoint needs any more."""
     for session in others:
         shutil.rmtree(session.path, ignore_errors=True)
     others.clear()
-
-
-def next_session(run: Path) -> Path:
-    """The folder of a session that is about to begin."""
-    number = 1 + max((int(path.name) for path in (run / FOLDER).glob("[0-9]*")), default=0)
-    return (run / FOLDER / f"{number:04d}").resolve()
-
-
-def is_long(directory: Path, checkpoint_bytes: int) -> bool:
-    """Whether logs have grown so long that a checkpoint should be made."""
-    return logs.total_bytes(directory) > max(_LONG_BYTES, _LONG_TIMES * checkpoint_bytes)
-
-
-def write_epoch(log: LogWriter, run: Path, entry: dict[str, Any], eval_loss: float) -> None:
-    """Write what an epoch has come to, and wait until it is on disk. JobFailed where it does not get there."""
-    number = int(entry["epoch"])
-    try:
-        log.begin(number, 0)
-        log.commit(json.dumps({"entry": entry, "eval_loss": eval_loss}).encode())
-        log.wait(number, _SYNC_S)
-    except OSError as error:
-        raise full(run, error.strerror or str(error)) from None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +36,17 @@ from shoal.train import checkpoint as checkpoints
 from shoal.train.checkpoint import Checkpoint, Restored
 from shoal.train.host import TrainHost
 from shoal.train.pacing import PushRecorder
-from shoal.train.push_log import discard, full, is_long, next_session, refuse, write_epoch
+from shoal.train.push_log import KeptLog, discard, full
 from shoal.train.recorder import Emit
 from shoal.train.remote.state import RemoteTables, StoreState, placement_of, push_id
 from shoal.train.replay import (
     EPOCHS,
-    FOLDER,
     UNITS,
     Progress,
     SessionLog,
     check_ahead,
     lay_ahead,
     logged_epochs,
-    sessions,
     tell_pushes,
 )
 from shoal.train.row_tables import cold_path, read_rows
@@ -58,7 +55,6 @@ from shoal.train.settings import RunSettings
 from shoal.train.update_log import Commit, LogTrouble, log_limit, log_name
 
 _BASE, _AHEAD = "base", "ahead"
-_LOOK_S = 1.0
 _SUMS = 3 + VALUE_COLUMNS
 
 WriteBase = Callable[[Path, Mapping[str, Any]], Checkpoint]
@@ -76,44 +72,32 @@ class _Found:
     buffers: Mapping[int, bytes]
 
 
-class RemoteLog:
-    """Stands where ``RunLog`` does. ``kept``: whether this session keeps a log."""
+class RemoteLog(KeptLog):
+    """The log of a run whose processes share no memory."""
+
+    remote = True
 
     def __init__(self, run: Path, plan: Plan, kept: bool, store: Store, host: TrainHost) -> None:
-        self._run, self._plan, self.kept = run, plan, kept
+        super().__init__(run, plan, kept)
         self._store, self._host = store, host
-        found = sessions(run)
-        self._old = [session for session in found if session.remote]
-        self._others = [session for session in found if not session.remote]
-        self.directory = next_session(run)
         self._found: _Found | None = None
         self._ahead: list[np.ndarray] = []
         self._pushed: list[dict[str, Any]] = []
         self._eval_losses: list[float] = []
         self._per_epoch = 1
-        self._first = 0
         self.baseline: Checkpoint | None = None
         """What servers that come again begin with."""
         self._units: LogWriter | None = None
-        self._epochs: LogWriter | None = None
         self._durable = -1
         self._mark = -1
         # Of units that were settled and not told of yet, the record that has them.
         self._record_of: dict[int, int] = {}
-        self._looked, self._long = 0.0, False
-        if kept:
-            log_limit()
 
     # -- going on ------------------------------------------------------------------------------------------------
 
     def refuse(self, found: Checkpoint) -> None:
         """RequestError where there is a log behind a checkpoint that was kept in shared memory."""
-        refuse(self._run, self._others, found)
-
-    def forget(self) -> None:
-        """There is no checkpoint that sessions' logs could be behind."""
-        shutil.rmtree(self._run / FOLDER, ignore_errors=True)
-        self._old, self._others = [], []
+        self._refuse(self._others, found)
 
     def roll_forward(
         self, found: Checkpoint, restored: Restored, tables: RemoteTables, settings: RunSettings
@@ -248,7 +232,7 @@ class RemoteLog:
                 self._units = LogWriter(self.directory, UNITS, self._on_durable, log_limit())
                 self._epochs = LogWriter(self.directory, EPOCHS)
         except OSError as error:
-            raise full(self._run, error.strerror or str(error)) from None
+            raise self._full(error) from None
         # What they had is in what this one begins with.
         discard(self._old)
 
@@ -286,43 +270,18 @@ class RemoteLog:
         del self._record_of[unit]
         return True
 
-    def holds(self, recorder: PushRecorder, step: int) -> bool:
-        """Whether all steps before this one are on disk, where a log is kept."""
-        return not self.kept or recorder.committed() >= step
-
-    def keep_epoch(self, entry: dict[str, Any], eval_loss: float) -> None:
-        """What an epoch has come to, on disk before anybody goes on."""
-        if self._epochs is not None:
-            write_epoch(self._epochs, self._run, entry, eval_loss)
-
-    def checkpointed(self, found: Checkpoint) -> None:
-        """A checkpoint is on disk: what no checkpoint needs is deleted."""
-        oldest = min((int(path.name.removeprefix("step-")) for path in found.path.parent.glob("step-*")), default=0)
+    def _let_go(self, found: Checkpoint, oldest: int) -> None:
         for name in (*(log_name(server) for server in range(self._plan.servers)), UNITS):
             logs.prune(self.directory, name, oldest)
         if oldest > self._first:
             shutil.rmtree(self.directory / _BASE, ignore_errors=True)
-            discard(self._others)
             discard(self._old)
         self.baseline = found
-        self._looked = 0.0
-
-    def is_long(self, checkpoint_bytes: int) -> bool:
-        """Whether the log has grown so long that a checkpoint should be made."""
-        now = time.monotonic()
-        if self.kept and now - self._looked > _LOOK_S:
-            self._looked, self._long = now, is_long(self.directory, checkpoint_bytes)
-        return self._long
-
-    def fail(self, trouble: LogTrouble, emit: Emit) -> None:
-        """A log could not be written: JobFailed."""
-        emit("push_log_failed", server=trouble.server, reason=trouble.reason)
-        raise full(self._run, trouble.reason)
 
     def close(self) -> None:
-        for log in (self._units, self._epochs):
-            if log is not None:
-                log.close()
+        if self._units is not None:
+            self._units.close()
+        super().close()
 
 
 class LoggedRecorder(PushRecorder):
