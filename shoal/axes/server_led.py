@@ -25,6 +25,16 @@ def is_decided(arena: Arena, step: int) -> bool:
     return arena.servers[0].signal(Signal.CHOSEN) > step
 
 
+def decision(arena: Arena, step: int) -> Callable[[tuple[float, float]], int]:
+    """What is tried while server 0's decision on a step is waited for: see ``wait_for``."""
+    leader, place = arena.servers[0], arena.world_size
+
+    def attempt(times: tuple[float, float]) -> int:
+        return -1 if leader.wait(Signal.CHOSEN, step + 1, times[1], times[0]) else place
+
+    return attempt
+
+
 class LedWorker(ServedWorker):
     """A worker whose push may come too late; ``bells``: by which servers are woken."""
 
@@ -46,12 +56,7 @@ class LedWorker(ServedWorker):
 
     def await_decision(self, step: int) -> None:
         """Wait until server 0 has decided on a step."""
-        leader = self.arena.servers[0]
-
-        def attempt(times: tuple[float, float]) -> int:
-            return -1 if leader.wait(Signal.CHOSEN, step + 1, times[1], times[0]) else self.world_size
-
-        self.wait_for(attempt, f"the choice of pushes of step {step + 1}")
+        self.wait_for(decision(self.arena, step), f"the choice of pushes of step {step + 1}")
 
     def next_step(self, step: int) -> int:
         ahead = max(step + 1, *(slot.signal(Signal.UPDATED) for slot in self.arena.servers))
@@ -77,12 +82,7 @@ class LedServer(Server):
 
     def await_pushes(self, step: int, check: Callable[[], None]) -> None:
         if self.number:
-            leader, place = self.arena.servers[0], self.arena.world_size
-
-            def attempt(times: tuple[float, float]) -> int:
-                return -1 if leader.wait(Signal.CHOSEN, step + 1, times[1], times[0]) else place
-
-            self.wait_for(attempt, f"the choice of pushes of step {step + 1}", check)
+            self.wait_for(decision(self.arena, step), f"the choice of pushes of step {step + 1}", check)
         elif not is_decided(self.arena, step):
 
             def gather(times: tuple[float, float]) -> int:

@@ -18,11 +18,10 @@ _LEAST = 1 << 21
 """Multiplications in a product that oneDNN is called for: with fewer, the call takes what it saves."""
 _LEAST_ROWS = 16
 """With fewer rows, a product takes as long as its matrices take to be read."""
-_OPERATORS = ("mm", "addmm")
 
 
 class Products:
-    """Lets this process multiply by oneDNN between ``begin`` and ``end``; calls ``found`` when it first does."""
+    """Lets this process multiply by oneDNN between ``begin`` and ``end``; calls ``found`` each time that it does."""
 
     _users: list[Products] = []
     _library: torch.library.Library | None = None
@@ -36,13 +35,14 @@ class Products:
             return
         Products._users.append(self)
         if Products._library is None:
-            Products._library = library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
-            _plain("mm"), _plain("addmm")
+            Products._library = library = torch.library.Library("aten", "IMPL")
+            for name in _OPERATORS:
+                _plain(name)
             with warnings.catch_warnings():
                 # That a kernel is overridden is what is wanted.
                 warnings.simplefilter("ignore")
-                library.impl("mm", _mm, "CPU")
-                library.impl("addmm", _addmm, "CPU")
+                for name, function in _OPERATORS.items():
+                    library.impl(name, function, "CPU")
 
     def end(self) -> None:
         """Give torch's own operators back, once nobody wants others any more."""
@@ -76,8 +76,8 @@ def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
-    fits = bias.dim() == 1 and bias.shape[0] == right.shape[1] and bias.stride(0) == 1 and beta == 1 and alpha == 1
-    if not fits or not _gains(left, right) or bias.dtype is not torch.float32:
+    plain = bias.dtype is not torch.float32 or bias.dim() != 1 or bias.stride(0) != 1 or beta != 1 or alpha != 1
+    if plain or not _gains(left, right) or bias.shape[0] != right.shape[1]:
         return _plain("addmm").call_boxed(_keys(), bias, left, right, beta=beta, alpha=alpha)  # type: ignore[no-any-return]
     return _multiply(left, right, bias)
 
@@ -102,3 +102,6 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None
     for user in Products._users:
         user._found()
     return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+_OPERATORS = {"mm": _mm, "addmm": _addmm}

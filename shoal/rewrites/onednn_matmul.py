@@ -17,7 +17,7 @@ NAME, ORDER, TRAINS, INFERS = "onednn_matmul", 60, True, True
 
 
 def exchange(found: Callable[[], None]) -> Products:
-    """What takes the products of this process over, and gives them back; ``found`` is called when one is worth it."""
+    """What takes the products of this process over, and gives them back; ``found`` is called with each that is worth it."""
     return Products(found)
 
 

@@ -142,8 +142,9 @@ class Fitting:
     def _processes(self) -> Mapping[str, float]:
         """How many times as fast processes compute with each of those, on one thread."""
         if self._gains is None:
-            known = self._recall("processes")
-            self._gains = known if known is not None else self._supervisor.call("processes_gain", timeout_s=_TIMEOUT_S)
+            self._gains = self._recall("processes")
+        if self._gains is None:
+            self._gains = self._supervisor.call("processes_gain", timeout_s=_TIMEOUT_S)
             self._remember("processes", dict(self._gains))
         return self._gains
 

@@ -124,17 +124,19 @@ class _Tuning:
             few = min(few, 2)
         findings: list[Finding] = []
         sound: list[str] = []
-        check = _Check(self._job, model, samples_of(self._work.batch, 0, few), few) if names else None
+        checks: dict[bool, _Check] = {}
         for name in names:
-            if registry.exchanges(name):
-                # A few samples do not make it worth while.
-                check = _Check(self._job, model, self._work.batch, question.samples, double=False)
-            trouble = check.trouble((name,)) if check is not None else None
+            whole = registry.exchanges(name)
+            if whole not in checks:
+                # A few samples do not make an exchange worth while, and in float64 there is none.
+                batch, count = (self._work.batch, question.samples) if whole else (samples_of(self._work.batch, 0, few), few)
+                checks[whole] = _Check(self._job, model, batch, count, double=not whole)
+            trouble = checks[whole].trouble((name,))
             if trouble != NOT_FOUND or question.forced:
                 findings.append(Finding(name, trouble=trouble))
             if trouble is None:
                 sound.append(name)
-        del check
+        checks.clear()
         if question.forced:
             return Tuned(tuple(sound), 0, tuple(findings), question.samples)
         chosen, measured = self._measure(sound)

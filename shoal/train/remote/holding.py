@@ -99,12 +99,10 @@ class Holding(Keeping):
     def _look_around(self) -> None:
         """While a server's answer is awaited: who has died? What else is said is heard afterwards."""
         for asked in self._desk.receive(0.0):
-            said = asked.said
-            if isinstance(said, words.Gone):
+            if isinstance(asked.said, words.Gone):
                 self._take_said(asked)
             else:
-                self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
-                self._recovery.backlog.append(asked)
+                self._recovery.put_off(asked)
         for lost in self._members.lost(self._silence_s):
             self._bury(lost)
         if self._client is None and self._died_early:

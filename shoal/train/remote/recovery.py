@@ -118,8 +118,12 @@ class Recovery:
             if isinstance(said, words.Gone) or (isinstance(said, words.Join) and (said.role, said.rank) == ("server", rank)):
                 take(asked)
             else:
-                self._members.hear(getattr(said, "role", "worker"), getattr(said, "rank", -1))
-                self.backlog.append(asked)
+                self.put_off(asked)
+
+    def put_off(self, asked: Asked) -> None:
+        """Somebody lives and asks something, which is heard when the lead waits for no server."""
+        self._members.hear(getattr(asked.said, "role", "worker"), getattr(asked.said, "rank", -1))
+        self.backlog.append(asked)
 
     def _is_dead(self, rank: int) -> bool:
         member = self._members.of.get(("server", rank))

@@ -71,7 +71,13 @@ def test_what_is_left_to_torch_has_its_bits(products: Counted) -> None:
     products.end()
     torch.manual_seed(1)
     assert all(torch.equal(a, case()) for a, case in zip(found, cases, strict=True))
-    for wrong in (lambda: whole @ whole[:100], lambda: torch.addmm(whole[0, :7], whole, whole)):
+    mistakes = (
+        lambda: whole @ whole[:100],
+        lambda: torch.mm(whole, whole[0]),
+        lambda: torch.addmm(whole[0, :7], whole, whole),
+        lambda: torch.addmm(whole[0], whole, whole[0]),
+    )
+    for wrong in mistakes:
         products.end()
         with pytest.raises(RuntimeError) as own:
             wrong()
