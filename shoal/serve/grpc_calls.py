@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from shoal.serve.credentials import TlsFiles
 from shoal.serve.protocols import proto, v2_grpc
-from shoal.serve.refusals import Refusal
+from shoal.serve.refusals import Mishaps, Refusal
 
 _MOST_CALLS = 4096
 # Requests of a stream that are worked on at once; more are read when these are answered.
@@ -104,6 +104,19 @@ async def in_order(context: Context, answer: Callable[[bytes], Awaitable[bytes]]
         while not asked.empty():
             if (left := asked.get_nowait()) is not None:
                 left.cancel()
+
+
+async def answered(context: Context, mishaps: Mishaps, work: Awaitable[bytes]) -> bytes:
+    """The answer to a call; where there is none, the call ends with an error."""
+    try:
+        return await work
+    except Refusal as refusal:
+        await abort(context, refusal)
+    except (grpc.aio.AbortError, asyncio.CancelledError):
+        raise
+    except Exception:
+        await abort(context, mishaps.refusal())
+    raise AssertionError("an aborted call goes no further")
 
 
 def streamed(response: Any, parameters: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -65,21 +64,16 @@ class GrpcServer:
         async def call(_: Any, context: Context) -> bytes:
             if self._common.tracing is not None:
                 self._common.tracing.enter(grpc_calls.encoded(context))
-            try:
-                if name not in _FOR_EVERYBODY:
-                    self._admit(context)
-                request = grpc_calls.parsed(request_kind, await grpc_calls.one_message(context, self._limits.body_s))
-                answer = await work(request, context)
-                found = answer if isinstance(answer, response_kind) else response_kind(**answer)
-                raw: bytes = found.SerializeToString()
-                return raw
-            except Refusal as refusal:
-                await grpc_calls.abort(context, refusal)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception:
-                await grpc_calls.abort(context, self._mishaps.refusal())
-            raise AssertionError("an aborted call goes no further")
+            return await grpc_calls.answered(context, self._mishaps, answer(context))
+
+        async def answer(context: Context) -> bytes:
+            if name not in _FOR_EVERYBODY:
+                self._admit(context)
+            request = grpc_calls.parsed(request_kind, await grpc_calls.one_message(context, self._limits.body_s))
+            said = await work(request, context)
+            found = said if isinstance(said, response_kind) else response_kind(**said)
+            raw: bytes = found.SerializeToString()
+            return raw
 
         return call
 

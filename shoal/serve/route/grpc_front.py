@@ -148,18 +148,15 @@ class GrpcFront:
 
     def _passed(self, name: str) -> Callable[[Any, Context], Any]:
         async def call(_: Any, context: Context) -> bytes:
+            return await grpc_calls.answered(context, self._mishaps, answer(context))
+
+        async def answer(context: Context) -> bytes:
             try:
                 with self._tally.request() as ending:
                     raw = await grpc_calls.one_message(context, BODY_S)
                     return await self._pass(name, raw, context, context.time_remaining(), ending)
             except Failed as failed:
                 await context.abort(failed.code, failed.details, failed.trailers)
-            except Refusal as refusal:
-                await grpc_calls.abort(context, refusal)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception:
-                await grpc_calls.abort(context, self._mishaps.refusal())
             raise AssertionError("an aborted call goes no further")
 
         return call
