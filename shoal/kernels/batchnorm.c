@@ -5,48 +5,30 @@
  * are exact to single precision whatever the size of the batch. Channels must be whole vectors.
  */
 #ifndef T
-#include <stdint.h>
+#define SELF "batchnorm.c"
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64 };
-#else
-enum { VECTOR_BYTES = 32 };
-#endif
 /* Rows whose sums stay in registers, and vectors of channels that are summed together. */
 enum { FEW = 32, WIDE = 4 };
 
 int shoal_batchnorm_lanes(int itemsize) { return VECTOR_BYTES / itemsize; }
 
-#define T float
-#define INDEX int32_t
-#define NAME(x) x##_f32
-#include "batchnorm.c"
-#undef T
-#undef INDEX
-#undef NAME
-#define T double
-#define INDEX int64_t
-#define NAME(x) x##_f64
-#include "batchnorm.c"
+#include "twice.h"
 #else
+#include "vectors.h"
 
-typedef T NAME(V) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T))));
-typedef INDEX NAME(I) __attribute__((vector_size(VECTOR_BYTES)));
-#define V NAME(V)
-#define I NAME(I)
-#define LANES ((int64_t)(VECTOR_BYTES / sizeof(T)))
 #define AT(p) (*(V *)(p))
 #define OF(p) (*(const V *)(p))
 
-static inline __attribute__((always_inline)) void NAME(add)(double *total, const V *sum, const int blocks) {
+INLINE void NAME(add)(double *total, const V *sum, const int blocks) {
     for (int b = 0; b < blocks; b++)
         for (int k = 0; k < LANES; k++) total[b * LANES + k] += sum[b][k];
 }
 
 /* What lets a gradient through a ReLU with this output; a NaN does, as in torch. */
-static inline __attribute__((always_inline)) V NAME(let)(V gradient, V output) { return (V)((I)gradient & ~(I)(output <= (V){})); }
+INLINE V NAME(let)(V gradient, V output) { return (V)((I)gradient & ~(I)(output <= (V){})); }
 
-static inline __attribute__((always_inline)) void NAME(moments_of)(
+INLINE void NAME(moments_of)(
     const T *x, const T *first, int64_t rows, int64_t channels, double *sum, double *squares, const int blocks) {
     V s[WIDE] = {}, q[WIDE] = {};
     for (int64_t r = 0; r < rows; r++)
@@ -84,7 +66,7 @@ void NAME(shoal_batchnorm_normalize)(
         }
 }
 
-static inline __attribute__((always_inline)) void NAME(sums_of)(
+INLINE void NAME(sums_of)(
     const T *x, const T *gradient, const T *output, const T *mean, int64_t rows, int64_t channels, T *let, double *sum, double *products,
     const int blocks) {
     V s[WIDE] = {}, p[WIDE] = {};
@@ -130,9 +112,6 @@ void NAME(shoal_batchnorm_gradient)(
             AT(out + at) = value * OF(factor + c) + (OF(x + at) - OF(mean + c)) * OF(slope + c) + OF(shift + c);
         }
 }
-#undef V
-#undef I
-#undef LANES
 #undef AT
 #undef OF
 #endif

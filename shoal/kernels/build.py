@@ -62,7 +62,7 @@ def operators(source: Path, functions: Mapping[str, str]) -> ctypes.CDLL | None:
     ``winograd.c`` and one is called ``forward``, they are ``shoal_winograd_forward_f32`` and ``_f64``, and return nothing.
     """
     try:
-        library = build(source.stem, [source])
+        library = build(source.stem, [source, *sorted(source.parent.glob("*.h"))])
     except (OSError, subprocess.SubprocessError):
         return None
     for name, takes in functions.items():

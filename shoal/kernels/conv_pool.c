@@ -5,14 +5,11 @@
  * The portable vector types of GCC and clang become AVX-512, AVX2, NEON or plain code, whatever the machine has.
  */
 #ifndef T
-#include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64 };
-#else
-enum { VECTOR_BYTES = 32 };
-#endif
+#define SELF "conv_pool.c"
+#include "vectors.h"
+
 enum { NONE = 255, MOST_WINDOW = 4 };
 
 /* Sizes in elements; the strides are the input's. Everything else is contiguous: outputs are (images, rows, columns, channels). */
@@ -23,27 +20,12 @@ typedef struct {
 
 int shoal_conv_pool_lanes(int itemsize) { return VECTOR_BYTES / itemsize; }
 
-#define T float
-#define INDEX int32_t
-#define NAME(x) x##_f32
-#include "conv_pool.c"
-#undef T
-#undef INDEX
-#undef NAME
-#define T double
-#define INDEX int64_t
-#define NAME(x) x##_f64
-#include "conv_pool.c"
+#include "twice.h"
 #else
+#include "vectors.h"
 
-enum { NAME(LANES) = VECTOR_BYTES / sizeof(T) };
-typedef T NAME(V) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T))));
-typedef INDEX NAME(I) __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint8_t NAME(B) __attribute__((vector_size(VECTOR_BYTES / sizeof(T)), aligned(1)));
-#define V NAME(V)
-#define I NAME(I)
 #define B NAME(B)
-#define LANES NAME(LANES)
 
 static inline V NAME(splat)(T x) { return x - (V){}; }
 
@@ -51,7 +33,7 @@ static inline V NAME(splat)(T x) { return x - (V){}; }
 static inline V NAME(blend)(I mask, V a, V b) { return (V)((mask & (I)a) | (~mask & (I)b)); }
 
 /* One window in each of `cells` neighbouring places, for `blocks` vectors of channels. weight: (taps, outputs). */
-static inline __attribute__((always_inline)) void NAME(forward_window)(
+INLINE void NAME(forward_window)(
     const T *x, const int64_t *offsets, int64_t taps, const T *weight, const T *bias, const Shape *s, T *out, uint8_t *where,
     const int cells, const int blocks, const int window) {
     V sum[2][MOST_WINDOW][2];
@@ -93,7 +75,7 @@ static inline __attribute__((always_inline)) void NAME(forward_window)(
 #define FORWARD(CELLS, BLOCKS, WINDOW) \
     NAME(forward_window)(at, offsets, taps, weight + o, bias + o, s, out + o, where + o, CELLS, BLOCKS, WINDOW)
 
-static inline __attribute__((always_inline)) void NAME(forward_images)(
+INLINE void NAME(forward_images)(
     const Shape *s, const int64_t *offsets, const T *x, const T *weight, const T *bias, T *out, uint8_t *where, const int window) {
     const int64_t taps = s->channels * s->kernel_height * s->kernel_width;
     for (int64_t n = 0; n < s->images; n++)
@@ -124,7 +106,7 @@ void NAME(shoal_conv_pool_forward)(
 }
 
 /* What one image adds to the gradients of `taps` taps (at most 9) and `blocks` vectors of channels. */
-static inline __attribute__((always_inline)) void NAME(backward_image)(
+INLINE void NAME(backward_image)(
     const Shape *s, const int64_t *offsets, const T *x, const T *gradient, const uint8_t *where, T *weight, T *bias,
     const int taps, const int blocks, const int window) {
     V sum[9][2] = {}, total[2] = {};
@@ -158,7 +140,7 @@ static inline __attribute__((always_inline)) void NAME(backward_image)(
 #define BACKWARD(TAPS, BLOCKS, WINDOW) \
     NAME(backward_image)(s, offsets + k, image, given + o, places + o, weight + k * s->outputs + o, k ? 0 : bias + o, TAPS, BLOCKS, WINDOW)
 
-static inline __attribute__((always_inline)) void NAME(backward_images)(
+INLINE void NAME(backward_images)(
     const Shape *s, const int64_t *offsets, const T *x, const T *gradient, const uint8_t *where, T *weight, T *bias, const int window) {
     const int64_t taps = s->channels * s->kernel_height * s->kernel_width, size = s->rows * s->columns * s->outputs;
     for (int64_t n = 0; n < s->images; n++) {
@@ -199,10 +181,7 @@ void NAME(shoal_conv_pool_unpool)(const Shape *s, const T *gradient, const uint8
                     for (int64_t o = 0; o < s->outputs; o++) at[o] = where[o] == p ? gradient[o] : (T)0;
                 }
 }
-#undef V
-#undef I
 #undef B
-#undef LANES
 #undef FORWARD
 #undef BACKWARD
 #endif

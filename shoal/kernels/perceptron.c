@@ -6,34 +6,21 @@
  * plain code.
  */
 #ifndef T
-#include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, PANEL = 4 };
-#else
-enum { VECTOR_BYTES = 32, PANEL = 2 };
-#endif
+#define SELF "perceptron.c"
+#include "vectors.h"
+
 /* Sums of ROWS by PANEL vectors stay in registers: 24 of 32, or 12 of 16. */
 enum { ROWS = 6, BLOCK = 48 };
 
 int shoal_perceptron_lanes(int itemsize) { return VECTOR_BYTES / itemsize; }
 
-#define T float
-#define NAME(x) x##_f32
-#include "perceptron.c"
-#undef T
-#undef NAME
-#define T double
-#define NAME(x) x##_f64
-#include "perceptron.c"
+#include "twice.h"
 #else
+#include "vectors.h"
 
-typedef T NAME(V) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T))));
-#define V NAME(V)
-#define LANES ((int64_t)(VECTOR_BYTES / sizeof(T)))
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
-#define INLINE static inline __attribute__((always_inline))
 
 /* `rows` by `vectors` of c = a b, or c + a b; `row` and `step` are between a's rows and columns, `width` between b's rows and c's. */
 INLINE void NAME(tile)(
@@ -196,8 +183,5 @@ void NAME(shoal_perceptron_backward)(
     }
 }
 
-#undef V
-#undef LANES
 #undef PADDED
-#undef INLINE
 #endif

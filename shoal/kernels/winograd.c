@@ -10,14 +10,11 @@
  * in blocks that stay in the cache. The portable vector types of GCC and clang become AVX-512, AVX2, NEON or plain code.
  */
 #ifndef T
-#include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, PANEL = 4 };
-#else
-enum { VECTOR_BYTES = 32, PANEL = 2 };
-#endif
+#define SELF "winograd.c"
+#include "vectors.h"
+
 /* Sums of 6 rows by PANEL vectors stay in registers: 24 of 32, or 12 of 16. */
 enum { POINTS = 36, ROWS = 6, GROUP = 24 };
 /* A line of memory between the matrices of two points: at whole powers of two they would all claim the same places in the cache. */
@@ -36,24 +33,14 @@ int shoal_winograd_lanes(int itemsize) { return VECTOR_BYTES / itemsize; }
 
 int shoal_winograd_panel(int itemsize) { return PANEL * VECTOR_BYTES / itemsize; }
 
-#define T float
-#define NAME(x) x##_f32
-#include "winograd.c"
-#undef T
-#undef NAME
-#define T double
-#define NAME(x) x##_f64
-#include "winograd.c"
+#include "twice.h"
 #else
+#include "vectors.h"
 
-typedef T NAME(V) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T))));
-#define V NAME(V)
-#define LANES ((int64_t)(VECTOR_BYTES / sizeof(T)))
 #define WIDTH (PANEL * LANES)
 #define AT(p) (*(V *)(p))
 #define OF(p) (*(const V *)(p))
 #define ROOT ((T)1.41421356237309504880)
-#define INLINE static inline __attribute__((always_inline))
 
 /* The four small matrices. Each takes and gives vectors with a stride. */
 
@@ -345,13 +332,10 @@ void NAME(shoal_winograd_backward)(const Shape *s, const T *x, const T *gradient
             }
     }
 }
-#undef V
-#undef LANES
 #undef WIDTH
 #undef AT
 #undef OF
 #undef ROOT
-#undef INLINE
 #undef CASE
 #undef CASES
 #endif
