@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import counted_job
 import noisy_job
 import pytest
-from noisy_job import command, digest, environment, events, gone, held_at, kill, processes, wait_until
+from logged_runs import killed_whole, train
+from noisy_job import digest, events, held_at, processes, wait_until
 
 import shoal
 from shoal.ps.log import segments
@@ -27,41 +25,15 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CHECKPOINT_S", "1000")
 
 
-def own() -> dict[str, str]:
-    """What a test has set, where ``environment`` sets something else."""
-    return {"SHOAL_CHECKPOINT_S": os.environ["SHOAL_CHECKPOINT_S"]}
-
-
-def run_command(target: str, run: Path, *more: str) -> list[str]:
-    words = command(run, *more)
-    words[words.index("train") + 1] = target
-    return words
-
-
-def train(target: str, run: Path, *more: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    """Train by the command line; what --json says, and what was said beside."""
-    done = subprocess.run(run_command(target, run, *more), env=environment(**own()), capture_output=True, text=True, timeout=250)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout), done.stderr
-
-
 def killed(target: str, run: Path, pushes: int, *more: str) -> list[dict[str, Any]]:
     """Train until this session has acknowledged so many pushes, kill -9 everything at once; all that was acknowledged.
 
     At most 36 are waited for: SHOAL_FAULTS keeps a run of these from getting much further.
     """
-    wanted, sessions, family = min(len(events(run, "push_ack")) + pushes, 36), len(events(run, "run_start")), list[int]()
-    with subprocess.Popen(run_command(target, run, *more), env=environment(**own()), stdout=-3, stderr=-3) as process:
-        try:
-            wait_until(lambda: len(events(run, "run_start")) > sessions and process.pid in processes(run), process)
-            wait_until(lambda: len(events(run, "push_ack")) >= wanted, process)
-            family = processes(run)
-            assert process.poll() is None and len(family) >= 5
-        finally:
-            for pid in {process.pid, *family}:
-                kill(pid)
-            process.wait()
-    wait_until(lambda: gone(family))
+    wanted, sessions = min(len(events(run, "push_ack")) + pushes, 36), len(events(run, "run_start"))
+    with killed_whole(target, run, *more) as process:
+        wait_until(lambda: len(events(run, "run_start")) > sessions and process.pid in processes(run), process)
+        wait_until(lambda: len(events(run, "push_ack")) >= wanted, process)
     return events(run, "push_ack")
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import counted_job
 import noisy_job
 import pytest
 import torch
-from noisy_job import command, environment, events, gone, kill, processes, wait_until
+from logged_runs import killed_whole, train
+from noisy_job import events, kill, wait_until
 
 import shoal
 from shoal.errors import RequestError
@@ -31,19 +30,6 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_TRANSPORT", "group")
 
 
-def run_command(target: str, run: Path, *more: str) -> tuple[list[str], dict[str, str]]:
-    words = command(run, *more)
-    words[words.index("train") + 1] = target
-    return words, environment(SHOAL_CHECKPOINT_S=os.environ["SHOAL_CHECKPOINT_S"])
-
-
-def train(target: str, run: Path, *more: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    words, own = run_command(target, run, *more)
-    done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=100)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout), done.stderr
-
-
 def pid_of(run: Path, role: str, rank: int) -> int:
     rows = json.loads((run / "processes.json").read_text())
     return next(int(row["pid"]) for row in rows if (row["role"], row["rank"]) == (role, rank))
@@ -53,20 +39,11 @@ def killed(
     target: str, run: Path, pushes: int, *more: str, alone: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """Train until this session has acknowledged so many pushes, kill -9 all at once; ``alone``: what is done in the middle."""
-    before, family = len(events(run, "push_ack")), list[int]()
-    words, own = run_command(target, run, *more)
-    with subprocess.Popen(words, env=own, stdout=-3, stderr=-3) as process:
-        try:
-            wait_until(lambda: len(events(run, "push_ack")) >= before + pushes // 2, process)
-            alone()
-            wait_until(lambda: len(events(run, "push_ack")) >= before + pushes, process)
-            family = processes(run)
-            assert process.poll() is None and len(family) >= 5
-        finally:
-            for pid in {process.pid, *family}:
-                kill(pid)
-            process.wait()
-    wait_until(lambda: gone(family))
+    before = len(events(run, "push_ack"))
+    with killed_whole(target, run, *more) as process:
+        wait_until(lambda: len(events(run, "push_ack")) >= before + pushes // 2, process)
+        alone()
+        wait_until(lambda: len(events(run, "push_ack")) >= before + pushes, process)
     return events(run, "push_ack")
 
 
