@@ -47,6 +47,9 @@ class PushLoop(Loop):
         self._push_every, self._pull_every = plan.push_every or 1, plan.pull_every or 1
         self._since_pull = 0
         self._pulled: list[int] = []
+        # Under bounded staleness: all steps before this one are in the copy.
+        self._bound = plan.staleness if plan.mode == "bounded" else None
+        self._copied_at = 0
         # The units whose gradients the stripe holds.
         self._gathered: list[int] = []
         self._edge = -1
@@ -62,7 +65,7 @@ class PushLoop(Loop):
             got = self._axis.claims.claim(self.rank, self._axis.beat)
             step = got.unit // self._axis.world_size if isinstance(got, Claim) else got.step
             if isinstance(got, Claim):
-                self._work(got.unit)
+                self._work(got.unit, got.slowest)
                 self._push_if_full()
                 continue
             # What others may wait for must not wait for more.
@@ -90,8 +93,8 @@ class PushLoop(Loop):
             axis.ring()
             axis.await_applied()
             return
-        for unit in units:
-            self._work(unit)
+        for unit, row in zip(units, rows, strict=True):
+            self._work(unit, int(row[UnitColumns.SLOWEST]))
         # Not before all are gathered: a push finishes whatever is claimed.
         self._push_if_full()
 
@@ -144,8 +147,14 @@ class PushLoop(Loop):
         self._pulled = self._axis.pull(self._copy)
         self._since_pull = 0
 
-    def _work(self, unit: int) -> None:
-        """Compute a unit's gradient into the stripe; push where enough has gathered."""
+    def _is_too_old(self, step: int) -> bool:
+        """Whether the copy may not be used for a unit of this step: not for more units than agreed, nor for later steps."""
+        if self._since_pull % self._pull_every == 0 or not self._pulled:
+            return True
+        return self._bound is not None and step - self._copied_at > self._bound
+
+    def _work(self, unit: int, slowest: int) -> None:
+        """Compute a unit's gradient into the stripe; ``slowest``: all steps before this one were done when it was claimed."""
         axis, parts, slot = self._axis, self.parts, self.slot
         step, shard = divmod(unit, axis.world_size)
         row = axis.ledger.row(unit)
@@ -157,8 +166,9 @@ class PushLoop(Loop):
         with user_code("train_data", self.rank):
             batches = parts.feed.batches(step)
         fetched = time.monotonic()
-        if self._since_pull % self._pull_every == 0 or not self._pulled:
+        if self._is_too_old(step):
             self._pull()
+            self._copied_at = slowest
         self._since_pull += 1
         computing = time.monotonic()
         if not self._gathered:

@@ -323,9 +323,9 @@ class RemoteLoop(PushLoop):
         assert isinstance(parts.axis, RemoteWorker)
         self._remote: RemoteWorker = parts.axis
 
-    def _work(self, unit: int) -> None:
+    def _work(self, unit: int, slowest: int) -> None:
         self._remote.unit = unit
-        super()._work(unit)
+        super()._work(unit, slowest)
 
     def _push_if_full(self) -> None:
         if self._remote.claims.alone:
