@@ -310,8 +310,6 @@ def _server_contradictions(plan: Plan, said: Mapping[str, str]) -> Iterator[str]
         yield f"{said['backup']} only makes sense with sync, and the plan says {said['mode']}; keep one of them."
     if plan.backup and plan.backup >= (plan.workers or 1):
         yield f"{said['backup']} leaves no worker to wait for; give more workers than backup."
-    if plan.replicas and plan.replicas >= (plan.ps or 1):
-        yield f"{said['replicas']} has to be smaller than {said['ps']}, as a copy lies with another server; give more servers."
 
 
 def _share_contradictions(plan: Plan, said: Mapping[str, str]) -> Iterator[str]:

@@ -50,8 +50,11 @@ class UnitColumns:
 
 
 _WORDS = ("applied", "versions", "reading")
-EMPTY, REJECTED, LOGGED = -1, -2, -3
-"""What PUSH says of a unit without samples, of one whose gradient was no number, and of one that an earlier session has done."""
+EMPTY, REJECTED, LOGGED, DROPPED = -1, -2, -3, -4
+"""What PUSH says of a unit without samples, of one whose gradient was no number, of one that an earlier session has done, and of
+one that came too late (``backup``)."""
+UNCOUNTED = (EMPTY, REJECTED, DROPPED)
+"""Units of which nothing is in the weights."""
 
 
 def regions(workers: int, servers: int, push_every: int) -> Mapping[str, int]:

@@ -11,8 +11,6 @@ ids see to it that nothing counts twice. From the first push of a client on it t
 seemed to be dead acknowledges nothing. What is read is held by all, too, so that a version means the same bits at whoever is the
 head. When another dies, the one before it is told whom to follow it with. A replacement joins as the tail: it gets a snapshot,
 taken between two entries, with the pushes that wait, and then what came since, while clients go on.
-
-Which servers make up a chain: ``successors`` along the ring, so that each server's shard lies with its neighbours.
 """
 
 from __future__ import annotations
@@ -75,15 +73,6 @@ class Follow(msgspec.Struct, tag="follow", frozen=True):
 
 
 _decoder = msgspec.msgpack.Decoder(Forward | Together | Adopt | Follow)
-
-
-def successors(servers: Sequence[int], server: int, replicas: int) -> tuple[int, ...]:
-    """The chain of a server, itself first: those behind it along the ring of all. ValueError where there are too few."""
-    ring = sorted(servers)
-    if replicas >= len(ring):
-        raise ValueError(f"{replicas} replicas need more than {len(ring)} servers")
-    at = ring.index(server)
-    return tuple((ring * 2)[at : at + 1 + replicas])
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 from shoal.axes.server_async import claims_of
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import RING_STEPS, VALUE_COLUMNS, Columns, Store, carry_sums
-from shoal.ps.ledger import EMPTY, REJECTED, Ledger, UnitColumns
+from shoal.ps.ledger import DROPPED, EMPTY, REJECTED, UNCOUNTED, Ledger, UnitColumns
 from shoal.ps.lock import locked
 from shoal.train.recorder import Emit, Recorder
 from shoal.train.settings import BadPush, NotFinite, RunSettings
@@ -83,7 +83,7 @@ class PushRecorder(Recorder):
         if row[UnitColumns.UNIT] != unit + 1:
             return False
         push = int(row[UnitColumns.PUSH])
-        if push in (EMPTY, REJECTED):
+        if push in UNCOUNTED:
             return True
         applied = self.ledger.is_applied(int(row[UnitColumns.RANK]), push)
         return applied and (self.logged is None or max(self.ledger.made(unit)) <= self.logged())
@@ -97,19 +97,19 @@ class PushRecorder(Recorder):
         row = self.ledger.row(unit)
         push, rank = int(row[UnitColumns.PUSH]), int(row[UnitColumns.RANK])
         step, shard = divmod(unit, self._workers)
-        if push == EMPTY:
+        epoch, batch = divmod(step, self._steps_per_epoch)
+        named = {"rank": rank, "epoch": epoch + 1, "batch": batch + 1, "shard": shard}
+        if push == DROPPED:
+            self._emit("push_dropped", **named)
+        if push in (EMPTY, DROPPED):
             return
         self._emit("clock", rank=rank, clock=step + 1, slowest=int(row[UnitColumns.SLOWEST]) + 1)
         if push == REJECTED:
             return
-        epoch, batch = divmod(step, self._steps_per_epoch)
         made, pulled = self.ledger.made(unit), self.ledger.pulled(unit)
         staleness = max(int(a - b) - 1 for a, b in zip(made, pulled, strict=True))
         self.staleness[staleness] += 1
-        self._emit(
-            "push_ack", rank=rank, epoch=epoch + 1, batch=batch + 1, shard=shard,
-            versions=[int(v) for v in made], staleness=staleness,
-        )  # fmt: skip
+        self._emit("push_ack", **named, versions=[int(v) for v in made], staleness=staleness)
 
     def _write_records(self, step: int) -> None:
         """What the workers of another plan write themselves."""
@@ -123,7 +123,7 @@ class PushRecorder(Recorder):
             record[Columns.BEGAN] = min(row[UnitColumns.BEGAN] for row in rows)
             record[Columns.ENDED] = max(row[UnitColumns.ENDED] for row in rows)
             for row in rows:
-                if row[UnitColumns.RANK] == rank and row[UnitColumns.PUSH] not in (EMPTY, REJECTED):
+                if row[UnitColumns.RANK] == rank and row[UnitColumns.PUSH] not in UNCOUNTED:
                     for source, target in _TAKEN_OVER:
                         record[target] += row[source]
                     record[Columns.MEASURED] = max(record[Columns.MEASURED], row[UnitColumns.MEASURED])

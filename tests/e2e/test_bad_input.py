@@ -102,7 +102,6 @@ AT_ONCE: dict[str, tuple[list[str], list[str]]] = {
     "an unknown plan key": (["jobs.py:good", "--plan", "dp=2,tread=1"], ['Did you mean "threads"']),
     "an axis not built yet": (["jobs.py:good", "--plan", "cp=2"], ["cp=2", "not built"]),
     "local_steps and zero": (["jobs.py:good", "--plan", "dp=2,zero=3,local_steps=2"], ["local_steps=2", "zero=3", "keep one"]),
-    "as many copies as servers": (["jobs.py:good", "--plan", "ps=1,replicas=1"], ["replicas=1 has to be smaller than ps=1"]),
     "sequence_parallel without tp": (["jobs.py:good", "--plan", "dp=2,sequence_parallel=on"], ["add tp=2"]),
     "a schedule without pp": (["jobs.py:good", "--plan", "dp=2,schedule=1f1b"], ["add pp=2"]),
     "a memory limit that is none": (["jobs.py:good", "--memory-limit", "much"], ["'much'", "2GB"]),

@@ -63,8 +63,6 @@ def plans(draw: st.DrawFn) -> Plan:
     server_keys = {"ps", "workers", "mode", "staleness", "push_every", "pull_every", "backup", "replicas"}
     dropped: set[str] = set()
     if "ps" in values:
-        if "replicas" in values:
-            values["replicas"] = min(values["replicas"], values["ps"] - 1)
         dropped |= {"dp"} | {key for key in ("zero", "local_steps") if values.get(key)}
         if "staleness" in values:
             dropped |= {"mode"}

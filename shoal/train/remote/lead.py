@@ -4,8 +4,9 @@ It keeps an arena of its own in which it writes what the processes of an arena w
 ledger's words and rows, signals. So what reads these (``PushRecorder``, ``Pacer``, ``Session``) is the same in both.
 
 Under ``sync`` pushes are staged on the servers; once those of all shards of a step are there the lead has the servers apply their
-sum, and only then are the workers answered. What a worker had begun when it was lost, another one does again, under the
-same id, so that no server counts it twice.
+sum, and only then is anything of the next step handed out. With ``backup=b`` all shards but b are enough; the others are dropped
+then, whoever has them. What a worker had begun when it was lost, another one does again, under the same id, so that no server
+counts it twice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.errors import JobError, JobFailed, WorkerLostError
@@ -26,7 +29,7 @@ from shoal.process.failure import Failure
 from shoal.ps import messages
 from shoal.ps.claims import Claim, Claims
 from shoal.ps.client import NotStaged
-from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.ps.ledger import DROPPED, UNCOUNTED, UnitColumns
 from shoal.ps.placement import Placement
 from shoal.train import notes
 from shoal.train.choose import predicted_step
@@ -364,14 +367,16 @@ class RemoteLead(Holding):
                 raise JobFailed(f"Worker {said.rank} has reported a unit in another form; run the same version everywhere.")
 
     def _commit(self) -> None:
-        """Let the servers apply a step once all of its shards are there."""
+        """Let the servers apply a step once all of its shards are there, or all but those that need not be waited for."""
         workers, client = self._arena.world_size, self._client
         assert client is not None
         step = min(self._staged) // workers
         units = range(step * workers, (step + 1) * workers)
-        if not all(unit in self._staged for unit in units):
+        here = [unit for unit in units if unit in self._staged]
+        counted = [u for u in here if int(self._staged[u][1].columns[UnitColumns.PUSH]) not in UNCOUNTED]
+        # Shards without samples are the first to be there; they are not what a step is made of.
+        if len(here) < workers - (self._plan.backup or 0 if counted else 0):
             return
-        counted = [u for u in units if int(self._staged[u][1].columns[UnitColumns.PUSH]) not in (EMPTY, REJECTED)]
         made: Sequence[int] = ()
         if counted:
             weight = sum(self._staged[u][1].columns[UnitColumns.WEIGHT] for u in counted)
@@ -393,11 +398,45 @@ class RemoteLead(Holding):
                 raise
             made = [versions[server] for server in self._placement.servers]
             self._source.made(made)
-        for unit in units:
+        ranks = []
+        for unit in here:
             said, row = self._staged.pop(unit)
+            ranks.append(said.rank)
             push = int(row.columns[UnitColumns.PUSH])
             self._settle(row, said.rank, push, made)
+        if len(here) < workers:
+            self._drop([unit for unit in units if unit not in here], ranks, self._recorder.ledger.row(here[0]))
         self._log.settled(units, self._recorder, self._emit)
+
+    def _drop(self, units: Sequence[int], others: Sequence[int], like: np.ndarray) -> None:
+        """Units of a step that was applied without them (``backup``): what is computed of them counts for nothing.
+
+        Args:
+            others: the workers whose units it holds; ``like``: the row of one of these.
+        """
+        claims, ledger = self._claims, self._recorder.ledger
+        lost = [orphan for orphan in self._orphans if orphan.unit in units]
+        rank_of = {orphan.unit: orphan.row for orphan in lost}
+        self._orphans = deque(orphan for orphan in self._orphans if orphan.unit not in units)
+        for rank, own in self._given.items():
+            rank_of.update({orphan.unit: rank for orphan in own if orphan.unit in units})
+            self._given[rank] = [orphan for orphan in own if orphan.unit not in units]
+        # Nobody has begun anything of the next step: all that is claimed is done, or dropped.
+        for row in range(self._arena.world_size):
+            claims.finish(row)
+        while claims.last() < max(units):
+            # Nobody has even asked for it.
+            claimed = claims.claim(0)
+            assert isinstance(claimed, Claim)
+            claims.finish(0)
+        idle = [r for r in range(self._arena.world_size) if r not in others and r not in rank_of.values()]
+        for unit in units:
+            place, slowest = ledger.row(unit), unit // self._arena.world_size
+            place[: UnitColumns.VERSIONS] = 0.0
+            place[UnitColumns.RANK] = rank_of[unit] if unit in rank_of else idle.pop(0) if idle else others[0]
+            place[UnitColumns.PUSH], place[UnitColumns.SLOWEST] = DROPPED, slowest
+            place[UnitColumns.BEGAN], place[UnitColumns.ENDED] = like[UnitColumns.BEGAN], like[UnitColumns.ENDED]
+            place[UnitColumns.UNIT] = unit + 1
 
     def _hear_of_logs(self) -> None:
         """A server has refused a step: it says by itself where that is because of its log."""
@@ -417,7 +456,7 @@ class RemoteLead(Holding):
         place[: len(row.columns)] = row.columns
         place[UnitColumns.RANK], place[UnitColumns.SLOWEST] = rank, slowest
         ledger.pulled(row.unit)[:] = row.pulled or 0
-        if push not in (EMPTY, REJECTED):
+        if push not in UNCOUNTED:
             ledger.made(row.unit)[:] = made
             count = ledger.applied(0, rank) + 1
             for server in range(ledger.servers):

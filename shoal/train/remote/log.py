@@ -26,7 +26,7 @@ from shoal.plan import Plan
 from shoal.ps import log as logs
 from shoal.ps.applied import PushId
 from shoal.ps.dense import DensePart
-from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.ps.ledger import UNCOUNTED, UnitColumns
 from shoal.ps.log import Kind, LogWriter
 from shoal.ps.logged import do_again, read_told
 from shoal.ps.shard import Shard
@@ -191,7 +191,7 @@ class RemoteLog(KeptLog):
         return push_id(int(row[UnitColumns.UNIT]) - 1, workers, self._per_epoch)
 
     def _acknowledged(self, row: np.ndarray, session: SessionLog) -> dict[str, Any] | None:
-        if row[UnitColumns.PUSH] in (EMPTY, REJECTED):
+        if row[UnitColumns.PUSH] in UNCOUNTED:
             return None
         epoch, batch, shard = self._id(row, session.workers)
         pulled, made = np.split(row[UnitColumns.VERSIONS :], 2)
@@ -312,7 +312,7 @@ def numbers_in(restored: Restored) -> dict[str, dict[str, Any]]:
 
 def _of_sums(row: np.ndarray) -> np.ndarray:
     """A unit's row as it adds to an epoch's means: not at all where nothing of it was pushed."""
-    if row[UnitColumns.PUSH] not in (EMPTY, REJECTED):
+    if row[UnitColumns.PUSH] not in UNCOUNTED:
         return row
     found = row.copy()
     found[UnitColumns.LOSS : UnitColumns.SAMPLES + 1] = 0.0

@@ -49,8 +49,8 @@ _NEEDS_GLOBAL_BATCHNORM = (
 
 def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     """The plan with everything that it leaves open. A sentence where it is not built, or does not fit the job."""
-    for key, wrong in (("tp", (plan.tp or 1) > 1), ("pp", (plan.pp or 1) > 1), ("backup", bool(plan.backup))):
-        if wrong:
+    for key in ("tp", "pp"):
+        if (getattr(plan, key) or 1) > 1:
             raise NotBuiltError(
                 f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
                 f"{key} out of the plan."

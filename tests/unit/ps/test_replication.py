@@ -12,7 +12,7 @@ from shards import a_push, a_shard, same
 from shoal.errors import DeadlineError
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
-from shoal.ps.replication import ChainServer, follow, successors
+from shoal.ps.replication import ChainServer, follow
 from shoal.ps.shard import Shard, add_up
 
 QUICK = Patience(deadline_s=60.0, retry_s=0.2)
@@ -30,13 +30,6 @@ def member(keys: RunKeys, shard: Shard, name: str, address: str = "tcp://127.0.0
     finally:
         endpoint.close()
     assert serving.error is None
-
-
-def test_the_chain_of_a_server_are_those_behind_it_along_the_ring():
-    assert successors([3, 0, 7], 3, 1) == (3, 7) and successors([3, 0, 7], 7, 2) == (7, 0, 3)
-    assert successors([3, 0, 7], 0, 0) == (0,)
-    with pytest.raises(ValueError, match="2 replicas need more than 2 servers"):
-        successors([0, 1], 0, 2)
 
 
 def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_joins_while_pushes_go_on():
