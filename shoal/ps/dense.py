@@ -6,6 +6,7 @@ parameters otherwise. A piece is what is placed, pulled, pushed and moved as one
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.errors import NotBuiltError
+from shoal.errors import JobFailed, NotBuiltError
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 20
 
 Numbers = dict[str, Any]
+Form = Mapping[str, Any]
+"""What an optimizer keeps of a piece, by key: tensors and numbers like those that belong there."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class DensePart:
         self.pieces: dict[int, Piece] = {}
         self._weights: dict[int, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None
+        self._forms: dict[tuple[int, torch.dtype, int], Form] = {}
         self.take_up(pieces)
 
     def take_up(self, pieces: Iterable[Piece]) -> None:
@@ -131,6 +137,7 @@ class DensePart:
         optimizer = self._optimizer
         if optimizer is None:
             return
+        before = self.groups if groups else ()
         for group, numbers in zip(optimizer.param_groups, groups or (), strict=False):
             group.update(numbers)
         # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
@@ -139,10 +146,19 @@ class DensePart:
             for number in chosen:
                 gradient = gradients[number].view_as(self._weights[number])
                 self._weights[number].grad = gradient if scale == 1.0 else gradient * scale
-            if chosen:
-                optimizer.step()
-            for number in chosen:
-                self._weights[number].grad = None
+            try:
+                if chosen:
+                    optimizer.step()
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+                logger.exception("The optimizer has failed.")
+                # What came with this push may have been what it failed at.
+                for group, numbers in zip(optimizer.param_groups, before, strict=False):
+                    group.update(numbers)
+                first = (str(error).splitlines() or [""])[0]
+                raise JobFailed(f"{type(optimizer).__name__} has failed with {type(error).__name__}: {first}.") from None
+            finally:
+                for number in chosen:
+                    self._weights[number].grad = None
 
     # -- keeping and moving --------------------------------------------------------------------------------------
 
@@ -167,6 +183,28 @@ class DensePart:
             self._optimizer.state[self._weights[number]] = own
         else:
             self._optimizer.state.pop(self._weights[number], None)
+
+    def form(self, number: int) -> Form | None:
+        """What the optimizer keeps of a piece; None where that cannot be known before its first step."""
+        piece = self.pieces[number]
+        if piece.shape is not None:
+            return self.state(number) or None
+        known = (piece.numel, piece.dtype, piece.group)
+        if known not in self._forms:
+            probe = nn.Parameter(torch.zeros(piece.numel, dtype=piece.dtype))
+            optimizer = self._make_optimizer([(piece, probe)])
+            for group, numbers in zip(optimizer.param_groups, self.groups, strict=False):
+                group.update(numbers)
+            probe.grad = torch.zeros_like(probe)
+            optimizer.step()
+            self._forms[known] = {key: value for key, value in optimizer.state.get(probe, {}).items()}
+        return self._forms[known]
+
+    @property
+    def fixed(self) -> list[set[str]]:
+        """The names of the hyperparameters that are no numbers, and of what a group holds beside them: nobody sends these."""
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        return [{"params", "param_names", *group} - set(own) for group, own in zip(groups, self.groups, strict=True)]
 
     @property
     def groups(self) -> list[Numbers]:

@@ -20,14 +20,15 @@ import msgspec
 from shoal.errors import JobFailed, ShoalError
 from shoal.ps import log as logs
 from shoal.ps import messages
-from shoal.ps.applied import PushId
+from shoal.ps.applied import PartlyApplied, PushId
+from shoal.ps.checks import check_count
 from shoal.ps.endpoint import Endpoint
 from shoal.ps.log import Kind, LogWriter, TornError
-from shoal.ps.messages import Commit, Done, PushHead, Request
+from shoal.ps.messages import Commit, Done, PushHead, Refused, Request
 from shoal.ps.shard import Push, Shard
 from shoal.ps.shard_server import ShardServer, forms_of
-from shoal.ps.staged import Staged
-from shoal.ps.wire import Malformed, encode
+from shoal.ps.staged import MissingError, Staged
+from shoal.ps.wire import Malformed, decode_head, encode
 
 Told = tuple[PushHead | Commit, Sequence[memoryview]]
 """What a server was told, and the frames that came with it."""
@@ -206,14 +207,17 @@ class LoggedServer(ShardServer):
 
     def _take_other(self, identity: bytes, frames: Sequence[Any], error: Malformed) -> None:
         try:
-            message = _decoder.decode(frames[0]) if frames else None
-        except msgspec.MsgspecError:
-            message = None
-        if message is None:
+            message = decode_head(_decoder, frames)
+        except Malformed:
             super()._take_other(identity, frames, error)
             return
-        if isinstance(message, Recover):
-            self._recover(message.mark)
+        try:
+            check_count("step of a checkpoint", message.mark)
+            if isinstance(message, Recover):
+                self._recover(message.mark)
+        except (PartlyApplied, MissingError, ShoalError) as refused:
+            self.endpoint.send(identity, encode(Refused(message.number, str(refused))))
+            return
         self._log.begin_at(message.mark)
         self.endpoint.send(identity, encode(Done(message.number, self.shard.version)))
 

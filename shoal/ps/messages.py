@@ -266,14 +266,18 @@ def pack_tensors(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Tensor, ...
 
 def unpack_tensors(heads: Sequence[Tensor], frames: Sequence[Any]) -> dict[str, torch.Tensor]:
     """The other way, as views of the frames. Raises Malformed."""
-    if len(heads) != len(frames):
-        raise Malformed(f"{len(frames)} frames where {len(heads)} belong")
+    if len(heads) != len(frames) or len({head.name for head in heads}) != len(heads):
+        raise Malformed(f"{len(frames)} frames where {len(heads)} of different names belong")
     found: dict[str, torch.Tensor] = {}
     for head, frame in zip(heads, frames, strict=True):
         if head.dtype not in _DTYPES or any(n < 0 for n in head.shape):
             raise Malformed(f"{head.dtype} of {head.shape} is no tensor")
         numel = int(np.prod(head.shape, dtype=object)) if head.shape else 1
-        found[head.name] = _decode(frame, head.codec, numel, _DTYPES[head.dtype]).view(head.shape)
+        try:
+            found[head.name] = _decode(frame, head.codec, numel, _DTYPES[head.dtype]).view(head.shape)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            # Nothing along one dim and too much along another.
+            raise Malformed(str(error)) from None
     return found
 
 

@@ -24,15 +24,17 @@ from typing import Any
 import msgspec
 import zmq
 
+from shoal.errors import RequestError, ShoalError
 from shoal.ps import messages
-from shoal.ps.applied import PushId
+from shoal.ps.applied import PartlyApplied, PushId
+from shoal.ps.checks import check_count
 from shoal.ps.client import Client
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Done, Pull, PullRows, PushHead, Refused, Request, Tensor
 from shoal.ps.shard import Kept, Push, Shard, Snapshot
 from shoal.ps.shard_server import ShardServer
-from shoal.ps.staged import Staged
-from shoal.ps.wire import Malformed, encode
+from shoal.ps.staged import MissingError, Staged
+from shoal.ps.wire import Malformed, decode_head, encode
 
 _RESEND_S = 1.0
 _ADOPTION_S = 60.0
@@ -160,17 +162,16 @@ class Chain:
 
     def follow_with(self, address: str, anew: bool) -> None:
         """Hand pushes on to another server from now on, or to nobody; ``anew``: give it everything first."""
+        socket = None if not address else self._connected(address)
         if self._socket is not None:
             self._endpoint.forget(self._socket)
             self._socket.close(linger=0)
             self._socket = None
-        if not address:
+        if socket is None:
             # Here is the tail: what is taken is kept as well as can be.
             self._sent.clear()
             self._release()
             return
-        socket = self._keys.dealer(self._context, 0)
-        socket.connect(address)
         self._socket = socket
         self._endpoint.attend(socket, self._hear)
         self._heard_at = time.monotonic()
@@ -182,6 +183,15 @@ class Chain:
         else:
             for sent in self._sent:
                 self._transmit(sent)
+
+    def _connected(self, address: str) -> zmq.Socket[bytes]:
+        socket = self._keys.dealer(self._context, 0)
+        try:
+            socket.connect(address)
+        except (zmq.ZMQError, ValueError) as error:
+            socket.close(linger=0)
+            raise RequestError(f"{address!r} is no address ({error}).") from None
+        return socket
 
     def _everything(self) -> tuple[bytes, list[Any]]:
         """What a new successor gets first: head and frames."""
@@ -258,23 +268,22 @@ class ChainServer(ShardServer):
 
     def _take(self, identity: bytes, frames: Sequence[Any]) -> None:
         try:
-            message = _decoder.decode(frames[0]) if frames else None
-        except msgspec.MsgspecError:
-            message = None
-        if message is None:
+            message = decode_head(_decoder, frames)
+        except Malformed:
             super()._take(identity, frames)
             return
 
         def answer(said: msgspec.Struct) -> None:
             self.endpoint.send(identity, encode(said))
 
-        if isinstance(message, Follow):
-            self.chain.follow_with(message.address, message.anew)
-            answer(Done(message.number, self.shard.version))
-            return
         try:
-            self._take_entry(message, frames[1:], answer)
-        except Malformed as error:
+            if isinstance(message, Follow):
+                self.chain.follow_with(message.address, message.anew)
+                answer(Done(message.number, self.shard.version))
+            else:
+                self._take_entry(message, frames[1:], answer)
+        except (Malformed, PartlyApplied, MissingError, ShoalError) as error:
+            # What is handed on was found right by the one before; who hands on what is not is none of this chain.
             self.endpoint.complain(str(error))
 
     def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
@@ -301,6 +310,7 @@ class ChainServer(ShardServer):
         self, message: Forward | Together | Adopt, frames: Sequence[Any], answer: Callable[[msgspec.Struct], None]
     ) -> None:
         chain, number = self.chain, message.number
+        check_count("entry", number)
         if self._leads:
             # A head that was given up for dead and lives must not acknowledge what nobody has who counts.
             answer(Refused(number, "another one is the head of this chain"))

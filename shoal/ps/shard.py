@@ -18,6 +18,7 @@ import torch
 
 from shoal.errors import JobFailed, RequestError
 from shoal.ps.applied import NOTHING, Applied, PushId
+from shoal.ps.checks import check_count, check_groups, check_snapshot, fits, has_twice
 from shoal.ps.dense import DensePart, Numbers
 from shoal.ps.table import Rows, Table, check_gradients, from_tensors, to_tensors
 
@@ -155,12 +156,12 @@ class Shard:
 
     def check(self, push: Push) -> None:
         """RequestError where a push does not belong here, JobFailed where it is no number: none is ever half applied."""
-        if not push.ids or not math.isfinite(push.scale):
+        if not push.ids or not fits(push.scale):
             raise RequestError(f"A push with the ids {push.ids} and the scale {push.scale} is none.")
-        for present, group in zip(self.dense.groups, push.groups or (), strict=False):
-            for key, value in group.items():
-                if isinstance(present.get(key), (int, float)) and not isinstance(value, (int, float)):
-                    raise RequestError(f"The push has {value!r} for {key}, which is a number.")
+        if len(set(push.ids)) != len(push.ids):
+            raise RequestError("The push has an id twice.")
+        check_count("step", push.step)
+        check_groups(self.dense, push.groups)
         for number, gradient in push.dense.items():
             piece = self.dense.pieces.get(number)
             if piece is None or gradient.numel() != piece.numel or gradient.dtype != piece.dtype:
@@ -173,6 +174,8 @@ class Shard:
             shape = (len(rows.keys), table.spec.width if table is not None else -1)
             if table is None or tuple(rows.gradients.shape) != shape or len(rows.counts) != len(rows.keys):
                 raise RequestError(f"The push has rows of shape {tuple(rows.gradients.shape)} for table {number}, not held here.")
+            if has_twice(rows.keys):
+                raise RequestError(f"The push has a key twice for table {number}.")
             check_gradients(table.spec.name, rows.keys, rows.gradients, table.spec.width)
 
     # -- reading it ----------------------------------------------------------------------------------------------
@@ -186,6 +189,7 @@ class Shard:
         found = self.tables.get(table)
         if found is None:
             raise RequestError(f"There is no table {table} here.")
+        check_count("step", step)
         return found.pull(np.ascontiguousarray(keys, np.int64), step)
 
     # -- keeping and moving it -----------------------------------------------------------------------------------
@@ -215,15 +219,19 @@ class Shard:
         return Snapshot(kept, tensors)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take up a whole snapshot into a new shard that holds the same pieces: weights, state, rows, ledger and version."""
-        self.merge(snapshot)
+        """Take up a whole snapshot into a new shard that holds the same pieces: weights, state, rows, ledger and version.
+
+        RequestError, and nothing is taken up, where it is none of this shard.
+        """
+        self.merge(snapshot, whole=True)
         kept = snapshot.kept
         self.version = kept.version
         self.ledger = Applied(kept.settled, kept.ids)
         self.dense.apply({}, 1.0, kept.groups)
 
-    def merge(self, snapshot: Snapshot) -> None:
-        """Take up the pieces and rows of a snapshot and leave version and ledger as they are."""
+    def merge(self, snapshot: Snapshot, whole: bool = False) -> None:
+        """Take up the pieces and rows of a snapshot and leave version and ledger as they are. RequestError as in ``restore``."""
+        check_snapshot(self.dense, self.tables, snapshot, whole)
         kept, tensors = snapshot.kept, snapshot.tensors
         states: dict[int, dict[str, Any]] = {int(n): dict(values) for n, values in kept.numbers.items()}
         for name, tensor in tensors.items():

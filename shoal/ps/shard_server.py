@@ -138,12 +138,14 @@ class ShardServer:
     def _give(self, message: Take, answer: Callable[..., None]) -> None:
         shard = self.shard
         wanted = None
+        shards_of = {str(number): range(table.spec.shards) for number, table in shard.tables.items()}
         if message.row_shards is not None:
-            wanted = {int(n): shards for n, shards in message.row_shards.items() if n.isdigit()}
-        shards_of = {number: range(table.spec.shards) for number, table in shard.tables.items()}
-        held = all(n in shards_of and all(s in shards_of[n] for s in shards) for n, shards in (wanted or {}).items())
-        if not held or any(n not in shard.dense.pieces for n in message.pieces or ()):
-            raise RequestError("Something was asked for that is not held here.")
+            asked = message.row_shards
+            if not all(n in shards_of and all(s in shards_of[n] for s in shards) for n, shards in asked.items()):
+                raise RequestError("Rows were asked for that are not held here.")
+            wanted = {int(n): tuple(dict.fromkeys(shards)) for n, shards in asked.items()}
+        if any(n not in shard.dense.pieces for n in message.pieces or ()):
+            raise RequestError("A piece was asked for that is not held here.")
         kept, heads, frames = messages.pack_snapshot(shard.snapshot(message.pieces, wanted))
         answer(Taken(message.number, kept, heads), frames)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
+from shoal.ps.checks import MOST
 from shoal.ps.endpoint import Endpoint
+from shoal.ps.messages import Refused
 from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 
@@ -29,6 +31,8 @@ class Desk:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        # Raises Malformed where what is said cannot be meant.
+        self.check: Callable[[words.Said, Sequence[Any]], None] = lambda said, frames: None
         self.open: list[Asked] = []
         self._last: dict[bytes, tuple[int, bytes, Sequence[Any]]] = {}
         self._dead: set[bytes] = set()
@@ -43,6 +47,13 @@ class Desk:
                 said = words.decode_said(frames)
             except Malformed as error:
                 self.endpoint.complain(str(error))
+                continue
+            try:
+                self.check(said, frames[1:])
+            except Malformed as error:
+                self.endpoint.complain(str(error))
+                refused = Refused(min(said.number, MOST), f"The lead was told what cannot be meant: {error}.")
+                self.endpoint.send(identity, encode(refused))
                 continue
             number, head, further = self._last.get(identity, (0, b"", ()))
             if said.number == number:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from shoal.comm.arena import Note, Order, Signal
-from shoal.comm.store import VALUE_COLUMNS, Store
+from shoal.comm.store import Store
 from shoal.errors import JobError, JobFailed, WorkerLostError
 from shoal.process.failure import Failure
 from shoal.ps import messages
@@ -40,6 +40,7 @@ from shoal.train.pacing import Pacer
 from shoal.train.push_log import wants_log
 from shoal.train.remote import words
 from shoal.train.remote.chains import Chains
+from shoal.train.remote.checks import check_of
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.holding import Holding
 from shoal.train.remote.line import Meeting
@@ -83,6 +84,7 @@ class RemoteLead(Holding):
         self._store, self._arena = store, store.arena
         self._host, self._placement, self._members = host, placement, members
         self._desk, self._meeting = desk, meeting
+        desk.check = check_of(self._plan, store, self._job)
         self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._built = built_as(self._facts)
         self._sync = not self._plan.waits_for_nobody
@@ -339,7 +341,6 @@ class RemoteLead(Holding):
         own = self._given.get(said.rank, [])
         known = {orphan.unit for orphan in own}
         rows = [row for row in said.rows if row.unit in known]
-        self._check_rows(said)
         if said.buffers and rows:
             found = messages.unpack_tensors(said.buffers, asked.frames)
             for index, spec in enumerate(self._store.table.buffers):
@@ -359,12 +360,6 @@ class RemoteLead(Holding):
             self._commit()
         # Whoever reports something that was done by another meanwhile is told to go on.
         self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
-
-    def _check_rows(self, said: words.Report) -> None:
-        width = UnitColumns.VALUES + VALUE_COLUMNS
-        for row in said.rows:
-            if len(row.columns) != width or len(row.pulled) not in (0, self._plan.servers):
-                raise JobFailed(f"Worker {said.rank} has reported a unit in another form; run the same version everywhere.")
 
     def _commit(self) -> None:
         """Let the servers apply a step once all of its shards are there, or all but those that need not be waited for."""

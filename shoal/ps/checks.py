@@ -1,0 +1,165 @@
+"""Whether what a server is given fits what it holds. Everything is looked at before anything changes.
+
+Whoever has a run's keys may have another version, or a bug: what is of a wrong shape, dtype, size or name is refused in a
+sentence, and the server is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shoal.errors import RequestError
+from shoal.ps.dense import DensePart, Form, Numbers
+from shoal.ps.table import Table
+
+if TYPE_CHECKING:
+    from shoal.ps.shard import Kept, Snapshot
+
+MOST = 1 << 62
+"""Counts are below this, so that one more is a number that can be sent, too."""
+
+_LARGEST = 3e38
+"""What float32 holds."""
+_ROWS = {"keys": torch.int64, "counts": torch.int64, "last": torch.int64}
+
+
+def check_count(what: str, count: int) -> None:
+    """RequestError where something is no count."""
+    if not 0 <= count < MOST:
+        raise RequestError(f"{count} is no {what}.")
+
+
+def has_twice(keys: np.ndarray) -> bool:
+    """Whether a key is there more than once: a table would make two rows of it."""
+    if len(keys) < 2 or bool((keys[1:] > keys[:-1]).all()):
+        return False
+    ordered = np.sort(keys)
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+
+def check_groups(dense: DensePart, groups: Sequence[Numbers] | None) -> None:
+    """RequestError where hyperparameters are not of the form of those that are there; schedulers add numbers of their own."""
+    present = dense.groups
+    if not groups or not present:
+        return
+    if len(groups) > len(present):
+        raise RequestError(f"There are hyperparameters of {len(groups)} groups where there are {len(present)}.")
+    for own, group, fixed in zip(present, groups, dense.fixed, strict=False):
+        for key, value in group.items():
+            if key in fixed or not _alike(own.get(key, value), value):
+                raise RequestError(f"The hyperparameter {key!r} cannot be {value!r}.")
+
+
+def _alike(own: Any, value: Any) -> bool:
+    if isinstance(own, (tuple, list)):
+        return isinstance(value, (tuple, list)) and len(own) == len(value) and all(map(_alike, own, value))
+    return _is_number(value) and (fits(value) or value == own)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (isinstance(value, float) or abs(value) < MOST)
+
+
+def fits(value: float) -> bool:
+    """Whether a number can be a factor of tensors of any dtype that is trained."""
+    return abs(value) < _LARGEST
+
+
+def check_snapshot(dense: DensePart, tables: Mapping[int, Table], snapshot: Snapshot, whole: bool) -> None:
+    """RequestError where a snapshot is not one of these pieces and tables, or of some of them."""
+    kept = snapshot.kept
+    weights, states, rows = set(), dict[int, dict[str, Any]](), dict[int, dict[str, torch.Tensor]]()
+    for name, tensor in snapshot.tensors.items():
+        kind, number, rest = _parse(name)
+        if kind == "rows":
+            rows.setdefault(number, {})[rest] = tensor
+            continue
+        piece = dense.pieces.get(number)
+        if piece is None or rest:
+            raise RequestError(f"There is no piece for {name} here.")
+        if kind.startswith("state."):
+            states.setdefault(number, {})[kind.removeprefix("state.")] = tensor
+        elif kind != "weights" or tensor.dtype != piece.dtype or tensor.numel() != piece.numel:
+            raise RequestError(f"{name} is {tensor.numel()} of {tensor.dtype} where {piece.numel} of {piece.dtype} belong.")
+        else:
+            weights.add(number)
+    if whole:
+        _check_kept(dense, kept, weights)
+    for text, numbers in kept.numbers.items():
+        number = _number(text)
+        for key, value in numbers.items():
+            if key in states.get(number, {}) or not (value is None or isinstance(value, bool) or _is_number(value)):
+                raise RequestError(f"The optimizer keeps no {value!r} as {key} of piece {text}.")
+            states.setdefault(number, {})[key] = value
+    for number, state in states.items():
+        if number not in weights:
+            raise RequestError(f"There is optimizer state of piece {number}, and no weights.")
+        _check_state(number, state, dense.form(number))
+    for number, tensors in rows.items():
+        _check_rows(number, tables.get(number), tensors)
+
+
+def _check_kept(dense: DensePart, kept: Kept, weights: set[int]) -> None:
+    check_count("version", kept.version)
+    check_groups(dense, kept.groups)
+    if weights != set(dense.pieces):
+        raise RequestError(f"A whole snapshot has {len(weights)} pieces where {len(dense.pieces)} belong.")
+
+
+def _parse(name: str) -> tuple[str, int, str]:
+    """``KIND/NUMBER`` or ``rows/NUMBER/REST``."""
+    kind, _, rest = name.partition("/")
+    number, _, more = rest.partition("/")
+    return kind, _number(number), more
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise RequestError(f"{text!r} is no number of a piece or a table.")
+    return int(text)
+
+
+def _check_state(number: int, state: Mapping[str, Any], form: Form | None) -> None:
+    """Of an optimizer of which it is not known what it keeps, the tensors have to be such as a step could have made."""
+    if form is None:
+        return
+    for key, value in state.items():
+        if key not in form:
+            raise RequestError(f"The optimizer keeps no {key} of piece {number}.")
+        like = form[key]
+        if isinstance(value, torch.Tensor) != isinstance(like, torch.Tensor):
+            raise RequestError(f"What the optimizer keeps as {key} of piece {number} is not of that kind.")
+        if isinstance(value, torch.Tensor) and (value.numel(), value.dtype) != (like.numel(), like.dtype):
+            raise RequestError(
+                f"{key} of piece {number} is {value.numel()} of {value.dtype} where {like.numel()} of {like.dtype} belong."
+            )
+    missing = [key for key, like in form.items() if isinstance(like, torch.Tensor) and key not in state]
+    if missing and state:
+        raise RequestError(f"The optimizer's {missing[0]} of piece {number} is missing.")
+
+
+def _check_rows(number: int, table: Table | None, tensors: Mapping[str, torch.Tensor]) -> None:
+    if table is None:
+        raise RequestError(f"There is no table {number} here.")
+    spec, sketch = table.spec, tensors.get("sketch")
+    if not set(tensors) - {"sketch"} == {"values", *_ROWS}:
+        raise RequestError(f"The rows of table {number} are not whole.")
+    count = tensors["keys"].numel()
+    for name, dtype in _ROWS.items():
+        if tensors[name].dtype != dtype or tuple(tensors[name].shape) != (count,):
+            raise RequestError(f"The {name} of the rows of table {number} are none.")
+    values, counts = tensors["values"], tensors["counts"]
+    if values.dtype not in (torch.float32, torch.float64) or tuple(values.shape) != (count, spec.width + spec.state):
+        raise RequestError(f"Rows of {tuple(values.shape)} {values.dtype} are none of table {number}.")
+    if count and not (int(counts.min()) >= 0 and int(counts.max()) < 1 << 32 and int(tensors["last"].min()) >= 0):
+        raise RequestError(f"The rows of table {number} have counts or steps that are none.")
+    if has_twice(tensors["keys"].numpy()):
+        raise RequestError(f"The rows of table {number} have a key twice.")
+    if sketch is not None:
+        held = table.export_sketch()
+        if held is not None and (sketch.dtype != torch.int16 or tuple(sketch.shape) != held.shape):
+            raise RequestError(f"What table {number} is to have counted is of another form.")

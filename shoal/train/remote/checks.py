@@ -1,0 +1,125 @@
+"""Whether what is said to a lead can be meant: of a run with so many workers and servers, a job with these buffers and metrics.
+
+A head that could be decoded has fields of the right types. What their values would do is looked at here, before anything is
+taken up: who has the run's keys and says something that cannot be meant is told so, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.comm.store import VALUE_COLUMNS, Store
+from shoal.errors import RequestError
+from shoal.job import Job
+from shoal.plan import Plan
+from shoal.process.messages import SERVER, WORKER
+from shoal.ps import messages
+from shoal.ps.checks import MOST, fits
+from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.ps.wire import Malformed
+from shoal.train import notes
+from shoal.train.evaluate import merge
+from shoal.train.metric_state import metrics_of
+from shoal.train.remote import words
+from shoal.train.remote.keeper import ROLE as KEEPER
+
+_WIDTH = UnitColumns.VALUES + VALUE_COLUMNS
+_ADDRESS = re.compile(r"tcp://[^\s:/]+:\d{1,5}|tcp://\[[0-9a-fA-F:.%\w]+\]:\d{1,5}")
+_MOST_EPOCHS = 1 << 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaidCheck:
+    """What the words of a run have to be like.
+
+    Attributes:
+        workers, servers: how many of these processes there are.
+        shards: how many servers hold something different.
+        sync: whether pushes wait for others.
+        buffers: the model's.
+        metrics: the job's, by name.
+    """
+
+    workers: int
+    servers: int
+    shards: int
+    sync: bool
+    buffers: Mapping[str, torch.Tensor]
+    metrics: Mapping[str, Any]
+
+    def __call__(self, said: words.Said, frames: Sequence[Any]) -> None:
+        """Raises Malformed."""
+        if not 0 < said.number < MOST:
+            raise Malformed(f"{said.number} is no number of a question")
+        role = getattr(said, "role", SERVER if isinstance(said, words.LogFailed) else WORKER)
+        count = {WORKER: self.workers, SERVER: self.servers, KEEPER: self.workers + self.servers}.get(role, 0)
+        # Who has failed may have done so before it knew who it was.
+        if not isinstance(said, (words.Failed, words.Names)) and not 0 <= getattr(said, "rank", 0) < count:
+            raise Malformed(f"there is no {role} {getattr(said, 'rank', 0)}")
+        if isinstance(said, words.Evaluated):
+            self._look_at_evaluation(said, frames)
+        elif isinstance(said, words.Report):
+            self._look_at_report(said, frames)
+        elif frames:
+            raise Malformed(f"{len(frames)} frames where none belongs")
+        elif isinstance(said, words.Join) and said.role == SERVER and not _ADDRESS.fullmatch(said.address):
+            raise Malformed(f"{said.address!r} is no address")
+        elif isinstance(said, words.Names) and len(said.names) > VALUE_COLUMNS:
+            raise Malformed(f"{len(said.names)} values are more than a row has")
+        elif isinstance(said, words.Bad) and not (said.units and all(0 <= unit < MOST for unit in said.units)):
+            raise Malformed("there is no unit in it")
+
+    def _look_at_report(self, said: words.Report, frames: Sequence[Any]) -> None:
+        if len({row.unit for row in said.rows}) != len(said.rows):
+            raise Malformed("a unit is in it twice")
+        counted = False
+        for row in said.rows:
+            if len(row.columns) != _WIDTH or len(row.pulled) not in (0, self.shards):
+                raise Malformed(f"unit {row.unit} is in another form; run the same version everywhere")
+            push = row.columns[UnitColumns.PUSH]
+            sums = row.columns[UnitColumns.LOSS : UnitColumns.SAMPLES + 1]
+            if not (math.isfinite(push) and -MOST < push < MOST):
+                raise Malformed(f"{push} is no push")
+            if int(push) not in (EMPTY, REJECTED):
+                counted = True
+                if not all(fits(value) for value in sums):
+                    raise Malformed(f"what was found of unit {row.unit} is no number")
+        if len(said.made) not in (0, self.shards) or (counted and not self.sync and not said.made):
+            raise Malformed(f"{len(said.made)} versions where there are {self.shards} servers")
+        if not all(0 <= count < MOST for count in (*said.made, *(p for row in said.rows for p in row.pulled))):
+            raise Malformed("a version is none")
+        found = messages.unpack_tensors(said.buffers, frames)
+        like = {name: (buffer.shape, buffer.dtype) for name, buffer in self.buffers.items()}
+        if found and {name: (buffer.shape, buffer.dtype) for name, buffer in found.items()} != like:
+            raise Malformed("its buffers are not those of the model")
+
+    def _look_at_evaluation(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
+        if len(frames) != 2 or not 0 < said.epoch < _MOST_EPOCHS or not math.isfinite(said.seconds):
+            raise Malformed(f"{len(frames)} frames are no evaluation of epoch {said.epoch}")
+        if any(math.isnan(weight) for _, weight in (said.sums or {}).values()):
+            raise Malformed("a weight is no number")
+        try:
+            for frame in frames:
+                found = metrics_of(notes.from_bytes(frame), self.metrics)
+                for name, metric in metrics_of(notes.from_bytes(frame), self.metrics).items():
+                    merge(metric, found[name])
+        except RequestError as error:
+            raise Malformed(str(error)) from None
+        # Metrics are the user's, and what they make of a state that is none may be anything; it is not kept.
+        except Exception as error:
+            raise Malformed(f"the state of its metrics is none ({type(error).__name__})") from None
+
+
+def check_of(plan: Plan, store: Store, job: Job) -> SaidCheck:
+    """What the words of a run under a plan have to be like."""
+    buffers = {spec.name: store.buffer(0, k) for k, spec in enumerate(store.table.buffers)}
+    return SaidCheck(
+        workers=store.arena.world_size, servers=plan.servers * (1 + (plan.replicas or 0)), shards=plan.servers,
+        sync=not plan.waits_for_nobody, buffers=buffers, metrics=job.metrics,
+    )  # fmt: skip
