@@ -86,6 +86,8 @@ class SaidCheck:
             sums = row.columns[UnitColumns.LOSS : UnitColumns.SAMPLES + 1]
             if not (math.isfinite(push) and -MOST < push < MOST):
                 raise Malformed(f"{push} is no push")
+            if int(push) < 0 and int(push) not in (EMPTY, REJECTED):
+                raise Malformed(f"no worker says {push} of a push")
             if int(push) not in (EMPTY, REJECTED):
                 counted = True
                 if not all(fits(value) for value in sums):

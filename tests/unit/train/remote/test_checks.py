@@ -11,7 +11,7 @@ from mutations import mutated
 from torchmetrics.classification import BinaryAUROC, BinaryConfusionMatrix
 
 from shoal.ps import messages
-from shoal.ps.ledger import EMPTY, UnitColumns
+from shoal.ps.ledger import DROPPED, EMPTY, UnitColumns
 from shoal.ps.wire import Malformed, encode
 from shoal.train import notes
 from shoal.train.evaluate import own_copy
@@ -65,7 +65,8 @@ def test_what_is_right_is_taken() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        report(words.Row(3, (1.0,), (0,))), report(words.Row(3, columns(PUSH=float("nan")), (1, 1))), report(ROW, ROW),
+        report(words.Row(3, (1.0,), (0,))), report(words.Row(3, columns(PUSH=float("nan")), (1, 1))),
+        report(words.Row(3, columns(PUSH=DROPPED), (1, 1))), report(ROW, ROW),
         report(words.Row(3, columns(WEIGHT=float("nan")), (1, 1))), report(ROW, made=()), report(ROW, made=(1, 2, 3)),
         report(ROW, buffers={"mean": torch.zeros(3)}), report(ROW, buffers={**BUFFERS, "mean": torch.zeros(4)}),
         report(ROW, rank=2),
