@@ -22,6 +22,7 @@ from typing import Any
 from shoal.errors import DeadlineError, JobFailed
 from shoal.process.channel import Channel, ChannelClosed, dumps
 from shoal.process.failure import Failure
+from shoal.process.gentle import GentleSession
 from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Returned
 from shoal.process.template import GENTLE, STACK_SIGNAL
 
@@ -89,7 +90,8 @@ class Supervisor:
     ) -> None:
         """``preload``: modules that the template imports while it waits for its first message.
 
-        ``gentle``: all that the template does itself has the lowest priority; its children have the usual one.
+        ``gentle``: all that the template does itself has the lowest priority, and it and its children leave the cores to others
+        until ``hurry`` is called.
         """
         self._preload = tuple(preload)
         self._environment = dict(environment or {})
@@ -98,6 +100,7 @@ class Supervisor:
         self._template: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._load: Load | None = None
+        self._session: GentleSession | None = None
         self.template_deaths = 0
         # Grows with every change of what ``processes`` returns.
         self.changes = 0
@@ -115,8 +118,23 @@ class Supervisor:
             command, pass_fds=[right.fileno()], env=env, start_new_session=True, stdin=subprocess.DEVNULL
         )
         right.close()
+        if self._gentle:
+            self.step_back()
         self._channel = Channel(left)
         self.changes += 1
+
+    def hurry(self) -> None:
+        """From now on everybody has as much of the cores as others, and so has a template that is started anew."""
+        self._gentle = False
+        session, self._session = self._session, None
+        if session is not None:
+            session.come_back()
+
+    def step_back(self) -> None:
+        """Leave the cores to others from now on; before the end, too: giving memory back takes some time."""
+        if self._template is not None and self._session is None:
+            self._session = GentleSession(self._template.pid, lambda: tuple(self.children))
+            self._session.give_way()
 
     @property
     def template_pid(self) -> int:
@@ -295,6 +313,9 @@ class Supervisor:
         for child in list(self.children.values()):
             _wait_gone(child.pid)
             self._forget(child)
+        session, self._session = self._session, None
+        if session is not None:
+            session.forget()
 
 
 def _kernel_state(pid: int) -> str:

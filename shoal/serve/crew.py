@@ -15,6 +15,7 @@ from typing import Any
 
 from shoal.errors import DeadlineError, JobFailed, RequestError
 from shoal.process.channel import ChannelClosed
+from shoal.process.gentle import gently
 from shoal.process.supervisor import Child, Supervisor, TemplateLost
 from shoal.serve.messages import AddModel, Attach, Attached, Edition, FollowRun, Lost, Skipped
 from shoal.serve.precision import Precision
@@ -114,7 +115,8 @@ class Crew:
         slots = max(_LEAST_SLOTS, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
         # One ring more than replicas: two ways of sharing the cores are tried beside each other.
         self.layout = SlotLayout.of(self.signature, slots, rings=most + 1, max_batch=_MOST_BATCH)
-        self.slots = Slots.create(self.layout)
+        # Filling so much memory with zeros takes a core for a while.
+        self.slots = gently(lambda: Slots.create(self.layout)) if self._gentle else Slots.create(self.layout)
         self.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def _choose_computing(self, like: Crew | None) -> None:
@@ -167,6 +169,9 @@ class Crew:
             + ("; its weights follow their run, so it is computed as it is" if self.source.live is not None else "")
         )
         self._supervisor.fork()
+        # They are about to answer themselves.
+        self._gentle = False
+        self._supervisor.hurry()
 
     def _try(self, count: int, threads: int, batches: Sequence[int]) -> _Option:
         first = len(self._places)
@@ -441,6 +446,11 @@ class Crew:
     @property
     def changes(self) -> int:
         return self._supervisor.changes
+
+    def retire(self) -> None:
+        """As ``close``, while others answer: they come first."""
+        self._supervisor.step_back()
+        self.close()
 
     def close(self) -> None:
         """End all processes and give the memory back."""

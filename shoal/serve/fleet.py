@@ -6,6 +6,7 @@ happens here, the gateway is told by messages, and nothing here ever waits.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,7 @@ class Fleet:
         self._active: dict[str, Crew] = {}
         self._rollouts: dict[str, Rollout] = {}
         self._leaving: list[Crew] = []
+        self._ending: list[threading.Thread] = []
         self._followers: dict[str, Follower] = {}
         # Models whose run had no checkpoint yet when it began to be followed.
         self._awaited: set[str] = set()
@@ -114,7 +116,9 @@ class Fleet:
             rollout.join()
         for crew in self._crews:
             crew.close()
-        self._crews, self._rollouts = [], {}
+        for thread in self._ending:
+            thread.join()
+        self._crews, self._rollouts, self._ending = [], {}, []
 
     # -- watching ------------------------------------------------------------------------------------------------
 
@@ -370,10 +374,18 @@ class Fleet:
             self._leaving.remove(crew)
             self._crews.remove(crew)
             self._scalers.pop(edition, None)
-            crew.close()
+            self._end(crew)
         done = self._unloading.pop(edition, None)
         if done is not None:
             done(None)
+
+    def _end(self, crew: Crew) -> None:
+        """End a crew that has finished. Beside others who answer that takes longer than anybody here may wait."""
+        if crew.signature.name not in self._active:
+            return crew.close()
+        thread = threading.Thread(target=crew.retire, name="shoal-retire", daemon=True)
+        thread.start()
+        self._ending = [one for one in self._ending if one.is_alive()] + [thread]
 
     def _move_counts(self, crew: Crew) -> None:
         """While there is no gateway: what a version counted is added to what its model's other version counts."""

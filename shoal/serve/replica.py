@@ -237,6 +237,9 @@ class ReplicaHost:
         measure = partial(self._measure, message.batches, message.budget_s)
         # Beside others the shortest time is the best guess of what a batch takes.
         measured = gently(partial(measure, np.min)) if message.gentle else measure(np.median)
+        if message.gentle:
+            # Some of what torch sets up at first it sets up for each thread: no request of a client's shall wait for that.
+            self._run(_sample(self.signature, 1))
         channel.send(Attached(measured))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _Loop(self, slots, message.ring, work=fds[1], done=fds[2]).serve()

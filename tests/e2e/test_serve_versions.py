@@ -122,6 +122,10 @@ def test_swap_under_load(service: Any, first: Path, tmp_path: Path) -> None:
     # What the old version had counted is still there.
     assert service.numbers()["odd"]["answered"] == len(crowd.answers) and service.numbers()["odd"]["probed"] >= 1
     _until(lambda: len([row for row in service.processes() if row["role"] == "template"]) == 1)
+    (template,) = [row["pid"] for row in service.processes() if row["role"] == "template"]
+    group = Path(f"/proc/{template}/autogroup")
+    # It was loaded while others came first; now it has as much of the cores as anybody.
+    assert not group.exists() or group.read_text().split()[-1] == "0"
 
 
 @pytest.mark.parametrize(("by", "kept"), [(0.0, True), (1.0, False)])
