@@ -12,6 +12,9 @@ there is none. It holds 3 · P bytes for P of weights, once there is a reader.
 Which rows of tables have changed is noted by whoever changes them (``rows.c``), once there is a reader; their values are read
 in the same moment as the weights. Nothing holds a second table: a new reader gets the rows piece by piece while they change,
 and then all changes since the first piece, read in one moment, which make a whole of it.
+
+What goes wrong in the publisher's thread must not leave readers waiting without a word: it is told to the run, and everything is
+published anew; where that goes wrong again and again, readers are told why there will be nothing more.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +50,11 @@ _GONE_S = 10.0
 _FAREWELL_S = 5.0
 # What is kept of changed rows for readers that are slow; more only while somebody is being given all rows.
 _KEPT_BYTES = 256 << 20
+# How long readers are given to take what is newest before this process is busy, and how often that is looked at.
+_SETTLE_S, _HURRY_S = 0.05, 0.001
+# After something went wrong: how long nothing is tried, and how often it may within how long before nothing is tried any more.
+_PAUSE_S = 0.2
+_MOST_FAILURES, _FAILURES_S = 3, 60.0
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,12 @@ class Copied:
         versions: of the servers that were looked at, how many updates each had made.
         rows: what has changed in tables since the last time, by the table's number; None in the place of changes: more than
             was noted.
+        busy_s: for how long servers were busy with it, beyond the processor time of the thread that asked.
     """
 
     versions: tuple[int, ...]
     rows: tuple[tuple[int, Changes | None], ...] = ()
+    busy_s: float = 0.0
 
 
 class Source(Protocol):
@@ -148,6 +160,15 @@ class Publisher:
         self._heard: dict[bytes, float] = {}
         # Who is being given the rows: of which publication, and when the last piece was read.
         self._filling: dict[bytes, tuple[int, float]] = {}
+        # Which publication each was sent last.
+        self._sent: dict[bytes, int] = {}
+        self._due = 0.0
+        # By which the thread is woken, to see to it that everybody has what is newest.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._settling, self._settled = False, threading.Event()
+        self._failed_at: list[float] = []
+        self.troubles: SimpleQueue[str] = SimpleQueue()
+        """What went wrong, in sentences for whoever looks after the run."""
         self._closing: str | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="shoal-publisher", daemon=True)
@@ -163,35 +184,101 @@ class Publisher:
 
         ``reason``: what they are told; None: nothing, for another publisher will go on for them.
         """
+        # Where it has given up, its readers know why.
         self._closing, self._closed = reason, True
         self._thread.join()
+        os.close(self._bell)
         self._door.close()
         self._socket.close()
         self._context.term()
         self._edition.close()
 
+    def settle(self, within_s: float = _SETTLE_S) -> bool:
+        """Send every reader what there is now, and wait for that; returns whether it was done ``within_s`` seconds.
+
+        For whoever rests the servers and is about to keep this process busy: no reader is to be behind for so long.
+        """
+        if not self._heard:
+            return True
+        self._settled.clear()
+        self._settling = True
+        os.eventfd_write(self._bell, 1)
+        try:
+            return self._settled.wait(within_s)
+        finally:
+            self._settling = False
+
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._door.socket, zmq.POLLIN)
-        due = 0.0
         while not self._closed:
-            pause_s = max(0.0, due - time.monotonic()) if self._waiting else PERIOD_S
-            for socket, _ in poller.poll(math.ceil(pause_s * 1000)):
+            try:
+                self._attend()
+            except Exception as error:
+                if not self._begin_again(error):
+                    return
+        if self._closing is not None:
+            try:
+                self._say_farewell()
+            except Exception as error:
+                self._tell(error, "Its readers may not have its last weights")
+
+    def _attend(self) -> None:
+        poller = zmq.Poller()
+        for socket in (self._socket, self._door.socket, self._bell):
+            poller.register(socket, zmq.POLLIN)
+        while not self._closed:
+            pause_s = max(0.0, self._due - time.monotonic()) if self._waiting else PERIOD_S
+            for socket, _ in poller.poll(math.ceil(1000 * (_HURRY_S if self._settling else pause_s))):
                 if socket is self._door.socket:
                     self._door.attend()
-                else:
+                elif socket is self._socket:
                     self._take()
+                else:
+                    os.eventfd_read(self._bell)
             now = time.monotonic()
-            if now >= due and (self._waiting or self._filling):
+            if (now >= self._due or self._settling) and (self._waiting or self._filling):
                 took_s = self._answer()
                 # Between two copies there is so many times as long as they take.
-                due = now + max(PERIOD_S, (_COPYING_SHARE + 1) * took_s)
+                self._due = now + max(PERIOD_S, (_COPYING_SHARE + 1) * took_s)
                 self._forget_the_gone(now)
-        if self._closing is not None:
-            self._say_farewell()
+            if self._settling and self._have_all():
+                self._settled.set()
+
+    def _have_all(self) -> bool:
+        """Whether everybody was sent what the servers have now; who is being given the rows takes longer."""
+        number, versions = self._edition.number, self._edition.versions
+        readers = self._heard.keys() - self._filling.keys()
+        return versions == self._source.versions() and all(self._sent.get(reader) == number for reader in readers)
+
+    def _begin_again(self, error: Exception) -> bool:
+        """Something went wrong that nobody has thought of: publish everything anew. False where that happens too often."""
+        now = time.monotonic()
+        self._failed_at = [at for at in self._failed_at if now - at < _FAILURES_S] + [now]
+        if len(self._failed_at) > _MOST_FAILURES:
+            self._tell(error, "Its readers are told that nothing more is published")
+            self._refuse(f"What it publishes went wrong again and again ({_named(error)}); it goes on and keeps checkpoints.")
+            return False
+        self._tell(error, "Its readers are given everything anew")
+        self._edition = self._edition.anew()
+        self._due = now + _PAUSE_S
+        return True
+
+    def _refuse(self, reason: str) -> None:
+        """Nothing is published any more: whoever waits, or asks, is told so at once."""
+        for identity in self._waiting:
+            self._send(identity, wire.Closed(reason))
+        while not self._closed:
+            if self._door.socket.poll(0):
+                self._door.attend()
+            if self._socket.poll(math.ceil(PERIOD_S * 1000)):
+                identity, *_ = self._socket.recv_multipart()
+                self._send(identity, wire.Closed(reason))
+
+    def _tell(self, error: Exception, what: str) -> None:
+        sentence = f"Publishing the weights of {self._run} went wrong ({_named(error)}). {what}."
+        logger.error("%s", sentence, exc_info=error)
+        self.troubles.put(sentence)
 
     def _forget_the_gone(self, now: float) -> None:
         """A reader that is there asks again as soon as it has an answer, and has one within a heartbeat."""
@@ -204,6 +291,7 @@ class Publisher:
         self._filling.pop(identity, None)
         self._sharing.discard(identity)
         self._have.pop(identity, None)
+        self._sent.pop(identity, None)
 
     def _take(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -242,8 +330,11 @@ class Publisher:
         self._send(identity, piece, keys.tobytes() + rows.tobytes())
 
     def _answer(self) -> float:
-        """Bring the edition up to date and answer those for whom it has something new; how long the copying took, in s."""
-        began = time.monotonic()
+        """Bring the edition up to date and answer those for whom it has something new; for how long that kept others busy, in s.
+
+        Waiting for the moment between two updates keeps nobody busy.
+        """
+        began_s = time.thread_time()
         wholes = any(identity in self._filling and have for identity, (have, _) in self._waiting.items())
         needed = min((have for have, _ in self._filling.values()), default=None)
         try:
@@ -251,7 +342,7 @@ class Publisher:
         except OSError as error:
             logger.warning("Rows are not published: there is no memory to note which of them change (%s).", error.strerror)
         self._edition.trim(min([*self._have.values(), *(have for have, _ in self._filling.values())], default=0))
-        took_s = time.monotonic() - began
+        took_s = time.thread_time() - began_s + self._edition.busy_s
         now = time.monotonic()
         for identity, (have, since) in list(self._waiting.items()):
             late = now - since > HEARTBEAT_S
@@ -271,6 +362,7 @@ class Publisher:
         update, payload = self._edition.since(have, identity in self._sharing)
         if not update.whole:
             self._filling[identity] = (update.number, math.inf)
+        self._sent[identity] = update.number
         self._send(identity, update, payload)
 
     def _send(self, identity: bytes, message: wire.FromPublisher, payload: bytes = b"") -> None:
@@ -297,17 +389,23 @@ class Publisher:
 class _Edition:
     """The last publication: its bytes, for each block the publication in which it last changed, and the rows that did lately."""
 
-    def __init__(self, source: Source, number: int = 0) -> None:
-        """``number``: of the last publication that there was before."""
+    def __init__(self, source: Source, number: int = 0, banks: Banks | None = None) -> None:
+        """``number``: of the last publication that there was before; ``banks``: where they lie, if readers look there already."""
         self._source = source
         self.number, self._before = number, number
         self.versions: tuple[int, ...] = ()
         self.settled_at = -math.inf
         """When everything was read that it holds, each server's between two of its updates."""
+        self.busy_s = 0.0
+        """For how long the servers were busy with the last renewal."""
         self._taken_at = 0.0
-        self._banks: Banks | None = None
+        self._banks = banks
         self._changed = np.empty(0, np.int64)
         self._logs: list[RowLog] = []
+
+    def anew(self) -> _Edition:
+        """Another one that goes on for this one, of which nobody knows what is in it."""
+        return _Edition(self._source, self.number, self._banks)
 
     def share(self) -> wire.Shared | None:
         """What a reader on this machine needs to see publications where they lie; None where they are not shared."""
@@ -335,6 +433,7 @@ class _Edition:
         that publication has to be kept. ``compare``: find out which bytes have changed; nobody wants to know where all readers
         share the memory. OSError where memory has run out.
         """
+        self.busy_s = 0.0
         found = self._source.versions()
         first = self.number == self._before
         if not first and found == self.versions and not everybody:
@@ -356,6 +455,7 @@ class _Edition:
                     following[start:stop] = banks.bytes[start:stop]
                 continue
             rows += copied.rows
+            self.busy_s += copied.busy_s
             for server, version in zip(group, copied.versions, strict=True):
                 versions[server] = version
         if everybody and not failed:
@@ -422,6 +522,10 @@ class _Edition:
         runs, size, held = _runs(np.flatnonzero(self._changed > base)), self._source.size, self._banks.bytes
         ends = ((first * wire.BLOCK_BYTES, min((first + count) * wire.BLOCK_BYTES, size)) for first, count in runs)
         return runs, [held[start:stop].data for start, stop in ends]
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _whole(size: int) -> int:

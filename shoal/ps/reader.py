@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from shoal.errors import DeadlineError, RequestError, ShoalError
+from shoal.errors import DeadlineError, JobFailed, RequestError, ShoalError
 from shoal.ps import wire
 from shoal.ps.banks import SeenBanks
 from shoal.ps.keys import Pair, ReadKey
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 _DEADLINE_S = 10.0
 # Three heartbeats without a word: the publisher is gone, or the network.
@@ -230,6 +233,10 @@ class Reader:
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             try:
                 self._converse(socket, monitor)
+            except Exception as error:
+                # Whoever waits is to know why nothing comes.
+                logger.exception("Reading %s went wrong.", self._from)
+                self._fail(JobFailed(f"Reading {self._from} went wrong ({type(error).__name__}: {error}); open it anew."))
             finally:
                 socket.disable_monitor()
                 monitor.close(0)

@@ -211,6 +211,24 @@ class Publication:
     def __init__(self, run: str, directory: Path) -> None:
         self._run, self._directory = run, directory
         self._before: Succession | None = None
+        self._publisher: Publisher | None = None
+        self._troubles: list[str] = []
+
+    def settle(self) -> None:
+        """The servers rest, and this process will be busy: let readers have what there is. Not for long."""
+        if self._publisher is not None:
+            self._publisher.settle()
+
+    def troubles(self) -> list[str]:
+        """What went wrong in publishing since this was last asked, a sentence each."""
+        if self._publisher is not None:
+            self._gather(self._publisher)
+        found, self._troubles = self._troubles, []
+        return found
+
+    def _gather(self, publisher: Publisher) -> None:
+        while not publisher.troubles.empty():
+            self._troubles.append(publisher.troubles.get())
 
     @contextlib.contextmanager
     def of(self, store: Store, clocks: Clocks, tables: Sequence[Table], goes_on: Callable[[], bool]) -> Iterator[None]:
@@ -234,15 +252,18 @@ class Publication:
         with contextlib.suppress(OSError):
             publisher.read_key.write(self._directory)
         silent = False
+        self._publisher = publisher
         try:
             yield
             silent = goes_on()
         finally:
+            self._publisher = None
             if silent:
                 publisher.close(None)
                 self._before = publisher.succession
             else:
                 publisher.close()
+            self._gather(publisher)
 
     def close(self) -> None:
         """The run is over, under whatever plan."""

@@ -51,6 +51,17 @@ class StepSaver:
             writer = PartWriter(self._axis.store, self._directory, step)
             self._attempt(writer, lambda: writer.write_rest(*self._ranks))
 
+    def write_ahead(self, step: int) -> None:
+        """Write the whole part, where a checkpoint is made of this step's beginning, before its update begins.
+
+        For servers: until the update begins, readers of the run are given what there is, however long the disk takes.
+        """
+        self.begin(step)
+        updater = self._updater
+        for chunk in range(updater.count) if updater is not None else ():
+            self._write_chunk(chunk)
+        self.end(step)
+
     def _wanted(self, step: int) -> bool:
         slot = self._axis.slot
         settled = (slot.note(Note.CHECKPOINT_DONE), slot.note(Note.CHECKPOINT_FAILED))
@@ -58,10 +69,13 @@ class StepSaver:
 
     def before_chunk(self, chunk: int, step: int) -> None:
         """A chunk is about to be updated."""
-        writer, updater = self._writer, self._updater
         if self._may_draw:
             seed, part = self._where
             streams.reseed(streams.UPDATE, seed, step, part)
+        self._write_chunk(chunk)
+
+    def _write_chunk(self, chunk: int) -> None:
+        writer, updater = self._writer, self._updater
         if writer is not None and updater is not None:
             # A slow disk is no stall.
             self._axis.slot.write(Note.PHASE_SINCE, time.monotonic())

@@ -127,12 +127,14 @@ class ServerLoop:
             # The workers see it, too, and know the samples.
             axis.await_end()
         parts.faults.reach("taken", step)
+        if not axis.has_taken(step):
+            # Afterwards it is no step's beginning any more; a predecessor that had begun has written it.
+            self._saver.write_ahead(step)
         axis.take(step)
         stripes = axis.stripes(step)
         if stripes is not None:
             parts.updater.take_sources(stripes)
         parts.faults.reach("reduce", step)
-        self._saver.begin(step)
         slot.enter(Phase.UPDATE, step)
         if isinstance(parts.updater, LbfgsUpdater):
             self._direct(parts.updater, step, totals.factor)
@@ -142,7 +144,6 @@ class ServerLoop:
             with user_code("optimizer"):
                 axis.update(step, totals, parts.job.grad_clip, self._hooks)
             parts.faults.reach("updated", step)
-            self._saver.end(step)
             with user_code("scheduler"):
                 parts.schedule.after_step(step)
             if parts.log is not None:

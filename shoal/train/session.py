@@ -263,7 +263,12 @@ class Session:
             self._describe_checkpoints()  # Whoever reads what the servers publish need not wait for a checkpoint.
         if self._recorder.first_step_at is not None:
             self._memory.look(self._processes_here)
+        self._tell_troubles()
         self._emit.attend()
+
+    def _tell_troubles(self) -> None:
+        for text in self._publication.troubles():
+            self._emit("warning", text=text)
 
     def _take(self, message: Any) -> None:
         if isinstance(message, EpochPart):
@@ -476,6 +481,7 @@ class Session:
         self._finish_completing()
         if (step == 0 and not self._log.kept) or (self._last_checkpoint is not None and self._last_checkpoint.step == step):
             return
+        self._publication.settle()
         began = time.monotonic()
         checkpoints.discard_parts(self._directory.checkpoints)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -117,7 +118,9 @@ class RemoteSource:
             return None
         try:
             watcher = self._reach()
+            began = time.monotonic()
             found = watcher.watch(servers)
+            busy_s = time.monotonic() - began
             if self._together and len({each.version for each in found.values()}) > 1:
                 return None
         except (ShoalError, Malformed) as error:
@@ -130,7 +133,7 @@ class RemoteSource:
             self._put(server, found[server], out)
             self._versions[server] = max(self._versions[server], found[server].version)
         rows: list[tuple[int, Changes | None]] = [row for server in servers for row in found[server].rows]
-        return Copied(tuple(found[server].version for server in servers), tuple(rows))
+        return Copied(tuple(found[server].version for server in servers), tuple(rows), busy_s)
 
     def places(self, servers: Sequence[int]) -> Sequence[tuple[int, int]]:
         pieces = [piece for server in servers for piece in self._placement.pieces_of(server)]
