@@ -184,8 +184,8 @@ class Publisher:
 
         ``reason``: what they are told; None: nothing, for another publisher will go on for them.
         """
-        # Where it has given up, its readers know why.
         self._closing, self._closed = reason, True
+        os.eventfd_write(self._bell, 1)
         self._thread.join()
         os.close(self._bell)
         self._door.close()

@@ -238,6 +238,8 @@ class Reader:
                 logger.exception("Reading %s went wrong.", self._from)
                 self._fail(JobFailed(f"Reading {self._from} went wrong ({type(error).__name__}: {error}); open it anew."))
             finally:
+                if self._ended is None:
+                    _send(socket, wire.Bye())
                 socket.disable_monitor()
                 monitor.close(0)
                 socket.close()
@@ -274,7 +276,6 @@ class Reader:
             if self._ended is not None:
                 return
             _send(socket, answer)
-        _send(socket, wire.Bye())
 
     def _fail(self, error: ShoalError) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zmq
 
-from shoal.errors import DeadlineError, RequestError, TargetError
+from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.ps import wire
 from shoal.ps.keys import Pair, ReadKey
 from shoal.ps.publish import Copied, Publisher
@@ -248,3 +248,69 @@ def test_bad_keys_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "read.key").write_text("{}")
     with pytest.raises(RequestError, match="not a read key"):
         Reader(tmp_path)
+
+
+def test_readers_have_what_is_newest_before_the_run_is_busy(run, monkeypatch):
+    servers, publisher, path = run
+    assert publisher.settle(0.0)
+    with Reader(path) as reader:
+        # Long after this nothing would be looked at by itself.
+        monkeypatch.setattr("shoal.ps.publish.PERIOD_S", 3600.0)
+        monkeypatch.setattr("shoal.ps.publish.HEARTBEAT_S", 3600.0)
+        for made in (1, 2):
+            servers.push(0)
+            assert publisher.settle(60.0)
+            if made == 1:
+                reader.wait(2, 60.0)
+        assert reader.wait(3, 60.0) == 3 and reader.versions == (2, 0)
+        # Somebody who has asked for nothing yet is not waited for longer than that.
+        publisher._heard[b"a stranger"] = time.monotonic()
+        assert not publisher.settle(0.01)
+        del publisher._heard[b"a stranger"]
+
+
+def test_what_goes_wrong_in_publishing_is_told_and_published_anew(run, monkeypatch, caplog):
+    servers, publisher, path = run
+    monkeypatch.setattr("shoal.ps.publish._PAUSE_S", 0.0)
+    servers.push(0)
+    copy, errors = servers.copy, [ValueError("torn"), RuntimeError()]
+    with Reader(path) as reader:
+        monkeypatch.setattr(servers, "copy", lambda *args: (_ for _ in ()).throw(errors.pop()) if errors else copy(*args))
+        number = reader.number
+        servers.push(1)
+        assert reader.wait(number + 1, 60.0) > number and reader.versions == (1, 1)
+        assert_whole(reader.state_dict())
+        servers.push(1)
+        reader.wait(reader.number + 1, 60.0)
+        assert_whole(reader.state_dict())
+        with Reader(path) as another:
+            assert another.versions == reader.versions == (1, 2)
+    told = [publisher.troubles.get(timeout=60) for _ in range(2)]
+    assert [": torn)" in sentence for sentence in told] == [False, True] and "RuntimeError" in told[0]
+    assert [record.getMessage() for record in caplog.records] == told and caplog.records[0].exc_info
+
+
+def test_readers_are_told_where_publishing_goes_wrong_again_and_again(run, monkeypatch):
+    servers, publisher, path = run
+    monkeypatch.setattr("shoal.ps.publish._PAUSE_S", 0.0)
+    servers.push(0)
+    with Reader(path) as reader:
+        monkeypatch.setattr(servers, "copy", lambda *args: [][1])
+        number = reader.number
+        servers.push(0)
+        with pytest.raises(DeadlineError, match=r"went wrong again and again \(IndexError: .*\); it goes on"):
+            reader.wait(number + 1, 60.0)
+        assert_whole(reader.state_dict())
+    with pytest.raises(DeadlineError, match="again and again"):
+        Reader(path, 60.0)
+    assert publisher.troubles.qsize() == 4
+
+
+def test_a_reader_says_what_has_gone_wrong_in_its_own_thread(run, monkeypatch, caplog):
+    servers, _, path = run
+    servers.push(0)
+    with Reader(path) as reader:
+        monkeypatch.setattr(Reader, "_update", lambda *args: [][1])
+        servers.push(0)
+        with pytest.raises(JobFailed, match=r"went wrong \(IndexError: .*\); open it anew"):
+            reader.wait(reader.number + 1, 60.0)
