@@ -6,7 +6,11 @@ and the learning rate is 1, so every weight, and every row that a batch reaches,
 *Behind* is for how long the servers have had an update that is not in the model: looked at just before the model is loaded
 anew, when it is at its oldest, and of a service when an answer has come back. A worker notes when it begins a step, with the
 update of the one before. *From the gradient* contains all there is between: backward, push, update, publication, the reader, the
-writing into a model, and the time until the next one.
+writing into a model, and the time until the next one. *On the way* is from when the servers' weights were copied until the
+publication had arrived, *writing* is ``load_into``.
+
+A checkpoint is what keeps a run longest from updating; the last column says how many were finished while it was looked. Dense,
+recommender and service in two minutes: ``--jobs "dense 40 MB" recommender``.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ JOBS = {
     "dense 40 MB": ("dense_large", 10_000_000, 0, 0),
     "recommender": ("rows", 250_000, 200_000, 1000),
 }
-BEHIND, GRADIENT = "behind", "from the gradient"
+BEHIND, GRADIENT, WAY, WRITING = "behind", "from the gradient", "on the way", "writing"
 _WIDTH, _ZERO, _TICKS = 64, "SHOAL_BENCHMARK_ZERO", "SHOAL_BENCHMARK_TICKS"
 _START_S, _WARM_S, _END_S = 60.0, 1.0, 20.0
 _TICK = np.dtype([("pid", "i8"), ("at", "f8")])
@@ -104,6 +108,13 @@ class Run:
         self.path = path
         self._ticks = ticks
 
+    def checkpoints(self, since: float) -> int:
+        """How many were finished after a time of the Unix clock."""
+        lines = (self.path / "events.jsonl").read_text().splitlines(keepends=True)
+        # The last one may be being written.
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return sum(event["kind"] == "checkpoint" and event["t"] > since for event in events)
+
     def behind(self, looks: Sequence[tuple[float, float]]) -> list[float]:
         """Of (when it was looked at, what the weights said), the seconds for which there had been a newer update, 0 for none."""
         ticks = np.fromfile(self._ticks, _TICK)
@@ -155,19 +166,24 @@ def read_along(run: Run, size: int, with_rows: bool, seconds: float) -> dict[str
     """Ages of a model that is loaded whenever there is something new."""
     model = Clock(size)
     own: dict[str, list[tuple[float, float]]] = {"reader": []} | ({"reader, rows": []} if with_rows else {})
-    with shoal.ps.Reader(run.path) as reader:
+    ways, writings = list[float](), list[float]()
+    with shoal.ps.Reader(run.path, _START_S) as reader:
         number, began = reader.load_into(model), time.monotonic()
         while time.monotonic() - began < seconds + _WARM_S:
             reader.wait(number + 1, 30.0)
             number = reader.number
             # Until it is written the old one is what a user has: the copying counts.
             before = float(model.weight[0].detach()), float(model.rows.table.pull(np.zeros(1, np.int64))[0, 0])
+            way, start = reader.lag_s, since_zero()
             number = reader.load_into(model)
             now = since_zero()
             if time.monotonic() - began > _WARM_S:
+                ways.append(way)
+                writings.append(now - start)
                 for looks, said in zip(own.values(), before, strict=False):
                     looks.append((now, said))
-    return _both(run, own)
+        found = _both(run, own, seconds)
+    return {**found, f"reader: {WAY}": ages_of(ways), f"reader: {WRITING}": ages_of(writings)}
 
 
 def ask_along(run: Run, with_rows: bool, seconds: float) -> dict[str, Ages]:
@@ -180,6 +196,11 @@ def ask_along(run: Run, with_rows: bool, seconds: float) -> dict[str, Ages]:
             if time.monotonic() > until:
                 raise PeerFailed("the service did not take the run's weights")
             time.sleep(0.1)
+        # It answers with the first weights already while it takes in what has changed since.
+        while not all((numbers.get("weights") or {}).get("updates", 0) > 1 for numbers in service.numbers().values()):
+            if time.monotonic() > until:
+                raise PeerFailed("the service did not follow the run")
+            time.sleep(0.1)
         key = np.zeros((1, 2), np.int64)
         began = time.monotonic()
         while time.monotonic() - began < seconds + _WARM_S:
@@ -189,13 +210,14 @@ def ask_along(run: Run, with_rows: bool, seconds: float) -> dict[str, Ages]:
                 for column, looks in enumerate(own.values()):
                     looks.append((now, float(answer[0, column])))
             time.sleep(0.002)
-    return _both(run, own)
+        return _both(run, own, seconds)
 
 
-def _both(run: Run, own: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Ages]:
+def _both(run: Run, own: Mapping[str, Sequence[tuple[float, float]]], seconds: float) -> dict[str, Ages]:
     found = {}
+    checkpoints = run.checkpoints(time.time() - seconds)
     for name, looks in own.items():
-        found[f"{name}: {BEHIND}"] = ages_of(run.behind(looks))
+        found[f"{name}: {BEHIND}"] = {**ages_of(run.behind(looks)), "checkpoints": float(checkpoints)}
         found[f"{name}: {GRADIENT}"] = ages_of([at - said for at, said in looks])
     return found
 
@@ -207,7 +229,7 @@ def measure(
     from rich.table import Table
 
     table = Table(title="age of what is read, ms")
-    for column in ("run", "plan", "what", "p50", "p99", "max", "seen"):
+    for column in ("run", "plan", "what", "p50", "p99", "max", "seen", "checkpoints"):
         table.add_column(column, justify="left" if column in ("run", "plan", "what") else "right")
     os.environ[_ZERO] = str(time.time())
     bars, results = [], {}
@@ -226,7 +248,8 @@ def measure(
                 print(f"{title}, {mode}: {error}", file=sys.stderr, flush=True)
             for what, ages in found.items():
                 cells = [f"{ages[k]:.1f}" for k in ("p50", "p99", "max")]
-                table.add_row(title, mode, what, *cells, f"{ages['seen']:.0f}")
+                checkpoints = f"{ages['checkpoints']:.0f}" if "checkpoints" in ages else ""
+                table.add_row(title, mode, what, *cells, f"{ages['seen']:.0f}", checkpoints)
                 print(f"{title}, {mode}, {what}: p50 {cells[0]}, p99 {cells[1]} ms", file=sys.stderr, flush=True)
                 if what.endswith(BEHIND):
                     bars.append(Bar(claim=f"{title}, {mode}, {what}, p99", value=ages["p99"], limit=LIMIT_MS, unit="ms"))

@@ -52,7 +52,7 @@ class Reader:
 
         Args:
             run: the directory of a run, or a key file from one (see ``docs/parameter_server.md``).
-            deadline_s: how long to wait for it.
+            deadline_s: how long to wait for it, or for the next of its rows: a large table takes as long as it takes.
 
         Raises:
             TargetError, RequestError: there is no key there, or it is none.
@@ -69,6 +69,7 @@ class Reader:
         # Into which modules which rows were written last: of which copy, and up to which publication.
         self._loaded: weakref.WeakKeyDictionary[nn.Module, tuple[Copy, int]] = weakref.WeakKeyDictionary()
         self._heard_at = time.monotonic()
+        self._pieces = 0
         self._error: ShoalError | None = None
         self._ended: str | None = None
         self._closing = False
@@ -78,10 +79,21 @@ class Reader:
         self._thread = threading.Thread(target=self._follow, name="shoal-reader", daemon=True)
         self._thread.start()
         try:
-            self.wait(1, deadline_s)
+            self._await_first(deadline_s)
         except BaseException:
             self.close()
             raise
+
+    def _await_first(self, deadline_s: float) -> None:
+        pieces = -1
+        while True:
+            try:
+                self.wait(1, deadline_s)
+                return
+            except DeadlineError:
+                if self._ended is not None or self._pieces in (0, pieces):
+                    raise
+                pieces = self._pieces
 
     def __enter__(self) -> Reader:
         return self
@@ -286,6 +298,7 @@ class Reader:
         if isinstance(message, wire.Piece):
             if self._coming is None:
                 raise wire.Malformed("rows that nobody asked for")
+            self._pieces += 1
             return self._coming.take_piece(message, payload, self._banks is not None)
         with self._lock:
             if isinstance(message, wire.Welcome):
