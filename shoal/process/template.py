@@ -27,6 +27,7 @@ import cloudpickle
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.failure import Failure, user_code
 from shoal.process.gentle import gently
+from shoal.process.late_dynamo import LateDynamo
 from shoal.process.messages import Call, Exited, Fork, Forked, Load, Returned
 
 STACK_SIGNAL = signal.SIGUSR1
@@ -66,6 +67,7 @@ def _at_once(work: Callable[[], Any]) -> Any:
 
 def _prepare(modules: Sequence[str]) -> None:
     importlib.import_module("torch").set_num_threads(1)
+    LateDynamo()
     for name in modules:
         importlib.import_module(name)
 

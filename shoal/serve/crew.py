@@ -17,12 +17,12 @@ from shoal.errors import DeadlineError, JobFailed, RequestError
 from shoal.process.channel import ChannelClosed
 from shoal.process.gentle import gently
 from shoal.process.supervisor import Child, Supervisor, TemplateLost
+from shoal.serve.computing import AS_IT_IS, Precision
 from shoal.serve.messages import AddModel, Attach, Attached, Edition, FollowRun, Lost, Skipped
-from shoal.serve.precision import Precision
-from shoal.serve.replica import AS_IT_IS, ModelSource
 from shoal.serve.scaling import ReplicaRange
 from shoal.serve.signature import UNIT, ModelSignature
 from shoal.serve.slots import LIVE, SlotLayout, Slots, row_bytes
+from shoal.serve.source import ModelSource
 
 _HOST = "shoal.serve.replica:ReplicaHost"
 _MEMORY_BYTES = 128 << 20

@@ -35,10 +35,10 @@ from shoal.serve.messages import (
     Take,
     Told,
 )
-from shoal.serve.replica import ModelSource
 from shoal.serve.rollout import Rollout, Stage, Trial
 from shoal.serve.scaling import Change, Load, ReplicaRange, Scaler
 from shoal.serve.slots import LIVE, Outcome
+from shoal.serve.source import ModelSource
 from shoal.serve.tolerance import Tolerance
 
 _CHANGES_KEPT = 32

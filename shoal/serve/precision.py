@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from shoal.serve.computing import FP32, Candidate, Precision
 from shoal.serve.latency import GAIN
 from shoal.serve.tolerance import Distance, Tolerance
 
-AS_IT_IS = "fp32"
 _RUNS, _MOST_S = 5, 0.5
 # One run that takes so many times as long as the model as it is: no kernel for this processor, no need for another run.
 _HOPELESS = 3.0
@@ -30,41 +29,6 @@ _LEAST_SCALE = 1e-12
 
 Inputs = Sequence[np.ndarray]
 Run = Callable[[nn.Module, Inputs], list[np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to compute the model that was tried: how fast it was and how far off, or why it was not taken."""
-
-    name: str
-    speedup: float | None = None
-    cosine: float | None = None
-    max_error: float | None = None
-    refused: str | None = None
-
-    def __str__(self) -> str:
-        if self.speedup is None or self.cosine is None or self.max_error is None:
-            return f"{self.name}: {self.refused}"
-        off = Distance(self.cosine, self.max_error)
-        return f"{self.name}: {self.speedup:.2f} × as fast, {off}" + (f", {self.refused}" if self.refused else "")
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What was chosen, of what, and by which rows. ``name`` is ``fp32`` where the model is computed as it is."""
-
-    name: str = AS_IT_IS
-    tolerance: str = "none"
-    rows: str = ""
-    tried: tuple[Candidate, ...] = ()
-
-    def describe(self) -> dict[str, Any]:
-        """For statistics and metadata."""
-        return {**asdict(self), "tried": [asdict(one) for one in self.tried]}
-
-    def __str__(self) -> str:
-        tried = "; ".join(map(str, self.tried))
-        return f"{self.name} within {self.tolerance} on {self.rows} ({tried})"
 
 
 def choose(
@@ -85,7 +49,7 @@ def choose(
     for name, make in _candidates(model).items():
         if only is None or name == only:
             tried.append(_try(name, make, run, (tolerance, samples, exact), (timed, usual_s)))
-    best: tuple[str, nn.Module, float] = (AS_IT_IS, model, 1 + GAIN if only is None else 0.0)
+    best: tuple[str, nn.Module, float] = (FP32, model, 1 + GAIN if only is None else 0.0)
     for candidate, module in tried:
         if module is not None and candidate.speedup is not None and candidate.speedup > best[2]:
             best = (candidate.name, module, candidate.speedup)

@@ -17,10 +17,10 @@ from shoal.errors import RequestError
 from shoal.serve.crew import Crew
 from shoal.serve.latency import LatencyModel
 from shoal.serve.offline import Conveyor, Pace, Window
-from shoal.serve.replica import ModelSource, can_be_served, describe
 from shoal.serve.service import locate
 from shoal.serve.signature import ModelSignature
 from shoal.serve.slots import SlotLayout
+from shoal.serve.source import ModelSource, can_be_served, describe
 from shoal.serve.tables.answers import Answers, Format, format_of, suffix_of, trimmed
 from shoal.serve.tables.opened import open_rows
 from shoal.serve.tables.part import PartFile

@@ -11,9 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +27,14 @@ from shoal.process.gentle import gently
 from shoal.rewrites import registry
 from shoal.rewrites.install import install
 from shoal.serve import hugging_face, precision
+from shoal.serve.computing import AS_IT_IS, CHANNELS_LAST, FP32, Precision
 from shoal.serve.latency import GAIN
 from shoal.serve.messages import Attach, Attached, FollowRun
-from shoal.serve.precision import Precision
 from shoal.serve.sample_rows import sample_rows
 from shoal.serve.shelf import numbers_of
 from shoal.serve.signature import UNIT, ModelSignature, TensorSignature
 from shoal.serve.slots import Slots
+from shoal.serve.source import ModelSource, can_be_served, describe
 from shoal.serve.tolerance import Tolerance
 
 if TYPE_CHECKING:
@@ -47,26 +47,9 @@ _OVER_BUDGET = 3.0
 _USUAL_LENGTH = 32
 _LAYOUT_S = 0.1
 _ROUNDING = 1e-4
-AS_IT_IS, CHANNELS_LAST = "as it is", "channels last"
 # A batch that stands for the usual ones where cheaper ways of computing are compared.
 _USUAL_ROWS = 8
 _TORCH_TYPES = {"FP32": torch.float32, "FP64": torch.float64, "FP16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What the template loads: a bundle's directory, the name to serve it under (None: the job's), the version to call it.
-
-    ``checkpoint``: a checkpoint of the same model, whose weights are taken instead of the bundle's. ``tolerance``: how far
-    answers may be off; None for what the bundle says. ``live``: the directory of a run whose updates the weights follow.
-    """
-
-    path: Path
-    name: str | None = None
-    version: str = "1"
-    checkpoint: Path | None = None
-    tolerance: Tolerance | None = None
-    live: Path | None = None
 
 
 class ReplicaHost:
@@ -183,7 +166,7 @@ class ReplicaHost:
 
     def choose_precision(self, given: str | None) -> Precision:
         """Find the quickest way to compute the model within its tolerance. ``given``: what an older version uses."""
-        if self._tolerance.exact or given == precision.AS_IT_IS:
+        if self._tolerance.exact or given == FP32:
             return Precision(tolerance=str(self._tolerance))
         rows, what = self._samples()
         usual = _sample(self.signature, _USUAL_ROWS, _USUAL_LENGTH)
@@ -194,7 +177,7 @@ class ReplicaHost:
         # As long as it is not said to be exact, outputs are brought to the types that the signature says.
         self._exact = False
         self.model, found = precision.choose(self.model, run, self._tolerance, rows, what, usual, given)
-        self._exact = found.name == precision.AS_IT_IS
+        self._exact = found.name == FP32
         gc.collect()
         gc.freeze()
         return found
@@ -292,11 +275,6 @@ class ReplicaHost:
             return [_array(value) for value in values]
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What a bundle, or a Hugging Face folder, says of itself. TargetError where it is neither."""
-    return hugging_face.describe(path) if hugging_face.is_folder(path) else bundle.read_description(path)
-
-
 def _load(source: ModelSource) -> tuple[nn.Module, int | None]:
     """The model, and for one that follows a run which update of it that is."""
     if hugging_face.is_folder(source.path):
@@ -360,20 +338,6 @@ class _Loop:
                 place[rows, :longest] = values
             else:
                 place[index] = values
-
-
-def can_be_served(signature: ModelSignature) -> None:
-    """TargetError where a model's rows do not fit into slots."""
-    if not signature.inputs or not signature.outputs:
-        raise TargetError(
-            f"The bundle {signature.name} does not say what goes in and comes out; train it again to serve it."
-        )
-    for tensor in (*signature.inputs, *signature.outputs):
-        if tensor.row_bytes is None or tensor.shape[0] != -1:
-            raise TargetError(
-                f"{tensor.name} of {signature.name} has the shape {list(tensor.shape)}; shoal serves tensors whose first dim is "
-                'the batch, and whose second may be free where "longest" says how long it may be.'
-            )
 
 
 def _fits(outputs: Sequence[np.ndarray], signature: ModelSignature) -> None:

@@ -38,9 +38,9 @@ from shoal.serve.messages import (
     Opened,
     Processes,
 )
-from shoal.serve.replica import describe
 from shoal.serve.rollout import Trial
 from shoal.serve.scaling import ReplicaRange
+from shoal.serve.source import describe
 from shoal.serve.tolerance import Tolerance
 from shoal.serve.tracing import exporters
 

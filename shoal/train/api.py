@@ -112,7 +112,7 @@ def start_supervisor() -> Supervisor:
     """
     # A process that has touched a GPU cannot be forked: its children fail at their first look at it. Workers that are
     # forked compute on processors, and torch's optimizers look for GPUs wherever there are some.
-    supervisor = Supervisor(preload=("torch._dynamo", "shoal.train.host"), environment={"CUDA_VISIBLE_DEVICES": ""})
+    supervisor = Supervisor(preload=("shoal.train.host",), environment={"CUDA_VISIBLE_DEVICES": ""})
     supervisor.start()
     return supervisor
 

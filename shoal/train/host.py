@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ from shoal.ps.staleness import factor_of
 from shoal.ps.table import Rows, Table
 from shoal.rewrites.install import Installed, install
 from shoal.train import streams
+from shoal.train.ahead import DYNAMO, import_ahead
 from shoal.train.allocator import give_back_freed_memory, keep_freed_memory
 from shoal.train.batchnorm import GlobalBatchNorm, statistics_bytes
 from shoal.train.built import Built
@@ -203,6 +205,7 @@ class TrainHost:
 
     def bind(self, settings: RunSettings, write: bool, fds: list[int]) -> None:
         """Map the arena of a run and take it up."""
+        import_ahead(settings.plan)
         if self._store is not None:
             # Of a run that was only tried: the memory lives as long as its descriptor.
             self._store.arena.memory.close()
@@ -219,6 +222,7 @@ class TrainHost:
         keys = ("dp", "ps", "workers", "tp", "pp", "zero", "schedule", "interleave", "microbatches", "sequence_parallel")
         asked = plan.replace(**dict.fromkeys(set(plan.values()) - set(keys)))
         if asked not in self._splits:
+            import_ahead(plan)
             # Stages are cut by measured times: asked again, another cut may come out, and it takes seconds.
             self._splits[asked] = aside(
                 lambda: cut_model(self._built, self._facts.table, plan), "find out how the model can be split"
@@ -227,6 +231,8 @@ class TrainHost:
 
     def forecast(self, plan: Plan, cut: Sequence[str]) -> Measured:
         """What decides the memory that a plan needs, found out aside; ``cut``: the parameters that the tensor axis cuts."""
+        # Shapes without tensors need it, each time.
+        importlib.import_module(DYNAMO)
         return aside(lambda: measure(self._built, self._facts, plan, cut), "find out how much memory the model needs")
 
     def tune(self, question: Question) -> Tuned:

@@ -39,6 +39,7 @@ from shoal.planner.candidates import in_microbatches
 from shoal.planner.memory import axes_text
 from shoal.process.failure import Failure
 from shoal.process.interrupts import Interrupts
+from shoal.process.late_dynamo import LateDynamo
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.api import Observer, TrainOptions, read_plan, start_supervisor
 from shoal.train.choose import check_plan, divisible, remarks, split_of
@@ -175,9 +176,11 @@ def _deadline_s() -> float:
 def _callers_state() -> Iterator[None]:
     """Give the process back as it was: it is the user's own, not a worker's."""
     threads, streams = torch.get_num_threads(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    late = LateDynamo()
     try:
         yield
     finally:
+        late.take_back()
         torch.set_num_threads(threads)
         random.setstate(streams[0])
         np.random.set_state(streams[1])

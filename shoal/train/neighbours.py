@@ -19,6 +19,7 @@ from shoal.errors import WorkerLostError
 from shoal.job import Job
 from shoal.process.channel import dumps
 from shoal.process.failure import Failure
+from shoal.process.late_dynamo import LateDynamo
 from shoal.process.template import die_with_parent
 from shoal.train.api import TrainOptions
 
@@ -113,6 +114,7 @@ def main() -> int:
     os.dup2(2, 1)
     sys.path[:] = _read()
     work, arguments = _read()
+    LateDynamo()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(*arguments)

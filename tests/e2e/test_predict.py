@@ -28,7 +28,7 @@ from shoal.errors import DataError, JobFailed, RequestError, UserCodeError
 from shoal.serve.crew import Crew
 from shoal.serve.offline import Conveyor, Pace, Window
 from shoal.serve.predict import Filed, Kept, Sink
-from shoal.serve.replica import ModelSource
+from shoal.serve.source import ModelSource
 from shoal.serve.tables.answers import Answers, format_of
 from shoal.serve.tables.opened import open_rows
 from shoal.serve.tables.part import PartFile

@@ -12,7 +12,7 @@ import bundles
 from noisy_job import gone, wait_until
 
 from shoal.serve.crew import Crew
-from shoal.serve.replica import ModelSource
+from shoal.serve.source import ModelSource
 
 
 def _kill_all(crew: Crew) -> None:

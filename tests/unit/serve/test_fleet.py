@@ -6,8 +6,8 @@ from pathlib import Path
 
 from shoal.serve.crew import Crew
 from shoal.serve.fleet import Fleet
-from shoal.serve.replica import ModelSource
 from shoal.serve.scaling import ReplicaRange
+from shoal.serve.source import ModelSource
 
 
 def test_a_gateway_that_has_no_numbers_yet_of_a_new_model_is_no_trouble(tmp_path: Path) -> None:

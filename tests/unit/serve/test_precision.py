@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shoal.serve import precision
+from shoal.serve import computing, precision
 from shoal.serve.tolerance import Distance, Tolerance
 
 _WIDTH = 64
@@ -28,7 +28,7 @@ def _rows(count: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, _WIDTH)).astype(np.float32)
 
 
-def _choose(tolerance: Tolerance, only: str | None = None) -> tuple[nn.Module, precision.Precision]:
+def _choose(tolerance: Tolerance, only: str | None = None) -> tuple[nn.Module, computing.Precision]:
     rows = _rows(16)
     return precision.choose(_model(), _run, tolerance, [(row[None],) for row in rows], "16 rows", (rows[:8],), only)
 
@@ -43,7 +43,7 @@ def test_every_way_is_compared_and_shown() -> None:
 
 def test_what_is_outside_is_refused() -> None:
     model, found = _choose(Tolerance(max_error=1e-7))
-    assert found.name == precision.AS_IT_IS
+    assert found.name == computing.FP32
     assert {one.refused for one in found.tried} == {"outside the tolerance"}
     assert np.array_equal(_run(model, [_rows(4)])[0], _run(_model(), [_rows(4)])[0])
 
@@ -52,7 +52,7 @@ def test_a_newer_version_is_computed_like_the_older() -> None:
     model, found = _choose(Tolerance(cosine=0.9), only="bf16")
     assert found.name == "bf16" and isinstance(model, precision.InBf16)
     model, found = _choose(Tolerance(max_error=1e-7), only="bf16")
-    assert found.name == precision.AS_IT_IS
+    assert found.name == computing.FP32
 
 
 def test_a_model_that_reads_its_weights_itself_is_left_alone() -> None:
