@@ -86,7 +86,8 @@ def test_workers_have_no_dynamo_and_those_whose_code_compiles_get_it(tmp_path: P
 
 @pytest.mark.parametrize("plan", ["tp=2", "ps=1,workers=2,sync"])
 def test_other_axes_do_without_it_too(plan: str, tmp_path: Path) -> None:
-    found = shoal.train(job(looking_step, torch.optim.SGD if "ps" in plan else torch.optim.AdamW), plan=f"{plan},threads=1", run_dir=tmp_path)
+    optimizer = torch.optim.SGD if "ps" in plan else torch.optim.AdamW
+    found = shoal.train(job(looking_step, optimizer), plan=f"{plan},threads=1", run_dir=tmp_path)
     assert values(found, "dynamo") == [0.0] * STEPS
 
 
