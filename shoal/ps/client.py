@@ -17,7 +17,22 @@ from shoal.ps import messages
 from shoal.ps.applied import PushId
 from shoal.ps.dense import Numbers
 from shoal.ps.endpoint import RunKeys
-from shoal.ps.messages import Commit, Done, Norm, Normed, Ping, Pull, Pulled, PulledRows, PullRows, Put, Take, Taken
+from shoal.ps.messages import (
+    Commit,
+    Done,
+    Multiplied,
+    Multiply,
+    Norm,
+    Normed,
+    Ping,
+    Pull,
+    Pulled,
+    PulledRows,
+    PullRows,
+    Put,
+    Take,
+    Taken,
+)
 from shoal.ps.requests import PATIENCE, NotStaged, Patience, Requests, Ticket
 from shoal.ps.shard import Push, Snapshot
 
@@ -65,6 +80,12 @@ class Client(Requests):
         tickets = [self.send(s, lambda n: Norm(number=n, ids=tuple(ids))) for s in self.places]
         self.wait(tickets, "the norm of a step's gradients")
         return sum(t.answer.squared for t in tickets if isinstance(t.answer, Normed))
+
+    def multiply(self, ids: Sequence[PushId], scale: float) -> np.ndarray:
+        """The scalar products of L-BFGS's vectors with the sum of staged pushes, a row a server; see ``shoal.ps.lbfgs``."""
+        tickets = [self.send(s, lambda n: Multiply(number=n, ids=tuple(ids), scale=scale)) for s in self.places]
+        self.wait(tickets, "the products of a step's gradients")
+        return np.array([t.answer.products for t in tickets if isinstance(t.answer, Multiplied)])
 
     def commit(
         self, ids: Sequence[PushId], settled: PushId, scale: float = 1.0, groups: Sequence[Numbers] | None = None

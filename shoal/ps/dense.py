@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from shoal.errors import JobFailed, NotBuiltError
+from shoal.errors import JobFailed, NotBuiltError, RequestError
+from shoal.ps.lbfgs import BatchLBFGS, vectors_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,10 @@ class DensePart:
         if optimizer is None:
             return
         before = self.groups if groups else ()
-        for group, numbers in zip(optimizer.param_groups, groups or (), strict=False):
-            group.update(numbers)
+        self.take_groups(groups or ())
+        if isinstance(optimizer, BatchLBFGS):
+            # All parameters take part in a step, also those without a gradient.
+            gradients = {n: gradients.get(n, torch.zeros_like(self.weight(n))) for n in sorted(self.pieces)}
         # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
         for begun in (True, False):
             chosen = [n for n in gradients if (self._weights[n] in optimizer.state) == begun]
@@ -159,6 +162,21 @@ class DensePart:
             finally:
                 for number in chosen:
                     self._weights[number].grad = None
+
+    def take_groups(self, groups: Sequence[Numbers]) -> None:
+        """Use these hyperparameters from now on, one mapping for each group of the optimizer."""
+        present = self._optimizer.param_groups if self._optimizer is not None else ()
+        for group, numbers in zip(present, groups, strict=False):
+            group.update(numbers)
+
+    def vectors(self, gradients: Mapping[int, torch.Tensor], scale: float) -> Iterator[list[torch.Tensor]]:
+        """Of each piece what L-BFGS remembers, and the gradient times ``scale``. RequestError where it is not the optimizer."""
+        if not isinstance(self._optimizer, (BatchLBFGS, type(None))):
+            raise RequestError(f"The optimizer here is {type(self._optimizer).__name__}, not L-BFGS.")
+        for number, weights in sorted(self._weights.items()):
+            assert self._optimizer is not None
+            gradient = gradients[number] * scale if number in gradients else torch.zeros_like(self.weight(number))
+            yield [*(vector.view(-1) for vector in vectors_of(self._optimizer, weights)), gradient.view(-1)]
 
     # -- keeping and moving --------------------------------------------------------------------------------------
 

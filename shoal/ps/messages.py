@@ -75,6 +75,14 @@ class Norm(msgspec.Struct, tag="norm", frozen=True, kw_only=True):
     ids: tuple[PushId, ...]
 
 
+class Multiply(msgspec.Struct, tag="multiply", frozen=True, kw_only=True):
+    """The scalar products of L-BFGS's vectors, with the sum of staged pushes times ``scale`` as the gradient."""
+
+    number: int
+    ids: tuple[PushId, ...]
+    scale: float
+
+
 class Commit(msgspec.Struct, tag="commit", frozen=True, kw_only=True):
     """Apply the sum of staged pushes as one."""
 
@@ -158,6 +166,13 @@ class Normed(msgspec.Struct, tag="normed", frozen=True):
     squared: float
 
 
+class Multiplied(msgspec.Struct, tag="multiplied", frozen=True):
+    """The products that were asked for: see ``shoal.ps.lbfgs.multiply``."""
+
+    number: int
+    products: tuple[float, ...]
+
+
 class Taken(msgspec.Struct, tag="taken", frozen=True):
     """The state that was asked for."""
 
@@ -174,8 +189,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     missing: bool = False
 
 
-Request = PushHead | Norm | Commit | Pull | PullRows | Take | Put | Ping
-Answer = Done | Pulled | PulledRows | Normed | Taken | Refused
+Request = PushHead | Norm | Multiply | Commit | Pull | PullRows | Take | Put | Ping
+Answer = Done | Pulled | PulledRows | Normed | Multiplied | Taken | Refused
 _requests = msgspec.msgpack.Decoder(Request)
 _answers = msgspec.msgpack.Decoder(Answer)
 

@@ -227,7 +227,7 @@ class Shard:
         kept = snapshot.kept
         self.version = kept.version
         self.ledger = Applied(kept.settled, kept.ids)
-        self.dense.apply({}, 1.0, kept.groups)
+        self.dense.take_groups(kept.groups)
 
     def merge(self, snapshot: Snapshot, whole: bool = False) -> None:
         """Take up the pieces and rows of a snapshot and leave version and ledger as they are. RequestError as in ``restore``."""

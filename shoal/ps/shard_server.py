@@ -16,6 +16,8 @@ from shoal.ps.messages import (
     Commit,
     Done,
     Forms,
+    Multiplied,
+    Multiply,
     Norm,
     Normed,
     Ping,
@@ -117,6 +119,8 @@ class ShardServer:
             answer(PulledRows(number, shard.version, heads[0]), views)
         elif isinstance(message, Norm):
             answer(Normed(number, self.staged.norm_squared(message.ids)))
+        elif isinstance(message, Multiply):
+            answer(Multiplied(number, tuple(self.staged.multiply(message.ids, message.scale).tolist())))
         elif isinstance(message, Commit):
             done(self.staged.commit(message.ids, message.settled, message.scale, message.groups))
         elif isinstance(message, Take):

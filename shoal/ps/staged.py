@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from shoal.errors import RequestError
 from shoal.ps.applied import NOTHING, PushId
 from shoal.ps.dense import Numbers
+from shoal.ps.lbfgs import multiply
 from shoal.ps.shard import Push, Shard, add_up
 
 
@@ -57,6 +60,10 @@ class Staged:
         if self._shard.ledger.has(ids):
             return 0.0
         return self._together(ids).norm_squared()
+
+    def multiply(self, ids: Sequence[PushId], scale: float) -> np.ndarray:
+        """What ``shoal.ps.lbfgs.multiply`` gives with the sum of these as the gradient. MissingError where some are not here."""
+        return multiply(self._shard.dense.vectors(self._together(ids).dense, scale))
 
     def commit(
         self, ids: Sequence[PushId], settled: PushId = NOTHING, scale: float = 1.0, groups: Sequence[Numbers] | None = None

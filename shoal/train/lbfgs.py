@@ -21,25 +21,9 @@ import torch
 
 from shoal.comm.store import Store, scalar_row_bytes
 from shoal.comm.table import align, chunks_of
-from shoal.ps.lbfgs import (
-    HISTORY,
-    ITERATION,
-    L1,
-    LARGEST,
-    LAST_DIRECTION,
-    LAST_GRADIENT,
-    LENGTH,
-    NOW,
-    PAGE,
-    SIZE,
-    STATE_KEYS,
-    combine,
-)
+from shoal.ps.lbfgs import PAGE, SIZE, STATE_KEYS, Move, direct, move, multiply
 from shoal.train.saved import Saved, as_bytes
 from shoal.train.update import Updater
-
-_FLAT, _STILL = 1e-7, 1e-9
-"""torch's tolerances, of the largest gradient and of the slope along the direction."""
 
 
 class LbfgsUpdater(Updater):
@@ -59,10 +43,7 @@ class LbfgsUpdater(Updater):
         self._next = 0
         self._sources: Sequence[int] = self.lane.sources
         self._gradient = torch.empty(0)
-        self._weights_of = np.zeros(SIZE)
-        self._pair = -1
-        self._last_length = self._length = 0.0
-        self._stands = True
+        self._move = Move()
 
     @property
     def count(self) -> int:
@@ -95,32 +76,18 @@ class LbfgsUpdater(Updater):
 
     def multiply(self, factor: float) -> None:
         """Leave the scalar products of all vectors on this slice where every server reads them."""
-        found = self._all[self.rank]
-        found[:] = 0.0
-        matrix = found[: SIZE * SIZE].reshape(SIZE, SIZE)
-        for chunk in range(self.count):
-            self.sum_gradients(chunk, factor)
-            basis = torch.stack([*self._states(chunk), self._gradient]).double()
-            matrix += (basis @ basis.T).numpy()
-            found[L1] += float(basis[NOW].abs().sum())
-            found[LARGEST] = max(found[LARGEST], float(basis[NOW].abs().max()))
+
+        def parts() -> Iterator[list[torch.Tensor]]:
+            for chunk in range(self.count):
+                self.sum_gradients(chunk, factor)
+                yield [*self._states(chunk), self._gradient]
+
+        self._all[self.rank] = multiply(parts())
 
     def direct(self, step: int) -> None:
-        """From the products of all servers to the coefficients of this step's direction, and its length."""
-        products = self._all[:, : SIZE * SIZE].sum(0).reshape(SIZE, SIZE)
-        l1, largest = float(self._all[:, L1].sum()), float(self._all[:, LARGEST].max())
+        """From the products of all servers to this step's direction and length."""
         page = self._pages[step % 2].copy()
-        self._last_length, self._pair, self._length = page[LENGTH], -1, 0.0
-        if largest > _FLAT:
-            page[ITERATION] += 1
-            self._weights_of, self._pair = combine(products, page)
-            first = page[ITERATION] == 1
-            slope = self._weights_of @ products[:, NOW]
-            self._length = (min(1.0, 1.0 / l1) if first else 1.0) * self._lr if slope <= -_STILL else 0.0
-            page[LENGTH] = (min(1.0, 1.0 / l1) if first else 1.0) * self._lr
-            self._stands = False
-        else:
-            self._stands = True
+        self._move = direct(self._all, page, self._lr)
         self._pages[(step + 1) % 2] = page
         self._next = step + 1
 
@@ -146,21 +113,8 @@ class LbfgsUpdater(Updater):
         return float(torch.linalg.vector_norm(self._gradient, dtype=torch.float64)) ** 2
 
     def apply(self, chunk: int, scale: float) -> None:
-        if self._stands:
-            return
-        states, gradient = self._states(chunk), self._gradient
         start, stop, dtype = self._range(chunk)
-        direction = torch.zeros_like(gradient)
-        for weight, vector in zip(self._weights_of, [*states, gradient], strict=True):
-            if weight:
-                direction.add_(vector, alpha=float(weight))
-        if self._pair >= 0:
-            states[self._pair].copy_(states[LAST_DIRECTION] * self._last_length)
-            states[HISTORY + self._pair].copy_(gradient - states[LAST_GRADIENT])
-        states[LAST_DIRECTION].copy_(direction)
-        states[LAST_GRADIENT].copy_(gradient)
-        if self._length:
-            self.store.weight_range(start, stop, dtype).add_(direction, alpha=self._length)
+        move(self.store.weight_range(start, stop, dtype), self._states(chunk), self._gradient, self._move)
 
     def _ranges(self, chunk: int) -> list[torch.Tensor]:
         start, stop = self._chunks[chunk].start, align(self._chunks[chunk].stop)

@@ -108,7 +108,7 @@ def portions_of(plan: Plan, facts: JobFacts) -> int:
 def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = False) -> ArenaLayout:
     """The arena of a run; ``private``: its workers share no memory."""
     grid, portions = Grid.of(plan), portions_of(plan, facts)
-    if portions:
+    if portions and not private:
         grid = dataclasses.replace(grid, spare_stripes=spare_stripes(portions))
     return arena_layout(
         table_of(facts, split),

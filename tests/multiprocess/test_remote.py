@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import convex
 import pytest
 import torch
 from plain_torch import assert_equal
@@ -135,6 +136,21 @@ def test_workers_that_wait_for_nobody_lose_no_push_when_one_is_killed(tmp_path: 
     assert sum(found.summary()["staleness"].values()) == 56
     assert found.history[-1]["eval_loss"] < found.history[0]["eval_loss"] and found.history[-1]["eval_auc"] > 0.6
     assert {"death", "run_end"} <= {e["kind"] for e in read_events(run / "events.jsonl")}
+
+
+def test_lbfgs_on_servers_is_torchs_also_when_a_server_comes_back_and_goes_on_in_the_arena(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, run = 24, tmp_path / "run"
+    of, watch = convex.job(steps), kill_at(5, "server", 1, run)
+    shoal.train(of, plan="ps=2,workers=2,sync,threads=1", run_dir=run, steps=8, push_log=True, on_event=watch)
+    back = [event["action"] for event in read_events(run / "events.jsonl", {"recovered"})]
+    assert back == ["replayed"]
+    with monkeypatch.context() as patch:
+        patch.setenv("SHOAL_TRANSPORT", "arena")
+        shoal.train(of, plan="ps=1,workers=1,sync,threads=1", run_dir=run, steps=15, resume=True, push_log=False)
+    found = shoal.train(of, plan="ps=1,workers=3,sync,replicas=1,threads=1", run_dir=run, resume=True)
+    assert_equal(found.weights(), convex.by_torch(steps), within=1e-9)
 
 
 def test_a_server_that_is_gone_ends_the_run_with_one_sentence(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from shoal.ps.placement import Placement
 from shoal.train import checkpoint as checkpoints
 from shoal.train.pacing import Pacer, PushRecorder
 from shoal.train.remote.chains import Chains
+from shoal.train.remote.coordinator import Coordinator
 from shoal.train.remote.log import RemoteLog
 from shoal.train.remote.recovery import Recovery
 from shoal.train.remote.state import StoreState
@@ -40,6 +41,8 @@ class Keeping(Session):
     _state: StoreState
     _schedule: Schedule
     _recovery: Recovery
+    # Where the job's optimizer is L-BFGS.
+    _coordinator: Coordinator | None
     _chains: Chains
     _collected: int
     _versions: dict[int, int]
@@ -84,6 +87,8 @@ class Keeping(Session):
         page = self._store.read_notebook(place, step)
         whole = not self._facts.table.elementwise
         page["optimizer"] = {"state": self._state.numbers, "common": {}, "groups": page["groups"]} if whole else None
+        if self._coordinator is not None:
+            page["optimizer"] = self._coordinator.memory(step)
         self._store.write_notebook(place, step, page)
         checkpoints.PartWriter(self._store, directory or self._directory.checkpoints, step).write_all()
 

@@ -29,6 +29,7 @@ from shoal.process.failure import Failure
 from shoal.ps import messages
 from shoal.ps.claims import Claim, Claims
 from shoal.ps.client import NotStaged
+from shoal.ps.lbfgs import DIRECTION
 from shoal.ps.ledger import DROPPED, UNCOUNTED, UnitColumns
 from shoal.ps.placement import Placement
 from shoal.train import notes
@@ -41,6 +42,7 @@ from shoal.train.push_log import wants_log
 from shoal.train.remote import words
 from shoal.train.remote.chains import Chains
 from shoal.train.remote.checks import check_of
+from shoal.train.remote.coordinator import Coordinator
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.holding import Holding
 from shoal.train.remote.line import Meeting
@@ -104,7 +106,9 @@ class RemoteLead(Holding):
         self._groups = Groups()
         self._schedule = host.schedule(store.arena.world_size, self._groups)
         page = store.read_notebook(store.arena.world_size, first) if first else None
-        self._state.numbers = dict(((page or {}).get("optimizer") or {}).get("state", {}))
+        memory = (page or {}).get("optimizer") or {}
+        self._state.numbers = dict(memory.get("state", {}))
+        self._coordinator = Coordinator(memory) if DIRECTION in self._facts.table.state_keys else None
         self._schedule.recall(first)
         self._log.take_up(self._recorder, self._schedule, self._emit)
         self._collected = first
@@ -383,8 +387,11 @@ class RemoteLead(Holding):
                 if clip is not None:
                     norm = math.sqrt(client.norm_squared(ids)) * scale
                     scale *= min(1.0, clip / (norm + 1e-6))
+                groups = self._groups_of(step)
+                if self._coordinator is not None:
+                    groups = self._coordinator.decide(client, ids, scale, groups or self._host.plain_groups())
                 with self._source.step():
-                    versions = client.commit(ids, settled, scale, self._groups_of(step))
+                    versions = client.commit(ids, settled, scale, groups)
                     self._source.keep_buffers()
             except NotStaged:
                 raise self._lost_server(f"A server has lost the pushes of step {step + 1}") from None

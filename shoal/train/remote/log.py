@@ -38,6 +38,7 @@ from shoal.train.host import TrainHost
 from shoal.train.pacing import PushRecorder
 from shoal.train.push_log import KeptLog, discard, full
 from shoal.train.recorder import Emit
+from shoal.train.remote.coordinator import went_on
 from shoal.train.remote.state import RemoteTables, StoreState, placement_of, push_id
 from shoal.train.replay import (
     EPOCHS,
@@ -160,6 +161,7 @@ class RemoteLog(KeptLog):
         tables.begin_again(rows)
         if restored.notebook is not None and restored.notebook.get("optimizer"):
             restored.notebook["optimizer"]["state"] = state.numbers
+            went_on(restored.notebook["optimizer"], held_by[0].kept.groups)
         for index, data in found.buffers.items():
             for parity in (0, 1):
                 buffer = store.buffer(parity, index)

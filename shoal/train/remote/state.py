@@ -15,6 +15,7 @@ from shoal.ps.applied import PushId
 from shoal.ps.client import Client
 from shoal.ps.dense import PIECE_BYTES, Piece, cut
 from shoal.ps.embedding import state_of
+from shoal.ps.lbfgs import DIRECTION
 from shoal.ps.placement import Placement
 from shoal.ps.shard import Kept, Snapshot
 from shoal.ps.spec import TableSpec
@@ -63,7 +64,8 @@ class StoreState:
             index = self._index[piece.name]
             tensors[f"weights/{piece.number}"] = self._store.weights[index].reshape(-1)[piece.start : piece.stop]
             flag, scalars = self._scalars(index)
-            if int(flag):
+            # L-BFGS begins with vectors that are zero.
+            if int(flag) or DIRECTION in self._store.table.state_keys:
                 tensors.update({f"state.{k}/{piece.number}": t for k, t in {**scalars, **self._tensors(index, piece)}.items()})
                 if self.numbers.get(piece.name):
                     numbers[str(piece.number)] = self.numbers[piece.name]
