@@ -233,16 +233,31 @@ class Measuring:
         best = max((peer for peer in self.settings if rates.get(peer)), key=lambda peer: rates[peer], default=None)
         return best, rates[best] if best else 0.0
 
-    def overload(self, peer: str, rate: float) -> tuple[Report, float | None]:
-        """A Poisson stream of more than it can answer; and the p99 of its refusals in milliseconds, as shoal itself sees them."""
+    def overload(self, peer: str, rate: float) -> tuple[Report, dict[str, float]]:
+        """A Poisson stream of more than it can answer; and of shoal, what it sees of it itself.
+
+        ``refused_p99_ms`` and ``gateway_us``, the processor time of its gateway for each request that was sent.
+        """
         case = self.case
         with server(self.inputs, case, peer, self.settings.get(peer), case.slo_ms) as (address, payloads):
             settings = LoadSettings(
                 rate=rate, duration_s=2 * self.seconds, warmup_s=min(1.0, self.seconds / 3), slo_s=case.slo_ms / 1e3
             )
+            if peer != SHOAL:
+                return drive(address, payloads, settings), {}
+            pid = next(row["pid"] for row in _get(address, "/processes") if row["role"] == "gateway")
+            before_s = _processor_s(pid)
             report = drive(address, payloads, settings)
-            said = _get(address, f"/v2/models/{case.model}/stats") if peer == SHOAL else None
-            return report, said and said["model_stats"][0]["shoal"]["refused_p99_ms"]
+            spent_s, sent = _processor_s(pid) - before_s, settings.rate * (settings.duration_s or 0.0)
+            said = _get(address, f"/v2/models/{case.model}/stats")["model_stats"][0]["shoal"]
+            return report, {"refused_p99_ms": said["refused_p99_ms"] or 0.0, "gateway_us": spent_s / sent * 1e6}
+
+
+def _processor_s(pid: int) -> float:
+    import psutil
+
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def _get(address: wire.Address, path: str) -> Any:
@@ -385,7 +400,7 @@ def measure_case(measuring: Measuring, parts: Sequence[str]) -> tuple[list[Group
 
 def _overloaded(measuring: Measuring, rate: float, peak: Report, other: str | None, theirs: float) -> list[Bar]:
     case = measuring.case
-    over, seen_ms = measuring.overload(SHOAL, case.over * rate)
+    over, seen = measuring.overload(SHOAL, case.over * rate)
     goodput, best = over.goodput or 0.0, peak.goodput or 0.0
     if other and theirs:
         beside, _ = measuring.overload(other, case.over * theirs)
@@ -395,17 +410,19 @@ def _overloaded(measuring: Measuring, rate: float, peak: Report, other: str | No
         )
     say(f"  {case.name} at {case.over:g} ×: shoal: goodput {goodput:,.0f}/s of {best:,.0f}, p99 {over.p99_ms or 0:.0f} ms, "
         f"refused {over.refused:,}, expired {over.expired:,}, failed {over.failed:,}")  # fmt: skip
-    title = f"{case.name} at {case.over:g} × that rate"
+    say(f"  processor time for each request that was sent: gateway {seen['gateway_us']:.0f} µs, "
+        f"sender {over.client_us or 0:.0f} µs; 99 % were sent no more than {over.late_p99_ms or 0:.0f} ms late")  # fmt: skip
+    title = f"{case.name} at {case.over:g} × {rate:,.0f}/s = {case.over * rate:,.0f}/s"
     return [
         Bar(claim=f"{title}: p99 of what was admitted", value=over.p99_ms, limit=case.slo_ms, unit="ms"),
         Bar(
-            claim=f"{title}: goodput by peak",
+            claim=f"{title}: goodput ({goodput:,.0f}/s) by peak ({best:,.0f}/s)",
             value=goodput / best if best else None,
             limit=0.9,
             unit="×",
             at_least=True,
         ),
-        Bar(claim=f"{title}: refusals, p99 ({seen_ms or 0:.1f} ms in the service)",
+        Bar(claim=f"{title}: refusals, p99 ({seen['refused_p99_ms']:.1f} ms in the service)",
             value=over.refused_p99_ms if over.refused else 0.0, limit=10.0, unit="ms"),
     ]
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from shoal.serve.cache import ResponseCache
@@ -35,6 +36,8 @@ from shoal.serve.tracing import Tracing
 _AHEAD_BELOW_S = 0.005
 _SWEEP_S = 0.005
 _TRY_AGAIN_S = 1.0
+_NOT_IN_TIME = "This request could not be answered in time; try again later."
+_UNREAD = Refusal(429, _NOT_IN_TIME, _TRY_AGAIN_S)
 _LOOK_AFTER_S = 0.02
 # Where every replica has just died, the next is there within this; a request that can wait so long is taken in.
 _REPLACED_WITHIN_S = 0.5
@@ -57,6 +60,9 @@ class _Replica:
     def takes(self) -> bool:
         """Whether it may be given batches."""
         return self.up and self.leaving is None
+
+
+_takes = attrgetter("takes")
 
 
 class Desk:
@@ -211,6 +217,12 @@ class Desk:
         self.times.refused(time.monotonic() - arrived_s)
         return self._refusal(_TRY_AGAIN_S)
 
+    def turned_away(self, arrived_s: float, now: float) -> Refusal:
+        """As ``refused``, in a third of the time: what it returns may be another's too, and is not to be raised."""
+        self.slots.count(Outcome.REFUSED)
+        self.times.refused(now - arrived_s)
+        return _UNREAD if any(map(_takes, self._replicas.values())) else self._refusal(_TRY_AGAIN_S)
+
     def _later(self, request: InferRequest, now: float, deadline: float) -> float | None:
         """None where the request is taken in, else after how many seconds it may be tried again."""
         if not self.replicas_up and (not self._replicas or deadline - now < _REPLACED_WITHIN_S):
@@ -224,7 +236,7 @@ class Desk:
     def _refusal(self, later_s: float) -> Refusal:
         if not self.replicas_up:
             return Refusal(503, f"No replica of {self.signature.name} is ready; try again.", max(later_s, 0.1))
-        return Refusal(429, "This request could not be answered in time; try again later.", later_s)
+        return Refusal(429, _NOT_IN_TIME, later_s)
 
     def _accept(
         self, request: InferRequest, now: float, deadline: float, abandoned: Callable[[], bool],

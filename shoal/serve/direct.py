@@ -28,6 +28,8 @@ _ELSEWHERE = frozenset({
     b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"authorization", b"x-api-key", TIMEOUT_HEADER,
 })  # fmt: skip
 _MOST_DIGITS = 12
+# Where there is no hope for a request, there is none for those that come within this share of its time.
+_HOPELESS_SHARE = 0.01
 # Long bodies are counted while they are held, and rarely come in one piece.
 _LONG_BYTES = 64 << 10
 _OWN_DEADLINE = b'"timeout"'
@@ -68,6 +70,7 @@ class Direct:
         # Who may ask is found out by the application, and whose trace a request belongs to.
         self._closed = common.guard is not None or common.tracing is not None
         self._mishaps = Mishaps()
+        self._hopeless: tuple[Desk | None, float] = (None, 0.0)
 
     def route(self, url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Route | None:
         """What a POST asks for, if that is an inference that can go this way."""
@@ -92,9 +95,18 @@ class Direct:
             return None
         now = time.monotonic()
         arrived_s = self._pace.waiting_since(now)
+        return Planned(desk, route.header_length, arrived_s, self._refuses(desk, arrived_s, now))
+
+    def _refuses(self, desk: Desk, arrived_s: float, now: float) -> bool:
+        """Whether a request has no hope. Under overload most have none: then to find that out is much of what one costs."""
+        known, until_s = self._hopeless
+        if known is desk and now < until_s:
+            return True
         inbox = self._inbox
-        refuse = inbox.full() or desk.hopeless(arrived_s + self._slo_s, now, len(inbox), inbox.wait_s)
-        return Planned(desk, route.header_length, arrived_s, refuse)
+        if not (inbox.full() or desk.hopeless(arrived_s + self._slo_s, now, len(inbox), inbox.wait_s)):
+            return False
+        self._hopeless = (desk, now + _HOPELESS_SHARE * self._slo_s)
+        return True
 
     def handed_on(self) -> None:
         """A request that was planned goes to the application after all, and will arrive there in the next turn."""
@@ -107,8 +119,9 @@ class Direct:
         if not self._catalogue.has(desk):
             return False
         if planned.refuse and not _has(_OWN_DEADLINE, b"o", said):
-            self._pace.arrive(time.monotonic())
-            asker.answer(desk.refused(planned.arrived_s))
+            now = time.monotonic()
+            self._pace.arrive(now)
+            asker.answer(desk.turned_away(planned.arrived_s, now))
             return True
         # Texts and pictures take longer than a turn.
         if desk.takes_encoded and _has(b"BYTES", b"Y", said):

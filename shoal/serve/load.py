@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import time
 from collections import deque
@@ -22,12 +23,15 @@ from shoal.errors import RequestError
 from shoal.serve.alarm import Alarm
 from shoal.serve.credentials import client_context
 from shoal.serve.load_report import Ledger, Report
-from shoal.serve.wire import Address, BadResponse, Response, read_head, sentence_of
+from shoal.serve.wire import Address, BadResponse, Head, Response, read_head, sentence_of
 
 _WATCH_S = 0.25
 _OPEN_FIRST = 16
+# What falls due within this time is sent together: waking up takes as long as sending. It counts from when it was due.
+_TOGETHER_S = 1e-4
 _PAUSE_S = 0.1
 """A closed loop's client that was refused, or lost its connection, waits so long: else refusals alone would fill the machine."""
+_HEAD_END, _SHORT_HEAD = b"\r\n\r\n", 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             if self.response is None:
-                head = read_head(data)
+                head = _head_of(data)
                 if head is not None and len(data) == head.start + head.length:
                     # The whole response at once: nearly always so.
                     self._done(head.status, data[head.start :] if head.status >= 300 else b"", head.keep_alive)
@@ -211,7 +215,7 @@ class _Driver:
             raise RequestError("A closed loop has no end of its own; give a duration or a number of requests.")
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
-        self._alarm = Alarm(self._loop, self._release)
+        self._alarm, self._alarm_set = Alarm(self._loop, self._due_now), False
         try:
             first = self._most if self._closed_loop else min(self._most, _OPEN_FIRST)
             for _ in range(first):
@@ -252,16 +256,22 @@ class _Driver:
             self._release()
         self._end_if_done()
 
+    def _due_now(self) -> None:
+        self._alarm_set = False
+        self._release()
+
     def _release(self) -> None:
-        """Take in the requests of a stream that are due by now, and set the alarm for the next."""
+        """Take in the requests of a stream that are due by now, and have the alarm ring for the next."""
         due, index, now = self._due, self._next, self._clock() - self._begin
         while index < len(due) and due[index] <= now:
             self._pending.append(self._begin + due[index])
             index += 1
         self._next = index
         self._send_pending()
-        if index < len(due):
-            self._alarm.set(self._begin + due[index] - self._clock())
+        if index < len(due) and not self._alarm_set:
+            # One that is set rings no later than that, for then the next one was earlier.
+            self._alarm_set = True
+            self._alarm.set(max(_TOGETHER_S, self._begin + due[index] - self._clock()))
 
     def _ask_again(self) -> None:
         """A closed loop's client sends its next request, unless it is time to stop."""
@@ -457,6 +467,15 @@ def prober(
         return drive(address, payloads, asked, progress=progress)
 
     return probe
+
+
+_known_head = functools.lru_cache(maxsize=256)(read_head)
+
+
+def _head_of(data: bytes) -> Head | None:
+    """As ``read_head``, which is asked only once for equal heads: most are."""
+    end = data.find(_HEAD_END) + len(_HEAD_END)
+    return _known_head(data[:end]) if len(_HEAD_END) <= end <= _SHORT_HEAD else read_head(data)
 
 
 def _arrivals(settings: LoadSettings) -> list[float]:

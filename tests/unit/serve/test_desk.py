@@ -174,33 +174,77 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(model: _Model) -> No
     assert model.answers[1.0][0].item() == 2.0 and model.answers[-2.0] == "The model raised ValueError."
 
 
+class _Asker:
+    keep_alive = True
+    answered: bytes | Refusal | None = None
+
+    def gone(self) -> bool:
+        return False
+
+    def answer(self, answered: bytes | Refusal) -> None:
+        assert self.answered is None
+        self.answered = answered
+
+
+def _direct(model: _Model, slo_s: float) -> tuple[Direct, Shelf]:
+    """The shortest way to a model that answers for ``m``."""
+    catalogue, metrics = Catalogue(lambda *_: asyncio.Future()), Metrics()
+    shelf = catalogue.shelves["m"] = Shelf()
+    shelf.versions["1"] = model.desk
+    shelf.take("1", 1.0, shadow=False)
+    limits, bodies = Limits(slo_s=slo_s), Bodies(1 << 20)
+    return Direct(
+        Common(limits=limits, metrics=metrics, catalogue=catalogue, guard=None, bodies=bodies, pace=Pace(slo_s))
+    ), shelf
+
+
+def test_who_has_no_hope_is_turned_away_unread_and_counted_each_time(model: _Model) -> None:
+    body = b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 1], "data": [4]}]}'
+    own = body[:-1] + b', "parameters": {"timeout": 60000000}}'
+
+    async def run() -> None:
+        direct, _ = _direct(model, 10.0)
+
+        def ask(said: bytes) -> bytes | Refusal | None:
+            route = direct.route(b"/v2/models/m/infer", [(b"content-length", b"%d" % len(said))])
+            assert route is not None
+            planned, asker = direct.plan(route), _Asker()
+            assert planned is not None and direct.begin(planned, said, asker)
+            return asker.answered
+
+        for value in range(_SLOTS):
+            model.ask(value)
+        for times, said in enumerate((body, body, own, body), 1):
+            found = ask(said)
+            assert isinstance(found, Refusal) and found.status == 429 and found.retry_after_s
+            assert model.slots.counts[Outcome.REFUSED] == times
+        model.compute()
+        # One with a deadline of its own is looked at, though others shortly before had no hope.
+        assert ask(own) is None
+        # So are all a moment later.
+        while direct.plan(direct.route(b"/v2/models/m/infer", [(b"content-length", b"9")])).refuse:  # type: ignore
+            await asyncio.sleep(0.01)
+        assert ask(body) is None
+        # On a slow machine some of them wait for the next turn.
+        while len(direct._inbox):
+            await asyncio.sleep(0)
+        model.compute()
+
+    asyncio.run(run())
+    counts = model.slots.counts
+    assert counts[Outcome.ACCEPTED] == counts[Outcome.ANSWERED] == _SLOTS + 2 and counts[Outcome.REFUSED] == 4
+
+
 def test_who_read_the_head_before_a_version_left_asks_the_application(model: _Model) -> None:
     body = b'{"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 1], "data": [4]}]}'
 
-    class Asker:
-        keep_alive = True
-        answered: bytes | Refusal | None = None
-
-        def gone(self) -> bool:
-            return False
-
-        def answer(self, answered: bytes | Refusal) -> None:
-            assert self.answered is None
-            self.answered = answered
-
     async def run() -> None:
-        catalogue, metrics = Catalogue(lambda *_: asyncio.Future()), Metrics()
-        shelf = catalogue.shelves["m"] = Shelf()
-        shelf.versions["1"] = model.desk
-        shelf.take("1", 1.0, shadow=False)
-        direct = Direct(Common(
-            limits=Limits(slo_s=60.0), metrics=metrics, catalogue=catalogue, guard=None, bodies=Bodies(1 << 20), pace=Pace(60.0)
-        ))  # fmt: skip
+        direct, shelf = _direct(model, 60.0)
         route = direct.route(b"/v2/models/m/infer", [(b"content-length", b"%d" % len(body))])
         assert route is not None
         plans = [direct.plan(route) for _ in range(2)]
         assert plans[0] is not None and plans[1] is not None
-        first, second = Asker(), Asker()
+        first, second = _Asker(), _Asker()
         assert direct.begin(plans[0], body, first)
         model.compute()
         assert isinstance(first.answered, bytes) and first.answered.endswith(b'"data":[8.0]}]}')

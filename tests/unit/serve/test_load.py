@@ -6,7 +6,7 @@ import math
 import socket
 import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,10 @@ from shoal.serve.load import LoadSettings, drive, poisson, prober, read_trace, s
 from shoal.serve.load_inputs import payloads, random_inputs, read_input
 from shoal.serve.load_report import Ledger, Report, histogram, percentiles
 
+_SAID = [
+    b"", b"ftp\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab", b"HTTP/1.1 204 No\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n\r\n",
+]  # fmt: skip
 latencies = st.lists(st.floats(1e-5, 900.0), min_size=1, max_size=200)
 
 
@@ -128,6 +132,17 @@ def test_a_trace_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
             read_trace(file)
     with pytest.raises(RequestError, match="cannot be read"):
         read_trace(tmp_path / "missing")
+
+
+@given(st.sampled_from(_SAID), st.integers(0, 60), st.binary(max_size=4))
+def test_a_head_that_is_known_is_read_as_at_first(said: bytes, cut: int, more: bytes) -> None:
+    def found(read: Callable[[bytes], object]) -> object:
+        try:
+            return read(said[:cut] + more)
+        except wire.BadResponse as error:
+            return str(error)
+
+    assert found(load_module._head_of) == found(load_module._head_of) == found(wire.read_head)
 
 
 @pytest.mark.parametrize("fine", [True, False])
