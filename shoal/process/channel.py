@@ -70,11 +70,10 @@ class Channel:
         data = dumps(message)
         try:
             header = _HEADER.pack(len(data))
-            if fds:
-                socket.send_fds(self._socket, [header], list(fds))
-            else:
-                self._socket.sendall(header)
-            self._socket.sendall(data)
+            # By one call: whoever reads a header waits only so long for the rest, and we may not run for a while in between.
+            sent = socket.send_fds(self._socket, [header, data], list(fds))
+            self._socket.sendall(header[sent:])
+            self._socket.sendall(memoryview(data)[max(0, sent - len(header)) :])
         except OSError as error:
             raise ChannelClosed(str(error)) from None
 

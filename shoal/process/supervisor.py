@@ -267,7 +267,8 @@ class Supervisor:
         rows = [("supervisor", 0, os.getpid())]
         if self._template is not None:
             rows.append(("template", 0, self._template.pid))
-        rows += [(c.role, max(c.rank, 0), c.pid) for c in self.children.values()]
+        # A copy: another thread may ask than the one that starts and buries them.
+        rows += [(c.role, max(c.rank, 0), c.pid) for c in list(self.children.values())]
         return [{"role": role, "rank": rank, "pid": pid, "host": host} for role, rank, pid in rows]
 
     def end_children(self) -> list[Child]:

@@ -58,7 +58,8 @@ class _Place:
     # It gets nothing more, and ends when it has finished what it had.
     leaving: bool = False
     posted_at_death: int = -1
-    done_seen: int = 0
+    # How many batches it had done when it was last seen to have more; -1: it had none.
+    done_seen: int = -1
     done_at: float = field(default_factory=time.monotonic)
     up_at: float = field(default_factory=time.monotonic)
 
@@ -426,16 +427,22 @@ class Crew:
 
     def release_all(self) -> None:
         """There is no gateway: dead replicas' rings are reset here."""
-        for place in list(self._places.values()):
-            if place.child is None:
-                self.slots.rings[place.rank].reset()
-                self.release(place.rank)
+        # Again, where the template turns out to be gone meanwhile, and with it those that had been passed over.
+        while dead := [place for place in self._places.values() if place.child is None]:
+            for place in dead:
+                if place.child is None:
+                    self.slots.rings[place.rank].reset()
+                    self.release(place.rank)
 
     def _end_if_stalled(self, place: _Place) -> None:
         """A replica that has had a batch for very long is killed, and replaced like any dead one."""
         ring, now = self.slots.rings[place.rank], time.monotonic()
-        if ring.done != place.done_seen or ring.posted == ring.done:
-            place.done_seen, place.done_at = ring.done, now
+        done = ring.done
+        if ring.posted == done:
+            # Since when it has a batch is known only when that is seen: it may be long until it is looked at again.
+            place.done_seen = -1
+        elif done != place.done_seen:
+            place.done_seen, place.done_at = done, now
         elif place.up and now - place.done_at > _STALLED_S and place.child is not None:
             self._supervisor.kill(place.child)
 

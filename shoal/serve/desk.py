@@ -409,6 +409,10 @@ class Desk:
         else:
             os.close(old.wake)
             old.wake, old.up, old.leaving = wake, True, None
+            if old.batches:
+                # The gateway that is gone may have died before it had woken the replica for the last of them: each batch that
+                # follows would wait for the next one. A waking too many does no harm.
+                os.eventfd_write(wake, 1)
         self.dispatcher.replicas = self.replicas_up
         self.pump(time.monotonic())
 

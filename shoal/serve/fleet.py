@@ -80,6 +80,8 @@ class Fleet:
         self.say: Callable[[str], None] = lambda sentence: None
         # What the gateway said last, by the model's name.
         self.gateway_numbers: dict[str, dict[str, Any]] = {}
+        # How many gateways there have been: each counts its questions from 1.
+        self._gateways = 1
 
     # -- starting and ending -------------------------------------------------------------------------------------
 
@@ -155,6 +157,7 @@ class Fleet:
 
     def gateway_died(self) -> None:
         """While there is no gateway: its open requests are lost, dead replicas' rings are free, who was leaving has left."""
+        self._gateways += 1
         for crew in self._crews:
             crew.slots.count(Outcome.LOST, crew.slots.open_requests())
             crew.stay()
@@ -165,7 +168,7 @@ class Fleet:
 
     def processes(self) -> list[dict[str, Any]]:
         """{role, rank, pid, host} of every template, replica and standby."""
-        return [row for crew in self._crews for row in crew.processes()]
+        return [row for crew in list(self._crews) for row in crew.processes()]
 
     @property
     def state(self) -> tuple[int, ...]:
@@ -396,9 +399,12 @@ class Fleet:
 
     def _asked(self, message: Asked) -> None:
         """A client wants a model loaded anew, from where it came from, or unloaded."""
+        asked_by = self._gateways
 
         def tell(trouble: str | None) -> None:
-            self._tell(Told(message.number, trouble, 400))
+            # Whoever asked a gateway that is gone was cut off with it; to another gateway the number is another question's.
+            if self._gateways == asked_by:
+                self._tell(Told(message.number, trouble, 400))
 
         try:
             if message.load:

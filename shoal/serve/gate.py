@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shoal.errors import DeadlineError
 from shoal.process.channel import Channel, ChannelClosed
 
 _MODULE = "shoal.serve.gateway"
@@ -41,11 +42,15 @@ class GateProcess:
             self.channel.send(message, fds)
 
     def received(self) -> list[Any]:
-        """The messages that have come since, oldest first."""
+        """The messages that have come since, oldest first. Who does not come to the end of one is killed, as one that hangs."""
         found = []
-        with contextlib.suppress(ChannelClosed):
+        try:
             while self.channel.ready():
                 found.append(self.channel.receive(5.0, "the rest of a message from the gateway")[0])
+        except ChannelClosed:
+            pass
+        except DeadlineError:
+            self.kill()
         return found
 
     def kill(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from shoal.errors import DeadlineError
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.template import die_with_parent
 from shoal.serve.app import App
@@ -127,6 +128,9 @@ class Gateway:
             message, fds = self._channel.receive(5.0, "the rest of a message from the supervisor")
         except ChannelClosed:
             os._exit(0)
+        except DeadlineError:
+            # What comes next would be taken for the beginning of a message.
+            os._exit(1)
         self._obey(message, fds)
 
     def _obey(self, message: Any, fds: list[int]) -> None:

@@ -213,11 +213,13 @@ class Service:
             self._commands.get()()
         gate = self._gate
         assert gate is not None
+        # Looked at before it is listened to: its last words may come just before its end.
+        alive = gate.alive()
         for message in gate.received():
             self._take_in(message)
-        if not gate.alive() and not self._drained:
+        if not alive and not self._drained:
             self._replace_gate(gate)
-        elif time.monotonic() - self._heard > _SILENT_S:
+        elif time.monotonic() - self._heard > (_SILENT_S if self._opened else _OPEN_S):
             gate.kill()
         self._tell_processes()
 
@@ -262,10 +264,10 @@ class Service:
         """{role, rank, pid, host} of everybody."""
         host = socket.gethostname()
         rows = [{"role": "supervisor", "rank": 0, "pid": os.getpid(), "host": host}]
-        if self._gate is not None:
-            rows.append({"role": "gateway", "rank": 0, "pid": self._gate.pid, "host": host})
-        if self._reserve is not None:
-            rows.append({"role": "standby", "rank": 0, "pid": self._reserve.pid, "host": host})
+        # Any thread may ask, while the one that steps exchanges them.
+        for role, gate in (("gateway", self._gate), ("standby", self._reserve)):
+            if gate is not None:
+                rows.append({"role": role, "rank": 0, "pid": gate.pid, "host": host})
         return rows + self.fleet.processes()
 
     def numbers(self) -> dict[str, dict[str, Any]]:

@@ -138,8 +138,9 @@ class RemoteLead(Holding):
         self._interrupts.armed = True
         with self._source.published(self._publication, self._meeting):
             while not self._is_over():
-                self._attend_members()
+                # Before anybody is missed: while a server was waited for, or we did not run, all may have said something.
                 self._hear(_POLL_S)
+                self._attend_members()
                 if self._client is not None:
                     self._attend()
                     self._look_for_parts()

@@ -43,14 +43,28 @@ class _Model:
         self._done = os.eventfd(0, os.EFD_NONBLOCK)
         # A batch of four takes no longer than one row.
         measured_s = {1: 0.01, 2: 0.01, 4: 0.01}
-        model = AddModel(signature=signature, layout=layout, measured_s=measured_s, why="", sample=(), expected=())
-        self.desk = Desk(model, os.dup(self.slots.fd), self._done)
+        self._model = AddModel(signature=signature, layout=layout, measured_s=measured_s, why="", sample=(), expected=())
         self.answers: dict[float, Any] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A gateway begins, or another takes the place of a dead one."""
+        self.desk = Desk(self._model, os.dup(self.slots.fd), self._done)
         self.come()
 
     def come(self) -> None:
         """A replica begins, or another takes the place of a dead one."""
-        self.desk.replica_up(0, os.eventfd(0, os.EFD_SEMAPHORE))
+        self.wake = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+        self.desk.replica_up(0, self.wake)
+
+    def woken(self) -> int:
+        """How often the replica has been woken and has not looked yet."""
+        for count in range(100):
+            try:
+                os.eventfd_read(self.wake)
+            except BlockingIOError:
+                return count
+        raise AssertionError("it is woken for ever")
 
     def ask(self, *values: float) -> None:
         """A request with a row for each of these."""
@@ -155,6 +169,16 @@ def test_what_was_ended_while_a_dead_replica_had_it_leaves_nothing_behind(model:
     model.desk._end(ticket, Outcome.EXPIRED, Refusal(504, "Late."))
     model.desk.replica_down(0)
     assert model.answers[1.0] == "Late." and model.settled()
+
+
+def test_a_replica_is_woken_for_what_a_gateway_gave_it_that_died_before_it_had_woken_it(model: _Model) -> None:
+    # By the gateway that was there before.
+    model.slots.rings[0].post([3])
+    model.begin()
+    model.ask(1.0)
+    assert model.woken() >= model.slots.rings[0].posted - model.slots.rings[0].done == 1
+    model.compute()
+    assert model.answers[1.0][0].item() == 2.0 and model.settled()
 
 
 def test_a_request_leaves_nothing_for_the_garbage_collector(model: _Model) -> None:
