@@ -28,6 +28,7 @@ Error = pytest.importorskip("tritonclient.utils").InferenceServerException
 _WAIT_S = 60.0
 _KEY = "0123456789abcdef0123"
 _HEADERS = {"x-api-key": _KEY}
+_OUTCOMES = ("answered", "failed", "invalid", "expired", "refused", "cancelled")
 
 
 class _World:
@@ -132,9 +133,12 @@ def test_answers_errors_and_keys_pass_through(world: _World, client: Any) -> Non
     assert client.get_model_metadata("odd", headers=_HEADERS).name == "odd"
     _until(lambda: not world.numbers()["open"])
     now = world.numbers()
-    grown = {word: now[word] - before[word] for word in ("accepted", "answered", "failed", "invalid", "expired", "refused")}
-    assert (grown["answered"], grown["failed"], grown["invalid"], grown["expired"] + grown["refused"]) == (29, 1, 3, 1), grown
-    assert grown["accepted"] == 34 and min(one["answered"] for one in now["services"]) > 0
+    grown = {word: now[word] - before[word] for word in (*_OUTCOMES, "accepted")}
+    assert (grown["answered"], grown["failed"], grown["invalid"]) == (29, 1, 3), grown
+    # A busy machine may hear of a deadline as of a client that leaves, and of an earlier call when another has been made.
+    late = grown["expired"] + grown["refused"] + grown["cancelled"]
+    assert 1 <= late <= 3 and grown["accepted"] == 33 + late, grown
+    assert min(one["answered"] for one in now["services"]) > 0
 
 
 def test_a_stream_is_answered_in_its_order_while_a_gateway_is_killed_and_a_service_leaves(world: _World, client: Any) -> None:

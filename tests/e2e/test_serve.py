@@ -232,18 +232,18 @@ class TestDeaths:
     def test_replicas(self, service: Any, odd: Path) -> None:
         rows = _rows(400, seed=5)
         right = _right(odd, rows)
-        deaths = killed_at = 0
+        deaths, open_then = 0, list[concurrent.futures.Future[tuple[int, Any]]]()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(_infer, service.url, row[None]) for row in rows]
             while not all(answer.done() for answer in answers):
-                # Some are answered in between: a request over which three replicas have died is given up.
-                answered = sum(answer.done() for answer in answers)
-                pids = _replicas(service.url) if deaths == 0 or answered >= killed_at + 40 else []
+                # Those that were open are answered in between: a request over which three replicas have died is given up.
+                pids = _replicas(service.url) if deaths < 4 and all(answer.done() for answer in open_then) else []
                 # The list may still have one that has just died.
                 with contextlib.suppress(ProcessLookupError):
-                    if pids and deaths < 4:
+                    if pids:
                         os.kill(pids[deaths % len(pids)], signal.SIGKILL)
-                        deaths, killed_at = deaths + 1, answered
+                        deaths += 1
+                        open_then = [answer for answer in answers if answer.running()]
                 time.sleep(0.02)
             found = [answer.result() for answer in answers]
         assert {status for status, _ in found} == {200}

@@ -165,7 +165,8 @@ def test_killed_at_random_moments(tmp_path: Path, calm: shoal.Run) -> None:
     assert digest(disturbed) == digest(calm)
     assert history(disturbed) == history(calm)
     deaths = events(run, "death")
-    assert len(deaths) >= 6
+    # How many, the clock decides: workers do not wait until somebody has seen their steps.
+    assert deaths
     assert all(event["cause"] == "SIGKILL" for event in deaths)
     assert len(events(run, "recovered")) == len(deaths)
     assert processes(run) == []

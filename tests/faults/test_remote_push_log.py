@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import noisy_job
 import pytest
 import torch
 from logged_runs import killed_whole, train
-from noisy_job import events, kill, wait_until
+from noisy_job import events, held_at, kill, wait_until
 
 import shoal
 from shoal.errors import RequestError
@@ -38,9 +39,14 @@ def pid_of(run: Path, role: str, rank: int) -> int:
 def killed(
     target: str, run: Path, pushes: int, *more: str, alone: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
-    """Train until this session has acknowledged so many pushes, kill -9 all at once; ``alone``: what is done in the middle."""
+    """Train until this session has acknowledged so many pushes, kill -9 all at once; ``alone``: what is done in the middle.
+
+    A run gets not much further than that, however late it is killed.
+    """
     before = len(events(run, "push_ack"))
-    with killed_whole(target, run, *more) as process:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setenv("SHOAL_FAULTS", held_at((before + pushes) // 2 + 4, 0, 1))
+        process = stack.enter_context(killed_whole(target, run, *more))
         wait_until(lambda: len(events(run, "push_ack")) >= before + pushes // 2, process)
         alone()
         wait_until(lambda: len(events(run, "push_ack")) >= before + pushes, process)
@@ -90,6 +96,8 @@ def test_sync_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 
     def kill_a_server() -> None:
         kill(pid_of(run, "server", 1))
+        # Else all may be killed before it is back.
+        wait_until(lambda: events(run, "recovered"))
 
     killed(NOISY, run, 34, "--plan", plan, "--epochs", "2", "--push-log", alone=kill_a_server)
     assert [e["rank"] for e in events(run, "recovered")] == [1]

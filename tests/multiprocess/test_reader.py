@@ -43,8 +43,10 @@ def test_a_reader_keeps_up_and_ends_with_the_trained_model(tmp_path: Path, plan:
             thread.start()
             there.wait(60)
         if event["kind"] == "step" and event["step"] == 40:
-            # Readers find the server of the new plan by themselves: it counts from step 30 on, an update a step.
             deadline = time.monotonic() + 60
+            while not seen and time.monotonic() < deadline:
+                time.sleep(0.01)
+            # Readers find the server of the new plan by themselves: it counts from step 30 on, an update a step.
             while "async" in plan and reader[0].versions[0] > 50 and time.monotonic() < deadline:
                 time.sleep(0.01)
         changes = event["kind"] == "step" and event["step"] == 30 and "async" in plan

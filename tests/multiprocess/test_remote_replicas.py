@@ -191,9 +191,15 @@ def test_a_server_that_is_killed_as_soon_as_it_is_there_costs_nothing(tmp_path: 
     thread = threading.Thread(target=kill_first)
     thread.start()
     heard = Killer(run, [("server", 1)])
+
+    def hear(event: dict[str, Any]) -> None:
+        heard.hear(event)
+        if event["kind"] == "step":
+            # There is no other before it is killed.
+            thread.join()
+
     # As many copies as servers: server 1 has the same as server 0.
-    shoal.train(job(), plan="ps=1,workers=2,sync,replicas=1,threads=1", run_dir=run, steps=30, on_event=heard.hear)
-    thread.join()
+    shoal.train(job(), plan="ps=1,workers=2,sync,replicas=1,threads=1", run_dir=run, steps=30, on_event=hear)
     assert [e["rank"] for e in read_events(run / "events.jsonl", {"death"}) if e["role"] == "server"] == [1]
     assert heard.acknowledged == [(step // 10 + 1, step % 10 + 1, shard) for step in range(30) for shard in (0, 1)]
     check_sum(shoal.open(run), learned(heard.acknowledged, together=True))
