@@ -29,6 +29,7 @@ from shoal.process.template import GENTLE, STACK_SIGNAL
 _THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # None of these is ever come near on a machine that is not in trouble: they only keep a wait from being endless.
 _FORK_S = 120.0
+_STACK_S = 2.0
 _REST_S = 30.0
 # Whoever is killed while the disk takes what it has written goes when that is done.
 _GONE_S = 60.0
@@ -63,18 +64,21 @@ class Child:
         return f"exit code {os.WEXITSTATUS(self.status)}"
 
     def stack(self) -> str:
-        """Its Python stack now, or what the kernel says of it where it does not answer within half a second."""
+        """Its Python stack now, or what the kernel says of it where it cannot answer, or does not within two seconds."""
         os.ftruncate(self.stack_fd, 0)
         os.lseek(self.stack_fd, 0, os.SEEK_SET)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, STACK_SIGNAL)
-        text = ""
-        for _ in range(25):
+        text, until = "", time.monotonic() + _STACK_S
+        while time.monotonic() < until:
             time.sleep(0.02)
             seen = os.pread(self.stack_fd, 1 << 16, 0).decode(errors="replace")
             if seen and seen == text:
                 return seen.strip("\0").strip()
             text = seen
+            if not seen and _kernel_state(self.pid)[0] in "TtZg":
+                # Stopped, dead or gone.
+                break
         return text.strip("\0").strip() or f"no answer; the process is {_kernel_state(self.pid)}"
 
 
