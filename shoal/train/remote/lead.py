@@ -252,9 +252,14 @@ class RemoteLead(Holding):
                 "functions do the same in every process."
             )
         known = self._members.of.get((said.role, said.rank))
-        if known is not None and known.process is not None and known.pid != said.pid:
-            # Of one that died before this was heard; the lead has put another in its place.
+        replaced = known is not None and known.process is not None and known.pid != said.pid
+        if replaced or self._members.was_gone(said.role, said.rank, said.pid):
+            # Of one that died before this was heard; another is in its place, or will be.
             self._desk.forget(asked.identity, for_good=True)
+            return
+        if known is not None and known.died and known.pid != said.pid:
+            # The one before it is known to have died, and is to be buried first.
+            self._recovery.put_off(asked)
             return
         if known is not None and known.joined and known.pid != said.pid:
             raise JobFailed(f"Two processes say that they are {said.role} {said.rank}; start each once.")

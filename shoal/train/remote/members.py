@@ -62,6 +62,7 @@ class Members:
         self._start = start
         self._own = tuple(own)
         self.of: dict[tuple[str, int], Member] = {}
+        self._gone: set[tuple[str, int, int]] = set()
         self.changed = True
 
     def begin(self) -> None:
@@ -100,10 +101,16 @@ class Members:
             self.of[role, rank].left = True
 
     def gone(self, role: str, rank: int, pid: int, cause: str) -> None:
-        """Somebody has died who was started elsewhere."""
+        """Somebody has died who was started elsewhere; perhaps before what it said itself was heard."""
         member = self.of.get((role, rank))
         if member is not None and member.pid == pid:
             member.died = cause
+        else:
+            self._gone.add((role, rank, pid))
+
+    def was_gone(self, role: str, rank: int, pid: int) -> bool:
+        """Whether it was said that this one has died, before it was there."""
+        return (role, rank, pid) in self._gone
 
     def lost(self, silent_s: Callable[[Member], float]) -> list[Lost]:
         """Take those out who have died, or have said nothing for longer than ``silent_s``."""

@@ -121,7 +121,12 @@ class Nursery:
             return started
         if not self._supervisor.alive():
             self._renew()
-        child = self._supervisor.fork()
+        try:
+            child = self._supervisor.fork()
+        except ChannelClosed:
+            # It was killed after it was looked at.
+            self._renew()
+            child = self._supervisor.fork()
         self._supervisor.assign(child, role, rank, 1)
         found = Forked(self, child)
         self._forked.append(found)
@@ -132,6 +137,9 @@ class Nursery:
         """Make another template in the place of one that was killed."""
         assert self._supervisor is not None
         self._supervisor.close()
+        # Nobody will say of them that they have died: the one that would have is gone.
+        for forked in self._forked:
+            forked.lose()
         try:
             self._supervisor = start_supervisor()
             self.ready()

@@ -12,8 +12,10 @@ from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import LEAD, Line, Meeting
+from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.members import Members
-from shoal.train.remote.words import Claim, Heard, Look, Orders
+from shoal.train.remote.recovery import Recovery
+from shoal.train.remote.words import Claim, Gone, Heard, Join, Look, Orders
 
 
 class Process:
@@ -87,6 +89,43 @@ def test_a_dead_process_is_not_heard_any_more(meeting):
     assert next_of(desk).said.rank == 0 and [a.said.rank for a in desk.open] == [0]
     dead.close()
     other.close()
+
+
+def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_dead_one_after_it_is_gone(meeting):
+    desk, where = meeting
+    members = Members(lambda role, rank: Process(0), [])
+    lead = object.__new__(RemoteLead)
+    lead._desk, lead._members, lead._built, lead._gone, lead._client = desk, members, "net", set(), None
+    lead._recovery = Recovery(desk, members, *[None] * 5)  # type: ignore[arg-type]
+    lines = [Line(where, "worker", number) for number in range(3)]
+
+    def say(line: Line, word: type, **fields: object) -> None:
+        before = len(desk.open)
+        ticket = line.send(LEAD, lambda n: word(number=n, role="worker", **fields))
+        deadline = time.monotonic() + 60.0
+        while len(desk.open) == before and ticket.answer is None and time.monotonic() < deadline:
+            lead._hear(0.05)
+            line.receive(0.0)
+
+    def join(line: Line, rank: int, pid: int) -> None:
+        say(line, Join, rank=rank, pid=pid, host="there", built="net")
+
+    lead._orders = Orders  # type: ignore[method-assign]
+    join(lines[0], 0, 10)
+    say(lines[1], Gone, rank=0, pid=10, cause="SIGKILL")
+    join(lines[2], 0, 11)
+    assert members.of["worker", 0].pid == 10 and members.of["worker", 0].died == "SIGKILL"
+    assert [lost.member.pid for lost in members.lost(lambda member: 60.0)] == [10]
+    lead._hear(0.0)
+    assert members.of["worker", 0].pid == 11 and members.of["worker", 0].joined
+    # A lead that was busy may read them in another order than they were sent.
+    say(lines[1], Gone, rank=1, pid=20, cause="SIGKILL")
+    join(lines[0], 1, 20)
+    assert ("worker", 1) not in members.of
+    join(lines[2], 1, 21)
+    assert members.of["worker", 1].pid == 21
+    for line in lines:
+        line.close()
 
 
 def test_what_is_none_of_a_runs_words_is_dropped(meeting):
