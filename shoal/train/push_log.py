@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,17 @@ class KeptLog:
         """Whether all steps before this one are on disk, where a log is kept."""
         return not self.kept or recorder.committed() >= step
 
-    def keep_epoch(self, entry: dict[str, Any], eval_loss: float) -> None:
-        """What an epoch has come to, on disk before anybody goes on. JobFailed where it does not get there."""
+    def keep_epoch(self, entry: dict[str, Any], eval_loss: float, beside: Mapping[str, Any]) -> None:
+        """What an epoch has come to, on disk before anybody goes on. JobFailed where it does not get there.
+
+        ``beside``: what its event says beside the entry.
+        """
         if self._epochs is None:
             return
         number = int(entry["epoch"])
         try:
             self._epochs.begin(number, 0)
-            self._epochs.commit(json.dumps({"entry": entry, "eval_loss": eval_loss}).encode())
+            self._epochs.commit(json.dumps({"entry": entry, "eval_loss": eval_loss, "beside": beside}).encode())
             self._epochs.wait(number, _SYNC_S)
         except OSError as error:
             raise self._full(error) from None

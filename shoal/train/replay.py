@@ -179,6 +179,7 @@ class Replay:
         self.tensors: LoggedTensors | None = None
         self._ahead: list[np.ndarray] = []
         self._pushed: list[dict[str, Any]] = []
+        self._whole_epochs: list[dict[str, Any]] = []
         self._per_epoch = 1
         for session in old:
             pushes = session.pushes(found.step)
@@ -229,7 +230,7 @@ class Replay:
     def roll_forward(self, restored: Restored, plan: Plan, settings: RunSettings) -> tuple[Checkpoint, Restored]:
         """The checkpoint, and what it holds beside tensors, as if it had been written after the last push."""
         found, per_epoch = self._found, settings.steps_per_epoch
-        epochs = self._logged_epochs(int(found.meta["epochs_done"]))
+        epochs = self._whole_epochs = self._logged_epochs(int(found.meta["epochs_done"]))
         done = int(found.meta["epochs_done"]) + len(epochs)
         sums = np.zeros(_SUMS) + np.asarray(restored.sums, np.float64)
         progress = Progress(found.step, sums, notebook=restored.notebook)
@@ -267,8 +268,9 @@ class Replay:
         lay_ahead(self._ahead, recorder)
 
     def tell(self, emit: Emit) -> None:
-        """See ``tell_pushes``."""
+        """See ``tell_pushes`` and ``tell_epochs``."""
         tell_pushes(self._run, self._pushed, emit)
+        tell_epochs(self._run, self._whole_epochs, emit)
 
     def _acknowledged(self, session: SessionLog, push: Push, end: Commit) -> Iterator[dict[str, Any]]:
         versions = [push.number + 1] * session.servers
@@ -323,8 +325,22 @@ def tell_pushes(run: Path, pushed: Sequence[dict[str, Any]], emit: Emit) -> None
             emit("push_ack", **fields)
 
 
+def tell_epochs(run: Path, epochs: Sequence[dict[str, Any]], emit: Emit) -> None:
+    """Say of epochs that are in the log what nobody was told before the run was killed; see ``logged_epochs``."""
+    if not epochs:
+        return
+    told = {event["epoch"] for event in read_events(run / "events.jsonl", ["epoch"]) if not event.get("partial")}
+    for epoch in epochs:
+        # Logs of earlier versions do not have all that there is to say.
+        if epoch["entry"]["epoch"] not in told and "beside" in epoch:
+            emit("epoch", **epoch["entry"], **epoch["beside"])
+
+
 def logged_epochs(path: Path, done: int) -> list[dict[str, Any]]:
-    """What a session says of the epochs behind the first ``done``: the ``entry`` of each, and its ``eval_loss``."""
+    """What a session says of the epochs behind the first ``done``.
+
+    Of each the ``entry``, its ``eval_loss``, and ``beside``: the other fields of its event.
+    """
     found: list[dict[str, Any]] = []
     for push in logs.read(path, EPOCHS):
         entry = json.loads(push.notes)

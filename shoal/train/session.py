@@ -324,10 +324,11 @@ class Session:
         entry["samples_per_s"] = rate
         eval_s = max(part.seconds for part in ordered) if evaluated else 0.0
         self._eval_s += eval_s
-        self._log.keep_epoch(entry, float(entry.get("eval_loss", entry["loss"])))
+        beside = {"step": self._recorder.step, "train_s": self._recorder.epoch_train_s, "eval_s": eval_s}
+        self._log.keep_epoch(entry, float(entry.get("eval_loss", entry["loss"])), beside)
         self._history.append(entry)
         self._epochs_done = epoch
-        self._emit("epoch", **entry, step=self._recorder.step, train_s=self._recorder.epoch_train_s, eval_s=eval_s)
+        self._emit("epoch", **entry, **beside)
         supervisor = self._arena.supervisor
         supervisor.write(Note.EVAL_LOSS, float(entry.get("eval_loss", entry["loss"])))
         reason = self._goal.reached(self._history)

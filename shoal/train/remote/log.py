@@ -48,6 +48,7 @@ from shoal.train.replay import (
     check_ahead,
     lay_ahead,
     logged_epochs,
+    tell_epochs,
     tell_pushes,
 )
 from shoal.train.row_tables import cold_path, read_rows
@@ -84,6 +85,7 @@ class RemoteLog(KeptLog):
         self._found: _Found | None = None
         self._ahead: list[np.ndarray] = []
         self._pushed: list[dict[str, Any]] = []
+        self._whole_epochs: list[dict[str, Any]] = []
         self._eval_losses: list[float] = []
         self._per_epoch = 1
         self.baseline: Checkpoint | None = None
@@ -172,7 +174,7 @@ class RemoteLog(KeptLog):
     ) -> tuple[Checkpoint, Restored]:
         """How far the units that count come: see ``Progress``."""
         base, session = found.base, found.session
-        epochs = logged_epochs(session.path, int(base.meta["epochs_done"]))
+        epochs = self._whole_epochs = logged_epochs(session.path, int(base.meta["epochs_done"]))
         done = int(base.meta["epochs_done"]) + len(epochs)
         progress = Progress(base.step, np.zeros(_SUMS) + np.asarray(restored.sums, np.float64), workers=session.workers)
         for row in (*found.ahead, *found.rows):
@@ -206,6 +208,7 @@ class RemoteLog(KeptLog):
         """Before anybody works: what earlier sessions have done is not done again."""
         lay_ahead(self._ahead, recorder)
         tell_pushes(self._run, self._pushed, emit)
+        tell_epochs(self._run, self._whole_epochs, emit)
         # A schedule has been brought to the step that there is a checkpoint of.
         for eval_loss in self._eval_losses:
             schedule.after_epoch(eval_loss)

@@ -12,7 +12,7 @@ from shoal import tensorfile
 from shoal.errors import PlanError
 from shoal.plan import Plan
 from shoal.train.push_log import wants_log
-from shoal.train.replay import LoggedTensors
+from shoal.train.replay import LoggedTensors, tell_epochs
 from shoal.train.update import Applied
 from shoal.train.update_log import Commit, put_lines, read_rows, rows_payload
 
@@ -60,3 +60,14 @@ def test_rows_and_ends_of_pushes_come_back(tmp_path: Path) -> None:
     assert end.rows.tolist() == [[0, 1, 2], [3, 4, 5]] and end.page == {"steps": 3} and end.summed
     empty = Commit.from_bytes(Commit(np.empty((0, 0)), None).to_bytes())
     assert empty.rows.shape == (0, 0) and empty.page is None and not empty.summed
+
+
+def test_an_epoch_that_came_to_the_log_and_to_no_event_before_all_were_killed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"t": 1.0, "kind": "epoch", "epoch": 1, "loss": 3.0}\n')
+    logged = [
+        {"entry": {"epoch": k, "loss": 2.0 / k}, "eval_loss": 0.0, "beside": {"step": 5 * k, "train_s": 1.0, "eval_s": 0.5}}
+        for k in (1, 2)
+    ]
+    told: list[tuple[str, dict[str, object]]] = []
+    tell_epochs(tmp_path, logged, lambda kind, **fields: told.append((kind, fields)))
+    assert told == [("epoch", {"epoch": 2, "loss": 1.0, "step": 10, "train_s": 1.0, "eval_s": 0.5})]

@@ -11,8 +11,8 @@ from shoal.ps.messages import Refused
 from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
-from shoal.train.remote.line import LEAD, Line, Meeting
 from shoal.train.remote.lead import RemoteLead
+from shoal.train.remote.line import LEAD, Line, Meeting
 from shoal.train.remote.members import Members
 from shoal.train.remote.recovery import Recovery
 from shoal.train.remote.words import Claim, Gone, Heard, Join, Look, Orders
