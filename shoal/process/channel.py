@@ -71,7 +71,8 @@ class Channel:
         try:
             header = _HEADER.pack(len(data))
             # By one call: whoever reads a header waits only so long for the rest, and we may not run for a while in between.
-            sent = socket.send_fds(self._socket, [header, data], list(fds))
+            whole = [header, data]
+            sent = socket.send_fds(self._socket, whole, list(fds)) if fds else self._socket.sendmsg(whole)
             self._socket.sendall(header[sent:])
             self._socket.sendall(memoryview(data)[max(0, sent - len(header)) :])
         except OSError as error:
