@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from shoal.data.source import Source
+from shoal.errors import JobFailed
 from shoal.job import Job
 from shoal.train import objective, streams
 from shoal.train.feed import to_device, to_layout
 
 _HERE = torch.device("cpu")
+_ELEMENTWISE = ("dim_zero_sum", "dim_zero_mean", "dim_zero_max", "dim_zero_min")
+"""How torchmetrics calls what takes states of one shape."""
 
 
 @dataclass
@@ -144,17 +147,28 @@ def evaluate(
 
 
 def combine(tallies: Iterable[Tally], prefix: str = "") -> dict[str, float]:
-    """Put the workers' parts together, in rank order: name -> value, each name with the prefix before it."""
+    """Put the workers' parts together, in rank order: name -> value, each name with the prefix before it.
+
+    Raises JobFailed where a metric's states are not such as can be put together.
+    """
     total = Tally()
     merged: dict[str, Any] = {}
-    for tally in tallies:
+    for rank, tally in enumerate(tallies):
         for name, (value, weight) in tally.sums.items():
             total.add(name, value, weight)
         for name, metric in tally.metrics.items():
             if name not in merged:
                 merged[name] = copy.deepcopy(metric)
             elif metric.update_called:
-                merged[name] = merge(merged[name], metric)
+                try:
+                    merged[name] = merge(merged[name], metric)
+                except Exception as error:  # metrics are the user's, or a library's
+                    why = (str(error).splitlines() or [""])[0]
+                    raise JobFailed(
+                        f'What worker {rank} has of the metric "{prefix}{name}" cannot be put together with what the others have '
+                        f"({type(error).__name__}: {why}); let it keep states of the same shapes in every worker, which "
+                        "torchmetrics can merge."
+                    ) from None
     found = {name: value / weight if weight else math.nan for name, (value, weight) in total.sums.items()}
     for name, metric in merged.items():
         if metric.update_called:
@@ -163,11 +177,24 @@ def combine(tallies: Iterable[Tally], prefix: str = "") -> dict[str, float]:
 
 
 def merge(left: Any, right: Any) -> Any:
-    """Merge two torchmetrics objects; the left one may be changed."""
+    """Merge two torchmetrics objects; the left one may be changed. ValueError where states are to be added of other shapes."""
     if not left.update_called:
         return copy.deepcopy(right)
+    for (path, one), (_, other) in zip(_parts_of(left), _parts_of(right), strict=False):
+        for name, reduction in one._reductions.items() if one.update_called and other.update_called else ():
+            shapes = [tuple(getattr(getattr(part, name), "shape", ())) for part in (one, other)]
+            # Torch would stretch the smaller one, and nobody would know.
+            if getattr(reduction, "__name__", "") in _ELEMENTWISE and shapes[0] != shapes[1]:
+                raise ValueError(f"{path}{name} is of shape {shapes[1]}, not {shapes[0]}")
     left.merge_state(right)
     return left
+
+
+def _parts_of(metric: Any) -> Iterator[tuple[str, Any]]:
+    """A metric and those within it that have states, with what their states' names begin with."""
+    for path, part in metric.named_modules() if isinstance(metric, nn.Module) else ():
+        if hasattr(part, "_reductions"):
+            yield path + "." if path else "", part
 
 
 def flatten(name: str, value: Any) -> dict[str, float]:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
 from shoal.data.source import open_source
+from shoal.errors import JobFailed
 from shoal.job import Job
 from shoal.train.evaluate import Slice, Tally, combine, evaluate, flatten
 
@@ -58,6 +60,33 @@ def test_the_parts_of_any_number_of_workers_make_the_whole(workers: int) -> None
     assert model.training
     # The job's own metric object is not the one that was updated.
     assert metrics["auc"].update_called == before.update_called is False  # type: ignore[attr-defined]
+
+
+def test_a_metric_whose_states_do_not_fit_together_is_named_with_its_worker() -> None:
+    class Counts(Metric):
+        """Counts as many classes as it has met: another number in each worker."""
+
+        full_state_update = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("counts", torch.zeros(1), dist_reduce_fx="sum")
+
+        def update(self, target: torch.Tensor) -> None:
+            self.counts = torch.bincount(target, minlength=len(self.counts)).double()
+
+        def compute(self) -> torch.Tensor:
+            return self.counts.sum()
+
+    parts = []
+    for classes in ([0, 1, 2], [0, 0, 1, 2], [0]):
+        metric = Counts()
+        metric.update(torch.tensor(classes))
+        parts.append(Tally(metrics={"seen": metric}))
+    assert combine(copy.deepcopy(parts[:2])) == {"seen": 7.0}
+    # It could be stretched to the others' shape, and would count three times.
+    with pytest.raises(JobFailed, match=r'worker 2 has of the metric "eval_seen" .* counts is of shape \(1,\), not \(3,\)'):
+        combine(parts, "eval_")
 
 
 def test_the_model_is_evaluated_in_evaluation_mode_and_without_gradients() -> None:
