@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -103,19 +104,21 @@ def serve(
         service.fleet.follow(following, follow, _say)
     service.fleet.say = _say
     service.start()
+    interrupts, caught = Interrupts(), contextlib.ExitStack()
+    # Whoever has read the first line may end it at once, and cleanly.
+    caught.enter_context(interrupts.caught())
+    interrupts.armed = True
     where: dict[str, Any] = {"url": service.url, "pid": os.getpid(), "models": service.fleet.models}
     if service.grpc_url is not None:
         where["grpc_url"] = service.grpc_url
-    return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s))
+    return Answer(where, [to_json(where)], then=lambda: _serve(service, drain_s, interrupts, caught))
 
 
-def _serve(service: Service, drain_s: float) -> None:
-    """Serve until somebody interrupts; say what became of all requests."""
+def _serve(service: Service, drain_s: float, interrupts: Interrupts, caught: contextlib.ExitStack) -> None:
+    """Serve until somebody interrupts; say what became of all requests. ``caught``: ends that interrupts are."""
     _say(*(f"{name}: {why}" for name, why in service.fleet.chosen.items()))
-    interrupts = Interrupts()
     try:
-        with interrupts.caught():
-            interrupts.armed = True
+        with caught:
             _keep(service, interrupts)
             _say("Finishing what was accepted; Ctrl-C once more leaves at once.")
             clean = service.drain()

@@ -305,6 +305,18 @@ class TestCommand:
         assert "odd: 1 accepted, 1 answered" in errors
         assert "Traceback" not in errors
 
+    def test_whoever_has_read_the_first_line_may_end_it_at_once(self, odd: Path) -> None:
+        command = [sys.executable, "-m", "shoal", "serve", str(odd), "--replicas", "1"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None and process.stdout.readline()
+                process.send_signal(signal.SIGTERM)
+                _, errors = process.communicate(timeout=_DEADLINE_S)
+            finally:
+                process.kill()
+        assert process.returncode == 0, errors
+        assert "odd: 0 accepted" in errors
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
