@@ -5,7 +5,8 @@ server applies by SGD, 64 KB to 400 MB, beside Ray actors that hold a tensor and
 is the payload, copied into workers and pushed, of both workers by wall clock; the machine's own is that of two processes which
 copy tensors. Part ``slow``: the time to a given accuracy with one of two workers slowed four-fold, by mode. Part ``reader``: how
 old the weights of a reader and the answers of a service are that follow a run at full speed. Part ``recovery``:
-from kill -9 to a table of 1 GB that is whole again. The dense part also has a row with the write-ahead log, until all is on disk.
+from kill -9 to a table of 1 GB that is whole again, and what that consists of. The dense part also has a row with the
+write-ahead log, until all is on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +27,10 @@ from benchmarks.common import Bar, Group, Peer, Result  # noqa: E402
 SIZES = (64 << 10, 1 << 20, 10_000_000, 100_000_000, 400_000_000)
 LOGGED = "shoal, write-ahead log"
 RECOVERIES = {"arena": "a server of the arena", "log": "everything: checkpoint and log", "chain": "the head of a chain"}
+RECOVERY_PARTS = {
+    "recovery_s": "in all", "read_s": "reading the log's heads", "hash_s": "checksums", "apply_s": "into memory",
+    "cpu_s": "processor time", "start_s": "making the memory (beside it)", "rejoin_s": "a replacement joins (beside it)",
+}  # fmt: skip
 _RECOVERED_BYTES = 1_000_000_000
 SHOAL, RAY, TENSORFLOW, COPY = "shoal", "Ray actors", "TensorFlow ParameterServerStrategy", "the machine's copies"
 MODES = {
@@ -145,6 +151,20 @@ def recovery_bars(results: Mapping[str, Result]) -> list[Bar]:
     ]
 
 
+def recovery_table(results: Mapping[str, Result]) -> Any:
+    """What the recoveries consist of: medians of their parts."""
+    from rich.table import Table
+
+    table = Table(title="parts of a recovery, s", title_justify="left")
+    table.add_column("killed")
+    for heading in RECOVERY_PARTS.values():
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        values = [[float(d[part]) for d in result.details if part in d] for part in RECOVERY_PARTS]
+        table.add_row(name, *(f"{median(v):.3f}" if v else "" for v in values))
+    return table
+
+
 # -- a slow worker ------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +220,7 @@ def main() -> int:
         recovered = measure_recovery(options)
         title = "kill -9: seconds until the table is whole again"
         group = Group(title=title, results=recovered, references=[], less_is_better=True, unit="s")
-        tables.append(common.group_table(group, "s"))
+        tables += [common.group_table(group, "s"), recovery_table(recovered)]
         groups.append(group)
         bars += recovery_bars(recovered)
     if "reader" in options.parts:

@@ -1,7 +1,9 @@
 """One side of benchmarks/parameter_server.py: seconds from kill -9 to a table of parameters that is whole again.
 
 * ``arena``: a server in the midst of a push; until its successor, a process that is forked then, has applied that push.
-* ``log``: everything; until a checkpoint and the write-ahead log behind it are in another arena.
+* ``log``: everything; until a checkpoint and the write-ahead log behind it are in another arena. ``read_s``: of that for finding
+  what the log has, ``hash_s``: for finding out whether it and the checkpoint are whole, ``apply_s``: for bringing it to the
+  arena; ``cpu_s``: of processor time. ``start_s``: beside it, for making the arena.
 * ``chain``: the head of a chain of two servers; until its successor has acknowledged the next push. ``rejoin_s``: until a
   replacement holds all of it as the tail.
 """
@@ -9,12 +11,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +31,7 @@ from shoal.comm.arena import Arena, Note, Order
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
 from shoal.plan import Plan
+from shoal.ps import log as log_of_server
 from shoal.ps.client import Client, Patience
 from shoal.ps.dense import DensePart, cut
 from shoal.ps.endpoint import Endpoint, RunKeys
@@ -34,7 +40,7 @@ from shoal.ps.replication import ChainServer, follow
 from shoal.ps.shard import Push, Shard
 from shoal.train import checkpoint as checkpoints
 from shoal.train.describe import describe
-from shoal.train.replay import FOLDER, SESSION, Replay, sessions
+from shoal.train.replay import FOLDER, SESSION, Replay, SessionLog, sessions
 
 PLAN = Plan(ps=1, workers=1, mode="async")
 _PUSHES = 3
@@ -117,14 +123,53 @@ def log(nbytes: int) -> dict[str, float]:
             os.kill(pid, signal.SIGKILL)
         os.waitpid(family, 0)
         # Its memory is made before anything is asked for, as that of a run is.
-        place = Place(nbytes)
         began = time.monotonic()
-        found = checkpoints.newest(run / "checkpoints")
-        assert found is not None
-        checkpoints.restore(found, place.store, Replay(run, sessions(run), found).tensors)
-        taken_s = time.monotonic() - began
-        assert bool((place.store.weights[0] == -float(_PUSHES)).all())
-        return {"recovery_s": taken_s}
+        place = Place(nbytes)
+        start_s = time.monotonic() - began
+        return {**recover(place, run), "start_s": start_s}
+
+
+def recover(place: Place, run: Path) -> dict[str, float]:
+    """Bring back what a run had, as its session does; the seconds that it takes, and those of its parts."""
+    seconds: dict[str, float] = {}
+    cpu_began, began = time.process_time(), time.monotonic()
+    replays: list[Replay] = []
+
+    def is_covered(checkpoint: checkpoints.Checkpoint) -> bool:
+        replays[:] = [Replay(run, sessions(run), checkpoint)]
+        tensors = replays[0].tensors
+        return tensors is not None and tensors.covers(place.store.table)
+
+    with (
+        counted(SessionLog, "pushes", seconds, "read_s"), counted(log_of_server, "first_torn", seconds, "hash_s"),
+        counted(checkpoints, "_damage", seconds, "hash_s"),
+    ):  # fmt: skip
+        found = checkpoints.newest(run / "checkpoints", None, is_covered)
+    assert found is not None
+    with counted(checkpoints, "_restore_tensors", seconds, "apply_s"):
+        checkpoints.restore(found, place.store, replays[0].tensors)
+    taken_s, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
+    assert bool((place.store.weights[0] == -float(_PUSHES)).all())
+    return {"recovery_s": taken_s, "cpu_s": cpu_s, **seconds}
+
+
+@contextlib.contextmanager
+def counted(owner: Any, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds that a function takes to a part."""
+    function = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[part] = seconds.get(part, 0.0) + time.monotonic() - began
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
 
 
 def chain(nbytes: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import mmap
 import os
 import re
@@ -27,6 +28,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -38,6 +40,7 @@ _HEADER = struct.Struct("<IHHQQQQI")
 _HEADER_BYTES = _HEADER.size + 4
 _MAGIC = 0x474F4C53
 _MOST_BUFFERS = 512
+_READERS = 4
 SEGMENT_BYTES = 64 << 20
 
 
@@ -67,17 +70,25 @@ class Frame:
     checksum: int
     segment: Segment
 
+    @property
+    def data(self) -> memoryview:
+        """Its payload as it lies there, for whoever knows that it ``is_whole``."""
+        return self.segment.bytes[self.at : self.at + self.length]
+
+    def is_whole(self) -> bool:
+        """Whether its payload is what was written."""
+        return zlib.crc32(self.data) == self.checksum
+
     def read(self) -> memoryview:
         """Its payload. TornError where that is not what was written."""
-        data = self.segment.bytes[self.at : self.at + self.length]
-        if zlib.crc32(data) != self.checksum:
+        if not self.is_whole():
             raise TornError(f"{self.segment.path}: the frame at {self.at} is not what was written")
-        return data
+        return self.data
 
 
 @dataclass(frozen=True)
 class Push:
-    """A push in the log; ``notes`` is what its COMMIT holds, ``start`` and ``end`` where it lies in its segment."""
+    """A push in the log; ``notes`` is what its COMMIT holds, ``start`` and ``end`` where it lies in ``segment``."""
 
     number: int
     mark: int
@@ -85,6 +96,7 @@ class Push:
     notes: bytes
     start: int
     end: int
+    segment: Segment
 
 
 class TornError(Exception):
@@ -124,15 +136,18 @@ def prune(directory: Path, name: str, mark: int) -> int:
     return freed
 
 
-def cut(directory: Path, name: str, mark: int, last: int | None) -> None:
-    """Cut off the pushes with a mark of at least ``mark`` and a number beyond ``last``; all of them where that is None."""
+def cut(directory: Path, name: str, mark: int, last: Push | None) -> None:
+    """Cut off what a log holds behind the push ``last``, as ``read`` has found it, or behind all with a mark below ``mark``."""
     own = segments(directory, name)
+    if last is not None:
+        own = [segment for segment in own if segment.path.name >= last.segment.path.name]
     for at, segment in enumerate(own):
         opened, end = Segment(segment.path), 0
-        for push in opened.pushes():
-            if push.mark >= mark and (last is None or push.number > last):
-                break
-            end = push.end
+        if last is not None:
+            end = last.end if at == 0 else 0
+        else:
+            for push in itertools.takewhile(lambda push: push.mark < mark, opened.pushes()):
+                end = push.end
         if end < len(opened.bytes):
             os.truncate(segment.path, end)
             for later in own[at + 1 :]:
@@ -186,7 +201,7 @@ class Segment:
                 notes = bytes(frame.read())
             except TornError:
                 return
-            yield Push(push, mark, tuple(frames), notes, begun, at)
+            yield Push(push, mark, tuple(frames), notes, begun, at, self)
             frames, number = [], None
 
 
@@ -215,6 +230,13 @@ def newest(frames: Iterable[Frame]) -> list[Frame]:
         kept.pop(key, None)
         kept[key] = frame
     return list(kept.values())
+
+
+def first_torn(frames: Sequence[Frame]) -> Frame | None:
+    """The first of these frames that is not what was written. All are read, by as many threads as there are processors."""
+    with ThreadPoolExecutor(max(1, min(_READERS, os.cpu_count() or 1)), "shoal-log-read") as threads:
+        whole = threads.map(Frame.is_whole, frames)
+        return next((frame for frame, well in zip(frames, whole, strict=True) if not well), None)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ import torch
 
 from shoal import tensorfile
 from shoal.comm.journal import Journal
-from shoal.comm.parts import runs, take
+from shoal.comm.parts import Region, runs, take
 from shoal.comm.store import Columns, Store, scalar_row_bytes
 from shoal.comm.table import FROZEN, ParameterTable, chunks_of_lane, deal_tensors
 from shoal.errors import RequestError
@@ -254,6 +255,11 @@ class Checkpoint:
     step: int
     meta: Mapping[str, Any]
 
+    @property
+    def state(self) -> Path:
+        """The file with its tensors."""
+        return self.path / "state.safetensors"
+
 
 def complete(directory: Path, step: int, meta: Mapping[str, Any], keep: int = KEPT) -> Checkpoint:
     """Sync a written part, add ``meta.json`` with checksums, and move it into place; delete older ones. OSError if it fails."""
@@ -289,25 +295,55 @@ def discard_parts(directory: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def newest(directory: Path, damaged: list[tuple[Path, str]] | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; those that are not are added to ``damaged`` with the reason."""
+def newest(
+    directory: Path, damaged: list[tuple[Path, str]] | None = None, unused: Callable[[Checkpoint], bool] = lambda found: False
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole.
+
+    Args:
+        damaged: those that are not are added to it, with the reason.
+        unused: whether nothing will be read of a checkpoint's ``state``, which then may be as it is. It may be damaged.
+    """
     for path in sorted(directory.glob("step-*"), reverse=True):
-        reason = ""
+        found, reason = None, ""
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            if meta["check"] != _meta_check(meta):
-                raise ValueError("meta.json is not what was written")
-            for name, digest in meta["sha256"].items():
-                if _sha256(path / name) != digest:
-                    reason = f"{name} is not what was written"
-                    break
-            else:
-                return Checkpoint(path, int(meta["step"]), meta)
+            found = _described(path)
+            reason = _damage(found, [name for name in found.meta["sha256"] if name != found.state.name])
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error)
+        if found is not None and not reason:
+            try:
+                reason = "" if unused(found) else _damage(found, [found.state.name])
+            except Exception:
+                # A damaged file may be read as anything.
+                if not (reason := _damage(found, [found.state.name])):
+                    raise
+            if not reason:
+                return found
         if damaged is not None:
             damaged.append((path, reason))
     return None
+
+
+def _described(path: Path) -> Checkpoint:
+    """What ``meta.json`` says of a checkpoint. OSError, ValueError, KeyError, TypeError: it is damaged."""
+    meta = json.loads((path / "meta.json").read_text())
+    if meta["check"] != _meta_check(meta):
+        raise ValueError("meta.json is not what was written")
+    return Checkpoint(path, int(meta["step"]), meta)
+
+
+def _damage(found: Checkpoint, names: Sequence[str]) -> str:
+    """What is wrong with some of a checkpoint's files, which are read two at a time; empty where they are whole."""
+
+    def look(name: str) -> str:
+        try:
+            return "" if _sha256(found.path / name) == found.meta["sha256"][name] else f"{name} is not what was written"
+        except OSError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2, "shoal-checkpoint") as threads:
+        return next(filter(None, threads.map(look, names)), "")
 
 
 @dataclass(frozen=True)
@@ -329,7 +365,7 @@ def restore(checkpoint: Checkpoint, store: Store, tensors: Any = None) -> Restor
     """
     check(checkpoint, store.table)
     if tensors is None:
-        restore_tensors(store, _state_file(checkpoint))
+        restore_tensors(store, checkpoint.state)
     else:
         _restore_tensors(store, tensors, _lanes_in(tensors.keys()))
     return restore_notes(checkpoint)
@@ -343,11 +379,7 @@ def restore_tensors(store: Store, path: Path) -> None:
 
 def open_tensors(checkpoint: Checkpoint) -> Any:
     """The tensors of a checkpoint, as safetensors opens them: mapped, and read when they are asked for."""
-    return _open(_state_file(checkpoint))
-
-
-def _state_file(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path / "state.safetensors"
+    return _open(checkpoint.state)
 
 
 def _open(path: Path) -> Any:
@@ -368,7 +400,7 @@ def check(checkpoint: Checkpoint, table: ParameterTable) -> None:
     """RequestError where a checkpoint is of another model or optimizer than a table."""
     with open_tensors(checkpoint) as file:
         names = set(file.keys())
-        layout = FileLayout(table, _lanes_in(names))
+        layout = layout_of(file, table)
         if names != set(layout.entries):
             odd = sorted(names ^ set(layout.entries))[0]
             raise RequestError(
@@ -384,6 +416,11 @@ def check(checkpoint: Checkpoint, table: ParameterTable) -> None:
                 )
 
 
+def layout_of(file: Any, table: ParameterTable) -> FileLayout:
+    """How a checkpoint's file of this table is laid out, with as many lanes as one has."""
+    return FileLayout(table, _lanes_in(file.keys()))
+
+
 def _lanes_in(names: Iterable[str]) -> int:
     """How many copies of the optimizer's state a checkpoint holds."""
     return 1 + max((int(kind.partition("@")[2] or 0) for kind in (n.partition("/")[0] for n in names)), default=0)
@@ -393,25 +430,37 @@ def _restore_tensors(store: Store, file: Any, lanes: int) -> None:
     """Copy weights, buffers and state into the arena; a lane that the checkpoint lacks gets another one's state."""
     table = store.table
     rows = ScalarRows(store)
+
+    def read(target: torch.Tensor, key: str, regions: Sequence[Region] = ()) -> None:
+        _read_tensor(store, target, file, key, regions)
+
     for index, spec in enumerate(table.parameters):
-        store.weights[index].copy_(take(file.get_tensor(f"weights/{spec.name}"), spec.regions))
+        read(store.weights[index], f"weights/{spec.name}", spec.regions)
     for index, spec in enumerate(table.buffers):
         for parity in (0, 1):
-            store.buffer(parity, index).copy_(file.get_tensor(f"buffers/{spec.name}"))
+            read(store.buffer(parity, index), f"buffers/{spec.name}")
     for lane in range(store.lanes):
         kept = lane % lanes
         for index, spec in enumerate(table.trained):
             for row in rows.of(index, lane):
-                row.copy_(file.get_tensor(f"{lane_kind('scalars', kept)}/{spec.name}"))
+                read(row, f"{lane_kind('scalars', kept)}/{spec.name}")
             for k, state_key in enumerate(table.state_keys):
-                value = file.get_tensor(f"{lane_kind(f'state.{state_key}', kept)}/{spec.name}")
                 place = store.state_range(k, spec.offset, spec.offset + spec.nbytes, spec.dtype, lane)
-                place.copy_(take(value, spec.regions).reshape(-1))
+                read(place, f"{lane_kind(f'state.{state_key}', kept)}/{spec.name}", spec.regions)
         for at, state in enumerate(table.states):
             spec = table.parameters[state.parameter]
-            value = file.get_tensor(f"{lane_kind(f'state.{state.key}', kept)}/{spec.name}")
-            part = take(value, spec.regions) if state.shape == spec.shape else value
-            store.state_tensor(at, lane).copy_(part)
+            regions = spec.regions if state.shape == spec.shape else ()
+            read(store.state_tensor(at, lane), f"{lane_kind(f'state.{state.key}', kept)}/{spec.name}", regions)
+
+
+def _read_tensor(store: Store, target: torch.Tensor, file: Any, key: str, regions: Sequence[Region]) -> None:
+    """Copy a tensor of a file, or a part of it, to its place in the arena."""
+    memory = store.arena.memory
+    if not regions and hasattr(file, "fill") and memory.holds(target):
+        file.fill(key, target, memory)
+    else:
+        source = take(file.get_tensor(key), regions)
+        memory.copy(target, source.reshape(target.shape))
 
 
 def restore_notes(checkpoint: Checkpoint) -> Restored:

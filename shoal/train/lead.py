@@ -110,6 +110,9 @@ class Lead(Session):
         """Whether the run goes on from a checkpoint."""
         return self._last_checkpoint is not None
 
+    def _look_behind(self, found: checkpoints.Checkpoint, store: Store) -> bool:
+        return self.parts is None and super()._look_behind(found, store)
+
     def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
         if self.parts is None:
             return super()._read_checkpoint(found, store)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.comm.arena import Arena, Note
+from shoal.comm.table import ParameterTable
 from shoal.errors import JobFailed, PlanError, RequestError
 from shoal.plan import Plan
 from shoal.ps import log as logs
@@ -151,11 +152,16 @@ class RunLog(KeptLog):
 
     # -- going on ------------------------------------------------------------------------------------------------
 
-    def tensors(self, found: Checkpoint) -> LoggedTensors | None:
-        """A checkpoint's tensors as the log has them after it; None where it has nothing. RequestError: it is another log."""
+    def look_behind(self, found: Checkpoint, table: ParameterTable) -> bool:
+        """Look at what the log has behind a checkpoint; whether that is all of its tensors. RequestError: it is another log."""
         self._refuse(self._others, found)
         self._replay = Replay(self._run, self._old, found)
-        return self._replay.tensors
+        return self.tensors is not None and self.tensors.covers(table)
+
+    @property
+    def tensors(self) -> LoggedTensors | None:
+        """The tensors of the checkpoint that was looked at as the log has them after it; None where it has nothing."""
+        return None if self._replay is None else self._replay.tensors
 
     def refuse(self, found: Checkpoint) -> None:
         """RequestError where there is a log behind a checkpoint: whoever asks cannot read it."""

@@ -1,7 +1,7 @@
 """Going on from a checkpoint and the write-ahead logs behind it.
 
 Of each session of the run in turn the pushes count that the logs of all its servers have; what one of them has beyond that was
-never acknowledged, and is cut off for good. Dense parameters are put into a copy of the checkpoint's file in memory,
+never acknowledged, and is cut off for good. Dense parameters are read straight to where the run has them,
 of each place only what came last; rows get their gradients once more. Where workers waited for nobody, some units may be
 done and others before them not: the run goes on with the first step that lacks one, and the units behind it that are done are
 laid into the ledger, so that nobody claims them.
@@ -9,8 +9,8 @@ laid into the ledger, so that nobody claims them.
 
 from __future__ import annotations
 
+import bisect
 import json
-import mmap
 import os
 import struct
 import time
@@ -22,18 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from shoal.comm.memory import Memory
 from shoal.comm.store import VALUE_COLUMNS
+from shoal.comm.table import ParameterTable
 from shoal.errors import RequestError
 from shoal.observe.events import read_events
 from shoal.plan import Plan
 from shoal.ps import log as logs
 from shoal.ps.ledger import LOGGED, UNITS_KEPT, UnitColumns
-from shoal.ps.log import Frame, Kind, Push, TornError
+from shoal.ps.log import Frame, Kind, Push
 from shoal.tensorfile import dtype_of
-from shoal.train.checkpoint import Checkpoint, Restored
+from shoal.train.checkpoint import Checkpoint, Restored, layout_of
 from shoal.train.pacing import PushRecorder
 from shoal.train.recorder import Emit
 from shoal.train.row_tables import RunTables
+from shoal.train.saved import as_bytes
 from shoal.train.settings import RunSettings
 from shoal.train.update_log import Commit, log_name, put_lines, read_rows
 
@@ -73,10 +76,10 @@ class SessionLog:
         """Those from ``mark`` on that all servers have."""
         return list(zip(*(logs.read(self.path, log_name(server), mark) for server in range(self.servers)), strict=False))
 
-    def cut(self, mark: int, last: int | None) -> None:
-        """Nothing behind the push ``last`` counts."""
+    def cut(self, mark: int, last: Everywhere | None) -> None:
+        """Nothing behind the push ``last`` counts; where that is None, nothing from ``mark`` on."""
         for server in range(self.servers):
-            logs.cut(self.path, log_name(server), mark, last)
+            logs.cut(self.path, log_name(server), mark, last[server] if last else None)
 
 
 def sessions(run: Path) -> list[SessionLog]:
@@ -92,46 +95,85 @@ def sessions(run: Path) -> list[SessionLog]:
 
 
 class LoggedTensors:
-    """A checkpoint's tensors, to be changed in memory and read like ``safetensors.safe_open``'s.
+    """A checkpoint's tensors as the logs behind it have left them, read like ``safetensors.safe_open``'s.
 
-    ``covered``: bytes from and to, that are about to be put there in any case, and so need not be read.
+    Args:
+        path: the checkpoint's file.
+        frames: of the logs, in the order in which they are to be put there; none is torn.
     """
 
-    def __init__(self, path: Path, covered: Iterable[tuple[int, int]] = ()) -> None:
-        size, at = path.stat().st_size, 0
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with open(path, "rb", buffering=0) as file:
-            for start, stop in [*sorted(covered), (size, size)]:
-                file.seek(at)
-                while at < start and (count := file.readinto(memoryview(self._map)[at:start])):
-                    at += count
-                at = max(at, stop)
-        self.bytes: np.ndarray = np.frombuffer(self._map, np.uint8)
-        (length,) = struct.unpack_from("<Q", self._map)
-        self._first = 8 + length
-        self._entries: dict[str, Any] = json.loads(self._map[8 : self._first])
+    def __init__(self, path: Path, frames: Sequence[Frame] = ()) -> None:
+        self._path = path
+        with open(path, "rb") as file:
+            length = file.read(8)
+            self.header = length + file.read(*struct.unpack("<Q", length))
+        self._entries: dict[str, Any] = json.loads(self.header[8:])
+        self._entries.pop("__metadata__", None)
+        first = len(self.header)
+        self._places = {name: tuple(first + at for at in entry["data_offsets"]) for name, entry in self._entries.items()}
+        self._frames: dict[str, list[Frame]] = {name: [] for name in self._entries}
+        by_start = sorted((start, name) for name, (start, stop) in self._places.items() if stop > start)
+        for frame in frames:
+            # A frame belongs to one tensor.
+            _, name = by_start[bisect.bisect_right(by_start, frame.where, key=lambda place: place[0]) - 1]
+            self._frames[name].append(frame)
+        self._covered = not any(True for name in self._entries for _ in self._uncovered(name))
 
     def __enter__(self) -> LoggedTensors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The map lives as long as its tensors."""
+        """Nothing is held open."""
+
+    def covers(self, table: ParameterTable) -> bool:
+        """Whether all bytes of all tensors are the logs', so that the checkpoint's file does not matter."""
+        if not self._covered:
+            return False
+        layout = layout_of(self, table)
+        return layout.header == self.header and layout.size == self._path.stat().st_size
 
     def keys(self) -> Sequence[str]:
-        return [name for name in self._entries if name != "__metadata__"]
+        return list(self._entries)
 
     def get_tensor(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
-        start, stop = (self._first + at for at in entry["data_offsets"])
-        return torch.from_numpy(self.bytes[start:stop]).view(dtype_of(entry["dtype"])).view(entry["shape"])
+        found = torch.empty(entry["shape"], dtype=dtype_of(entry["dtype"]))
+        self.fill(name, found)
+        return found
 
-    def put(self, frame: Frame) -> None:
-        """Put a frame where it belongs. TornError where it is not what was written."""
-        data = frame.read()
-        if frame.kind is Kind.LINES:
-            put_lines(self.bytes, frame.where, data)
-        else:
-            self.bytes[frame.where : frame.where + frame.length] = np.frombuffer(data, np.uint8)
+    def fill(self, name: str, target: torch.Tensor, memory: Memory | None = None) -> None:
+        """Read a tensor into a contiguous one of its size, in ``memory`` where that is given."""
+        if dtype_of(self._entries[name]["dtype"]) != target.dtype:
+            target.copy_(self.get_tensor(name).view(target.shape))
+            return
+        place = as_bytes(target).numpy()
+        base = place.ctypes.data
+        start, stop = self._places[name]
+
+        def put(at: int, data: memoryview) -> None:
+            if memory is None:
+                place[at : at + len(data)] = np.frombuffer(data, np.uint8)
+            else:
+                memory.write(base + at, data)
+
+        if gaps := list(self._uncovered(name)):
+            kept = np.memmap(self._path, np.uint8, "r")
+            for low, high in gaps:
+                put(low - start, kept[low:high].data)
+        for frame in self._frames[name]:
+            if frame.kind is Kind.LINES:
+                put_lines(place, frame.where - start, frame.data)
+            else:
+                put(frame.where - start, frame.data)
+
+    def _uncovered(self, name: str) -> Iterator[tuple[int, int]]:
+        """Where bytes of a tensor lie in the file that no frame puts there anew: from and to."""
+        at, end = self._places[name]
+        covered = sorted((f.where, f.where + f.length) for f in self._frames[name] if f.kind is Kind.BYTES)
+        for start, stop in [*covered, (end, end)]:
+            if at < start:
+                yield at, start
+            at = max(at, stop)
 
 
 @dataclass
@@ -176,54 +218,25 @@ class Replay:
     def __init__(self, run: Path, old: Sequence[SessionLog], found: Checkpoint) -> None:
         self._run, self._found = run, found
         self._parts: list[tuple[SessionLog, list[Everywhere]]] = []
-        self.tensors: LoggedTensors | None = None
         self._ahead: list[np.ndarray] = []
         self._pushed: list[dict[str, Any]] = []
         self._whole_epochs: list[dict[str, Any]] = []
         self._per_epoch = 1
         for session in old:
             pushes = session.pushes(found.step)
-            whole = self._overlay(pushes)
-            session.cut(found.step, pushes[whole - 1][0].number if whole else None)
+            whole = pushes[: _count_whole(pushes)]
+            session.cut(found.step, whole[-1] if whole else None)
             if whole:
-                self._parts.append((session, pushes[:whole]))
-
-    def _overlay(self, pushes: Sequence[Everywhere]) -> int:
-        """Put what these pushes have made of the dense parameters into ``tensors``; how many of them are whole."""
-        count = len(pushes)
-        while count:
-            of = {id(frame): n for n, push in enumerate(pushes[:count]) for frame in _frames(push)}
-            frames = [frame for push in pushes[:count] for frame in _frames(push)]
-            last = logs.newest(f for f in frames if f.kind is not Kind.ROWS)
-            covered = [(f.where, f.where + f.length) for f in last if f.kind is Kind.BYTES]
-            tensors = self.tensors or LoggedTensors(self._found.path / "state.safetensors", covered)
-            torn = None
-            for frame in frames if any(f.kind is Kind.ROWS for f in frames) else ():
-                # They are all needed.
-                if frame.kind is Kind.ROWS and torn is None and not _is_whole(frame):
-                    torn = frame
-            try:
-                for frame in last if torn is None else ():
-                    torn = frame
-                    tensors.put(frame)
-                    torn = None
-            except TornError:
-                pass
-            if torn is None:
-                self.tensors = tensors
-                return count
-            count = of[id(torn)]
-            # What was put there meanwhile may be of pushes that do not count: begin anew, with the earlier sessions'.
-            self.tensors = None
-            for _, earlier in self._parts:
-                self._overlay(earlier)
-        return 0
+                self._parts.append((session, whole))
+        dense = logs.newest(f for _, pushes in self._parts for push in pushes for f in _frames(push) if f.kind is not Kind.ROWS)
+        self.tensors = LoggedTensors(found.state, dense) if dense else None
+        """The checkpoint's tensors, where the logs have changed them."""
 
     def fill(self, tables: RunTables) -> None:
         """Give the rows of the checkpoint, which are in the tables already, their gradients."""
         for frame in (f for _, pushes in self._parts for push in pushes for f in _frames(push) if f.kind is Kind.ROWS):
             table = tables.tables[frame.where]
-            change = read_rows(frame.where, frame.read(), table.spec.dtype)
+            change = read_rows(frame.where, frame.data, table.spec.dtype)
             table.scale_lr(change.lr_factor)
             table.push(change.keys, change.rows, change.counts, step=change.step, scale=change.scale)
 
@@ -357,12 +370,19 @@ def _frames(push: Everywhere) -> Iterator[Frame]:
     return (frame for part in push for frame in part.frames)
 
 
-def _is_whole(frame: Frame) -> bool:
-    try:
-        frame.read()
-    except TornError:
-        return False
-    return True
+def _count_whole(pushes: Sequence[Everywhere]) -> int:
+    """How many of these pushes count: all before the first of which something is torn that is needed."""
+    count = len(pushes)
+    while count:
+        of = {id(frame): n for n, push in enumerate(pushes[:count]) for frame in _frames(push)}
+        frames = [frame for push in pushes[:count] for frame in _frames(push)]
+        # Of rows all are needed.
+        torn = logs.first_torn([f for f in frames if f.kind is Kind.ROWS])
+        torn = torn or logs.first_torn(logs.newest(f for f in frames if f.kind is not Kind.ROWS))
+        if torn is None:
+            break
+        count = of[id(torn)]
+    return count
 
 
 def _merged(pages: Sequence[Any]) -> Any:

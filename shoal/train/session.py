@@ -187,7 +187,7 @@ class Session:
         if not self._options.resume:
             return 0
         damaged: list[tuple[Path, str]] = []
-        found = checkpoints.newest(self._directory.checkpoints, damaged)
+        found = checkpoints.newest(self._directory.checkpoints, damaged, lambda found: self._look_behind(found, store))
         for path, reason in damaged:
             self._emit("checkpoint_damaged", path=str(path), reason=reason)
         if found is None:
@@ -206,8 +206,12 @@ class Session:
         self._checkpoint_settled = step
         return step
 
+    def _look_behind(self, found: checkpoints.Checkpoint, store: Store) -> bool:
+        """Whether a log behind a checkpoint has all of its tensors, so that these need not be read."""
+        return self._log.look_behind(found, store.table)
+
     def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
-        return checkpoints.restore(found, store, self._log.tensors(found))
+        return checkpoints.restore(found, store, self._log.tensors)
 
     def _write_beginning(self, first: int) -> None:
         job, plan, facts, directory = self._job, self._plan, self._facts, self._directory

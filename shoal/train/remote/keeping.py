@@ -48,6 +48,9 @@ class Keeping(Session):
     _versions: dict[int, int]
     _first_step: int
 
+    def _look_behind(self, found: checkpoints.Checkpoint, store: Store) -> bool:
+        return False
+
     def _read_checkpoint(self, found: checkpoints.Checkpoint, store: Store) -> checkpoints.Restored:
         self._log.refuse(found)
         return checkpoints.restore(found, store)
