@@ -228,15 +228,16 @@ static int extend(const struct table *t, u64 *reserved, char *area, i64 want, i6
     return DONE;
 }
 
-/* See to it that so many rows can be made and noted in the undo log, and that the index stays at most 5/8 full. */
-static int make_room(const struct table *t, i64 s, i64 rows, i64 notes) {
+/* See to it that so many rows can be made and noted in the undo log, ``changed`` of them as they were, and that the index stays at
+ * most 5/8 full. */
+static int make_room(const struct table *t, i64 s, i64 rows, i64 changed) {
     struct shard *c = shard_of(t, s);
     i64 fresh = rows > (i64)c->free_count ? rows - (i64)c->free_count : 0;
-    i64 each = ((t->row_bytes + 7) & ~(i64)7) + (i64)sizeof(struct note) * 3;
+    i64 notes = changed * ((t->row_bytes + 7) & ~(i64)7) + rows * (i64)sizeof(struct note) * 3;
     if ((i64)c->rows_used + fresh > t->capacity) return FULL;
     int error = extend(t, &c->rows_reserved, span(t, s) + ROWS_AT, ((i64)c->rows_used + fresh) * t->row_bytes,
                        ((i64)1 << SPAN_BITS) - ROWS_AT - HEAD_BYTES);
-    if (!error) error = extend(t, &c->undo_reserved, span(t, s) + UNDO_AT, notes * each, ROWS_AT - UNDO_AT);
+    if (!error) error = extend(t, &c->undo_reserved, span(t, s) + UNDO_AT, notes, ROWS_AT - UNDO_AT);
     if (error) return error;
     u64 level = c->level;
     while ((c->live + (u64)rows) * 8 > 5ull << level) level++;
@@ -299,7 +300,8 @@ static int admitted(const struct table *t, i64 s, u64 hash, u32 count) {
     return seen >= (u32)t->admit;
 }
 
-static struct head *make_row(const struct table *t, i64 s, i64 key, u64 hash) {
+/* ``raw``: its numbers are about to be put there. */
+static struct head *make_row(const struct table *t, i64 s, i64 key, u64 hash, i64 raw) {
     struct shard *c = shard_of(t, s);
     u64 r = c->free_count ? free_of(t, s)[c->free_count - 1] : c->rows_used;
     note_down(t, s, MADE, (u32)r, 0, 0);
@@ -311,7 +313,7 @@ static struct head *make_row(const struct table *t, i64 s, i64 key, u64 hash) {
     row->key = key;
     row->count = 0;
     row->last = 0;
-    shoal_rows_init(t, key, row + 1);
+    if (!raw) shoal_rows_init(t, key, row + 1);
     STORE(row->live, 1);
     u64 at = probe(t, s, c->level, key, hash, &none);
     STORE(index_of(t, s, c->level)[at], tag_of(hash) << 32 | (r + 1));
@@ -351,7 +353,7 @@ static void apply_one(const struct table *t, i64 s, const struct push *p, i64 at
     } else if (!row && !admitted(t, s, hash, count))
         return;
     note_change(t, s, p->keys[at]);
-    if (fresh) row = make_row(t, s, p->keys[at], hash);
+    if (fresh) row = make_row(t, s, p->keys[at], hash, p->raw);
     else note_down(t, s, CHANGED, (u32)(((char *)row - (char *)row_of(t, s, 0)) / t->row_bytes), 0, row);
     STORE(row->version, row->version | 1);
     FENCE();
@@ -381,7 +383,8 @@ int shoal_rows_apply(const struct table *t, i64 s, const struct push *p, double 
         }
         slide(t, s, id + 1);
     }
-    error = make_room(t, s, p->n, p->n);
+    /* Whole rows come in bulk, with different keys: no more of them can be changed than there are. */
+    error = make_room(t, s, p->n, p->raw && (i64)c->live < p->n ? (i64)c->live : p->n);
     if (error) {
         shoal_rows_unlock(t, s);
         return error;

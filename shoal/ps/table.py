@@ -9,7 +9,9 @@ with its next push.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from shoal.ps.spec import HEAD_BYTES, TableSpec
 
 # Of a shard that is over its limit, so much goes to disk at once.
 _EVICTED = 1 / 8
+# So many rows are put there by several threads.
+_MANY, _THREADS = 1 << 17, 4
 _NO_ROWS = np.empty(0, np.int64)
 _EVERYTHING = 0
 """As a step: no row is too old for it."""
@@ -226,8 +230,8 @@ class Table:
         """Put whole rows there, as a checkpoint has them."""
         order, starts = self.kernel.partition(rows.keys, self.spec.shards)
         values = rows.values.to(self.spec.dtype).contiguous()
-        piece = 1 << 16
-        for shard in range(self.spec.shards):
+
+        def put(shard: int, piece: int = 1 << 16) -> None:
             for low in range(int(starts[shard]), int(starts[shard + 1]), piece):
                 own = order[low : min(low + piece, int(starts[shard + 1]))]
                 push = Push(
@@ -235,6 +239,14 @@ class Table:
                 )
                 self.kernel.apply(self._handle, shard, push)
                 self._tend(shard)
+
+        shards = range(self.spec.shards)
+        if len(order) < _MANY or self.kernel.name != "c" or self._cold is not None:
+            for shard in shards:
+                put(shard)
+            return
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "shoal-table") as threads:
+            list(threads.map(put, shards))
 
     def begin_at(self, push_id: int) -> None:
         """Take all pushes before this one for applied, and none from it on: they are numbered anew, as behind a checkpoint."""

@@ -21,7 +21,7 @@ from shoal.ps.fallback import Fallback
 from shoal.ps.kernel import Kernel, load
 from shoal.ps.optimizers import RowOptimizer
 from shoal.ps.spec import TableSpec
-from shoal.ps.table import Table, from_tensors, to_tensors
+from shoal.ps.table import Rows, Table, from_tensors, to_tensors
 
 KERNELS = [load(), Fallback()]
 OPTIMIZERS: list[RowOptimizer] = [
@@ -274,3 +274,17 @@ def test_bad_input_is_answered_by_one_sentence() -> None:
             ps.Embedding(**wrong)  # type: ignore[arg-type]
     with pytest.raises(JobError, match=r"Adagrad\(eps=0"):
         ps.Adagrad(eps=0)
+
+
+def test_many_rows_at_once_come_back_as_they_were_put() -> None:
+    spec, n = TableSpec(width=2, shards=8), 150_000
+    table = Table.create(spec)
+    keys = np.arange(n, dtype=np.int64) * 7919 - 2**40
+    values = torch.arange(n * (2 + spec.state), dtype=torch.float32).view(n, -1)
+    rows = Rows(keys, values, np.arange(n, dtype=np.uint32), np.arange(n, dtype=np.int64))
+    # Some of them are there already, with other numbers.
+    table.push(keys[::100].copy(), torch.ones(1500, 2), np.ones(1500, np.uint32), step=1)
+    table.put(rows)
+    found = table.export()
+    assert all(np.array_equal(getattr(found, name), getattr(rows, name)) for name in ("keys", "counts", "last"))
+    assert found.values.equal(values)
