@@ -26,7 +26,10 @@ from benchmarks.common import Bar, Group, Peer, Result  # noqa: E402
 
 SIZES = (64 << 10, 1 << 20, 10_000_000, 100_000_000, 400_000_000)
 LOGGED = "shoal, write-ahead log"
-RECOVERIES = {"arena": "a server of the arena", "log": "everything: checkpoint and log", "chain": "the head of a chain"}
+RECOVERIES = {
+    "arena": "a server of the arena", "log": "everything: checkpoint and log", "rows": "everything: rows in checkpoint and log",
+    "chain": "the head of a chain",
+}  # fmt: skip
 RECOVERY_PARTS = {
     "recovery_s": "in all", "read_s": "reading the log's heads", "hash_s": "checksums", "apply_s": "into memory",
     "cpu_s": "processor time", "start_s": "making the memory (beside it)", "rejoin_s": "a replacement joins (beside it)",

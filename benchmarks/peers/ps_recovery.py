@@ -4,6 +4,7 @@
 * ``log``: everything; until a checkpoint and the write-ahead log behind it are in another arena. ``read_s``: of that for finding
   what the log has, ``hash_s``: for finding out whether it and the checkpoint are whole, ``apply_s``: for bringing it to the
   arena; ``cpu_s``: of processor time. ``start_s``: beside it, for making the arena.
+* ``rows``: the same for a table of rows by key, all of them in a checkpoint, and behind it a log of gradients.
 * ``chain``: the head of a chain of two servers; until its successor has acknowledged the next push. ``rejoin_s``: until a
   replacement holds all of it as the tail.
 """
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,12 +40,18 @@ from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.ledger import regions
 from shoal.ps.replication import ChainServer, follow
 from shoal.ps.shard import Push, Shard
+from shoal.ps.spec import TableSpec
+from shoal.ps.table import Rows
 from shoal.train import checkpoint as checkpoints
 from shoal.train.describe import describe
 from shoal.train.replay import FOLDER, SESSION, Replay, SessionLog, sessions
+from shoal.train.row_tables import RunTables
+from shoal.train.saved import Applied
+from shoal.train.update_log import Commit, log_name, rows_payload
 
 PLAN = Plan(ps=1, workers=1, mode="async")
 _PUSHES = 3
+_WIDTH, _EVERY, _LEAST_BYTES = 32, 40, 1 << 20
 
 
 class Place:
@@ -126,10 +134,48 @@ def log(nbytes: int) -> dict[str, float]:
         began = time.monotonic()
         place = Place(nbytes)
         start_s = time.monotonic() - began
-        return {**recover(place, run), "start_s": start_s}
+        recovered = recover(place, run)
+        assert bool((place.store.weights[0] == -float(_PUSHES)).all())
+        return {**recovered, "start_s": start_s}
 
 
-def recover(place: Place, run: Path) -> dict[str, float]:
+def rows(nbytes: int) -> dict[str, float]:
+    spec = TableSpec(width=_WIDTH)
+    count = nbytes // (4 * (_WIDTH + spec.state))
+    keys = np.arange(count, dtype=np.int64) * 7919
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        run = Path(scratch)
+
+        def train() -> None:
+            place, tables = Place(_LEAST_BYTES), RunTables((spec,), run / "cold")
+            values = torch.ones(count, _WIDTH + spec.state)
+            tables.tables[0].put(Rows(keys, values, np.ones(count, np.uint32), np.zeros(count, np.int64)))
+            checkpoints.PartWriter(place.store, run / "checkpoints", 0).write_all()
+            tables.write(checkpoints.part_path(run / "checkpoints", 0))
+            checkpoints.complete(run / "checkpoints", 0, {"epochs_done": 0, "history": []})
+            session = SessionLog(run / FOLDER / "0001", servers=1, workers=1, team=1, first=0)
+            log = log_of_server.LogWriter(session.path, log_name(0))
+            session.begin()
+            for number in range(_PUSHES):
+                own = keys[number :: _EVERY].copy()
+                gradients = Applied(0, own, np.ones(len(own), np.uint32), torch.ones(len(own), _WIDTH), number, 1.0)
+                log.begin(number, 0)
+                log.add(log_of_server.Kind.ROWS, [(0, rows_payload(gradients))])
+                log.commit(Commit(np.empty((0, 0)), None).to_bytes())
+            log.close()
+
+        os.waitpid(fork(train), 0)
+        began = time.monotonic()
+        place, tables = Place(_LEAST_BYTES), RunTables((spec,), run / "cold")
+        start_s = time.monotonic() - began
+        found = recover(place, run, tables)
+        changed = tables.tables[0].pull(keys[: _PUSHES + 1].copy())
+        assert bool((changed[:_PUSHES] != 1.0).all()) and bool((changed[_PUSHES] == 1.0).all())
+        tables.close()
+        return {**found, "start_s": start_s}
+
+
+def recover(place: Place, run: Path, tables: RunTables | None = None) -> dict[str, float]:
     """Bring back what a run had, as its session does; the seconds that it takes, and those of its parts."""
     seconds: dict[str, float] = {}
     cpu_began, began = time.process_time(), time.monotonic()
@@ -148,8 +194,11 @@ def recover(place: Place, run: Path) -> dict[str, float]:
     assert found is not None
     with counted(checkpoints, "_restore_tensors", seconds, "apply_s"):
         checkpoints.restore(found, place.store, replays[0].tensors)
+    if tables is not None:
+        with counted(RunTables, "restore", seconds, "apply_s"), counted(Replay, "fill", seconds, "apply_s"):
+            tables.restore(found.path, found.step)
+            replays[0].fill(tables)
     taken_s, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
-    assert bool((place.store.weights[0] == -float(_PUSHES)).all())
     return {"recovery_s": taken_s, "cpu_s": cpu_s, **seconds}
 
 
@@ -215,11 +264,11 @@ def chain(nbytes: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=("arena", "log", "chain"), required=True)
+    parser.add_argument("--kind", choices=("arena", "log", "rows", "chain"), required=True)
     parser.add_argument("--bytes", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps({"arena": arena, "log": log, "chain": chain}[options.kind](options.bytes)))
+    print(json.dumps({"arena": arena, "log": log, "rows": rows, "chain": chain}[options.kind](options.bytes)))
 
 
 if __name__ == "__main__":
