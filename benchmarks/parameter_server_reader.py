@@ -133,7 +133,7 @@ def ages_of(seen: Sequence[float]) -> Ages:
     """Percentiles in ms of ages in seconds."""
     if len(seen) < 2:
         raise PeerFailed("nothing was seen")
-    cuts = quantiles(seen, n=100)
+    cuts = quantiles(seen, n=100, method="inclusive")
     return {"p50": 1e3 * cuts[49], "p99": 1e3 * cuts[98], "max": 1e3 * max(seen), "seen": float(len(seen))}
 
 

@@ -57,8 +57,9 @@ class StepSaver:
         For servers: until the update begins, readers of the run are given what there is, however long the disk takes.
         """
         self.begin(step)
-        updater = self._updater
-        for chunk in range(updater.count) if updater is not None else ():
+        if self._writer is None:
+            return
+        for chunk in range(self._updater.count if self._updater is not None else 0):
             self._write_chunk(chunk)
         self.end(step)
 

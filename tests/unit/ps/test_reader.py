@@ -17,7 +17,7 @@ from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.ps import wire
 from shoal.ps.keys import Pair, ReadKey
 from shoal.ps.publish import Copied, Publisher
-from shoal.ps.reader import Reader
+from shoal.ps.reader import Reader, _dial
 
 WIDTH = 5000
 
@@ -263,10 +263,13 @@ def test_readers_have_what_is_newest_before_the_run_is_busy(run, monkeypatch):
             if made == 1:
                 reader.wait(2, 60.0)
         assert reader.wait(3, 60.0) == 3 and reader.versions == (2, 0)
-        # Somebody who has asked for nothing yet is not waited for longer than that.
-        publisher._heard[b"a stranger"] = time.monotonic()
+        # Somebody who has not asked for weights yet is not waited for longer than that.
+        socket = _dial(zmq.Context.instance(), publisher.read_key)
+        socket.send(wire.encode(wire.Hello()))
+        assert socket.poll(60_000)
         assert not publisher.settle(0.01)
-        del publisher._heard[b"a stranger"]
+        socket.send(wire.encode(wire.Bye()))
+        socket.close()
 
 
 def test_what_goes_wrong_in_publishing_is_told_and_published_anew(run, monkeypatch, caplog):
