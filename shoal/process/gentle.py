@@ -27,7 +27,9 @@ _KEEP_POLICY = 0x08
 # Linux lets a session's priority be changed ten times a second at the most, by anybody.
 _TRY_S, _AGAIN_S = 2.0, 0.02
 # Who gives way and has had less than this share of a core since it was last looked at is left nothing by others.
-_LEAST, _LOOK_S = 0.1, 2.0
+_LEAST, _LOOK_S = 0.1, 1.0
+# It gets more then: a seventh of what others get, which still lets nearly all of them have its core at once; then as much.
+_STEPS = (8, 0)
 
 
 def gently(work: Callable[[], _T]) -> _T:
@@ -75,7 +77,7 @@ def lengthen_slices(thread: int, long: bool = True) -> bool:
 class GentleSession:
     """The session of a process that was started in one of its own: it gives way to others, and comes back.
 
-    It comes back by itself where others leave it next to nothing: else whoever waits for it might do so for ever.
+    It comes back by itself, in two steps, where others leave it next to nothing: else whoever waits for it might do so for ever.
     """
 
     def __init__(self, leader: int, others: Callable[[], Sequence[int]] = tuple) -> None:
@@ -108,13 +110,15 @@ class GentleSession:
         return (self._leader, *self._others())
 
     def _watch(self) -> None:
-        before_s = 0.0
+        before_s, steps = 0.0, iter(_STEPS)
         while not self._over.wait(_LOOK_S):
             found = [_had_and_wants(pid) for pid in self._pids()]
             had_s = sum(had for had, _ in found)
             if left_nothing(had_s - before_s, any(wants for _, wants in found)):
-                _set_session(self._leader, 0)
-                return
+                nice = next(steps)
+                _set_session(self._leader, nice)
+                if nice == 0:
+                    return
             before_s = had_s
 
 

@@ -93,7 +93,7 @@ def test_of_a_process_that_has_ended_nothing_is_asked(child: subprocess.Popen[by
 
 
 def test_who_is_left_next_to_nothing_does_not_wait_for_ever(child: subprocess.Popen[bytes]) -> None:
-    assert left_nothing(0.0, True) and left_nothing(0.1, True)
+    assert left_nothing(0.0, True) and left_nothing(0.05, True)
     # It has what it wants, or wants nothing: a disk is waited for, or a message.
     assert not left_nothing(1.5, True) and not left_nothing(0.0, False)
     had_s, wants = _had_and_wants(os.getpid())
