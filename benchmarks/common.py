@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import datetime
 import json
+import math
 import os
 import platform
 import signal
@@ -173,6 +174,23 @@ def alternate(
             say(f"{_gone(began)}  round {number + 1}/{repeats}  {peer.name}: {_number(value)}")
         round_s = time.monotonic() - start
     return results
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Between which of the values the median of what they are drawn from lies, with this confidence at least.
+
+    Distribution-free, by order statistics: so many of n draws are below the median as of n coins show heads. From six values
+    on; of fewer the interval is all of them, which says less.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, cut = 0.0, 0
+    while cut < (n - 1) // 2:
+        outside += 2 * math.comb(n, cut) / 2**n
+        if outside > 1 - confidence:
+            break
+        cut += 1
+    cut = max(0, cut - 1)
+    return ordered[cut], ordered[n - 1 - cut]
 
 
 def _gone(began: float) -> str:

@@ -150,6 +150,31 @@ void shoal_copy_rows(char *table, const char *from, const int64_t *rows, int64_t
         if (rows[i] >= 0 && rows[i] < count) memcpy(table + rows[i] * bytes, from + rows[i] * bytes, bytes);
 }
 
+/* Put the rows of a table that holds nothing but others' (`old`) in their place: these are cleared, the new ones copied, and the marks of
+ * their lines, where there are any, kept. exact: a line is marked where it is of an old row, and nowhere else; then rows that are whole
+ * lines and come several times are touched once. The table begins with a line. */
+void shoal_exchange_rows(char *table, const char *from, const int64_t *old, int64_t olds, const int64_t *rows, int64_t n, int64_t bytes,
+                         int64_t count, uint8_t *marks, int64_t exact) {
+    if (!marks || !exact || !bytes || bytes % LINE_BYTES) {
+        shoal_clear_rows(table, old, olds, bytes, count);
+        if (marks) shoal_mark_rows(marks, old, olds, bytes, count, 0);
+        shoal_copy_rows(table, from, rows, n, bytes, count);
+        if (marks) shoal_mark_rows(marks, rows, n, bytes, count, 1);
+        return;
+    }
+    const int64_t lines = bytes / LINE_BYTES;
+    for (int64_t i = 0; i < olds; i++) {
+        if (old[i] < 0 || old[i] >= count || !marks[old[i] * lines]) continue;
+        memset(marks + old[i] * lines, 0, lines);
+        memset(table + old[i] * bytes, 0, bytes);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        if (rows[i] < 0 || rows[i] >= count || marks[rows[i] * lines]) continue;
+        memset(marks + rows[i] * lines, 1, lines);
+        memcpy(table + rows[i] * bytes, from + rows[i] * bytes, bytes);
+    }
+}
+
 /* A step of an optimizer on single lines where they lie: grads holds their gradients one after the other. Whether torch's own
  * kernel rounds once or twice where it multiplies and adds depends on how it was built, so there is one of either kind. */
 #define SGD_ONCE(T, FMA) w[k] = FMA(-rate, g, w[k])

@@ -5,6 +5,7 @@ Batch *i* of an epoch is the same set of samples under every plan; a plan only d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,10 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+# Most of what seeds are made of (what for, the job's seed, a rank) comes again at every step.
+_spread = functools.lru_cache(maxsize=256)(_splitmix64)
+
+
 def mix(*values: int) -> int:
     """Return one 63-bit seed made of several integers, the same on every machine and in every version of Python.
 
@@ -32,7 +37,7 @@ def mix(*values: int) -> int:
     """
     state = len(values)
     for value in values:
-        state = _splitmix64(state ^ _splitmix64(value & _MASK))
+        state = _splitmix64(state ^ _spread(value & _MASK))
     return state >> 1
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,21 +44,31 @@ class Failure:
         return RuntimeError(f"{self.sentence}\n{self.traceback_text}")
 
 
-@contextlib.contextmanager
-def user_code(what: str, rank: int | None = None) -> Iterator[None]:
+def user_code(what: str, rank: int | None = None) -> AbstractContextManager[None]:
     """Whatever is raised inside, other than shoal's own errors, is the user's: UserCodeError with their traceback.
 
     ``what`` names the place in the job: "the loss", "train_data".
     """
-    try:
-        yield
-    except (errors.ShoalError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        where = "" if rank is None else f" in worker {rank}"
-        text = "".join(traceback.format_exception(type(error), error, _without_shoal(error.__traceback__)))
+    return _UserCode(what, rank)
+
+
+class _UserCode:
+    # Not a generator: a step enters half a dozen of these, and each would take three times as long.
+    __slots__ = ("_rank", "_what")
+
+    def __init__(self, what: str, rank: int | None) -> None:
+        self._what, self._rank = what, rank
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None or isinstance(error, (errors.ShoalError, KeyboardInterrupt, SystemExit, GeneratorExit)):
+            return
+        where = "" if self._rank is None else f" in worker {self._rank}"
+        text = "".join(traceback.format_exception(type(error), error, _without_shoal(tb)))
         raise errors.UserCodeError(
-            f"{what} raised {type(error).__name__}{where}: {_first_line(error)}", text, rank
+            f"{self._what} raised {type(error).__name__}{where}: {_first_line(error)}", text, self._rank
         ) from None
 
 

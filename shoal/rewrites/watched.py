@@ -6,7 +6,9 @@ streams, torch's, Python's, NumPy's and those of the modules themselves. A graph
 
 from __future__ import annotations
 
+import collections
 import copy
+import operator
 import random
 import sys
 import types
@@ -27,6 +29,8 @@ _NOT_ENTERED = (
 _LOOKED_UP = frozenset({*HOOKS, "_parameters", "_buffers", "forward"})
 """What a graph finds at each call, or the guard looks at by itself."""
 _DEEPEST, _MOST_ENTRIES = 4, 500
+_PLAINLY_EMPTY = (dict, collections.OrderedDict, list, set, frozenset, tuple)
+"""Of these types a container is false where it holds nothing, and nowhere else."""
 
 
 def same(a: Any, b: Any) -> bool:
@@ -46,8 +50,10 @@ def _same_entries(now: Any, before: Any) -> bool:
     if len(now) != len(before):
         return False
     if isinstance(now, dict):
+        if all(map(operator.is_, now, before)) and all(map(operator.is_, now.values(), before.values())):
+            return True
         return all(a is b and same(now[a], before[b]) for a, b in zip(now, before, strict=True))
-    return all(map(same, now, before))
+    return all(map(operator.is_, now, before)) or all(map(same, now, before))
 
 
 def _stream(value: Any) -> Any:
@@ -160,25 +166,38 @@ class Guard:
         """``modules``: whose code was traced; ``everything``: these, and the layers that they call."""
         traced = set(map(id, modules))
         layers = [module for module in everything if id(module) not in traced]
-        self._attributes = [(vars(m), _known(vars(m), object)) for m in modules]
+        self._attributes = [(vars(m), _Known(vars(m), object)) for m in modules]
         # Layers run as they are, but what they are set to (the chance of a dropout, say) may have decided on a rewrite.
-        self._attributes += [(vars(m), _known(vars(m), PLAIN)) for m in layers]
-        reached = [(value, _entries(value)) for value in _reached(modules, _LOOKED_UP) if _stream(value) is None]
-        self._contents = [(entries, copy.copy(entries)) for _, entries in reached]
+        self._attributes += [(vars(m), _Known(vars(m), PLAIN)) for m in layers]
+        reached = [_entries(value) for value in _reached(modules, _LOOKED_UP) if _stream(value) is None]
         hooks = [getattr(module, name) for module in everything for name in HOOKS]
-        self._no_hooks = [held for held in hooks if not held]
+        # Most containers of a module are empty, and that takes least to see.
+        self._empty = [held for held in hooks if not held]
+        self._empty += [held for held in reached if type(held) in _PLAINLY_EMPTY and not held]
+        self._contents = [(held, copy.copy(held)) for held in reached if held or type(held) not in _PLAINLY_EMPTY]
         self._forwards = [(vars(m), vars(m).get("forward")) for m in layers]
 
     def holds(self) -> bool:
-        if any(self._no_hooks) or any(own.get("forward") is not known for own, known in self._forwards):
+        if any(self._empty) or any([own.get("forward") is not known for own, known in self._forwards]):
             return False
         for attributes, known in self._attributes:
-            for name, value in known:
-                found = attributes.get(name, self)
-                if found is not value and not same(found, value):
-                    return False
-        return all(_same_entries(now, before) for now, before in self._contents)
+            if not known.holds(attributes):
+                return False
+        return all([_same_entries(now, before) for now, before in self._contents])
 
 
-def _known(attributes: Mapping[str, Any], kinds: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, v) for name, v in attributes.items() if name not in _LOOKED_UP and isinstance(v, kinds))
+class _Known:
+    """Attributes by name, as they were. Nearly always each is the very object that it was: that is seen without Python's code."""
+
+    def __init__(self, attributes: Mapping[str, Any], kinds: Any) -> None:
+        found = {name: v for name, v in attributes.items() if name not in _LOOKED_UP and isinstance(v, kinds)}
+        self._names, self._values = tuple(found), tuple(found.values())
+        # Of a single name it would give no tuple.
+        self._get = operator.itemgetter(*self._names) if len(self._names) > 1 else None
+
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
+        try:
+            found = tuple(attributes[name] for name in self._names) if self._get is None else self._get(attributes)
+        except KeyError:
+            return False
+        return all(map(operator.is_, found, self._values)) or all(map(same, found, self._values))

@@ -123,14 +123,17 @@ def plan_job(
     """The chosen plan, and what ``shoal plan --json`` prints."""
     from shoal.train.choose import choose, report
     from shoal.train.driver import ENTRY, portable
+    from shoal.train.spent import Spent
 
     asked = read_plan(wanted)
     asked.require_built()
-    supervisor = supervisor or start_supervisor()
+    supervisor, spent = supervisor or start_supervisor(), Spent()
     try:
-        supervisor.load(ENTRY, portable(job), 3600.0)
-        facts = supervisor.call("facts")
-        choice = choose(asked, job, facts, supervisor, cluster, thorough=True)
+        # Importing torch is most of it; the job's data the rest.
+        with spent.part("start"):
+            supervisor.load(ENTRY, portable(job), 3600.0)
+            facts = supervisor.call("facts")
+        choice = choose(asked, job, facts, supervisor, cluster, thorough=True, spent=spent)
         return choice.plan, report(choice, job, facts, supervisor)
     finally:
         supervisor.close()

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.cluster import Cluster
@@ -34,6 +34,7 @@ from shoal.train.memory import memory_of
 from shoal.train.portions import with_portions
 from shoal.train.row_tables import RunTables, check_tables
 from shoal.train.settings import JobFacts, RunSettings, layout_of, table_of
+from shoal.train.spent import Spent
 from shoal.train.split import Split
 
 SEARCH_S = 4.0
@@ -48,20 +49,24 @@ _LONG_RUN_S = 120.0
 
 @dataclass(frozen=True)
 class Choice:
-    """A complete, explained plan; how it divides the model; and what its largest worker will need, where that was in doubt."""
+    """A complete, explained plan; how it divides the model; what its largest worker will need, where that was in doubt; and what
+    finding it took."""
 
     plan: Plan
     split: Split | None
     need: Need | None
+    spent: Spent = field(default_factory=Spent)
 
 
 def choose(
-    plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None, thorough: bool = False
-) -> Choice:
+    plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, cluster: Cluster | None, thorough: bool = False,
+    spent: Spent | None = None,
+) -> Choice:  # fmt: skip
     """Fill in everything that a plan leaves open, and explain it; PlanError where it does not fit the job or the machine.
 
-    ``thorough``: also try what only a long run gains from.
+    ``thorough``: also try what only a long run gains from; ``spent``: counts the time that all of it takes, by part.
     """
+    spent = spent or Spent()
     machine = cluster or Cluster.local(measure=False)
     if len(machine.machines) > 1:
         raise PlanError(
@@ -81,7 +86,8 @@ def choose(
         recall=lambda key: _entries(job, facts).get(key),
         remember=lambda key, found: _remember(key, job, facts, found),
     )  # fmt: skip
-    candidates = fitting.fit(candidates)
+    with spent.part("rewrites"):
+        candidates = fitting.fit(candidates)
     forecast = Forecast(job, facts, supervisor, machine)
     first = candidates[0]
     need: Need | None = None
@@ -90,16 +96,20 @@ def choose(
         need = forecast.refuse(plan, first, split_of(first, supervisor))
         why = [given_text(plan, first)]
     else:
-        candidates = [candidate for candidate in candidates if forecast.fits(candidate)]
+        with spent.part("memory"):
+            candidates = [candidate for candidate in candidates if forecast.fits(candidate)]
         if not candidates:
             first, need, why = _instead(plan, first, forecast, machine.cores)
             candidates = [first]
     if len(candidates) > 1:
-        first, why = _best(candidates, job, facts, supervisor, plan, machine)
+        with spent.part("trials"):
+            first, why = _best(candidates, job, facts, supervisor, machine, spent)
     elif not why:
         first = candidates[0]
         why = [f"{first.brief()} is the only plan worth trying here."]
-    first = fitting.compile(first, not plan.names_axes and (thorough or _is_long(first, job, facts)))
+    with spent.part("compile"):
+        wanted = not plan.names_axes and (thorough or _is_long(first, job, facts))
+        first = fitting.compile(first, wanted, spent.left_s)
     why += fitting.why_compiled(first) + ([] if first.compile else fitting.why(first))
     split = split_of(first, supervisor)
     if need is None and forecast.doubtful(first):
@@ -110,7 +120,7 @@ def choose(
     if split is not None:
         why += split.explanation
     why += remarks(first)
-    return Choice(first.replace(explanation=tuple(why)), split, need)
+    return Choice(first.replace(explanation=tuple(why)), split, need, spent)
 
 
 def _on_gpus(plan: Plan, job: Job, facts: JobFacts, supervisor: Supervisor, machine: Cluster) -> Choice:
@@ -161,7 +171,7 @@ def remarks(plan: Plan, private: bool = False) -> list[str]:
 
 
 def _best(
-    candidates: list[Plan], job: Job, facts: JobFacts, supervisor: Supervisor, wanted: Plan, machine: Cluster
+    candidates: list[Plan], job: Job, facts: JobFacts, supervisor: Supervisor, machine: Cluster, spent: Spent
 ) -> tuple[Plan, list[str]]:
     def favourite(plan: Plan) -> bool:
         # What wins wherever nothing else runs; trials of a second cannot tell a few percent apart.
@@ -170,11 +180,13 @@ def _best(
     known = _known(job, facts, candidates)
     if known is None:
         began = time.monotonic()
+        # What looking for rewrites took longer is not there for trials.
+        limit_s = min(_ENOUGH_S, max(SEARCH_S, spent.left_s))
         tried = search(
             candidates,
             lambda plan, seconds: run_trial(plan, job, facts, supervisor, seconds).step_times_s,
             SEARCH_S,
-            enough=lambda: time.monotonic() - began > _ENOUGH_S,
+            enough=lambda: time.monotonic() - began > limit_s,
             favourite=favourite,
         )
         for entry in tried:
@@ -367,7 +379,8 @@ def report(choice: Choice, job: Job, facts: JobFacts, supervisor: Supervisor) ->
     """What ``shoal plan --json`` says of a chosen plan; it is tried now if nothing is known of it."""
     plan = choice.plan
     if "memory_mb" not in _entries(job, facts).get(str(plan), {}):
-        run_trial(plan, job, facts, supervisor, _SINGLE_TRIAL_S)
+        with choice.spent.part("trials"):
+            run_trial(plan, job, facts, supervisor, _SINGLE_TRIAL_S)
     entries = _entries(job, facts)
     entry = entries[str(plan)]
     return {
@@ -383,7 +396,8 @@ def report(choice: Choice, job: Job, facts: JobFacts, supervisor: Supervisor) ->
             ({"plan": name, "step_s": e["trial_step_s"]} for name, e in entries.items() if "trial_step_s" in e),
             key=lambda e: e["step_s"],
         ),
-        "why": list(plan.explanation),
+        "why": [*plan.explanation, choice.spent.sentence()],
+        "spent_s": choice.spent.as_dict(),
     }
 
 

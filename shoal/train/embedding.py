@@ -53,11 +53,13 @@ class Embeddings:
         self._adders = {torch.float32: library.shoal_add_rows_f32, torch.float64: library.shoal_add_rows_f64}
         for adder in self._adders.values():
             adder.argtypes, adder.restype = [pointer, pointer, pointer, number, number, number, number], None
-        self._clear, self._copy = library.shoal_clear_rows, library.shoal_copy_rows
+        self._clear = library.shoal_clear_rows
         self._clear.argtypes, self._clear.restype = [pointer, pointer, number, number, number], None
-        self._copy.argtypes, self._copy.restype = [pointer, pointer, pointer, number, number, number], None
         self._mark = library.shoal_mark_rows
         self._mark.argtypes, self._mark.restype = [pointer, pointer, number, number, number, number], None
+        self._exchange = library.shoal_exchange_rows
+        self._exchange.argtypes = [pointer, pointer, pointer, number, pointer, number, number, number, pointer, number]
+        self._exchange.restype = None
         self._original = original
         # Made for somebody, by address; and given back.
         self._made: dict[int, _Table] = {}
@@ -100,20 +102,31 @@ class Embeddings:
         if len(self._returned) < _MOST_KEPT and made.table.nbytes <= _HEAP_BYTES:
             self._returned.append(made)
 
-    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, rows: torch.Tensor) -> None:
-        """Copy some rows of one contiguous table to another of the same shape."""
+    def exchange_rows(
+        self, target: torch.Tensor, source: torch.Tensor, old: torch.Tensor, rows: torch.Tensor,
+        marks: torch.Tensor | None, exact: bool,
+    ) -> None:  # fmt: skip
+        """Copy some rows of one contiguous table to another of the same shape, in the place of others, which become zero.
+
+        Args:
+            marks: uint8, one for each line of the target: becomes 0 for the old rows' lines, 1 for the new ones'.
+            exact: 1 where there are old rows now, and nowhere else.
+        """
         size = source.stride(0) * source.element_size()
-        self._copy(target.data_ptr(), source.data_ptr(), rows.data_ptr(), rows.numel(), size, len(source))
+        self._exchange(
+            target.data_ptr(), source.data_ptr(), old.data_ptr(), old.numel(), rows.data_ptr(), rows.numel(), size, len(source),
+            None if marks is None else marks.data_ptr(), exact,
+        )  # fmt: skip
 
     def clear_rows(self, table: torch.Tensor, rows: torch.Tensor) -> None:
         """Set some rows of a contiguous table to zero."""
         size = table.stride(0) * table.element_size()
         self._clear(table.data_ptr(), rows.data_ptr(), rows.numel(), size, len(table))
 
-    def mark_rows(self, marks: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, mark: bool) -> None:
+    def mark_rows(self, marks: torch.Tensor, table: torch.Tensor, rows: torch.Tensor) -> None:
         """Set the marks (uint8) of the lines in which rows of a contiguous table lie."""
         size = table.stride(0) * table.element_size()
-        self._mark(marks.data_ptr(), rows.data_ptr(), rows.numel(), size, len(table), mark)
+        self._mark(marks.data_ptr(), rows.data_ptr(), rows.numel(), size, len(table), 1)
 
     def _backward(
         self, gradient: torch.Tensor, indices: torch.Tensor, count: int, skipped: int, by_frequency: bool

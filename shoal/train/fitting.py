@@ -15,12 +15,15 @@ from shoal.planner.candidates import sub_batches
 from shoal.process.supervisor import Supervisor
 from shoal.rewrites import registry
 from shoal.train.compiling import GAIN as COMPILE_GAIN
+from shoal.train.compiling import NAME as COMPILE
 from shoal.train.settings import JobFacts
 from shoal.train.tune import GAIN, Finding, Question, Tuned, rewrites_of
 
 _SECONDS = 3.0
 _COMPILE_S = 6.0
 """What compiling may take where nobody asked for it."""
+_LEAST_COMPILE_S = 1.0
+"""With less time it would end in vain."""
 _TIMEOUT_S = 600.0
 
 Recall = Callable[[str], Any]
@@ -60,11 +63,11 @@ class Fitting:
         tuned = self._found.get(str(plan.layout))
         return [] if tuned is None else [_sentence(finding, tuned) for finding in tuned.findings]
 
-    def compile(self, plan: Plan, thorough: bool) -> Plan:
+    def compile(self, plan: Plan, thorough: bool, left_s: float = _COMPILE_S) -> Plan:
         """The plan with compiled code where it measures faster, if that is open; PlanError where it was asked for in vain.
 
         Args:
-            thorough: find it out where it is not known yet.
+            thorough: find it out where it is not known yet; ``left_s``: the time that there is for that, where nobody asked.
         """
         asked = bool(self._wanted.compile)
         if not asked and (self._wanted.compile is not None or isinstance(self._wanted.rewrites, tuple)):
@@ -73,7 +76,7 @@ class Fitting:
         if not asked and (uncompilable(plan) is not None or global_batchnorm):
             # Global sums cut the graph into many small ones, each compiled by itself.
             return plan
-        found = self._compiled = self._ask_compiled(plan, thorough, asked)
+        found = self._compiled = self._ask_compiled(plan, thorough, asked, min(_COMPILE_S, left_s))
         if asked and found is not None and found.trouble is not None:
             raise PlanError(f"compile=on cannot be used: {found.trouble}.")
         if not asked and (found is None or found.trouble is not None or found.gain < COMPILE_GAIN):
@@ -82,7 +85,7 @@ class Fitting:
             plan = plan.replace(sub_batch=0, batchnorm=self._wanted.batchnorm or "global")
         return plan.replace(compile=True, rewrites="none")
 
-    def _ask_compiled(self, plan: Plan, thorough: bool, asked: bool) -> Finding | None:
+    def _ask_compiled(self, plan: Plan, thorough: bool, asked: bool, left_s: float) -> Finding | None:
         """What is known of compiling, or is found out now; None where it is not known, and not to be found out."""
         samples = max(1, self._facts.batch_size // plan.data_ways)
         bare = plan.replace(compile=None, explanation=())
@@ -92,7 +95,9 @@ class Fitting:
             return Finding(**known)
         if self._facts.tables or not (thorough or asked):
             return None
-        limit_s = None if asked else _COMPILE_S
+        if not asked and left_s < _LEAST_COMPILE_S:
+            return Finding(COMPILE, trouble="there was no time left for trying it; shoal plan JOB --plan compile=on waits")
+        limit_s = None if asked else left_s
         compiled: Finding = self._supervisor.call("try_compiling", plan, samples, limit_s, timeout_s=_TIMEOUT_S)
         self._remember(key, asdict(compiled))
         return compiled

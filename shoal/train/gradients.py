@@ -71,6 +71,8 @@ class SparseRows:
         self._place, self._embeddings, self._marks = place, embeddings, marks
         # None: any row may hold something; a predecessor's, say.
         self._written: list[torch.Tensor] | None = None
+        # The marks are those of the rows that were written, and no others.
+        self._exact = False
 
     def forget(self) -> None:
         """Something else was written to the place."""
@@ -82,25 +84,23 @@ class SparseRows:
         rows = None if embeddings is None else embeddings.rows(parameter, gradient)
         if embeddings is None or rows is None:
             return False
-        marks = self._marks
-        if self._written is None:
+        marks, last = self._marks, self._written
+        if last is None:
             self._place.copy_(gradient)
             if marks is not None:
                 marks.zero_()
+                embeddings.mark_rows(marks, self._place, rows)
         else:
-            for old in self._written:
-                embeddings.clear_rows(self._place, old)
-                if marks is not None:
-                    embeddings.mark_rows(marks, self._place, old, False)
-            embeddings.copy_rows(self._place, gradient, rows)
-        if marks is not None:
-            embeddings.mark_rows(marks, self._place, rows, True)
+            old = last[0] if len(last) == 1 else torch.cat([rows[:0], *last])
+            embeddings.exchange_rows(self._place, gradient, old, rows, marks, self._exact)
+        self._exact = marks is not None and (last is None or self._exact)
         self._written = [rows]
         embeddings.give_back(gradient)
         return True
 
     def write(self, gradient: torch.Tensor, adds: bool) -> None:
         """Put a sparse gradient there, or add it to what is there, row by row in its own order."""
+        self._exact = False
         at, values = gradient._indices()[0], gradient._values()
         if not adds:
             if self._written is None:

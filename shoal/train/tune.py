@@ -24,7 +24,17 @@ from shoal.rewrites.install import install
 from shoal.train import objective, streams
 from shoal.train.built import Built
 from shoal.train.embedding import quicken_embeddings
-from shoal.train.work import PLACE, Tensors, close, map_tensors, samples_of, tensors, unchanged, work_of
+from shoal.train.work import (
+    PLACE,
+    Tensors,
+    close,
+    further_batches,
+    map_tensors,
+    samples_of,
+    tensors,
+    unchanged,
+    work_of,
+)
 
 GAIN = 1.02
 """A rewrite is taken where it is at least so many times as fast."""
@@ -36,6 +46,8 @@ _MOST_DOUBLED_BYTES = 128 << 20
 _SLOW_S = 0.5
 _ROUNDS, _LEAST_ROUNDS = 30, 4
 _LEAST_CUT_S = 0.002
+_CLEAR = 1.04
+"""Pairs of passes that take a tenth of a second and more differ by less where both ways are equal."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,8 @@ def processes_gain() -> dict[str, float]:
 
 class _Tuning:
     def __init__(self, built: Built, question: Question) -> None:
-        self._job, self._model, self._question = built.job, built.model, question
+        self._built, self._job, self._model, self._question = built, built.job, built.model, question
+        self._batches: list[Any] | None = None
         self._kept = quicken_embeddings()
         self._work = work_of(built, question.samples, question.layout, question.precision)
         # What applies where nothing is trained is of use to evaluation.
@@ -118,7 +131,7 @@ class _Tuning:
         few = min(_CHECKED_SAMPLES, question.samples)
         began = time.monotonic()
         if not question.forced:
-            # Most models have nothing to rewrite, and are soon done with.
+            # Most models have nothing to rewrite, and most machines multiply well: both are soon done with.
             names = self._applicable(names, few)
         if time.monotonic() - began > _SLOW_S:
             few = min(few, 2)
@@ -145,10 +158,11 @@ class _Tuning:
         return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), question.samples)
 
     def _applicable(self, names: Sequence[str], few: int) -> tuple[str, ...]:
-        """These without what has no place: changes of the model, looked for all together, and of how a process computes."""
+        """These without what has no place: changes of the model, looked for all together. What changes how a process computes is
+        left out where this machine gains nothing by it; whether it finds a place, its check says, which takes whole passes."""
         changes = [name for name in names if not registry.exchanges(name)]
         found = set(changes if changes and self._finds_anything(changes, few) else ())
-        found |= {n for n in names if registry.exchanges(n) and self._finds_anything((n,), self._question.samples)}
+        found |= {n for n in names if registry.exchanges(n) and registry.all_rewrites()[n].gain() >= GAIN}
         return registry.in_order(found)
 
     def _finds_anything(self, names: Sequence[str], few: int) -> bool:
@@ -169,7 +183,8 @@ class _Tuning:
         installed = install(self._model, names)
         try:
             self._work.train()
-            self._work.evaluate()
+            if name not in installed.applied.places:
+                self._work.evaluate()
             return name in installed.applied.places
         finally:
             installed.remove()
@@ -184,7 +199,7 @@ class _Tuning:
                 continue
             trains = registry.all_rewrites()[name].TRAINS
             work = self._work.train if trains else self._work.evaluate
-            before, after = self._alternate(work, tuple(chosen), work, (*chosen, name), len(sound) + 1)
+            before, after = self._alternate(work, tuple(chosen), work, (*chosen, name), len(sound) + 1, GAIN)
             findings.append(Finding(name, before, after))
             if before > after * GAIN:
                 chosen.append(name)
@@ -198,8 +213,9 @@ class _Tuning:
             return 0
         for size in sizes:
             before, after = self._alternate(
-                functools.partial(self._work.train, best), names, functools.partial(self._work.train, size), names, 2 * len(sizes)
-            )
+                functools.partial(self._work.train, best), names, functools.partial(self._work.train, size), names,
+                2 * len(sizes), SUB_BATCH_GAIN,
+            )  # fmt: skip
             if before > after * SUB_BATCH_GAIN:
                 findings.append(Finding(f"sub_batch={size}", before, after))
                 best = size
@@ -224,13 +240,18 @@ class _Tuning:
         return all(close(a, b, _CLOSE_SINGLE) for a, b in zip(*found, strict=True))
 
     def _alternate(
-        self, one: Callable[[], Any], names: tuple[str, ...], other: Callable[[], Any], others: tuple[str, ...], parts: int
-    ) -> tuple[float, float]:
+        self, one: Callable[[], Any], names: tuple[str, ...], other: Callable[[], Any], others: tuple[str, ...], parts: int,
+        bar: float,
+    ) -> tuple[float, float]:  # fmt: skip
         """Seconds of two ways to compute, in turn, so that what else the machine does disturbs both.
 
         Processor time of this thread, which others cannot take, and only as much of a gain as both the shortest times and
-        the typical pair of neighbours show.
+        the typical pair of neighbours show. Slow ways are soon told apart: once all pairs are clearly on one side of ``bar``,
+        the gain that is asked for.
         """
+        if self._batches is None:
+            further = further_batches(self._built, self._question.samples, self._question.layout)
+            self._batches = [self._work.batch, *further]
         ways = [(install(self._model, names), one)]
         ways[0][0].remove()
         ways.append((install(self._model, others), other))
@@ -239,6 +260,8 @@ class _Tuning:
         until = time.monotonic() + self._question.seconds / parts
         for number in range(_ROUNDS + 1):
             for k, (installed, compute) in enumerate(ways):
+                # Each another one than the way before it, which would have brought it into the cache.
+                self._work.batch = self._batches[(2 * number + k) % len(self._batches)]
                 installed.resume()
                 start = time.thread_time()
                 compute()
@@ -246,12 +269,20 @@ class _Tuning:
                 if number:
                     times[k].append(time.thread_time() - start)
                 installed.remove()
+            if number >= 2 and sum(times[0]) > _SLOW_S and _is_clear([a / b for a, b in zip(*times, strict=True)], bar):
+                break
             least = _LEAST_ROUNDS if not number or times[0][-1] < _SLOW_S else 2
             if number >= least and time.monotonic() > until:
                 break
+        self._work.batch = self._batches[0]
         best = min(times[0]), min(times[1])
         typical = statistics.median(a / b for a, b in zip(*times, strict=True))
         return best[0], max(best[1], best[0] / max(typical, 1e-9)) if best[0] > best[1] else best[1]
+
+
+def _is_clear(ratios: Sequence[float], bar: float) -> bool:
+    """Whether no pair of neighbours comes near a bar."""
+    return min(ratios) > bar * _CLEAR or max(ratios) < bar / _CLEAR
 
 
 NOT_FOUND = "finds nothing to change in this model"

@@ -17,6 +17,7 @@ from shoal.train.feed import to_layout
 
 PLACE = (streams.STEP, 0, 0, 0, 0)
 Tensors = list[torch.Tensor | None]
+_FURTHER, _FURTHER_BYTES = 15, 16 << 20
 
 
 class Work:
@@ -68,6 +69,23 @@ def work_of(built: Built, samples: int, layout: str | None, precision: str | Non
     batch = to_layout(built.train.fetch(indices, built.job.collate, None), layout == "channels_last")
     built.model.train()
     return Work(built.job, built.model, batch, samples, precision)
+
+
+def further_batches(built: Built, samples: int, layout: str | None) -> list[Any]:
+    """As many samples again, and again, each as a batch, where that is one gather and takes little memory.
+
+    A worker's steps are of other samples each time. Where these say which rows of a table are read, a single batch would have
+    them all in the nearest cache from the second pass on.
+    """
+    batches: list[Any] = []
+    nbytes = 0
+    for start in range(samples, min(len(built.train), (1 + _FURTHER) * samples) - samples + 1, samples):
+        if not built.train.vectorised or nbytes > _FURTHER_BYTES:
+            break
+        indices = np.arange(start, start + samples, dtype=np.int64)
+        batches.append(to_layout(built.train.fetch(indices, built.job.collate, None), layout == "channels_last"))
+        nbytes += sum(tensor.nbytes for tensor in tensors(batches[-1]) if tensor is not None)
+    return batches
 
 
 @contextlib.contextmanager

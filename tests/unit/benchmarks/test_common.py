@@ -152,3 +152,12 @@ def test_a_benchmark_that_is_told_to_leave_leaves_nobody_behind() -> None:
         assert benchmark.wait(60) == 128 + signal.SIGTERM
     _, left = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
     assert not left
+
+
+def test_the_interval_of_a_median_is_that_of_coins() -> None:
+    # Of nine, 2 · (1 + 9) of 512 have the median outside of the second and the eighth; of ten 2 · (1 + 10) of 1024.
+    assert common.median_interval([5, 1, 9, 3, 7, 2, 8, 4, 6]) == (2, 8)
+    assert common.median_interval(list(range(10))) == (1, 8)
+    assert common.median_interval(list(range(6))) == (0, 5)
+    assert common.median_interval([3.0, 1.0]) == (1.0, 3.0)
+    assert common.median_interval([2.0]) == (2.0, 2.0)
