@@ -10,8 +10,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 1 << 20
 
 Numbers = dict[str, Any]
+Number = int | float
+Groups = Annotated[tuple[dict[str, Number | tuple[Number, ...]], ...], msgspec.Meta(max_length=1 << 16)]
+"""Hyperparameters as they are sent: of each group, numbers and rows of numbers. Of so few kinds that a small message cannot take
+much memory when it is read."""
 Form = Mapping[str, Any]
 """What an optimizer keeps of a piece, by key: tensors and numbers like those that belong there."""
 
@@ -237,10 +242,11 @@ class DensePart:
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[Numbers]:
     """The hyperparameters of an optimizer that are numbers, or several: what can change while it runs, and be sent."""
 
-    def plain(value: Any) -> bool:
-        if isinstance(value, (tuple, list)):
-            return all(plain(v) for v in value)
+    def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def plain(value: Any) -> bool:
+        return all(map(is_number, value)) if isinstance(value, (tuple, list)) else is_number(value)
 
     return [
         {key: value for key, value in group.items() if key not in ("params", "param_names") and plain(value)}

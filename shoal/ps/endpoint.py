@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 import zmq
 
 from shoal.errors import RequestError
+from shoal.ps.complaints import Complaints
 from shoal.ps.keys import Doorkeeper, Pair
 
 logger = logging.getLogger(__name__)
 
 _MOST_FRAME_BYTES = 8 << 30
 _MOST_QUEUED = 1024
-# A complaint for every message of somebody who sends many would fill the disk.
-_COMPLAIN_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Endpoint:
 
     Attributes:
         address: where it can be reached.
-        dropped: how many messages were none.
+        complain: a message was none: drop it, and say so in the log.
     """
 
     def __init__(self, keys: RunKeys, address: str = "tcp://127.0.0.1:*") -> None:
@@ -70,8 +68,8 @@ class Endpoint:
             self.close()
             raise RequestError(f"{address} cannot be listened at ({error.strerror}); choose another port.") from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.dropped = 0
-        self._complained_at = 0.0
+        self._complaints = Complaints(logger)
+        self.complain = self._complaints.add
         self._attended: dict[Any, Callable[[], None]] = {self._door.socket: self._door.attend}
         for socket in (self._socket, self._door.socket):
             self._poller.register(socket, zmq.POLLIN)
@@ -106,13 +104,10 @@ class Endpoint:
         """Answer somebody. Who has gone, or takes nothing off its queue, gets nothing: it asks again."""
         self._socket.send_multipart([identity, head, *frames])
 
-    def complain(self, reason: str) -> None:
-        """A message was none: drop it, and say so in the log."""
-        self.dropped += 1
-        now = time.monotonic()
-        if now - self._complained_at > _COMPLAIN_EVERY_S:
-            self._complained_at = now
-            logger.warning("A message was dropped: %s (%d so far).", reason, self.dropped)
+    @property
+    def dropped(self) -> int:
+        """How many messages were none."""
+        return self._complaints.dropped
 
     @property
     def refused(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from shoal.errors import JobFailed, ShoalError
+from shoal.errors import JobFailed, RequestError, ShoalError
 from shoal.ps import log as logs
 from shoal.ps import messages
 from shoal.ps.applied import PartlyApplied, PushId
@@ -61,7 +61,8 @@ def read_told(directory: Path, name: str, mark: int) -> Sequence[Told]:
     try:
         for record in logs.read(directory, name, mark):
             message = messages.decode_request([record.notes])
-            assert isinstance(message, (PushHead, Commit))
+            if not isinstance(message, (PushHead, Commit)):
+                raise Malformed(f"{type(message).__name__} is nothing that is kept")
             found.append((message, [memoryview(bytearray(frame.read())) for frame in record.frames]))
     except (TornError, Malformed) as error:
         raise JobFailed(
@@ -71,19 +72,25 @@ def read_told(directory: Path, name: str, mark: int) -> Sequence[Told]:
 
 
 def do_again(shard: Shard, staged: Staged, told: Sequence[Told], counts: Callable[[Sequence[PushId]], bool]) -> None:
-    """Do what a server was told; ``counts``: of the ids of a push, whether it is to be done."""
+    """Do what a server was told; ``counts``: of the ids of a push, whether it is to be done.
+
+    JobFailed where that is none of this shard: only what had been found right was written.
+    """
     forms = forms_of(shard)
     for message, frames in told:
         if not counts(message.ids):
             continue
-        if isinstance(message, Commit):
-            staged.commit(message.ids, message.settled, message.scale, message.groups)
-            continue
-        push = messages.unpack_push(message, frames, forms)
-        if message.staged:
-            staged.stage(push)
-        else:
-            shard.apply(push)
+        try:
+            if isinstance(message, Commit):
+                staged.commit(message.ids, message.settled, message.scale, message.groups)
+                continue
+            push = messages.unpack_push(message, frames, forms)
+            if message.staged:
+                staged.stage(push)
+            else:
+                shard.apply(push)
+        except (Malformed, RequestError, MissingError, PartlyApplied) as error:
+            raise JobFailed(f"The log of pushes does not fit the run ({error}); move it away to go on without it.") from None
 
 
 class ToldLog:

@@ -17,6 +17,7 @@ import torch
 from shoal.comm.codecs import bytes_of, codec
 from shoal.errors import PlanError
 from shoal.ps.applied import NOTHING, PushId
+from shoal.ps.dense import Groups
 from shoal.ps.shard import Kept, Push, RowGradients, Snapshot
 from shoal.ps.wire import Malformed, decode_head
 
@@ -62,7 +63,7 @@ class PushHead(msgspec.Struct, tag="push", frozen=True, kw_only=True):
     step: int
     settled: PushId
     scale: float
-    groups: tuple[dict[str, Any], ...] | None
+    groups: Groups | None
     dense: tuple[Block, ...]
     rows: tuple[RowBlock, ...]
     staged: bool = False
@@ -90,7 +91,7 @@ class Commit(msgspec.Struct, tag="commit", frozen=True, kw_only=True):
     ids: tuple[PushId, ...]
     settled: PushId = NOTHING
     scale: float = 1.0
-    groups: tuple[dict[str, Any], ...] | None = None
+    groups: Groups | None = None
 
 
 class Pull(msgspec.Struct, tag="pull", frozen=True):

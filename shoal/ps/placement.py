@@ -35,6 +35,11 @@ class Placement:
         """The pieces that a server holds, in order."""
         return [piece for number, piece in sorted(self.pieces.items()) if self.server_of[number] == server]
 
+    @property
+    def sizes(self) -> dict[int, dict[int, int]]:
+        """Of each server, its pieces and their bytes."""
+        return {server: {piece.number: piece.nbytes for piece in self.pieces_of(server)} for server in self.servers}
+
     def row_shards_of(self, server: int, table: int) -> tuple[int, ...]:
         """The shards of a table that a server holds, in order."""
         return tuple(int(k) for k in np.flatnonzero(self._table_servers[table] == server))

@@ -35,6 +35,7 @@ import zmq
 
 from shoal.ps import wire
 from shoal.ps.banks import Banks
+from shoal.ps.complaints import Complaints
 from shoal.ps.keys import Doorkeeper, Pair, ReadKey
 from shoal.ps.row_log import Changes, RowLog, last_of
 
@@ -134,6 +135,7 @@ class Publisher:
         """
         self._source = source
         self._run = run
+        self._complaints = Complaints(logger)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         own, reader = (Pair.new(), Pair.new()) if after is None else after.pairs
         self._pairs = own, reader
@@ -299,8 +301,9 @@ class Publisher:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
                 try:
                     request = wire.decode_request(frames)
+                    self._look_at(request)
                 except wire.Malformed as error:
-                    logger.warning("A message from a reader was dropped: %s.", error)
+                    self._complaints.add(str(error))
                     continue
                 if isinstance(request, wire.Bye):
                     self._drop(identity)
@@ -315,17 +318,26 @@ class Publisher:
                     self._send_piece(identity, request)
                 else:
                     (self._sharing.add if request.shares else self._sharing.discard)(identity)
-                    self._waiting[identity] = (request.have, time.monotonic())
-                    if request.have:
-                        self._have[identity] = request.have
+                    have = self._known(request.have)
+                    self._waiting[identity] = (have, time.monotonic())
+                    if have:
+                        self._have[identity] = have
+
+    def _known(self, have: int) -> int:
+        """A publication that somebody says to have; 0, nothing, where there never was one of that number."""
+        return have if 0 <= have <= self._edition.number else 0
+
+    def _look_at(self, request: wire.FromReader) -> None:
+        """Raises Malformed where somebody asks for what cannot be there."""
+        tables = self._source.tables
+        if isinstance(request, wire.Rows) and not (
+            0 <= request.table < len(tables) and 0 <= request.shard < tables[request.table].shards and 0 <= request.at < 1 << 64
+        ):
+            raise wire.Malformed(f"it asks for rows of table {request.table}")
 
     def _send_piece(self, identity: bytes, asked: wire.Rows) -> None:
-        tables = self._source.tables
-        if not (0 <= asked.table < len(tables) and 0 <= asked.shard < tables[asked.table].shards and 0 <= asked.at < 1 << 64):
-            logger.warning("A message from a reader was dropped: it asks for rows of table %d.", asked.table)
-            return
         keys, rows, after = self._source.piece(asked.table, asked.shard, asked.cold, asked.at)
-        self._filling[identity] = (asked.have, time.monotonic())
+        self._filling[identity] = (self._known(asked.have), time.monotonic())
         piece = wire.Piece(asked.table, asked.shard, asked.cold, len(keys), after)
         self._send(identity, piece, keys.tobytes() + rows.tobytes())
 

@@ -29,6 +29,7 @@ from shoal.ps import messages
 from shoal.ps.applied import PartlyApplied, PushId
 from shoal.ps.checks import check_count
 from shoal.ps.client import Client
+from shoal.ps.dense import Groups
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Done, Pull, PullRows, PushHead, Refused, Request, Tensor
 from shoal.ps.shard import Kept, Push, Shard, Snapshot
@@ -54,7 +55,7 @@ class Together(msgspec.Struct, tag="together", frozen=True, kw_only=True):
     ids: tuple[PushId, ...]
     settled: PushId
     scale: float
-    groups: tuple[dict[str, Any], ...] | None
+    groups: Groups | None
 
 
 class Adopt(msgspec.Struct, tag="adopt", frozen=True, kw_only=True):
@@ -212,6 +213,9 @@ class Chain:
             except Malformed as error:
                 self._endpoint.complain(str(error))
                 continue
+            if answer.number > self.number:
+                self._endpoint.complain(f"the successor has answered entry {answer.number}, and {self.number} is the last one")
+                continue
             self._heard_at = time.monotonic()
             if isinstance(answer, Done):
                 if self._adopted is not None and answer.number >= self._adopted:
@@ -316,8 +320,8 @@ class ChainServer(ShardServer):
             answer(Refused(number, "another one is the head of this chain"))
             return
         if isinstance(message, Adopt):
-            # Where it was sent twice, what came behind it may be here.
-            if not self._adopted or number > chain.number:
+            # Where it was sent twice, what came behind it may be here; nobody goes back to what was before.
+            if number > chain.number or (number == chain.number and not self._adopted):
                 self._adopt(message, frames)
         elif number > chain.number + 1:
             answer(Refused(number, f"entry {chain.number + 1} is missing", missing=True))

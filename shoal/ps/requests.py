@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ import msgspec
 import zmq
 
 from shoal.errors import DeadlineError, JobFailed
+from shoal.ps.complaints import Complaints
 from shoal.ps.endpoint import RunKeys
 from shoal.ps.messages import Refused
 from shoal.ps.wire import Malformed, encode
+
+logger = logging.getLogger(__name__)
 
 DEADLINE_S = 600.0
 RETRY_S = 2.0
@@ -26,6 +30,14 @@ class NotStaged(JobFailed):
     """A server does not have the pushes that it is to apply: it is a new one, and they must be sent again."""
 
 
+Check = Callable[[Any, Sequence[memoryview]], None]
+"""Looks at an answer that is no refusal, and its frames; raises Malformed where it is none to what was asked."""
+
+
+def no_check(answer: Any, frames: Sequence[memoryview]) -> None:
+    """Any answer will do."""
+
+
 @dataclass
 class Ticket:
     """A request under way; its frames must stay as they are until it is answered."""
@@ -34,6 +46,7 @@ class Ticket:
     number: int
     head: bytes
     frames: Sequence[Any]
+    check: Check = no_check
     sent_at: float = 0.0
     answer: Any = None
     further: list[memoryview] = field(default_factory=list)
@@ -67,6 +80,7 @@ class Requests:
     ) -> None:  # fmt: skip
         self._keys, self.patience, self.while_waiting = keys, patience, while_waiting
         self._decode, self._name = decode, name
+        self._complaints = Complaints(logger)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
@@ -102,10 +116,12 @@ class Requests:
             self.disconnect(place)
         self._context.term()
 
-    def send(self, place: int, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = ()) -> Ticket:
-        """Send a request; ``make``: its head, of the number that it gets."""
+    def send(
+        self, place: int, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = (), check: Check = no_check
+    ) -> Ticket:
+        """Send a request; ``make``: its head, of the number that it gets. What ``check`` finds malformed is no answer."""
         self._number += 1
-        ticket = Ticket(place, self._number, encode(make(self._number)), frames)
+        ticket = Ticket(place, self._number, encode(make(self._number)), frames, check)
         self._open[ticket.number] = ticket
         self._transmit(ticket)
         return ticket
@@ -166,9 +182,15 @@ class Requests:
                     break
                 try:
                     answer = self._decode(frames)
-                except Malformed:
+                    # An answer to something that was sent twice, or is not waited for any more, has no ticket.
+                    ticket = self._open.get(answer.number)
+                    if ticket is None or self._sockets.get(ticket.place) is not socket:
+                        continue
+                    if not isinstance(answer, Refused):
+                        ticket.check(answer, frames[1:])
+                except Malformed as error:
+                    # It is asked again; who always answers so is named when the deadline has passed.
+                    self._complaints.add(str(error))
                     continue
-                # An answer to something that was sent twice, or is not waited for any more, has no ticket.
-                ticket = self._open.pop(answer.number, None)
-                if ticket is not None:
-                    ticket.answer, ticket.further = answer, frames[1:]
+                del self._open[ticket.number]
+                ticket.answer, ticket.further = answer, frames[1:]

@@ -18,8 +18,8 @@ import torch
 
 from shoal.errors import JobFailed, RequestError
 from shoal.ps.applied import NOTHING, Applied, PushId
-from shoal.ps.checks import check_count, check_groups, check_snapshot, fits, has_twice
-from shoal.ps.dense import DensePart, Numbers
+from shoal.ps.checks import check_count, check_groups, check_ids, check_snapshot, fits, has_twice
+from shoal.ps.dense import DensePart, Groups, Number, Numbers
 from shoal.ps.table import Rows, Table, check_gradients, from_tensors, to_tensors
 
 
@@ -100,8 +100,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     settled: PushId
     ids: tuple[PushId, ...]
-    groups: tuple[dict[str, Any], ...]
-    numbers: dict[str, dict[str, Any]]
+    groups: Groups
+    numbers: dict[str, dict[str, Number | bool | None]]
     row_shards: dict[str, tuple[int, ...]]
 
 
@@ -156,10 +156,9 @@ class Shard:
 
     def check(self, push: Push) -> None:
         """RequestError where a push does not belong here, JobFailed where it is no number: none is ever half applied."""
-        if not push.ids or not fits(push.scale):
-            raise RequestError(f"A push with the ids {push.ids} and the scale {push.scale} is none.")
-        if len(set(push.ids)) != len(push.ids):
-            raise RequestError("The push has an id twice.")
+        if not fits(push.scale):
+            raise RequestError(f"{push.scale} is no scale of a push.")
+        check_ids(push.ids, push.settled)
         check_count("step", push.step)
         check_groups(self.dense, push.groups)
         for number, gradient in push.dense.items():

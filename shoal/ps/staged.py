@@ -9,6 +9,7 @@ import numpy as np
 
 from shoal.errors import RequestError
 from shoal.ps.applied import NOTHING, PushId
+from shoal.ps.checks import fits
 from shoal.ps.dense import Numbers
 from shoal.ps.lbfgs import multiply
 from shoal.ps.shard import Push, Shard, add_up
@@ -63,6 +64,8 @@ class Staged:
 
     def multiply(self, ids: Sequence[PushId], scale: float) -> np.ndarray:
         """What ``shoal.ps.lbfgs.multiply`` gives with the sum of these as the gradient. MissingError where some are not here."""
+        if not fits(scale):
+            raise RequestError(f"{scale} is no scale of a push.")
         return multiply(self._shard.dense.vectors(self._together(ids).dense, scale))
 
     def commit(

@@ -166,15 +166,16 @@ class Watcher(Requests):
     Args:
         tables: of each table, how wide its rows are, and of which dtype.
         while_waiting: called several times a second while an answer is awaited; it may raise.
+        sizes: of each server, its pieces and their bytes: what answers are compared with.
     """
 
     def __init__(
         self, addresses: Mapping[int, str], keys: RunKeys, tables: Sequence[tuple[int, np.dtype]], patience: Patience,
-        while_waiting: Callable[[], None],
+        while_waiting: Callable[[], None], sizes: Mapping[int, Mapping[int, int]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(addresses, keys, lambda frames: decode_head(_answered, frames), lambda n: f"server {n}", patience,
                          while_waiting)  # fmt: skip
-        self._tables = tables
+        self._tables, self._sizes = tables, sizes
         # Of each server, the serial of the last answer that was taken over, and of the last one that came.
         self._seen: dict[int, int] = {}
         self._came: dict[int, int] = {}
@@ -194,6 +195,9 @@ class Watcher(Requests):
             if not isinstance(answer, Watched):
                 raise Malformed("another answer than was asked for")
             found[ticket.place] = self._unpack(answer, ticket.further)
+            dense = {piece: data.nbytes for piece, data in found[ticket.place].dense.items()}
+            if self._sizes is not None and dense != self._sizes[ticket.place]:
+                raise Malformed("the weights that came are not those of that server")
             self._came[ticket.place] = answer.serial
         return found
 

@@ -50,7 +50,7 @@ def _changed(dice: random.Random, tree: Any) -> Any:
         else:
             found[at] = _changed(dice, found[at])
         return found
-    key, rest = dice.choice(sorted(tree)), dict(tree)
+    key, rest = dice.choice(sorted(tree, key=str)), dict(tree)
     # The tag says what it is: of another kind it would mostly be refused for its fields.
     if key == "type" and dice.random() < 0.8:
         return tree

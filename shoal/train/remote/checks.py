@@ -6,20 +6,21 @@ taken up: who has the run's keys and says something that cannot be meant is told
 
 from __future__ import annotations
 
+import io
 import math
-import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from shoal import errors
 from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.errors import RequestError
 from shoal.job import Job
 from shoal.plan import Plan
 from shoal.process.messages import SERVER, WORKER
-from shoal.ps import messages
 from shoal.ps.checks import MOST, fits
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
 from shoal.ps.wire import Malformed
@@ -27,10 +28,10 @@ from shoal.train import notes
 from shoal.train.evaluate import merge
 from shoal.train.metric_state import metrics_of
 from shoal.train.remote import words
+from shoal.train.remote.answers import check_buffers, is_address
 from shoal.train.remote.keeper import ROLE as KEEPER
 
 _WIDTH = UnitColumns.VALUES + VALUE_COLUMNS
-_ADDRESS = re.compile(r"tcp://[^\s:/]+:\d{1,5}|tcp://\[[0-9a-fA-F:.%\w]+\]:\d{1,5}")
 _MOST_EPOCHS = 1 << 31
 
 
@@ -44,6 +45,7 @@ class SaidCheck:
         sync: whether pushes wait for others.
         buffers: the model's.
         metrics: the job's, by name.
+        versions: no server makes more updates.
     """
 
     workers: int
@@ -52,6 +54,7 @@ class SaidCheck:
     sync: bool
     buffers: Mapping[str, torch.Tensor]
     metrics: Mapping[str, Any]
+    versions: int = MOST
 
     def __call__(self, said: words.Said, frames: Sequence[Any]) -> None:
         """Raises Malformed."""
@@ -59,8 +62,10 @@ class SaidCheck:
             raise Malformed(f"{said.number} is no number of a question")
         role = getattr(said, "role", SERVER if isinstance(said, words.LogFailed) else WORKER)
         count = {WORKER: self.workers, SERVER: self.servers, KEEPER: self.workers + self.servers}.get(role, 0)
+        if isinstance(said, words.Failed):
+            self._look_at_failure(said)
         # Who has failed may have done so before it knew who it was.
-        if not isinstance(said, (words.Failed, words.Names)) and not 0 <= getattr(said, "rank", 0) < count:
+        elif not isinstance(said, words.Names) and not 0 <= getattr(said, "rank", 0) < count:
             raise Malformed(f"there is no {role} {getattr(said, 'rank', 0)}")
         if isinstance(said, words.Evaluated):
             self._look_at_evaluation(said, frames)
@@ -68,12 +73,19 @@ class SaidCheck:
             self._look_at_report(said, frames)
         elif frames:
             raise Malformed(f"{len(frames)} frames where none belongs")
-        elif isinstance(said, words.Join) and said.role == SERVER and not _ADDRESS.fullmatch(said.address):
+        elif isinstance(said, words.Join) and said.role == SERVER and not is_address(said.address):
             raise Malformed(f"{said.address!r} is no address")
-        elif isinstance(said, words.Names) and len(said.names) > VALUE_COLUMNS:
-            raise Malformed(f"{len(said.names)} values are more than a row has")
+        elif isinstance(said, words.Names) and (len(said.names) > VALUE_COLUMNS or len(set(said.names)) != len(said.names)):
+            raise Malformed(f"{len(said.names)} values are more than a row has, or one of them is there twice")
         elif isinstance(said, words.Bad) and not (said.units and all(0 <= unit < MOST for unit in said.units)):
             raise Malformed("there is no unit in it")
+
+    def _look_at_failure(self, said: words.Failed) -> None:
+        known = getattr(errors, said.kind, None) if said.kind else errors.ShoalError
+        if not (isinstance(known, type) and issubclass(known, errors.ShoalError)):
+            raise Malformed(f"{said.kind} is no error")
+        if not -1 <= said.rank < self.workers + self.servers:
+            raise Malformed(f"there is no process {said.rank}")
 
     def _look_at_report(self, said: words.Report, frames: Sequence[Any]) -> None:
         if len({row.unit for row in said.rows}) != len(said.rows):
@@ -84,6 +96,8 @@ class SaidCheck:
                 raise Malformed(f"unit {row.unit} is in another form; run the same version everywhere")
             push = row.columns[UnitColumns.PUSH]
             sums = row.columns[UnitColumns.LOSS : UnitColumns.SAMPLES + 1]
+            if not all(map(fits, (*row.columns[: UnitColumns.LOSS], *row.columns[UnitColumns.MEASURED : UnitColumns.VALUES]))):
+                raise Malformed(f"the times of unit {row.unit} are none")
             if not (math.isfinite(push) and -MOST < push < MOST):
                 raise Malformed(f"{push} is no push")
             if int(push) < 0 and int(push) not in (EMPTY, REJECTED):
@@ -94,20 +108,19 @@ class SaidCheck:
                     raise Malformed(f"what was found of unit {row.unit} is no number")
         if len(said.made) not in (0, self.shards) or (counted and not self.sync and not said.made):
             raise Malformed(f"{len(said.made)} versions where there are {self.shards} servers")
-        if not all(0 <= count < MOST for count in (*said.made, *(p for row in said.rows for p in row.pulled))):
+        if not all(0 <= count <= self.versions for count in (*said.made, *(p for row in said.rows for p in row.pulled))):
             raise Malformed("a version is none")
-        found = messages.unpack_tensors(said.buffers, frames)
-        like = {name: (buffer.shape, buffer.dtype) for name, buffer in self.buffers.items()}
-        if found and {name: (buffer.shape, buffer.dtype) for name, buffer in found.items()} != like:
-            raise Malformed("its buffers are not those of the model")
+        check_buffers(self.buffers, said.buffers, frames)
 
     def _look_at_evaluation(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
         if len(frames) != 2 or not 0 < said.epoch < _MOST_EPOCHS or not math.isfinite(said.seconds):
             raise Malformed(f"{len(frames)} frames are no evaluation of epoch {said.epoch}")
-        if any(math.isnan(weight) for _, weight in (said.sums or {}).values()):
-            raise Malformed("a weight is no number")
+        sums = said.sums or {}
+        if len(sums) > 1 + len(self.metrics) + VALUE_COLUMNS or any(math.isnan(weight) for _, weight in sums.values()):
+            raise Malformed("its sums are none")
         try:
             for frame in frames:
+                _look_at_archive(frame)
                 found = metrics_of(notes.from_bytes(frame), self.metrics)
                 for name, metric in metrics_of(notes.from_bytes(frame), self.metrics).items():
                     merge(metric, found[name])
@@ -118,10 +131,34 @@ class SaidCheck:
             raise Malformed(f"the state of its metrics is none ({type(error).__name__})") from None
 
 
-def check_of(plan: Plan, store: Store, job: Job) -> SaidCheck:
+def _look_at_archive(frame: Any) -> None:
+    """What is read takes no more memory than what came: nothing in it is compressed, no tensor is larger than its bytes."""
+    size = memoryview(frame).nbytes
+    with zipfile.ZipFile(io.BytesIO(frame)) as archive:
+        files = archive.infolist()
+        if any(file.compress_type != zipfile.ZIP_STORED for file in files) or sum(file.file_size for file in files) > size:
+            raise Malformed("the state of its metrics is packed")
+    pieces = notes.from_bytes(frame)
+    tensors = [leaf for piece in pieces for leaf in _leaves(list(piece.values())) if isinstance(leaf, torch.Tensor)]
+    if sum(tensor.nbytes for tensor in tensors) > size:
+        raise Malformed("the state of its metrics is larger than its bytes")
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if not isinstance(tree, (list, tuple)):
+        yield tree
+        return
+    for branch in tree:
+        yield from _leaves(branch)
+
+
+def check_of(plan: Plan, store: Store, job: Job, total_steps: int) -> SaidCheck:
     """What the words of a run under a plan have to be like."""
+    workers = store.arena.world_size
     buffers = {spec.name: store.buffer(0, k) for k, spec in enumerate(store.table.buffers)}
     return SaidCheck(
-        workers=store.arena.world_size, servers=plan.servers * (1 + (plan.replicas or 0)), shards=plan.servers,
-        sync=not plan.waits_for_nobody, buffers=buffers, metrics=job.metrics,
+        workers=workers, servers=plan.servers * (1 + (plan.replicas or 0)), shards=plan.servers,
+        sync=not plan.waits_for_nobody, buffers=buffers, metrics=job.metrics, versions=total_steps * (workers + 1),
     )  # fmt: skip

@@ -15,6 +15,9 @@ from shoal.ps.messages import Refused
 from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 
+_MOST_OPEN = 16
+"""Everybody asks one thing at a time, and looks for orders beside it."""
+
 
 @dataclass
 class Asked:
@@ -45,6 +48,8 @@ class Desk:
                 continue
             try:
                 said = words.decode_said(frames)
+                if sum(asked.identity == identity for asked in self.open) >= _MOST_OPEN:
+                    raise Malformed(f"somebody asks more than {_MOST_OPEN} things at once")
             except Malformed as error:
                 self.endpoint.complain(str(error))
                 continue

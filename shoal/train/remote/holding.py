@@ -152,7 +152,9 @@ class Holding(Keeping):
 
     def _let_in(self, asked: Asked) -> None:
         self._take_said(asked)
-        self._answer_later(asked)
+        # Who says that it is one that is there already, has been answered.
+        if self._desk.is_open(asked):
+            self._answer_later(asked)
 
     def _lost_server(self, what: str) -> WorkerLostError:
         return WorkerLostError(f"{what}, and what it held is gone with it; go on with --resume: {self._name_last_checkpoint()}")

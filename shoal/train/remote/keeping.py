@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Keeping(Session):
         while self._client is not None and self._collected != self._recorder.step:
             self._collected = self._recorder.step
             for server in self._placement.servers:
-                snapshot = self._client.take(server, None, {})
+                snapshot = self._client.take(server, None, {}, partial(self._state.check, server))
                 self._versions[server] = snapshot.kept.version
                 self._state.take(snapshot)
 

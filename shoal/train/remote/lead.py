@@ -12,6 +12,7 @@ counts it twice.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -57,6 +58,8 @@ from shoal.train.run import Run
 from shoal.train.settings import BadPush, EpochPart, RunSettings, ValueNames
 from shoal.train.update_log import LogTrouble
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.05
 # A question that waits for something is answered after so long all the same: who asks knows then that the lead lives.
 _HOLD_S = 0.5
@@ -86,7 +89,7 @@ class RemoteLead(Holding):
         self._store, self._arena = store, store.arena
         self._host, self._placement, self._members = host, placement, members
         self._desk, self._meeting = desk, meeting
-        desk.check = check_of(self._plan, store, self._job)
+        desk.check = check_of(self._plan, store, self._job, settings.total_steps)
         self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._built = built_as(self._facts)
         self._sync = not self._plan.waits_for_nobody
@@ -123,6 +126,8 @@ class RemoteLead(Holding):
         # Workers that are gone and that nobody starts again.
         self._gone: set[int] = set()
         self._emptied = {}
+        # Who has said that it is somebody who is there already.
+        self._turned_away: set[bytes] = set()
         self._source = RemoteSource(store, placement, self._facts.tables, meeting.keys, self._sync, first)
         self._began_at = time.monotonic()
 
@@ -205,7 +210,11 @@ class RemoteLead(Holding):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
         elif isinstance(said, words.Bad):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
-            self._take(BadPush(said.rank, said.units, said.parameter, said.samples))
+            # What another one does meanwhile is none of its.
+            own = {orphan.unit for orphan in self._given.get(said.rank, [])}
+            units = tuple(unit for unit in said.units if unit in own)
+            if units:
+                self._take(BadPush(said.rank, units, said.parameter, said.samples))
         elif isinstance(said, words.Gone):
             self._members.gone(said.role, said.rank, said.pid, said.cause)
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
@@ -213,6 +222,8 @@ class RemoteLead(Holding):
             self._log.fail(LogTrouble(said.rank, said.reason), self._emit)
         elif isinstance(said, words.Failed):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+            if asked.identity in self._turned_away:
+                return
             error = Failure(said.kind, said.sentence, said.traceback, said.rank).error()
             raise error
 
@@ -246,11 +257,6 @@ class RemoteLead(Holding):
         )  # fmt: skip
 
     def _join(self, asked: Asked, said: words.Join) -> None:
-        if said.built != self._built:
-            raise JobError(
-                f"{said.role.capitalize()} {said.rank} has built another model or data set than the lead; let the job's "
-                "functions do the same in every process."
-            )
         known = self._members.of.get((said.role, said.rank))
         replaced = known is not None and known.process is not None and known.pid != said.pid
         if replaced or self._members.was_gone(said.role, said.rank, said.pid):
@@ -261,8 +267,19 @@ class RemoteLead(Holding):
             # The one before it is known to have died, and is to be buried first.
             self._recovery.put_off(asked)
             return
-        if known is not None and known.joined and known.pid != said.pid:
-            raise JobFailed(f"Two processes say that they are {said.role} {said.rank}; start each once.")
+        as_built = said.built == self._built
+        if known is not None and known.joined and not (as_built and (known.pid, known.address) == (said.pid, said.address)):
+            # Whoever is there goes on, and so does the run; what this one says of its end does not end it.
+            self._turned_away.add(asked.identity)
+            logger.warning("A second process says that it is %s %d; it was turned away.", said.role, said.rank)
+            reason = f"Two processes say that they are {said.role} {said.rank}; start each once."
+            self._desk.answer(asked, lambda n: messages.Refused(n, reason))
+            return
+        if not as_built:
+            raise JobError(
+                f"{said.role.capitalize()} {said.rank} has built another model or data set than the lead; let the job's "
+                "functions do the same in every process."
+            )
         if said.role == "worker":
             self._gone.discard(said.rank)
         self._members.join(said.role, said.rank, said.pid, said.host, said.address, asked.identity)
@@ -272,6 +289,8 @@ class RemoteLead(Holding):
         found = None
         if said.sums is not None:
             found = Tally({name: (a, b) for name, (a, b) in said.sums.items()}, evaluation)
+        if said.epoch != self._epochs_done + 1:
+            return
         self._arena.slots[said.rank].post(Signal.EVALUATED, said.epoch)
         self._take(EpochPart(said.epoch, said.rank, found, Tally(metrics=training), said.seconds))
 

@@ -15,8 +15,9 @@ import msgspec
 from shoal.errors import JobFailed
 from shoal.process.failure import Failure
 from shoal.ps.endpoint import RunKeys
-from shoal.ps.requests import DEADLINE_S, Patience, Requests, Ticket
+from shoal.ps.requests import DEADLINE_S, Check, Patience, Requests, Ticket
 from shoal.train.remote import words
+from shoal.train.remote.answers import check_answer
 from shoal.train.remote.words import Ended, Failed, Join, Leave, Placed
 
 LEAD = 0
@@ -48,10 +49,23 @@ class Line(Requests):
 
     def __init__(self, meeting: Meeting, role: str, rank: int) -> None:
         self.meeting, self.role, self.rank = meeting, role, rank
+        # Raises Malformed where what was asked is not answered by what has come.
+        self.check: Callable[[msgspec.Struct, Any, Sequence[Any]], None] = check_answer
         super().__init__(
             {LEAD: meeting.address}, meeting.keys, words.decode_answered, lambda _: "the lead of the run",
             Patience(meeting.deadline_s),
         )  # fmt: skip
+
+    def send(
+        self, place: int, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = (), check: Check | None = None
+    ) -> Ticket:
+        asked: list[msgspec.Struct] = []
+
+        def made(number: int) -> msgspec.Struct:
+            asked.append(make(number))
+            return asked[0]
+
+        return super().send(place, made, frames, check or (lambda answer, further: self.check(asked[0], answer, further)))
 
     def ask(self, make: Callable[[int], msgspec.Struct], what: str, frames: Sequence[Any] = ()) -> tuple[Any, list[memoryview]]:
         """The answer to a question, and its frames. JobFailed where the run has failed."""

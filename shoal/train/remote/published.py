@@ -57,6 +57,7 @@ class RemoteSource:
         self._at = {
             n: trained[p.name].offset + p.start * p.dtype.itemsize for n, p in placement.pieces.items()
         }
+        self._sizes = placement.sizes
         self._versions = [first] * len(servers)
         self._moment = threading.Lock()
         self._heads: Mapping[int, str] | None = None
@@ -175,7 +176,8 @@ class RemoteSource:
             raise _Left("There are no servers.")
         if self._watcher is None:
             patience = Patience(deadline_s=_WHOLE_S)
-            self._watcher, self._connected = Watcher(heads, self._keys, self._forms, patience, self._look), dict(heads)
+            self._watcher = Watcher(heads, self._keys, self._forms, patience, self._look, self._sizes)
+            self._connected = dict(heads)
         for server, address in heads.items():
             if self._connected[server] != address:
                 self._watcher.connect(server, address)

@@ -11,7 +11,9 @@ import torch
 
 from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
+from shoal.errors import RequestError
 from shoal.ps.applied import PushId
+from shoal.ps.checks import check_rows
 from shoal.ps.client import Client
 from shoal.ps.dense import PIECE_BYTES, Piece, cut
 from shoal.ps.embedding import state_of
@@ -71,6 +73,27 @@ class StoreState:
                     numbers[str(piece.number)] = self.numbers[piece.name]
         kept = Kept(version=version, settled=settled, ids=tuple(ids), groups=(), numbers=numbers, row_shards={})
         return Snapshot(kept, tensors)
+
+    def check(self, server: int, snapshot: Snapshot) -> None:
+        """RequestError where that is not what a server holds."""
+        own = {piece.number: piece for piece in self._placement.pieces_of(server)}
+        weights = set()
+        for name, tensor in snapshot.tensors.items():
+            kind, _, rest = name.partition("/")
+            piece = own.get(int(rest)) if rest.isascii() and rest.isdigit() else None
+            if piece is None:
+                raise RequestError(f"There is no {name} on server {server}.")
+            if kind == "weights":
+                weights.add(piece.number)
+                wanted: int | None = piece.numel
+            else:
+                held = self._tensors(self._index[piece.name], piece).get(key := kind.removeprefix("state."))
+                single = 1 if key in self._store.table.scalar_keys else None
+                wanted = single if held is None else held.numel()
+            if tensor.numel() != wanted:
+                raise RequestError(f"Server {server} has {tensor.numel()} numbers as {name}, where {wanted} belong.")
+        if weights != set(own) or not all(n.isascii() and n.isdigit() and int(n) in own for n in snapshot.kept.numbers):
+            raise RequestError(f"Server {server} has given other pieces than it holds.")
 
     def take(self, snapshot: Snapshot) -> None:
         """Take up what a server holds."""
@@ -173,8 +196,12 @@ class RemoteTables:
     def _take(self, server: int, number: int) -> Rows:
         assert self.client is not None
         shards = self._placement.row_shards_of(server, number)
-        found = self.client.take(server, (), {number: shards}).tensors
-        return from_tensors({n.rpartition("/")[2]: t for n, t in found.items() if n.startswith(f"rows/{number}/")})[0]
+
+        def own(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+            return {n.rpartition("/")[2]: t for n, t in snapshot.tensors.items() if n.startswith(f"rows/{number}/")}
+
+        spec = self._specs[number]
+        return from_tensors(own(self.client.take(server, (), {number: shards}, lambda s: check_rows(number, spec, own(s)))))[0]
 
     def write(self, directory: Path) -> None:
         """Write all rows to a checkpoint that is being made; nobody is at work."""

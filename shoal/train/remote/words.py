@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from shoal.ps.applied import PushId
+from shoal.ps.dense import Groups
 from shoal.ps.messages import Refused, Tensor
 from shoal.ps.wire import decode_head
 
@@ -164,7 +165,7 @@ class Unit(msgspec.Struct, tag="unit", frozen=True, kw_only=True):
     unit: int
     slowest: int
     alone: bool
-    groups: tuple[dict[str, Any], ...] | None
+    groups: Groups | None
     settled: PushId
     buffers: tuple[Tensor, ...]
     orders: Orders

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from shoal.train.metric_state import pieces_of as pieces_of_metrics
 from shoal.train.passes import Surroundings
 from shoal.train.pushing import PushLoop, own_copy
 from shoal.train.remote import words
+from shoal.train.remote.answers import check_answer
 from shoal.train.remote.line import Line, Meeting
 from shoal.train.remote.state import placement_of, push_id
 from shoal.train.row_tables import RowGradients
@@ -196,6 +198,7 @@ class RemoteWorker(PushingWorker):
         table = store.table
         index = {spec.name: at for at, spec in enumerate(table.trained)}
         self._pieces = {n: (index[p.name], p) for n, p in placement.pieces.items()}
+        self._sizes = placement.sizes
 
     # -- the lead's words ----------------------------------------------------------------------------------------
 
@@ -248,7 +251,7 @@ class RemoteWorker(PushingWorker):
             at = self.store.table.trained[index].offset + piece.start * piece.dtype.itemsize
             raw[at : at + data.nbytes] = np.frombuffer(data, np.uint8)
 
-        self.versions = self.client.pull(write)
+        self.versions = self.client.pull(write, sizes=self._sizes)
         return [self.versions[server] for server in self.placement.servers]
 
     @property
@@ -418,6 +421,8 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     if plan.replicas or placed.log:
         axis.heads = Heads(line, client, placed.servers)
         client.while_waiting = axis.heads.ask
+    buffers = {spec.name: store.buffer(0, k) for k, spec in enumerate(store.table.buffers)}
+    line.check = partial(check_answer, buffers=buffers, servers=len(client.places))
     axis.obey(placed.orders)
     store.arena.slots[rank].post(Signal.EVALUATED, placed.orders.epoch_done)
     store.arena.slots[rank].write(Note.METRICS_EPOCH, placed.orders.epoch_done)

@@ -35,7 +35,8 @@ def of_a_client(shard: Shard, k: int) -> list[tuple[bytes, list[bytes]]]:
     heads = [
         *((head, frames) for head, frames in pushes),
         (messages.Put(number=2, kept=kept, tensors=tensors, whole=bool(k % 2)), frames),
-        (messages.Norm(number=3, ids=ids), []), (messages.Commit(number=4, ids=ids, groups=({"lr": 0.1},)), []),
+        (messages.Norm(number=3, ids=ids), []), (messages.Multiply(number=3, ids=ids, scale=0.5), []),
+        (messages.Commit(number=4, ids=ids, groups=({"lr": 0.1},)), []),
         (messages.Multiply(number=4, ids=ids, scale=1.0), []), (messages.Pull(5), []),
         (messages.PullRows(6, 0, 2), [bytes(16)]),
         (messages.Take(7, (0, 1), {"0": (0, 5)}), []), (messages.Take(8), []), (messages.Ping(9), []),

@@ -10,11 +10,13 @@ import pytest
 from shards import a_push, a_shard, same
 
 from shoal.errors import DeadlineError, JobFailed
+from shoal.ps import messages
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.log import segments
 from shoal.ps.logged import LoggedServer, Mark, Recover, ToldLog
 from shoal.ps.shard import Shard
+from shoal.ps.wire import encode
 
 QUICK = Patience(deadline_s=20.0, retry_s=5.0)
 
@@ -68,6 +70,16 @@ def test_another_server_goes_on_from_the_log_with_the_same_bits(tmp_path: Path) 
     with served(tmp_path, third) as (client, _):
         recover(client, 9)
     assert third.version == 1 and (0, 7, 0) in third.ledger and (0, 6, 0) not in third.ledger
+
+
+def test_what_is_in_a_log_and_does_not_fit_is_said_and_the_server_lives(tmp_path: Path) -> None:
+    with served(tmp_path, a_shard()) as (_, server):
+        head, frames = messages.pack_push(a_push(1), 1)
+        server._log.append(encode(head), [*frames[:-1], bytes(3)])
+    with served(tmp_path, a_shard()) as (client, _):
+        with pytest.raises(JobFailed, match="does not fit the run"):
+            recover(client, 0)
+        assert client.ping(0) == 0
 
 
 def test_a_full_disk_is_told_and_nothing_that_was_acknowledged_is_lost(tmp_path: Path) -> None:

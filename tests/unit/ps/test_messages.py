@@ -34,7 +34,7 @@ def test_a_push_arrives_as_it_was_sent():
     assert isinstance(head, PushHead) and head.number == 11 and not head.staged
     found, sent = messages.unpack_push(head, frames[1:], FORMS), a_push()
     assert (found.ids, found.step, found.settled, found.scale) == (sent.ids, sent.step, sent.settled, sent.scale)
-    assert found.groups is not None and found.groups[0]["betas"] == [0.9, 0.99]
+    assert found.groups is not None and found.groups[0]["betas"] == (0.9, 0.99)
     assert all(torch.equal(found.dense[n], sent.dense[n]) for n in sent.dense)
     assert np.array_equal(found.rows[1].keys, sent.rows[1].keys) and np.array_equal(found.rows[1].counts, sent.rows[1].counts)
     assert torch.equal(found.rows[1].gradients, sent.rows[1].gradients)

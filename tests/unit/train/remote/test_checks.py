@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import zipfile
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from shoal.train.remote.checks import _WIDTH, SaidCheck
 
 METRICS = {"auc": BinaryAUROC(), "confusion": BinaryConfusionMatrix()}
 BUFFERS = {"mean": torch.zeros(3), "count": torch.tensor(0)}
-CHECK = SaidCheck(workers=2, servers=2, shards=2, sync=False, buffers=BUFFERS, metrics=METRICS)
+CHECK = SaidCheck(workers=2, servers=2, shards=2, sync=False, buffers=BUFFERS, metrics=METRICS, versions=1000)
 
 
 def columns(**changes: float) -> tuple[float, ...]:
@@ -77,6 +79,35 @@ def test_what_is_right_is_taken() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_not(said: Any) -> None:
+    with pytest.raises(Malformed):
+        CHECK(*said)
+
+
+def packed() -> Any:
+    """The same state, in an archive that takes more memory than it has bytes."""
+    said, frames = evaluated()
+    packed, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(frames[0]))
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    return said, [packed.getvalue(), frames[1]]
+
+
+def wide() -> Any:
+    """A tensor that is larger than its bytes."""
+    said, frames = evaluated()
+    return said, [notes.to_bytes([{"auc": {"tensors": {"x": torch.zeros(1).expand(1 << 40)}}}]), frames[1]]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (words.Failed(number=1, rank=0, kind="annotations", sentence="", traceback=""), []),
+        (words.Failed(number=1, rank=99, kind="", sentence="", traceback=""), []), (words.Names(1, ("a", "a")), []),
+        report(words.Row(3, columns(BEGAN=float("nan")), (1, 1))), report(ROW, made=(1 << 40, 5)), packed(), wide(),
+    ],
+)  # fmt: skip
+def test_what_would_harm_the_lead_later_is_not_taken(said: Any) -> None:
     with pytest.raises(Malformed):
         CHECK(*said)
 

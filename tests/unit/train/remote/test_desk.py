@@ -15,7 +15,7 @@ from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.line import LEAD, Line, Meeting
 from shoal.train.remote.members import Members
 from shoal.train.remote.recovery import Recovery
-from shoal.train.remote.words import Claim, Gone, Heard, Join, Look, Orders
+from shoal.train.remote.words import Claim, Gone, Join, Later, Look, Orders
 
 
 class Process:
@@ -57,11 +57,11 @@ def test_a_question_that_comes_again_is_answered_alike_and_counted_once(meeting)
     # Sent again before it is answered, and after that.
     line._transmit(ticket)
     assert desk.receive(0.3) == []
-    desk.answer(asked, lambda n: Heard(n, Orders(over=1)))
+    desk.answer(asked, lambda n: Later(n, 0, Orders(over=1)))
     line.wait([ticket], "an answer")
     line._transmit(ticket)
     assert desk.receive(0.3) == [] and desk.open == []
-    assert ticket.answer == Heard(ticket.number, Orders(over=1))
+    assert ticket.answer == Later(ticket.number, 0, Orders(over=1))
     # A refusal is raised with its reason.
     ticket = line.look(None)
     asked = next_of(desk)
@@ -96,6 +96,7 @@ def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_d
     members = Members(lambda role, rank: Process(0), [])
     lead = object.__new__(RemoteLead)
     lead._desk, lead._members, lead._built, lead._gone, lead._client = desk, members, "net", set(), None
+    lead._turned_away = set()
     lead._recovery = Recovery(desk, members, *[None] * 5)  # type: ignore[arg-type]
     lines = [Line(where, "worker", number) for number in range(3)]
 
@@ -124,7 +125,16 @@ def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_d
     assert ("worker", 1) not in members.of
     join(lines[2], 1, 21)
     assert members.of["worker", 1].pid == 21
-    for line in lines:
+    # Who says to be somebody that is there is turned away, and what it says of its end ends nothing.
+    other = Line(where, "worker", 1)
+    join(other, 1, 99)
+    ticket = other.send(LEAD, lambda n: words.Failed(number=n, rank=1, kind="JobFailed", sentence="Turned away.", traceback=""))
+    deadline = time.monotonic() + 60.0
+    while ticket.answer is None and time.monotonic() < deadline:
+        lead._hear(0.05)
+        other.receive(0.0)
+    assert isinstance(ticket.answer, words.Heard) and members.of["worker", 1].pid == 21
+    for line in (*lines, other):
         line.close()
 
 
@@ -146,6 +156,34 @@ def test_what_is_none_of_a_runs_words_is_dropped(meeting):
     ticket = line.look(None)
     asked = next_of(desk)
     assert asked.said.number == ticket.number and desk.endpoint.dropped == 1
+    line.close()
+
+
+def test_who_asks_too_much_at_once_is_not_heard_and_others_are(meeting):
+    desk, where = meeting
+    greedy, other = Line(where, "worker", 1), Line(where, "worker", 0)
+    for k in range(1, 41):
+        greedy._sockets[LEAD].send_multipart([encode(Claim(k, 1, 0))])
+    deadline = time.monotonic() + 60.0
+    while len(desk.open) + desk.endpoint.dropped < 40 and time.monotonic() < deadline:
+        desk.receive(0.05)
+    assert len(desk.open) == 16 and desk.endpoint.dropped == 24
+    other.look(None)
+    assert next_of(desk).said.rank == 0
+    greedy.close()
+    other.close()
+
+
+def test_an_answer_to_something_else_is_dropped(meeting):
+    desk, where = meeting
+    line = Line(where, "worker", 1)
+    ticket = line.send(LEAD, lambda n: Claim(n, 1, 0))
+    asked = next_of(desk)
+    desk.endpoint.send(asked.identity, encode(words.Heard(ticket.number, Orders())))
+    desk.endpoint.send(asked.identity, encode(Later(ticket.number, 0, Orders(steps_allowed=-1))))
+    desk.answer(asked, lambda n: Later(n, 7, Orders()))
+    line.wait([ticket], "an answer")
+    assert ticket.answer == Later(ticket.number, 7, Orders())
     line.close()
 
 
