@@ -239,8 +239,8 @@ def test_late_pushes_are_dropped_where_no_memory_is_shared(tmp_path: Path, monke
     shoal.train(job, plan=plan, run_dir=tmp_path / "run", push_log=True, steps=14)
     run = shoal.train(job, plan=plan, run_dir=tmp_path / "run", resume=True)
     check_dropped(run, 3)
-    said = [(e["rank"], e["shard"]) for e in events(run.path, "push_dropped")]
-    assert Counter(rank for rank, _ in said).most_common(1)[0][0] == 1
+    # A step waits for two of three, whoever is slow.
+    assert len(events(run.path, "push_dropped")) == EPOCHS * SAMPLES // 8
 
 
 def test_a_gradient_that_is_no_number_is_not_applied(tmp_path: Path) -> None:
