@@ -12,11 +12,11 @@ DYNAMO = "torch._dynamo"
 
 def import_ahead(plan: Plan) -> None:
     """Import what a plan's workers are going to import at their first step."""
-    for name in _names(plan):
+    for name in late_imports(plan):
         importlib.import_module(name)
 
 
-def _names(plan: Plan) -> list[str]:
+def late_imports(plan: Plan) -> list[str]:
     """What they are: pipelining, DTensors and torch.utils.checkpoint import torch._dynamo themselves, whatever is done."""
     found = []
     if plan.compile or plan.zero == 3 or plan.recompute not in (None, "none"):
