@@ -49,5 +49,7 @@ class Spent:
 
     def sentence(self) -> str:
         """The same for a person."""
-        parts = ", ".join(f"{name} {took:.1f} s" for name, took in self.parts_s.items() if took >= 0.05)
-        return f"Measuring took {self.measuring_s:.1f} s ({parts or 'all was remembered'})."
+        told = [(name in MEASURED, f"{name} {took:.1f} s") for name, took in self.parts_s.items() if took >= 0.05]
+        measured, others = (", ".join(text for counts, text in told if counts is which) for which in (True, False))
+        beside = f"; beside it: {others}" if others else ""
+        return f"Measuring took {self.measuring_s:.1f} s ({measured or 'all was remembered'}){beside}."

@@ -25,7 +25,7 @@ def test_parts_count_for_themselves_and_measuring_has_a_limit(monkeypatch: pytes
         raise RuntimeError
     assert spent.as_dict() == {"measuring": 6.5, "start": 4.0, "trials": 4.5, "rewrites": 2.0}
     assert spent.left_s == MEASURING_S - 6.5
-    assert spent.sentence() == "Measuring took 6.5 s (start 4.0 s, trials 4.5 s, rewrites 2.0 s)."
+    assert spent.sentence() == "Measuring took 6.5 s (trials 4.5 s, rewrites 2.0 s); beside it: start 4.0 s."
     with spent.part("compile"):
         now[0] += 20
     assert spent.left_s == 0.0
