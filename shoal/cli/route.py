@@ -56,6 +56,8 @@ def route(
         ca_file=ca_file, tls_cert=tls_cert, tls_key=tls_key,
     )  # fmt: skip
     running = Route(urls, options)
+    # Whoever has read the first line may end it at once, and cleanly.
+    running.catch()
     where: dict[str, Any] = {"url": running.url, "pid": os.getpid(), "services": urls}
     if running.grpc_url is not None:
         where["grpc_url"] = running.grpc_url

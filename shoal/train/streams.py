@@ -8,9 +8,9 @@ worker draws the same numbers.
 from __future__ import annotations
 
 import random
-import sys
 import zlib
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,9 +26,7 @@ def reseed(*where: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed(seed & 0xFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 class PartStreams:
@@ -64,6 +62,4 @@ def seed_for_model(seed: int) -> None:
     """Seed everything as a script that begins with ``torch.manual_seed(seed)`` does, before the model is built."""
     random.seed(seed)
     torch.manual_seed(seed)
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed(seed & 0xFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)

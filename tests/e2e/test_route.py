@@ -316,3 +316,11 @@ def test_sigterm_finishes_what_was_accepted(world: _World) -> None:
         os.kill(world.route.process.pid, signal.SIGTERM)
         assert work.result(_WAIT_S)[0] == 200
     assert world.route.end() == 0
+
+
+def test_whoever_has_read_the_first_line_may_end_it_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        route = _Command("route", f"http://127.0.0.1:{silent.getsockname()[1]}").started()
+        os.kill(route.process.pid, signal.SIGTERM)
+        assert route.process.wait(_WAIT_S) == 0
+    route.end()

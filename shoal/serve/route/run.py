@@ -114,6 +114,7 @@ class Route:
         self._listening: socket.socket = listen(options.host, options.port)
         self.url = f"{'http' if tls is None else 'https'}://{address_of(self._listening)}"
         self._signals = 0
+        self._ending = asyncio.Event()
         self._loop = uvloop.new_event_loop()
         self.grpc_url: str | None = None
         self._held: socket.socket | None = None
@@ -156,6 +157,11 @@ class Route:
         finally:
             self.close()
 
+    def catch(self) -> None:
+        """Let SIGINT and SIGTERM end ``run`` also where they come before it: its loop knows nothing of those."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda _number, _frame: self._interrupt())
+
     def close(self) -> None:
         """Stop listening; ``run`` does it at its end."""
         self._listening.close()
@@ -175,10 +181,9 @@ class Route:
     async def _run(self, say: Callable[[str], None]) -> bool:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(quietly)
-        ending = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt, ending)
-        grpc = self._grpc
+            loop.add_signal_handler(number, self._interrupt)
+        ending, grpc = self._ending, self._grpc
 
         def down(index: int) -> None:
             self._front.down(index)
@@ -208,14 +213,15 @@ class Route:
             await grpc.stop(_LEAVE_S if clean else 0.0)
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for links in self._links:
             links.close()
         if self._front.tracing is not None:
             self._front.tracing.close()
         return clean
 
-    def _interrupt(self, ending: asyncio.Event) -> None:
+    def _interrupt(self) -> None:
         self._signals += 1
-        ending.set()
+        self._ending.set()
 
 

@@ -155,7 +155,7 @@ class Recovering(PushLoop):
     def _begin_epoch_again(self) -> None:
         """There are no metrics."""
 
-    def _work(self, unit: int) -> None:
+    def _work(self, unit: int, slowest: int) -> None:
         self._gathered.append(unit)
 
     def _push(self) -> None:
