@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _COLLECT_AFTER = 50_000
 _FIRST_LOOK_S = 2.0
-_LEAVE_S = 1.0
+_LEAVE_S, _AGAIN_S = 1.0, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +211,7 @@ class Route:
         if grpc is not None:
             # What was answered is on its way; its connections end after this at the latest.
             await grpc.stop(_LEAVE_S if clean else 0.0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
         for links in self._links:
             links.close()
         if self._front.tracing is not None:
@@ -225,3 +223,14 @@ class Route:
         self._ending.set()
 
 
+async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended, for a second at the most.
+
+    Before Python 3.12 ``asyncio.wait_for`` swallows a cancellation that comes in the same turn as what it waits for: whoever
+    goes on in a loop has to be told once more.
+    """
+    left, until = set(tasks), time.monotonic() + _LEAVE_S
+    while left and time.monotonic() < until:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_AGAIN_S)
