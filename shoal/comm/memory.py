@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from shoal.cluster.local import find_memory
+from shoal.comm.codecs import bytes_of
 from shoal.errors import RequestError
 
 _MAPPED_BELOW, _AT_ONCE = 1 << 16, 1 << 30
@@ -63,7 +64,7 @@ class Memory:
         """Fill a tensor, by ``write`` where that can be."""
         alike = (target.dtype, target.shape, target.device) == (source.dtype, source.shape, source.device)
         if alike and source.is_contiguous() and self.holds(target):
-            self.write(target.data_ptr(), source.detach().reshape(-1).view(torch.uint8).numpy().data)
+            self.write(target.data_ptr(), bytes_of(source))
         else:
             target.copy_(source)
 

@@ -68,13 +68,14 @@ class _UserCode:
         where = "" if self._rank is None else f" in worker {self._rank}"
         text = "".join(traceback.format_exception(type(error), error, _without_shoal(tb)))
         raise errors.UserCodeError(
-            f"{self._what} raised {type(error).__name__}{where}: {_first_line(error)}", text, self._rank
+            f"{self._what} raised {type(error).__name__}{where}: {first_line(error)}.", text, self._rank
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, as a part of a sentence: its first line, without a full stop."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else "no message").rstrip(".") + "."
+    return (lines[0] if lines else "no message").rstrip(".")
 
 
 def _without_shoal(tb: TracebackType | None) -> TracebackType | None:

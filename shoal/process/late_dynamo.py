@@ -9,7 +9,8 @@ it in an attribute of the function: here the function itself is kept there inste
 the gradient mode between two graph breaks, which mean nothing outside of a graph: here it sets the gradient mode.
 
 Whoever imports torch._dynamo, by ``torch.compile`` or otherwise, finds all of it as torch made it: a finder takes it back just
-before. Where torch is written in another way than is known here, nothing is changed, and it imports what it wants."""
+before. Where torch is written in another way than is known here, nothing is changed, and it imports what it wants.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _KEPT = "__dynamo_disable"
 _STEP_NAMES = {
     NAME, "cast", "Optimizer", "is_grad_enabled", "set_grad_enabled", "defaults", "_dynamo", "graph_break",
 }  # fmt: skip
-"""What the code of an optimizer's ``step`` speaks of, where it is the code that ``_step`` stands for."""
+"""What the code of an optimizer's ``step`` speaks of, where it is the code that ``_light_step`` stands for."""
 
 
 class LateDynamo(importlib.abc.MetaPathFinder):

@@ -14,7 +14,7 @@ import torch
 
 from shoal.errors import RequestError
 from shoal.ps.applied import PushId
-from shoal.ps.dense import DensePart, Form, Numbers
+from shoal.ps.dense import DensePart, Form, Numbers, is_number
 from shoal.ps.spec import TableSpec
 from shoal.ps.table import Table
 
@@ -81,11 +81,11 @@ def check_groups(dense: DensePart, groups: Sequence[Numbers] | None) -> None:
 def _alike(own: Any, value: Any) -> bool:
     if isinstance(own, (tuple, list)):
         return isinstance(value, (tuple, list)) and len(own) == len(value) and all(map(_alike, own, value))
-    return _is_number(value) and (fits(value) or value == own)
+    return _can_be_sent(value) and (fits(value) or value == own)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and (isinstance(value, float) or abs(value) < MOST)
+def _can_be_sent(value: Any) -> bool:
+    return is_number(value) and (isinstance(value, float) or abs(value) < MOST)
 
 
 def fits(value: float) -> bool:
@@ -98,7 +98,7 @@ def check_snapshot(dense: DensePart, tables: Mapping[int, Table], snapshot: Snap
     kept = snapshot.kept
     weights, states, rows = set(), dict[int, dict[str, Any]](), dict[int, dict[str, torch.Tensor]]()
     for name, tensor in snapshot.tensors.items():
-        kind, number, rest = _parse(name)
+        kind, number, rest = parse_name(name)
         _check_numbers(name, tensor)
         if kind == "rows":
             rows.setdefault(number, {})[rest] = tensor
@@ -115,9 +115,9 @@ def check_snapshot(dense: DensePart, tables: Mapping[int, Table], snapshot: Snap
     if whole:
         _check_kept(dense, kept, weights)
     for text, numbers in kept.numbers.items():
-        number = _number(text)
+        number = parse_number(text)
         for key, value in numbers.items():
-            if key in states.get(number, {}) or not (value is None or isinstance(value, bool) or _is_number(value)):
+            if key in states.get(number, {}) or not (value is None or isinstance(value, bool) or _can_be_sent(value)):
                 raise RequestError(f"The optimizer keeps no {value!r} as {key} of piece {text}.")
             states.setdefault(number, {})[key] = value
     for number, state in states.items():
@@ -139,14 +139,15 @@ def _check_kept(dense: DensePart, kept: Kept, weights: set[int]) -> None:
         raise RequestError(f"A whole snapshot has {len(weights)} pieces where {len(dense.pieces)} belong.")
 
 
-def _parse(name: str) -> tuple[str, int, str]:
-    """``KIND/NUMBER`` or ``rows/NUMBER/REST``."""
+def parse_name(name: str) -> tuple[str, int, str]:
+    """The parts of a tensor's name in a snapshot: ``KIND/NUMBER`` or ``rows/NUMBER/REST``. RequestError where it is none."""
     kind, _, rest = name.partition("/")
     number, _, more = rest.partition("/")
-    return kind, _number(number), more
+    return kind, parse_number(number), more
 
 
-def _number(text: str) -> int:
+def parse_number(text: str) -> int:
+    """The number of a piece or a table. RequestError where it is none."""
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise RequestError(f"{text!r} is no number of a piece or a table.")
     return int(text)

@@ -17,11 +17,14 @@ import torch
 from torch import nn
 
 from shoal.errors import JobFailed, NotBuiltError, RequestError
+from shoal.process.failure import first_line
 from shoal.ps.lbfgs import BatchLBFGS, vectors_of
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 20
+_BESIDE_NUMBERS = ("params", "param_names")
+"""What a group of torch's holds beside its hyperparameters."""
 
 Numbers = dict[str, Any]
 Number = int | float
@@ -160,19 +163,17 @@ class DensePart:
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                 logger.exception("The optimizer has failed.")
                 # What came with this push may have been what it failed at.
-                for group, numbers in zip(optimizer.param_groups, before, strict=False):
-                    group.update(numbers)
-                first = (str(error).splitlines() or [""])[0]
-                raise JobFailed(f"{type(optimizer).__name__} has failed with {type(error).__name__}: {first}.") from None
+                self.take_groups(before)
+                failed = f"{type(optimizer).__name__} has failed with {type(error).__name__}"
+                raise JobFailed(f"{failed}: {first_line(error)}.") from None
             finally:
                 for number in chosen:
                     self._weights[number].grad = None
 
     def take_groups(self, groups: Sequence[Numbers]) -> None:
         """Use these hyperparameters from now on, one mapping for each group of the optimizer."""
-        present = self._optimizer.param_groups if self._optimizer is not None else ()
-        for group, numbers in zip(present, groups, strict=False):
-            group.update(numbers)
+        if self._optimizer is not None:
+            _set_numbers(self._optimizer, groups)
 
     def vectors(self, gradients: Mapping[int, torch.Tensor], scale: float) -> Iterator[list[torch.Tensor]]:
         """Of each piece what L-BFGS remembers, and the gradient times ``scale``. RequestError where it is not the optimizer."""
@@ -216,8 +217,7 @@ class DensePart:
         if known not in self._forms:
             probe = nn.Parameter(torch.zeros(piece.numel, dtype=piece.dtype))
             optimizer = self._make_optimizer([(piece, probe)])
-            for group, numbers in zip(optimizer.param_groups, self.groups, strict=False):
-                group.update(numbers)
+            _set_numbers(optimizer, self.groups)
             probe.grad = torch.zeros_like(probe)
             optimizer.step()
             self._forms[known] = {key: value for key, value in optimizer.state.get(probe, {}).items()}
@@ -227,7 +227,7 @@ class DensePart:
     def fixed(self) -> list[set[str]]:
         """The names of the hyperparameters that are no numbers, and of what a group holds beside them: nobody sends these."""
         groups = self._optimizer.param_groups if self._optimizer is not None else []
-        return [{"params", "param_names", *group} - set(own) for group, own in zip(groups, self.groups, strict=True)]
+        return [{*_BESIDE_NUMBERS, *group} - set(own) for group, own in zip(groups, self.groups, strict=True)]
 
     @property
     def groups(self) -> list[Numbers]:
@@ -242,13 +242,20 @@ class DensePart:
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[Numbers]:
     """The hyperparameters of an optimizer that are numbers, or several: what can change while it runs, and be sent."""
 
-    def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
     def plain(value: Any) -> bool:
         return all(map(is_number, value)) if isinstance(value, (tuple, list)) else is_number(value)
 
     return [
-        {key: value for key, value in group.items() if key not in ("params", "param_names") and plain(value)}
+        {key: value for key, value in group.items() if key not in _BESIDE_NUMBERS and plain(value)}
         for group in optimizer.param_groups
     ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether something is a number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _set_numbers(optimizer: torch.optim.Optimizer, groups: Sequence[Numbers]) -> None:
+    for group, numbers in zip(optimizer.param_groups, groups, strict=False):
+        group.update(numbers)

@@ -15,6 +15,7 @@ from torch import nn
 from shoal.data.source import Source
 from shoal.errors import JobFailed
 from shoal.job import Job
+from shoal.process.failure import first_line
 from shoal.train import objective, streams
 from shoal.train.feed import to_device, to_layout
 
@@ -163,11 +164,10 @@ def combine(tallies: Iterable[Tally], prefix: str = "") -> dict[str, float]:
                 try:
                     merged[name] = merge(merged[name], metric)
                 except Exception as error:  # metrics are the user's, or a library's
-                    why = (str(error).splitlines() or [""])[0]
                     raise JobFailed(
                         f'What worker {rank} has of the metric "{prefix}{name}" cannot be put together with what the others have '
-                        f"({type(error).__name__}: {why}); let it keep states of the same shapes in every worker, which "
-                        "torchmetrics can merge."
+                        f"({type(error).__name__}: {first_line(error)}); let it keep states of the same shapes in every "
+                        "worker, which torchmetrics can merge."
                     ) from None
     found = {name: value / weight if weight else math.nan for name, (value, weight) in total.sums.items()}
     for name, metric in merged.items():

@@ -56,16 +56,8 @@ class Line(Requests):
             Patience(meeting.deadline_s),
         )  # fmt: skip
 
-    def send(
-        self, place: int, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = (), check: Check | None = None
-    ) -> Ticket:
-        asked: list[msgspec.Struct] = []
-
-        def made(number: int) -> msgspec.Struct:
-            asked.append(make(number))
-            return asked[0]
-
-        return super().send(place, made, frames, check or (lambda answer, further: self.check(asked[0], answer, further)))
+    def _check_of(self, asked: msgspec.Struct) -> Check:
+        return lambda answer, frames: self.check(asked, answer, frames)
 
     def ask(self, make: Callable[[int], msgspec.Struct], what: str, frames: Sequence[Any] = ()) -> tuple[Any, list[memoryview]]:
         """The answer to a question, and its frames. JobFailed where the run has failed."""

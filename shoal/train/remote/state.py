@@ -13,7 +13,7 @@ from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
 from shoal.errors import RequestError
 from shoal.ps.applied import PushId
-from shoal.ps.checks import check_rows
+from shoal.ps.checks import check_rows, parse_name, parse_number
 from shoal.ps.client import Client
 from shoal.ps.dense import PIECE_BYTES, Piece, cut
 from shoal.ps.embedding import state_of
@@ -79,9 +79,9 @@ class StoreState:
         own = {piece.number: piece for piece in self._placement.pieces_of(server)}
         weights = set()
         for name, tensor in snapshot.tensors.items():
-            kind, _, rest = name.partition("/")
-            piece = own.get(int(rest)) if rest.isascii() and rest.isdigit() else None
-            if piece is None:
+            kind, number, more = parse_name(name)
+            piece = own.get(number)
+            if piece is None or more:
                 raise RequestError(f"There is no {name} on server {server}.")
             if kind == "weights":
                 weights.add(piece.number)
@@ -92,7 +92,7 @@ class StoreState:
                 wanted = single if held is None else held.numel()
             if tensor.numel() != wanted:
                 raise RequestError(f"Server {server} has {tensor.numel()} numbers as {name}, where {wanted} belong.")
-        if weights != set(own) or not all(n.isascii() and n.isdigit() and int(n) in own for n in snapshot.kept.numbers):
+        if weights != set(own) or not all(parse_number(n) in own for n in snapshot.kept.numbers):
             raise RequestError(f"Server {server} has given other pieces than it holds.")
 
     def take(self, snapshot: Snapshot) -> None:
