@@ -62,15 +62,22 @@ class Client(Requests):
     # -- pushing -------------------------------------------------------------------------------------------------
 
     def push(
-        self, parts: Mapping[int, Push], staged: bool = False, codec_of: Callable[[int], str] = lambda piece: "none"
-    ) -> list[Ticket]:
-        """Send a push to all servers, each its part; wait first where as many as may be are on the way."""
+        self, parts: Mapping[int, Push], staged: bool = False, codec_of: Callable[[int], str] = lambda piece: "none",
+        pulled: Mapping[int, int] | None = None,
+    ) -> list[Ticket]:  # fmt: skip
+        """Send a push to all servers, each its part; wait first where as many as may be are on the way.
+
+        Args:
+            pulled: of each server, the version that the gradients are of.
+        """
         self._pushes = [tickets for tickets in self._pushes if any(t.answer is None for t in tickets)]
         while len(self._pushes) >= self.patience.pushes:
             self.wait(self._pushes.pop(0), "a push to be taken")
         tickets = []
         for server, part in parts.items():
             head, frames = messages.pack_push(part, 0, codec_of, staged)
+            if pulled is not None:
+                head = msgspec.structs.replace(head, pulled=pulled[server])
             tickets.append(self.send(server, lambda n, head=head: msgspec.structs.replace(head, number=n), frames, _is(Done)))  # type: ignore[misc]
         self._pushes.append(tickets)
         return tickets

@@ -6,6 +6,7 @@ parameters otherwise. A piece is what is placed, pulled, pushed and moved as one
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,13 +136,16 @@ class DensePart:
         """Set a piece's weights."""
         self.weight(number).copy_(values.reshape(-1))
 
-    def apply(self, gradients: Mapping[int, torch.Tensor], scale: float, groups: Sequence[Numbers] | None = None) -> None:
+    def apply(
+        self, gradients: Mapping[int, torch.Tensor], scale: float, groups: Sequence[Numbers] | None = None, lr_factor: float = 1.0
+    ) -> None:
         """One step of the optimizer over the pieces that have a gradient; the others are left alone.
 
         Args:
             gradients: by piece, elements in a row; not changed.
             scale: what they are multiplied by.
             groups: hyperparameters to use from now on, one mapping for each group of the optimizer.
+            lr_factor: what learning rates are multiplied by, in this step alone.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -151,6 +155,17 @@ class DensePart:
         if isinstance(optimizer, BatchLBFGS):
             # All parameters take part in a step, also those without a gradient.
             gradients = {n: gradients.get(n, torch.zeros_like(self.weight(n))) for n in sorted(self.pieces)}
+        try:
+            with _scaled(optimizer, lr_factor):
+                self._step(optimizer, gradients, scale)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            logger.exception("The optimizer has failed.")
+            # What came with this push may have been what it failed at.
+            self.take_groups(before)
+            failed = f"{type(optimizer).__name__} has failed with {type(error).__name__}"
+            raise JobFailed(f"{failed}: {first_line(error)}.") from None
+
+    def _step(self, optimizer: torch.optim.Optimizer, gradients: Mapping[int, torch.Tensor], scale: float) -> None:
         # Apart, because torch's fused SGD takes a list in which all or none have a momentum.
         for begun in (True, False):
             chosen = [n for n in gradients if (self._weights[n] in optimizer.state) == begun]
@@ -160,12 +175,6 @@ class DensePart:
             try:
                 if chosen:
                     optimizer.step()
-            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-                logger.exception("The optimizer has failed.")
-                # What came with this push may have been what it failed at.
-                self.take_groups(before)
-                failed = f"{type(optimizer).__name__} has failed with {type(error).__name__}"
-                raise JobFailed(f"{failed}: {first_line(error)}.") from None
             finally:
                 for number in chosen:
                     self._weights[number].grad = None
@@ -237,6 +246,19 @@ class DensePart:
     @property
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces.values())
+
+
+@contextlib.contextmanager
+def _scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Learning rates times ``factor`` meanwhile."""
+    kept = [(group, group["lr"]) for group in optimizer.param_groups] if factor != 1.0 else []
+    try:
+        for group, lr in kept:
+            group["lr"] = lr * factor
+        yield
+    finally:
+        for group, lr in kept:
+            group["lr"] = lr
 
 
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[Numbers]:

@@ -210,6 +210,9 @@ class LoggedServer(ShardServer):
         # What is done again is in the log.
         if self._told is not None:
             message, frames = self._told
+            if isinstance(message, PushHead):
+                # Where other pushes are left out when it is done again, versions are others, and it counts as it did.
+                message = msgspec.structs.replace(message, pulled=None, staleness=push.staleness)
             self._log.append(encode(message), frames)
 
     def _take_other(self, identity: bytes, frames: Sequence[Any], error: Malformed) -> None:

@@ -56,7 +56,11 @@ class RowBlock(msgspec.Struct, frozen=True):
 
 
 class PushHead(msgspec.Struct, tag="push", frozen=True, kw_only=True):
-    """Apply a push; or with ``staged`` keep it until it is told to be applied with others (``Commit``)."""
+    """Apply a push; or with ``staged`` keep it until it is told to be applied with others (``Commit``).
+
+    ``pulled``: the server's version that its gradients are of, where that matters; ``staleness``: what has come of that, as one
+    server tells another, and its log.
+    """
 
     number: int
     ids: tuple[PushId, ...]
@@ -67,6 +71,8 @@ class PushHead(msgspec.Struct, tag="push", frozen=True, kw_only=True):
     dense: tuple[Block, ...]
     rows: tuple[RowBlock, ...]
     staged: bool = False
+    pulled: int | None = None
+    staleness: int | None = None
 
 
 class Norm(msgspec.Struct, tag="norm", frozen=True, kw_only=True):
@@ -236,7 +242,7 @@ def pack_push(
     groups = None if push.groups is None else tuple(push.groups)
     head = PushHead(
         number=number, ids=push.ids, step=push.step, settled=push.settled, scale=push.scale, groups=groups,
-        dense=tuple(blocks), rows=tuple(row_blocks), staged=staged,
+        dense=tuple(blocks), rows=tuple(row_blocks), staged=staged, staleness=push.staleness,
     )  # fmt: skip
     return head, frames
 
@@ -263,8 +269,9 @@ def unpack_push(head: PushHead, frames: Sequence[Any], forms: Forms) -> Push:
         gradients = _decode(rest[3 * k + 2], row_block.codec, row_block.rows * width, dtype)
         rows[row_block.table] = RowGradients(keys, counts, gradients.view(row_block.rows, width))
     return Push(
-        ids=head.ids, step=head.step, settled=head.settled, dense=dense, rows=rows, scale=head.scale, groups=head.groups
-    )
+        ids=head.ids, step=head.step, settled=head.settled, dense=dense, rows=rows, scale=head.scale, groups=head.groups,
+        staleness=head.staleness,
+    )  # fmt: skip
 
 
 def unpack_keys(head: PullRows, frames: Sequence[Any]) -> np.ndarray:

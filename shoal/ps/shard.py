@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from shoal.errors import JobFailed, RequestError
+from shoal.process.failure import first_line
 from shoal.ps.applied import NOTHING, Applied, PushId
 from shoal.ps.checks import check_count, check_groups, check_ids, check_snapshot, fits, has_twice
 from shoal.ps.dense import DensePart, Groups, Number, Numbers
@@ -44,6 +45,7 @@ class Push:
         rows: by the number of a table.
         scale: what all of them are multiplied by.
         groups: hyperparameters from this push on; None: as they were.
+        staleness: how many updates there were between its pull and its application here; None where workers wait for each other.
     """
 
     ids: tuple[PushId, ...]
@@ -53,6 +55,7 @@ class Push:
     rows: Mapping[int, RowGradients] = field(default_factory=dict)
     scale: float = 1.0
     groups: Sequence[Numbers] | None = None
+    staleness: int | None = None
 
     def norm_squared(self) -> float:
         """The squared norm of all that is in it, before it is scaled."""
@@ -120,8 +123,12 @@ class Snapshot:
 class Shard:
     """The state machine. ``version`` counts the pushes that were applied."""
 
-    def __init__(self, dense: DensePart, tables: Mapping[int, Table] | None = None) -> None:
+    def __init__(
+        self, dense: DensePart, tables: Mapping[int, Table] | None = None, factor_of: Callable[[int], float] | None = None
+    ) -> None:
+        """``factor_of``: the staleness of a push -> what learning rates are multiplied by; None: nothing."""
         self.dense = dense
+        self._factor_of = factor_of
         self.tables: Mapping[int, Table] = tables or {}
         self.ledger = Applied()
         self.version = 0
@@ -141,10 +148,13 @@ class Shard:
         if self.ledger.has(push.ids):
             return False
         self.check(push)
+        factor = self._factor(push.staleness)
         self.on_apply(push)
-        self.dense.apply(push.dense, push.scale, push.groups)
+        self.dense.apply(push.dense, push.scale, push.groups, factor)
         for number, rows in push.rows.items():
             table = self.tables[number]
+            if self._factor_of is not None:
+                table.scale_lr(factor)
             table.push(rows.keys, rows.gradients, rows.counts, step=push.step, scale=push.scale)
             age = table.spec.max_age
             if age is not None and push.step and push.step % max(1, age // 4) == 0:
@@ -160,6 +170,7 @@ class Shard:
             raise RequestError(f"{push.scale} is no scale of a push.")
         check_ids(push.ids, push.settled)
         check_count("step", push.step)
+        check_count("staleness", push.staleness or 0)
         check_groups(self.dense, push.groups)
         for number, gradient in push.dense.items():
             piece = self.dense.pieces.get(number)
@@ -176,6 +187,20 @@ class Shard:
             if has_twice(rows.keys):
                 raise RequestError(f"The push has a key twice for table {number}.")
             check_gradients(table.spec.name, rows.keys, rows.gradients, table.spec.width)
+
+    def _factor(self, staleness: int | None) -> float:
+        """What a push that comes so late has learning rates multiplied by. JobFailed where the job gives no number for it."""
+        if self._factor_of is None or staleness is None:
+            return 1.0
+        said = f"The factor of shoal.ps.staleness_aware for a staleness of {staleness}"
+        try:
+            found = float(self._factor_of(staleness))
+        # It is the user's, and may fail in any way.
+        except Exception as error:
+            raise JobFailed(f"{said} has failed with {type(error).__name__}: {first_line(error)}.") from None
+        if not math.isfinite(found):
+            raise JobFailed(f"{said} is {found}; give a function whose values are numbers.")
+        return found
 
     # -- reading it ----------------------------------------------------------------------------------------------
 

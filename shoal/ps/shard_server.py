@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from shoal.errors import RequestError, ShoalError
 from shoal.ps import messages
 from shoal.ps.applied import PartlyApplied
+from shoal.ps.checks import check_count
 from shoal.ps.endpoint import Endpoint
 from shoal.ps.messages import (
     Block,
@@ -108,7 +110,7 @@ class ShardServer:
 
         if isinstance(message, PushHead):
             push = messages.unpack_push(message, frames, self._forms())
-            done(self._stage(push) if message.staged else shard.apply(push))
+            done(self._stage(push) if message.staged else shard.apply(replace(push, staleness=self._staleness(message))))
         elif isinstance(message, Pull):
             pieces = shard.pull() if message.have != shard.version else {}
             _, views = messages.pack_tensors({str(piece): tensor for piece, tensor in pieces.items()})
@@ -135,6 +137,14 @@ class ShardServer:
 
     def _stage(self, push: Push) -> bool:
         return self.staged.stage(push)
+
+    def _staleness(self, head: PushHead) -> int | None:
+        """How many updates there are by now since the pull that a push was computed from."""
+        if head.pulled is None:
+            return None
+        check_count("version", head.pulled)
+        # One that has come again may not have all yet that it had told before.
+        return max(0, self.shard.version - head.pulled)
 
     def _forms(self) -> Forms:
         return forms_of(self.shard)

@@ -503,9 +503,9 @@ class TrainHost:
             return Schedule(self._built.job, self._built.optimizer, self._store, place, updater)
 
     @property
-    def corrects_staleness(self) -> bool:
-        """Whether the learning rate is to depend on how late a push comes."""
-        return factor_of(self._built.optimizer) is not None
+    def staleness_factor(self) -> Callable[[int], float] | None:
+        """What learning rates are multiplied by for a push that comes so late; None where they do not depend on it."""
+        return factor_of(self._built.optimizer)
 
     def plain_groups(self) -> list[Numbers]:
         """The hyperparameters of the job's optimizer that are numbers, as a schedule has left them."""

@@ -107,7 +107,8 @@ class PushRecorder(Recorder):
         if push == REJECTED:
             return
         made, pulled = self.ledger.made(unit), self.ledger.pulled(unit)
-        staleness = max(int(a - b) - 1 for a, b in zip(made, pulled, strict=True))
+        # One that was pulled from a server which then came again may be of an update that was yet to be made once more.
+        staleness = max(0, *(int(a - b) - 1 for a, b in zip(made, pulled, strict=True)))
         self.staleness[staleness] += 1
         self._emit("push_ack", **named, versions=[int(v) for v in made], staleness=staleness)
 

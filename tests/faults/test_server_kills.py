@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +177,20 @@ def test_each_push_counts_once_over_stops_and_other_plans(tmp_path: Path) -> Non
     assert torch.equal(weights, weights[:, :1].expand_as(weights))
 
 
+def check_corrected(run: shoal.Run, steps: int) -> None:
+    """Each push of three workers moved weights by 1 / (1 + its own staleness)."""
+    acks = events(run.path, "push_ack")
+    assert len(acks) == steps * 3 and any(e["staleness"] for e in acks)
+    expected = torch.zeros(SAMPLES, dtype=torch.float64)
+    for e in acks:
+        rows = batch_indices(epoch_order(SAMPLES, 0, e["epoch"] - 1), e["batch"] - 1, 8)
+        first, last = share_bounds(8, (1, 1, 1))[e["shard"]]
+        expected[rows[first:last]] -= 1 / (last - first) / (1 + e["staleness"])
+    found = run.weights()["weight"]
+    assert torch.allclose(found[:, 0].double(), expected, atol=1e-5)
+    assert torch.allclose(found, found[:, :1].expand_as(found), atol=1e-6)
+
+
 def test_late_pushes_move_weights_less_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each push by 1 / (1 + its own staleness), whoever dies: of slices, and with an optimizer that works on whole tensors."""
 
@@ -187,17 +203,28 @@ def test_late_pushes_move_weights_less_where_that_is_asked_for(tmp_path: Path, m
     for kind in (torch.optim.SGD, Whole):
         job = counting_job(optimizer=lambda params, kind=kind: shoal.ps.staleness_aware(kind(params, lr=1.0)))
         run = shoal.train(job, plan="ps=1,workers=3,async,threads=1", run_dir=tmp_path / kind.__name__, steps=15)
-        acks = events(run.path, "push_ack")
-        assert len(acks) == 15 * 3 and any(e["staleness"] for e in acks)
-        expected = torch.zeros(SAMPLES, dtype=torch.float64)
-        for e in acks:
-            rows = batch_indices(epoch_order(SAMPLES, 0, e["epoch"] - 1), e["batch"] - 1, 8)
-            first, last = share_bounds(8, (1, 1, 1))[e["shard"]]
-            expected[rows[first:last]] -= 1 / (last - first) / (1 + e["staleness"])
-        found = run.weights()["weight"]
-        assert torch.allclose(found[:, 0].double(), expected, atol=1e-5)
-        assert torch.allclose(found, found[:, :1].expand_as(found), atol=1e-6)
+        check_corrected(run, 15)
         assert len(events(run.path, "death")) == 2
+
+
+def test_late_pushes_move_weights_less_where_no_memory_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that a server has done once more, from its log."""
+    monkeypatch.setenv("SHOAL_TRANSPORT", "group")
+    monkeypatch.setenv("SHOAL_FAULTS", "slow(rank=1,factor=5)")
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "1000")
+    run, killed = tmp_path / "run", list[int]()
+
+    def kill_server(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 7 and not killed:
+            rows = json.loads((run / "processes.json").read_text())
+            killed.extend(row["pid"] for row in rows if row["role"] == "server")
+            os.kill(killed[0], signal.SIGKILL)
+
+    job = counting_job(optimizer=lambda params: shoal.ps.staleness_aware(torch.optim.SGD(params, lr=1.0)))
+    plan = "ps=1,workers=3,async,threads=1"
+    found = shoal.train(job, plan=plan, run_dir=run, steps=15, push_log=True, on_event=kill_server)
+    assert [e["action"] for e in events(run, "recovered")] == ["replayed"]
+    check_corrected(found, 15)
 
 
 def check_dropped(run: shoal.Run, workers: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,8 +20,9 @@ def adam(parameters):
     return torch.optim.Adam([{"params": [p for _, p in parameters]}], lr=0.1)
 
 
-def a_shard() -> Shard:
-    return Shard(DensePart(PIECES, adam), {0: Table.create(TableSpec(width=4, optimizer=Adagrad(lr=0.1), admission=2))})
+def a_shard(factor_of: Callable[[int], float] | None = None) -> Shard:
+    table = Table.create(TableSpec(width=4, optimizer=Adagrad(lr=0.1), admission=2))
+    return Shard(DensePart(PIECES, adam), {0: table}, factor_of)
 
 
 def a_push(k: int) -> Push:

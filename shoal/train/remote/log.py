@@ -147,7 +147,7 @@ class RemoteLog(KeptLog):
         for server in placement.servers:
             told = read_told(session.path, log_name(server), found.base.step)
             with _tables(facts.tables, settings.cold_dir) as held:
-                shard = Shard(DensePart(placement.pieces_of(server), host.optimizer_over), held)
+                shard = Shard(DensePart(placement.pieces_of(server), host.optimizer_over), held, host.staleness_factor)
                 shard.restore(state.give(server, found.base.step, settled, began_with))
                 for number, table in held.items():
                     for saved, _ in read_rows(found.base.path, number, table.spec):
@@ -200,7 +200,7 @@ class RemoteLog(KeptLog):
         epoch, batch, shard = self._id(row, session.workers)
         pulled, made = np.split(row[UnitColumns.VERSIONS :], 2)
         return {"rank": int(row[UnitColumns.RANK]), "epoch": epoch + 1, "batch": batch + 1, "shard": shard,
-                "versions": [int(v) for v in made], "staleness": int(max(made - pulled)) - 1}  # fmt: skip
+                "versions": [int(v) for v in made], "staleness": max(0, int(max(made - pulled)) - 1)}  # fmt: skip
 
     # -- keeping one ---------------------------------------------------------------------------------------------
 

@@ -45,7 +45,8 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
         shutil.rmtree(cold, ignore_errors=True)
         tables = {n: Table.create(spec, cold_path(cold, n)) for n, spec in enumerate(facts.tables)}
         # Beyond the first come those that have a copy of what the first hold.
-        shard = Shard(DensePart(placement.pieces_of(number % plan.servers), host.optimizer_over), tables)
+        dense = DensePart(placement.pieces_of(number % plan.servers), host.optimizer_over)
+        shard = Shard(dense, tables, host.staleness_factor)
         host.forget_first_weights()
         # Looked at between requests, so that a server knows when the run is over.
         ticket: Ticket = line.look(None)

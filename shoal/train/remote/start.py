@@ -55,11 +55,6 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
                 f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
                 f"{key} out of the plan."
             )
-    if host.corrects_staleness and plan.waits_for_nobody:
-        raise NotBuiltError(
-            "shoal.ps.staleness_aware is built for servers and workers that share memory, on one machine; leave it out, or train "
-            "there."
-        )
     job, facts = host.job, host.facts()
     whole = plan.replace(threads=plan.threads or threads).filled()
     check_plan(whole, job, facts)

@@ -273,8 +273,13 @@ class RemoteWorker(PushingWorker):
         parts = self.placement.split(
             ids, dense, rows, step=self.updates, settled=self.settled, scale=factor, groups=None if self.sync else self.groups
         )
-        self._tickets = self.client.push(parts, staged=self.sync)
+        self._tickets = self.client.push(parts, staged=self.sync, pulled=None if self.sync else self._pulled(units))
         self.slot.post(Signal.GRADIENTS, self.pushes + 1)
+
+    def _pulled(self, units: Sequence[int]) -> dict[int, int]:
+        """Of each server, the oldest version that gradients of the push about to be made were computed from."""
+        rows = [self.ledger.pulled(u) for u in units if self.ledger.row(u)[UnitColumns.PUSH] == self.pushes + 1]
+        return {server: int(min(row[k] for row in rows)) for k, server in enumerate(self.placement.servers)}
 
     def ring(self) -> None:
         """Servers are told by the push itself."""

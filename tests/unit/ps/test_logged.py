@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from shoal.ps import messages
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.log import segments
-from shoal.ps.logged import LoggedServer, Mark, Recover, ToldLog
+from shoal.ps.logged import LoggedServer, Mark, Recover, ToldLog, do_again, read_told
 from shoal.ps.shard import Shard
+from shoal.ps.staged import Staged
+from shoal.ps.staleness import inverse
 from shoal.ps.wire import encode
 
 QUICK = Patience(deadline_s=20.0, retry_s=5.0)
@@ -70,6 +73,23 @@ def test_another_server_goes_on_from_the_log_with_the_same_bits(tmp_path: Path) 
     with served(tmp_path, third) as (client, _):
         recover(client, 9)
     assert third.version == 1 and (0, 7, 0) in third.ledger and (0, 6, 0) not in third.ledger
+
+
+def test_what_is_left_out_when_a_log_is_done_again_makes_no_other_push_later_or_earlier(tmp_path: Path) -> None:
+    first, second = a_shard(inverse), a_shard(inverse)
+    with served(tmp_path, first) as (client, _):
+        recover(client, 0)
+        for k, pulled in enumerate((0, 0, 1, 0)):
+            client.acknowledged(client.push({0: a_push(k)}, pulled={0: pulled}))
+        # What says that it has seen more than there is, is of a server that has yet to be told that much again.
+        client.acknowledged(client.push({0: a_push(4)}, pulled={0: 9}))
+    do_again(second, Staged(second), read_told(tmp_path, "server-0", 0), lambda ids: ids != ((0, 1, 0),))
+    one, two = a_shard(inverse), a_shard(inverse)
+    for k, staleness in enumerate((0, 1, 1, 3, 0)):
+        one.apply(replace(a_push(k), staleness=staleness))
+        if k != 1:
+            two.apply(replace(a_push(k), staleness=staleness))
+    assert same(first, one) and same(second, two)
 
 
 def test_what_is_in_a_log_and_does_not_fit_is_said_and_the_server_lives(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def a_push() -> Push:
     rows = RowGradients(np.array([7, -1 << 62]), np.array([1, 9], np.uint32), torch.arange(8.0).view(2, 4))
     return Push(
         ids=((0, 1, 2),), step=5, settled=(0, 1, 0), scale=0.5, rows={1: rows}, groups=[{"lr": 0.1, "betas": [0.9, 0.99]}],
-        dense={0: torch.arange(6.0), 3: torch.tensor([1.5, -2.5], dtype=torch.float64)},
+        staleness=4, dense={0: torch.arange(6.0), 3: torch.tensor([1.5, -2.5], dtype=torch.float64)},
     )  # fmt: skip
 
 
@@ -33,7 +33,8 @@ def test_a_push_arrives_as_it_was_sent():
     head = messages.decode_request(frames)
     assert isinstance(head, PushHead) and head.number == 11 and not head.staged
     found, sent = messages.unpack_push(head, frames[1:], FORMS), a_push()
-    assert (found.ids, found.step, found.settled, found.scale) == (sent.ids, sent.step, sent.settled, sent.scale)
+    names = "ids", "step", "settled", "scale", "staleness"
+    assert [getattr(found, name) for name in names] == [getattr(sent, name) for name in names]
     assert found.groups is not None and found.groups[0]["betas"] == (0.9, 0.99)
     assert all(torch.equal(found.dense[n], sent.dense[n]) for n in sent.dense)
     assert np.array_equal(found.rows[1].keys, sent.rows[1].keys) and np.array_equal(found.rows[1].counts, sent.rows[1].counts)

@@ -268,3 +268,29 @@ def test_an_address_in_use_is_said_in_one_sentence():
         Endpoint(keys, endpoint.address)
     endpoint.close()
 
+
+
+def test_a_push_that_comes_late_moves_less_and_its_optimizer_is_as_before():
+    factors = {0: 1.0, 3: 0.25, 4: float("nan")}
+    late = Shard(DensePart(PIECES, sgd), {0: Table.create(TableSpec(width=4, optimizer=SGD(lr=1.0)))}, factors.__getitem__)
+    plain = Shard(DensePart(PIECES, sgd), {0: Table.create(TableSpec(width=4, optimizer=SGD(lr=1.0)))})
+    keys, dense = np.arange(3), {p.number: torch.ones(p.numel) for p in PIECES}
+    rows = {0: RowGradients(keys, np.ones(3, np.uint32), torch.ones(3, 4))}
+    first = plain.pull_rows(0, keys)
+    assert torch.equal(late.pull_rows(0, keys), first)
+    pushed = [Push(ids=((0, k, 0),), dense=dense, rows=rows, staleness=s) for k, s in enumerate((3, 0, None))]
+    late.apply(pushed[0])
+    plain.apply(pushed[0])
+    # Rates are scaled, whatever an optimizer remembers of a gradient is not.
+    assert all(torch.equal(late.pull()[n], plain.pull()[n] / 4) for n in plain.pull())
+    assert torch.equal(late.pull_rows(0, keys), first - 0.25) and torch.equal(plain.pull_rows(0, keys), first - 1.0)
+    assert late.dense.groups == plain.dense.groups
+    for push in pushed[1:]:
+        late.apply(push)
+        plain.apply(push)
+    assert all(torch.allclose(late.pull()[n] - plain.pull()[n], torch.full((p.numel,), 0.375)) for n, p in enumerate(PIECES))
+    before = late.snapshot().tensors
+    for staleness, said in ((4, "is nan"), (5, "has failed with KeyError")):
+        with pytest.raises(JobFailed, match=f"for a staleness of {staleness} {said}"):
+            late.apply(Push(ids=((0, 9, 0),), dense=dense, staleness=staleness))
+    assert late.version == 3 and all(torch.equal(tensor, before[name]) for name, tensor in late.snapshot().tensors.items())
