@@ -56,9 +56,9 @@ def make_bells(count: int) -> list[int]:
     return [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
 
 
-def claims_of(store: Store, plan: Plan) -> Claims:
-    """The claims of a run under a plan."""
-    return Claims(store.arena, plan.staleness if plan.mode == "bounded" else None)
+def claims_of(store: Store, plan: Plan, per_step: int | None = None) -> Claims:
+    """The claims of a run under a plan; ``per_step``: units of a step, one a worker by default."""
+    return Claims(store.arena, plan.staleness if plan.mode == "bounded" else None, per_step)
 
 
 class PushingWorker(ServedWorker):
@@ -73,6 +73,11 @@ class PushingWorker(ServedWorker):
         self._pullers: list[Callable[[], int]] = []
         self._for_version, self._for_update = Spinning(), Spinning()
         self._ranges = [store.ranges(server) for server in range(self.ledger.servers)]
+
+    @property
+    def units_per_step(self) -> int:
+        """Into how many units a batch is cut."""
+        return self.world_size
 
     @property
     def pushes(self) -> int:

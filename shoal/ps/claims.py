@@ -41,11 +41,13 @@ class Claims:
 
     Args:
         staleness: how many steps ahead of the oldest unfinished unit a worker may begin one; None for any.
+        per_step: units of a step; one a worker by default.
     """
 
-    def __init__(self, arena: Arena, staleness: int | None) -> None:
+    def __init__(self, arena: Arena, staleness: int | None, per_step: int | None = None) -> None:
         self._arena = arena
         self._workers = arena.world_size
+        self._per_step = per_step or self._workers
         self._staleness = staleness
         self._ledger = Ledger(arena)
         self._start, size = arena.layout.regions["claims"]
@@ -61,7 +63,7 @@ class Claims:
     @property
     def first(self) -> int:
         """The first unit of this session."""
-        return int(self._arena.supervisor.note(Note.FIRST_STEP)) * self._workers
+        return int(self._arena.supervisor.note(Note.FIRST_STEP)) * self._per_step
 
     def claimed(self, worker: int) -> int:
         """How many units a worker has claimed."""
@@ -97,10 +99,10 @@ class Claims:
             unit = self.last() + 1
             while self._ledger.was_logged(unit):
                 unit += 1
-            step = unit // self._workers
+            step = unit // self._per_step
             open_units = {units[0]: other for other in range(self._workers) if (units := self.open(other))}
             oldest = min(open_units, default=unit)
-            slowest = oldest // self._workers
+            slowest = oldest // self._per_step
             supervisor = self._arena.supervisor
             if step >= supervisor.signal(Order.STEPS_ALLOWED) or unit >= supervisor.note(Note.UNITS_SEEN) + UNITS_KEPT:
                 return Later(None, step)

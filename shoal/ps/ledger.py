@@ -44,7 +44,7 @@ class UnitColumns:
     COMPUTE = 11
     REDUCE = 12
     WAIT = 13
-    CLAIMED = 14
+    GIVEN = 15
     VALUES = 16
     VERSIONS = 16 + VALUE_COLUMNS
 

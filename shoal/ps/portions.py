@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,23 @@ class Later:
     """All portions are out, and none has been for long. ``wait_s``: until one will have been; None where nobody knows."""
 
     wait_s: float | None
+
+
+def next_portion(held: Mapping[int, Sequence[float]], took: Sequence[float], now: float) -> int | Later:
+    """The first portion that nobody is at; else the one that the fewest are at, of these the oldest, if it is late.
+
+    Args:
+        held: of each portion that is not done, since when others are at it; took: of each that is, how long it was out.
+    """
+    for portion, since in held.items():
+        if not since:
+            return portion
+    if not took:
+        return Later(None)
+    oldest = min(held, key=lambda portion: (len(held[portion]), min(held[portion])))
+    # Somebody may have begun again just now.
+    left_s = max(held[oldest]) + PATIENCE * statistics.median(took) - now
+    return oldest if left_s <= 0 else Later(left_s)
 
 
 class Portions:
@@ -152,21 +169,9 @@ class Portions:
             return Given(found, stripe)
 
     def _choose(self, worker: int, step: int, undone: np.ndarray) -> int | Later:
-        """The first portion that nobody is at; else the one that the fewest are at, of these the oldest, if it is late."""
-        held = {int(portion): self._holders(step, int(portion), worker) for portion in undone}
-        for portion, holders in held.items():
-            if not holders:
-                return portion
+        held = {int(p): [float(self._at[w, _WorkerColumns.SINCE]) for w in self._holders(step, int(p), worker)] for p in undone}
         done = self.rows[self.rows[:, PortionColumns.DONE] == step + 1]
-        if not len(done):
-            return Later(None)
-        since = {p: min(float(self._at[w, _WorkerColumns.SINCE]) for w in holders) for p, holders in held.items()}
-        oldest = min(held, key=lambda p: (len(held[p]), since[p]))
-        patience_s = PATIENCE * statistics.median(done[:, PortionColumns.TOOK].tolist())
-        # Somebody may have begun again just now.
-        newest = max(float(self._at[w, _WorkerColumns.SINCE]) for w in held[oldest])
-        left_s = newest + patience_s - self._clock()
-        return oldest if left_s <= 0 else Later(left_s)
+        return next_portion(held, done[:, PortionColumns.TOOK].tolist(), self._clock())
 
     def _free_stripe(self, worker: int, step: int) -> int:
         done = self.rows[self.rows[:, PortionColumns.DONE] == step + 1]

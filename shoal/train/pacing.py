@@ -23,8 +23,10 @@ from shoal.ps.lock import locked
 from shoal.train.recorder import Emit, Recorder
 from shoal.train.settings import BadPush, NotFinite, RunSettings
 
-_TAKEN_OVER = (
+_SUMS = (
     (UnitColumns.LOSS, Columns.LOSS), (UnitColumns.WEIGHT, Columns.WEIGHT), (UnitColumns.SAMPLES, Columns.SAMPLES),
+)  # fmt: skip
+_TIMES = (
     (UnitColumns.DATA, Columns.DATA), (UnitColumns.COMPUTE, Columns.COMPUTE), (UnitColumns.REDUCE, Columns.REDUCE),
     (UnitColumns.WAIT, Columns.WAIT),
 )  # fmt: skip
@@ -39,9 +41,11 @@ class PushRecorder(Recorder):
     def __init__(self, store: Store, emit: Emit, settings: RunSettings, first_step: int) -> None:
         super().__init__(store, emit, settings.steps_per_epoch, first_step)
         self.ledger = Ledger(store.arena)
-        self.claims = claims_of(store, settings.plan)
-        self._workers = store.arena.world_size
-        self._next = first_step * self._workers
+        self._workers, self._per_step = store.arena.world_size, settings.units_per_step
+        self.claims = claims_of(store, settings.plan, self._per_step)
+        self._portioned = settings.portions > 0
+        self._rerun = 0
+        self._next = first_step * self._per_step
         self._told: set[int] = set()
         self.staleness: Counter[int] = Counter()
         self.ahead = -1
@@ -71,11 +75,11 @@ class PushRecorder(Recorder):
             self._told.remove(self._next)
             self._next += 1
         # No more than there are records.
-        step = min(self._next // self._workers, self.step + RING_STEPS)
+        step = min(self._next // self._per_step, self.step + RING_STEPS)
         for done in range(self.step, step):
             self._write_records(done)
         # From here on the rows may be used again.
-        self._store.arena.supervisor.write(Note.UNITS_SEEN, step * self._workers)
+        self._store.arena.supervisor.write(Note.UNITS_SEEN, step * self._per_step)
         return step
 
     def _is_done(self, unit: int) -> bool:
@@ -96,7 +100,7 @@ class PushRecorder(Recorder):
     def _tell(self, unit: int) -> None:
         row = self.ledger.row(unit)
         push, rank = int(row[UnitColumns.PUSH]), int(row[UnitColumns.RANK])
-        step, shard = divmod(unit, self._workers)
+        step, shard = divmod(unit, self._per_step)
         epoch, batch = divmod(step, self._steps_per_epoch)
         named = {"rank": rank, "epoch": epoch + 1, "batch": batch + 1, "shard": shard}
         if push == DROPPED:
@@ -110,12 +114,15 @@ class PushRecorder(Recorder):
         # One that was pulled from a server which then came again may be of an update that was yet to be made once more.
         staleness = max(0, *(int(a - b) - 1 for a, b in zip(made, pulled, strict=True)))
         self.staleness[staleness] += 1
+        if self._portioned and row[UnitColumns.GIVEN] > 1:
+            self._rerun += int(row[UnitColumns.GIVEN]) - 1
+            self._emit("portion_rerun", **named, times=int(row[UnitColumns.GIVEN]))
         self._emit("push_ack", **named, versions=[int(v) for v in made], staleness=staleness)
 
     def _write_records(self, step: int) -> None:
         """What the workers of another plan write themselves."""
         begins = step % self._steps_per_epoch == 0
-        rows = [self.ledger.row(unit) for unit in range(step * self._workers, (step + 1) * self._workers)]
+        rows = [self.ledger.row(unit) for unit in range(step * self._per_step, (step + 1) * self._per_step)]
         for rank in range(self._workers):
             record = self._store.record(rank, step)
             before = None if begins or not step else self._store.record(rank, step - 1)
@@ -123,10 +130,15 @@ class PushRecorder(Recorder):
             # A step begins where the first of its units does, so that the time of one never counts for another.
             record[Columns.BEGAN] = min(row[UnitColumns.BEGAN] for row in rows)
             record[Columns.ENDED] = max(row[UnitColumns.ENDED] for row in rows)
-            for row in rows:
-                if row[UnitColumns.RANK] == rank and row[UnitColumns.PUSH] not in UNCOUNTED:
-                    for source, target in _TAKEN_OVER:
-                        record[target] += row[source]
+            for shard, row in enumerate(rows):
+                if row[UnitColumns.PUSH] in UNCOUNTED:
+                    continue
+                did = row[UnitColumns.RANK] == rank
+                # Portions are added up in one order, whoever has computed them.
+                has = shard % self._workers == rank if self._portioned else did
+                for source, target in (*(_SUMS if has else ()), *(_TIMES if did else ())):
+                    record[target] += row[source]
+                if has:
                     record[Columns.MEASURED] = max(record[Columns.MEASURED], row[UnitColumns.MEASURED])
                     values = row[UnitColumns.VALUES : UnitColumns.VALUES + VALUE_COLUMNS]
                     record[Columns.VALUES : Columns.VALUE_SUMS] += values
@@ -137,8 +149,9 @@ class PushRecorder(Recorder):
         """They were told as they came."""
 
     def told(self) -> dict[str, Any]:
-        """Staleness -> how many pushes had it."""
-        return {"staleness": {str(staleness): self.staleness[staleness] for staleness in sorted(self.staleness)}}
+        """Staleness -> how many pushes had it; and of portions, how many were handed out again."""
+        found: dict[str, Any] = {"staleness": {str(s): self.staleness[s] for s in sorted(self.staleness)}}
+        return {**found, "portions_rerun": self._rerun} if self._portioned else found
 
     @property
     def step_s(self) -> float | None:
@@ -149,7 +162,7 @@ class PushRecorder(Recorder):
 
 def of_bad_push(push: BadPush, settings: RunSettings) -> tuple[dict[str, Any], str]:
     """The fields of the event, and the sentence with which a run ends, for a push whose gradient is no number."""
-    step, shard = divmod(push.units[0], settings.grid.dp)
+    step, shard = divmod(push.units[0], settings.units_per_step)
     epoch, batch = step // settings.steps_per_epoch + 1, step % settings.steps_per_epoch + 1
     what = "The loss" if push.parameter is None else f"The gradient of {push.parameter}"
     shown = ", ".join(map(str, push.samples[:20])) + (" …" if len(push.samples) > 20 else "")
@@ -183,7 +196,7 @@ class Pacer:
         self._supervisor = store.arena.supervisor
         self._held: int | None = None
         self._supervisor.write(Note.FIRST_STEP, first_step)
-        self._supervisor.write(Note.UNITS_SEEN, first_step * store.arena.world_size)
+        self._supervisor.write(Note.UNITS_SEEN, first_step * settings.units_per_step)
         recorder.ledger.begin_at(first_step)
         self._supervisor.post(Order.STEPS_ALLOWED, first_step)
 
@@ -239,7 +252,7 @@ class Pacer:
                 # It may have been stopped while it had it, and has to be found out and replaced meanwhile.
                 return None
             last = max(self._recorder.claims.last(), self._recorder.ahead)
-            step = -(-(last + 1) // self._store.arena.world_size)
+            step = -(-(last + 1) // self._settings.units_per_step)
             self._supervisor.post(Order.STEPS_ALLOWED, step)
         return step
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.process.failure import user_code
 from shoal.ps.claims import Claim
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
+from shoal.train.feed import Share
 from shoal.train.gradients import examine, find_bad
 from shoal.train.loop import Loop, Parts, Sums
 from shoal.train.passes import Surroundings
@@ -63,7 +65,7 @@ class PushLoop(Loop):
         step = 0
         while True:
             got = self._axis.claims.claim(self.rank, self._axis.beat)
-            step = got.unit // self._axis.world_size if isinstance(got, Claim) else got.step
+            step = got.unit // self._axis.units_per_step if isinstance(got, Claim) else got.step
             if isinstance(got, Claim):
                 self._work(got.unit, got.slowest)
                 self._push_if_full()
@@ -156,15 +158,14 @@ class PushLoop(Loop):
     def _work(self, unit: int, slowest: int) -> None:
         """Compute a unit's gradient into the stripe; ``slowest``: all steps before this one were done when it was claimed."""
         axis, parts, slot = self._axis, self.parts, self.slot
-        step, shard = divmod(unit, axis.world_size)
+        step, shard = divmod(unit, axis.units_per_step)
         row = axis.ledger.row(unit)
         began = time.monotonic()
         axis.waited_s = 0.0
         slot.enter(Phase.DATA, step)
         parts.faults.reach("data", step)
-        parts.feed.replica = self._around.replica = shard
-        with user_code("train_data", self.rank):
-            batches = parts.feed.batches(step)
+        self._around.replica = shard
+        batches = self._fetch(step, shard)
         fetched = time.monotonic()
         if self._is_too_old(step):
             self._pull()
@@ -178,7 +179,7 @@ class PushLoop(Loop):
         if count:
             self._buffers.load(step)
             sums = self._go_through(step, batches, count)
-            parts.faults.drag(step, time.monotonic() - computing)
+            parts.faults.drag(step, time.monotonic() - computing, parts.gradients.is_void)
             self.publish_buffers(unit)
             self._write_unit(row, sums)
             axis.ledger.pulled(unit)[:] = self._pulled
@@ -190,6 +191,12 @@ class PushLoop(Loop):
         if not count:
             self._settle([unit], EMPTY)
             self._gathered.remove(unit)
+
+    def _fetch(self, step: int, shard: int) -> Sequence[tuple[Share, Any]]:
+        """The samples of a unit, with their batches."""
+        self.parts.feed.replica = shard
+        with user_code("train_data", self.rank):
+            return self.parts.feed.batches(step)
 
     def _write_unit(self, row: np.ndarray, sums: Sums) -> None:
         values = self.named_values(sums)
@@ -219,7 +226,7 @@ class PushLoop(Loop):
             if axis.claims.open(self.rank):
                 axis.claims.finish(self.rank)
             return
-        step = units[-1] // axis.world_size
+        step = units[-1] // axis.units_per_step
         rows = [axis.ledger.row(unit) for unit in units]
         stripe = self.parts.store.stripe_of(self.rank)
         clip, squared = self.parts.job.grad_clip, 0.0
@@ -257,8 +264,7 @@ class PushLoop(Loop):
         axis, units = self._axis, self._gathered
         samples: list[int] = []
         for unit in units:
-            step, self.parts.feed.replica = divmod(unit, axis.world_size)
-            samples += [int(s) for share in self.parts.feed.shares(step) for s in share.indices]
+            samples += [int(s) for share, _ in self._fetch(*divmod(unit, axis.units_per_step)) for s in share.indices]
         self.parts.channel.send(BadPush(self.rank, tuple(units), parameter, tuple(samples)))
         if not self.parts.settings.skip_bad_pushes:
             axis.await_end()

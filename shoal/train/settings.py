@@ -65,7 +65,7 @@ class RunSettings:
     """One run of a job under a plan.
 
     ``split``: how the model is divided, where it is; ``cold_dir``: for tables' cold rows; ``log_dir``: of the servers'
-    write-ahead logs, or nothing.
+    write-ahead logs, or nothing; ``portions``: see ``portions_of``, where workers share no memory.
     """
 
     plan: Plan
@@ -81,6 +81,12 @@ class RunSettings:
     split: Split | None = None
     cold_dir: str = ""
     log_dir: str = ""
+    portions: int = 0
+
+    @property
+    def units_per_step(self) -> int:
+        """Of how many units of work a step is made that are claimed and pushed."""
+        return self.portions or self.grid.dp
 
     @property
     def grid(self) -> Grid:
@@ -105,6 +111,11 @@ def portions_of(plan: Plan, facts: JobFacts) -> int:
     return (plan.accumulate or 1) * plan.data_ways
 
 
+def units_of(plan: Plan, facts: JobFacts) -> int:
+    """Into how many units a batch is cut that workers claim and push who share no memory."""
+    return portions_of(plan, facts) or plan.data_ways
+
+
 def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = False) -> ArenaLayout:
     """The arena of a run; ``private``: its workers share no memory."""
     grid, portions = Grid.of(plan), portions_of(plan, facts)
@@ -125,7 +136,7 @@ def _server_regions(plan: Plan, grid: Grid, facts: JobFacts, private: bool) -> M
     """What a parameter server keeps in the arena beside the weights; without shared memory, what is known of its pushes."""
     if plan.ps is not None and private:
         # A worker may do what all others of a step should have done.
-        return regions(grid.world_size, grid.servers, max(plan.push_every or 1, grid.world_size))
+        return regions(grid.world_size, grid.servers, max(plan.push_every or 1, units_of(plan, facts)))
     if plan.ps is not None and DIRECTION in facts.table.state_keys:
         portions = portions_of(plan, facts)
         further = {"portions": portion_bytes(grid.dp, portions)} if portions else {}

@@ -12,7 +12,7 @@ from shoal.job import Job
 from shoal.plan import Plan
 from shoal.train import checkpoint as checkpoints
 from shoal.train.api import TrainOptions
-from shoal.train.settings import JobFacts, RunSettings, layout_of
+from shoal.train.settings import JobFacts, RunSettings, layout_of, portions_of
 from shoal.train.split import Split
 
 
@@ -37,6 +37,7 @@ def run_settings(
         guard=not private and os.environ.get("SHOAL_GUARD", "1") != "0",
         wait_for_observer=options.on_event is not None,
         skip_bad_pushes=options.skip_bad_pushes,
+        portions=portions_of(plan, facts) if private else 0,
     )
 
 

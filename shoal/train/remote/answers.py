@@ -46,7 +46,8 @@ def check_answer(
     elif isinstance(answer, words.Later):
         _check_counts(answer.step)
     orders = answer.orders
-    _check_counts(orders.steps_allowed, orders.over, orders.epoch_done, orders.stop_epoch, orders.stop_at)
+    _check_counts(orders.steps_allowed, orders.over, orders.epoch_done, orders.stop_epoch, orders.stop_at, orders.past)
+    _check_counts(*orders.done)
     if not all(map(is_address, orders.heads)) or (servers is not None and len(orders.heads) not in (0, servers)):
         raise Malformed(f"{orders.heads[:9]} are no addresses of {servers} servers")
 

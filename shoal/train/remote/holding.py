@@ -34,6 +34,7 @@ class Holding(Keeping):
     _source: RemoteSource
     _emptied: dict[int, tuple[float, int]]
     _began_at: float
+    _per_step: int
     # Whether a server has died since all were there, and before all had what the run begins with.
     _died_early = False
 
@@ -76,7 +77,7 @@ class Holding(Keeping):
         with contextlib.ExitStack() as stack:
             client = Client(self._chains.heads, self._meeting.keys, patience, self._look_around)
             stack.callback(client.close)
-            settled = self._id_of(self._first_step * self._arena.world_size)
+            settled = self._id_of(self._first_step * self._per_step)
             for server in self._placement.servers:
                 client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
             self._tables.client = client  # type: ignore[attr-defined]
@@ -140,7 +141,7 @@ class Holding(Keeping):
         """A server that keeps a log has died: another process goes on from it."""
         died_at, baseline, client = time.monotonic(), self._log.baseline, self._client
         assert baseline is not None and client is not None
-        settled = self._id_of(baseline.step * self._arena.world_size)
+        settled = self._id_of(baseline.step * self._per_step)
         self._recovery.bring_back(rank, self._let_in, settled)
         self._chains.know({m.rank: m.address for m in self._members.joined("server")})
         client.connect(rank, self._chains.heads[rank])

@@ -18,7 +18,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from shoal.ps import messages
 from shoal.ps.claims import Claim, Claims
 from shoal.ps.client import NotStaged
 from shoal.ps.lbfgs import DIRECTION
-from shoal.ps.ledger import DROPPED, UNCOUNTED, UnitColumns
+from shoal.ps.ledger import DROPPED, EMPTY, UNCOUNTED, UnitColumns
 from shoal.ps.placement import Placement
 from shoal.train import notes
 from shoal.train.choose import predicted_step
@@ -44,6 +43,7 @@ from shoal.train.remote import words
 from shoal.train.remote.chains import Chains
 from shoal.train.remote.checks import check_of
 from shoal.train.remote.coordinator import Coordinator
+from shoal.train.remote.dealing import Dealt, Orphan
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.holding import Holding
 from shoal.train.remote.line import Meeting
@@ -67,14 +67,6 @@ _LEAST_SILENCE_S = 60.0
 _LAST_SILENCE_S = 5.0
 MOST_DEATHS = 5
 """So often may one worker die without having finished a unit in between."""
-
-
-@dataclass(frozen=True)
-class Orphan:
-    """A unit whose worker was lost; ``row``: the place in which it was claimed."""
-
-    unit: int
-    row: int
 
 
 class RemoteLead(Holding):
@@ -104,7 +96,11 @@ class RemoteLead(Holding):
         self._write_beginning(first)
         self._recorder = LoggedRecorder(store, self._emit, settings, first, self._log)
         self._pacer = Pacer(store, settings, self._recorder, first)
-        self._claims = Claims(store.arena, self._ahead())
+        self._per_step = settings.units_per_step
+        self._claims = Claims(store.arena, self._ahead(), self._per_step)
+        # Where a batch is cut into portions: what is out of the step in work, and before which unit everything is done.
+        self._dealt = Dealt() if settings.portions else None
+        self._past = 0
         self._first_step = first
         self._groups = Groups()
         self._schedule = host.schedule(store.arena.world_size, self._groups)
@@ -121,6 +117,8 @@ class RemoteLead(Holding):
         self._given: dict[int, list[Orphan]] = {}
         # Under sync: what was reported of the units of the step in work.
         self._staged: dict[int, tuple[words.Report, words.Row]] = {}
+        # Units of which it was told that their gradients are no numbers.
+        self._bad: set[int] = set()
         self._deaths: dict[int, int] = {}
         self._died_at: dict[int, tuple[float, int]] = {}
         # Workers that are gone and that nobody starts again.
@@ -212,7 +210,8 @@ class RemoteLead(Holding):
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
             # What another one does meanwhile is none of its.
             own = {orphan.unit for orphan in self._given.get(said.rank, [])}
-            units = tuple(unit for unit in said.units if unit in own)
+            units = tuple(unit for unit in said.units if unit in own - self._bad)
+            self._bad.update(units)
             if units:
                 self._take(BadPush(said.rank, units, said.parameter, said.samples))
         elif isinstance(said, words.Gone):
@@ -254,6 +253,7 @@ class RemoteLead(Holding):
             stop_at=int(supervisor.note(Note.STOP_AT)), eval_loss=supervisor.note(Note.EVAL_LOSS),
             idle=self._claims.all_finished(),
             heads=tuple(self._chains.heads.values()) if self._client is not None and self._servers_move else (),
+            past=self._past, done=self._dealt.done if self._dealt is not None else (),
         )  # fmt: skip
 
     def _join(self, asked: Asked, said: words.Join) -> None:
@@ -298,7 +298,7 @@ class RemoteLead(Holding):
 
     def _answer_claim(self, asked: Asked, said: words.Claim, waited: bool) -> None:
         """Hand out a unit: first those whose worker was lost, each to be pushed by itself."""
-        rank, workers = said.rank, self._arena.world_size
+        rank = said.rank
         if not said.open:
             # What it does not know of, it will not do: it was given to a predecessor at the last moment.
             self._take_back(rank)
@@ -306,17 +306,17 @@ class RemoteLead(Holding):
         if self._orphans and not said.open:
             given = self._orphans.popleft()
         elif not self._orphans or said.open:
-            own = any(orphan.row == rank for orphan in (*self._orphans, *self._given_to_others(rank)))
+            # Portions are finished together, so that nobody has to be done with those of a row before it claims more.
+            own = self._dealt is None and any(o.row == rank for o in (*self._orphans, *self._given_to_others(rank)))
             got = None if own else self._claims.claim(rank)
             if isinstance(got, Claim):
-                self._given.setdefault(rank, []).append(Orphan(got.unit, rank))
-                self._give(asked, got.unit, got.slowest, alone=False)
+                self._give(asked, rank, Orphan(got.unit, rank), got.slowest, alone=False)
                 return
+            given = self._late()
         if given is not None:
-            self._given.setdefault(rank, []).append(given)
-            self._give(asked, given.unit, given.unit // workers, alone=True)
+            self._give(asked, rank, given, given.unit // self._per_step, alone=True)
             return
-        step = (self._claims.last() + 1) // workers
+        step = (self._claims.last() + 1) // self._per_step
         if waited or said.open or (self._claims.all_finished() and self._is_at_edge(step)):
             self._desk.answer(asked, lambda n: words.Later(n, step, self._orders()))
 
@@ -326,8 +326,13 @@ class RemoteLead(Holding):
             # Under sync it may be staged already: then it is done, but for the others.
             if orphan.unit in self._staged:
                 self._given.setdefault(rank, []).append(orphan)
-            else:
+            elif self._dealt is None or not self._dealt.lose(orphan.unit, rank):
                 self._orphans.append(orphan)
+
+    def _late(self) -> Orphan | None:
+        """A unit that another worker has been at for too long."""
+        unit = None if self._dealt is None else self._dealt.late()
+        return next((orphan for own in self._given.values() for orphan in own if orphan.unit == unit), None)
 
     def _is_at_edge(self, step: int) -> bool:
         supervisor = self._arena.supervisor
@@ -336,8 +341,12 @@ class RemoteLead(Holding):
     def _given_to_others(self, rank: int) -> list[Orphan]:
         return [orphan for other, own in self._given.items() if other != rank for orphan in own]
 
-    def _give(self, asked: Asked, unit: int, slowest: int, alone: bool) -> None:
-        step = unit // self._arena.world_size
+    def _give(self, asked: Asked, rank: int, given: Orphan, slowest: int, alone: bool) -> None:
+        """Hand a unit out."""
+        unit, step = given.unit, given.unit // self._per_step
+        self._given.setdefault(rank, []).append(given)
+        if self._dealt is not None:
+            self._dealt.give(unit, rank)
         groups = self._groups_of(step) if not self._sync else None
         tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
         heads, frames = messages.pack_tensors(tensors)
@@ -353,7 +362,7 @@ class RemoteLead(Holding):
         )  # fmt: skip
 
     def _id_of(self, unit: int) -> tuple[int, int, int]:
-        return push_id(unit, self._arena.world_size, self._settings.steps_per_epoch)
+        return push_id(unit, self._per_step, self._settings.steps_per_epoch)
 
     def _groups_of(self, step: int) -> tuple[dict[str, Any], ...] | None:
         """The hyperparameters of a step, as far as they are numbers; None where no scheduler changes them."""
@@ -370,11 +379,10 @@ class RemoteLead(Holding):
         own = self._given.get(said.rank, [])
         known = {orphan.unit for orphan in own}
         rows = [row for row in said.rows if row.unit in known]
-        if said.buffers and rows:
-            found = messages.unpack_tensors(said.buffers, asked.frames)
-            for index, spec in enumerate(self._store.table.buffers):
-                for parity in (0, 1):
-                    self._store.buffer(parity, index).copy_(found[spec.name])
+        if self._dealt is not None:
+            self._take_portions(said, rows, asked.frames)
+        elif said.buffers and rows:
+            self._state.take_buffers(messages.unpack_tensors(said.buffers, asked.frames))
             if not self._sync:
                 self._source.keep_buffers()
         for row in rows:
@@ -390,17 +398,32 @@ class RemoteLead(Holding):
         # Whoever reports something that was done by another meanwhile is told to go on.
         self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
 
+    def _take_portions(self, said: words.Report, rows: Sequence[words.Row], frames: Sequence[Any]) -> None:
+        """These are the first results of what they are about: who else is at it computes for nothing."""
+        assert self._dealt is not None
+        for row in rows:
+            if row.unit in self._staged:
+                continue
+            self._dealt.finish(row.unit, said.rank)
+            if said.buffers and int(row.columns[UnitColumns.PUSH]) != EMPTY:
+                self._dealt.leave(row.unit, messages.unpack_tensors(said.buffers, frames))
+            for rank, others in self._given.items():
+                if rank != said.rank:
+                    others[:] = [orphan for orphan in others if orphan.unit != row.unit]
+
     def _commit(self) -> None:
         """Let the servers apply a step once all of its shards are there, or all but those that need not be waited for."""
-        workers, client = self._arena.world_size, self._client
+        count, client, dealt = self._per_step, self._client, self._dealt
         assert client is not None
-        step = min(self._staged) // workers
-        units = range(step * workers, (step + 1) * workers)
+        step = min(self._staged) // count
+        units = range(step * count, (step + 1) * count)
         here = [unit for unit in units if unit in self._staged]
         counted = [u for u in here if int(self._staged[u][1].columns[UnitColumns.PUSH]) not in UNCOUNTED]
         # Shards without samples are the first to be there; they are not what a step is made of.
-        if len(here) < workers - (self._plan.backup or 0 if counted else 0):
+        if len(here) < count - (self._plan.backup or 0 if counted else 0):
             return
+        if dealt is not None and dealt.buffers is not None:
+            self._state.take_buffers(dealt.buffers)
         made: Sequence[int] = ()
         if counted:
             weight = sum(self._staged[u][1].columns[UnitColumns.WEIGHT] for u in counted)
@@ -431,8 +454,11 @@ class RemoteLead(Holding):
             ranks.append(said.rank)
             push = int(row.columns[UnitColumns.PUSH])
             self._settle(row, said.rank, push, made)
-        if len(here) < workers:
+        if len(here) < count:
             self._drop([unit for unit in units if unit not in here], ranks, self._recorder.ledger.row(here[0]))
+        if dealt is not None:
+            self._past = units.stop
+            dealt.begin()
         self._log.settled(units, self._recorder, self._emit)
 
     def _drop(self, units: Sequence[int], others: Sequence[int], like: np.ndarray) -> None:
@@ -482,6 +508,8 @@ class RemoteLead(Holding):
         slowest = place[UnitColumns.SLOWEST]
         place[: len(row.columns)] = row.columns
         place[UnitColumns.RANK], place[UnitColumns.SLOWEST] = rank, slowest
+        place[UnitColumns.GIVEN] = 1 if self._dealt is None else self._dealt.times(row.unit)
+        self._bad.discard(row.unit)
         ledger.pulled(row.unit)[:] = row.pulled or 0
         if push not in UNCOUNTED:
             ledger.made(row.unit)[:] = made

@@ -53,7 +53,7 @@ from shoal.train.replay import (
 )
 from shoal.train.row_tables import cold_path, read_rows
 from shoal.train.schedule import Schedule
-from shoal.train.settings import RunSettings
+from shoal.train.settings import RunSettings, units_of
 from shoal.train.update_log import Commit, LogTrouble, log_limit, log_name
 
 _BASE, _AHEAD = "base", "ahead"
@@ -87,7 +87,7 @@ class RemoteLog(KeptLog):
         self._pushed: list[dict[str, Any]] = []
         self._whole_epochs: list[dict[str, Any]] = []
         self._eval_losses: list[float] = []
-        self._per_epoch = 1
+        self._per_epoch, self._per_step = 1, units_of(plan, host.facts())
         self.baseline: Checkpoint | None = None
         """What servers that come again begin with."""
         self._units: LogWriter | None = None
@@ -216,17 +216,16 @@ class RemoteLog(KeptLog):
     @property
     def ahead_ids(self) -> list[PushId]:
         """Pushes that the servers begin with, behind the first step."""
-        return [self._id(row, self._plan.workers or 1) for row in self._ahead]
+        return [self._id(row, self._per_step) for row in self._ahead]
 
     def begin(self, first: int, last: Checkpoint | None, write: WriteBase) -> None:
         """The servers have what the run begins with, at step ``first``, and nobody works yet; ``last``: the run's checkpoint."""
         self._first, self.baseline = first, last
         if not self.kept and self._found is None:
             return
-        workers = self._store.arena.world_size
         if last is None:
             raise full(self._run, "no checkpoint could be written that it stands on")
-        session = SessionLog(self.directory, self._plan.servers, workers, 1, first, remote=True)
+        session = SessionLog(self.directory, self._plan.servers, self._per_step, 1, first, remote=True)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if self._found is not None:

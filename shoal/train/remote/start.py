@@ -21,11 +21,13 @@ from shoal.plan import Plan
 from shoal.process.interrupts import Interrupts
 from shoal.process.messages import SERVER, WORKER
 from shoal.ps.endpoint import Endpoint, RunKeys
+from shoal.ps.ledger import UNITS_KEPT
 from shoal.ps.messages import Refused
 from shoal.train.api import Observer, TrainOptions
 from shoal.train.choose import check_plan, remarks
 from shoal.train.driver import Emitter, abandon_if_refused, finished_run, tensorboard_observers
 from shoal.train.host import TrainHost
+from shoal.train.portions import with_portions
 from shoal.train.push_log import wants_log
 from shoal.train.remote.desk import Desk
 from shoal.train.remote.keeper import keep, spread
@@ -39,6 +41,7 @@ from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings, work
 from shoal.train.run import Run
 from shoal.train.rundir import RunDirectory
+from shoal.train.settings import units_of
 
 _END_S = 10.0
 _NEEDS_GLOBAL_BATCHNORM = (
@@ -56,8 +59,13 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
                 f"{key} out of the plan."
             )
     job, facts = host.job, host.facts()
-    whole = plan.replace(threads=plan.threads or threads).filled()
+    whole = with_portions(plan.replace(threads=plan.threads or threads), facts).filled()
     check_plan(whole, job, facts)
+    if (count := units_of(whole, facts)) > UNITS_KEPT:
+        raise PlanError(
+            f"accumulate={whole.accumulate} cuts a batch into {count} portions, and no more than {UNITS_KEPT} are kept count of; write a "
+            "smaller one."
+        )
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
     if facts.batchnorm and whole.batchnorm != "local":

@@ -120,6 +120,12 @@ class StoreState:
             if values:
                 self.numbers[pieces[int(number)].name] = dict(values)
 
+    def take_buffers(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Take up a model's buffers."""
+        for index, spec in enumerate(self._store.table.buffers):
+            for parity in (0, 1):
+                self._store.buffer(parity, index).copy_(found[spec.name])
+
     def _tensors(self, index: int, piece: Piece) -> dict[str, torch.Tensor]:
         """The optimizer's tensors of a piece, by key: views of the store."""
         store, spec = self._store, self._store.table.trained[index]

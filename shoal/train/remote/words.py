@@ -16,7 +16,8 @@ from shoal.ps.wire import decode_head
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """The lead's words, as the supervisor's in an arena.
 
-    ``idle``: everything that was begun is done. ``heads``: where each shard is now, where that may change.
+    ``idle``: everything that was begun is done. ``heads``: where each shard is now, where that may change. Of portions: ``past``:
+    everything before this unit is done, and ``done``: so are these, which several were given.
     """
 
     steps_allowed: int = 0
@@ -27,6 +28,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     eval_loss: float = 0.0
     idle: bool = False
     heads: tuple[str, ...] = ()
+    past: int = 0
+    done: tuple[int, ...] = ()
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -23,6 +23,7 @@ from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.errors import DeadlineError, JobFailed
 from shoal.job import Job
 from shoal.plan import Plan
+from shoal.process.failure import user_code
 from shoal.ps import messages, shard
 from shoal.ps.claims import Claim, Later
 from shoal.ps.client import Client, Patience
@@ -37,6 +38,8 @@ from shoal.ps.table import find_bad_key
 from shoal.train import notes
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.api import TrainOptions
+from shoal.train.feed import Share
+from shoal.train.gradients import GivenUp
 from shoal.train.host import TrainHost
 from shoal.train.loop import Parts
 from shoal.train.metric_state import pieces_of as pieces_of_metrics
@@ -103,17 +106,22 @@ class RemoteRows(RowGradients):
 
 
 class Heads:
-    """Keeps a worker's client with the servers that answer for each shard, also while it waits for one of them."""
+    """Hears of the lead's orders while a worker waits for a server, or computes, and keeps its client with those that answer
+    for each shard.
+
+    Attributes:
+        orders: the last that were heard.
+    """
 
     def __init__(self, line: Line, client: Client, servers: Mapping[str, str]) -> None:
         self._line, self._client = line, client
         self._at = {int(place): address for place, address in servers.items()}
-        self._orders: words.Orders | None = None
+        self.orders: words.Orders | None = None
         self._look: Ticket | None = None
 
     def follow(self, orders: words.Orders) -> None:
         """Speak to whom the lead names; what has had no answer yet is sent there again."""
-        self._orders = orders
+        self.orders = orders
         for place, address in enumerate(orders.heads):
             if self._at[place] != address:
                 self._at[place] = address
@@ -124,7 +132,7 @@ class Heads:
         line = self._line
         line.receive(0.0)
         if self._look is None:
-            self._look = line.look(self._orders)
+            self._look = line.look(self.orders)
         elif self._look.answer is None:
             line.again(self._look)
         else:
@@ -159,6 +167,10 @@ class RemoteClaims:
             if self._units or answer.orders.over or (answer.orders.idle and answer.orders.steps_allowed <= answer.step):
                 return Later(None, answer.step)
 
+    def give_up(self) -> None:
+        """Somebody else has done what is open; nothing is told of it."""
+        self._units = []
+
     def open(self, worker: int) -> list[int]:
         return list(self._units)
 
@@ -175,13 +187,15 @@ class RemoteWorker(PushingWorker):
     claims: RemoteClaims  # type: ignore[assignment]
 
     def __init__(
-        self, store: Store, rank: int, waiting: Waiting, plan: Plan, line: Line, client: Client, placement: Placement,
-        steps_per_epoch: int,
-    ) -> None:  # fmt: skip
-        super().__init__(store, rank, waiting, plan, [])
+        self, store: Store, rank: int, waiting: Waiting, settings: RunSettings, line: Line, client: Client, placement: Placement
+    ) -> None:
+        super().__init__(store, rank, waiting, settings.plan, [])
         self.claims = RemoteClaims(self)
         self.line, self.client, self.placement = line, client, placement
-        self.sync = not plan.waits_for_nobody
+        self.sync = not settings.plan.waits_for_nobody
+        # Whether what this worker is at may be done by another one meanwhile.
+        self.shares_units = settings.portions > 0
+        self._settings = settings
         self.rows: RemoteRows | None = None
         self.heads: Heads | None = None
         # Rows are kept for as long as the copy that they are used with.
@@ -190,7 +204,6 @@ class RemoteWorker(PushingWorker):
         self.groups: Sequence[dict[str, Any]] | None = None
         self.versions: Mapping[int, int] = {}
         self.unit = 0
-        self._steps_per_epoch = steps_per_epoch
         self._orders: words.Orders | None = None
         self._tickets: list[Ticket] = []
         self._made: tuple[int, ...] = ()
@@ -199,6 +212,10 @@ class RemoteWorker(PushingWorker):
         index = {spec.name: at for at, spec in enumerate(table.trained)}
         self._pieces = {n: (index[p.name], p) for n, p in placement.pieces.items()}
         self._sizes = placement.sizes
+
+    @property
+    def units_per_step(self) -> int:
+        return self._settings.units_per_step
 
     # -- the lead's words ----------------------------------------------------------------------------------------
 
@@ -213,6 +230,13 @@ class RemoteWorker(PushingWorker):
         for order, value in ((Order.STEPS_ALLOWED, orders.steps_allowed), (Order.EPOCH_DONE, orders.epoch_done),
                              (Order.OVER, orders.over)):  # fmt: skip
             supervisor.post(order, value)
+
+    def is_void(self, unit: int) -> bool:
+        """Whether what is computed of a unit counts for nothing any more, because others have done it."""
+        assert self.heads is not None
+        self.heads.ask()
+        orders = self.heads.orders
+        return orders is not None and (unit < orders.past or unit in orders.done)
 
     def wait_for(
         self, attempt: Callable[[tuple[float, float]], int], what: str, check: Callable[[], None] | None = None
@@ -257,7 +281,7 @@ class RemoteWorker(PushingWorker):
     @property
     def updates(self) -> int:
         """How many updates the copy has seen: what rows age by where each push is one."""
-        return self.unit // self.world_size if self.sync else max(self.versions.values(), default=0)
+        return self.unit // self.units_per_step if self.sync else max(self.versions.values(), default=0)
 
     def push(self, unit: int, factor: float) -> None:
         """Send the stripe to the servers."""
@@ -268,7 +292,7 @@ class RemoteWorker(PushingWorker):
             if touched[index]
         }
         units = self.claims.open(self.rank)
-        ids = tuple(push_id(u, self.world_size, self._steps_per_epoch) for u in units)
+        ids = tuple(push_id(u, self.units_per_step, self._settings.steps_per_epoch) for u in units)
         rows = self.rows.found if self.rows is not None else {}
         parts = self.placement.split(
             ids, dense, rows, step=self.updates, settled=self.settled, scale=factor, groups=None if self.sync else self.groups
@@ -332,8 +356,29 @@ class RemoteLoop(PushLoop):
         self._remote: RemoteWorker = parts.axis
 
     def _work(self, unit: int, slowest: int) -> None:
-        self._remote.unit = unit
-        super()._work(unit, slowest)
+        axis, gradients = self._remote, self.parts.gradients
+        axis.unit = unit
+        if not axis.shares_units:
+            super()._work(unit, slowest)
+            return
+        gradients.is_void = partial(axis.is_void, unit)
+        try:
+            super()._work(unit, slowest)
+            void = axis.is_void(unit)
+        except GivenUp:
+            void = True
+        if void:
+            for parameter in self.parts.model.parameters():
+                parameter.grad = None
+            self._gathered = []
+            axis.claims.give_up()
+
+    def _fetch(self, step: int, shard: int) -> Sequence[tuple[Share, Any]]:
+        if not self._remote.shares_units:
+            return super()._fetch(step, shard)
+        piece, replica = divmod(shard, self._remote.world_size)
+        with user_code("train_data", self.rank):
+            return self.parts.feed.portion(step, piece, replica)
 
     def _push_if_full(self) -> None:
         if self._remote.claims.alone:
@@ -421,9 +466,9 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     host.use_tables(lambda number, spec: RemoteTable(number, spec, client, placement, caches[number]))
     host.forget_first_weights()
     waiting = Waiting(spin_s=0.0, deadline_s=line.patience.deadline_s)
-    axis = RemoteWorker(store, rank, waiting, plan, line, client, placement, settings.steps_per_epoch)
+    axis = RemoteWorker(store, rank, waiting, settings, line, client, placement)
     axis.caches = [cache for cache in caches if cache is not None]
-    if plan.replicas or placed.log:
+    if plan.replicas or placed.log or settings.portions:
         axis.heads = Heads(line, client, placed.servers)
         client.while_waiting = axis.heads.ask
     buffers = {spec.name: store.buffer(0, k) for k, spec in enumerate(store.table.buffers)}

@@ -43,6 +43,19 @@ def test_units_are_handed_out_in_order_each_once_whoever_asks(arena: Arena) -> N
     assert claims.all_finished() and claims.last() == 10 * WORKERS - 1
 
 
+def test_a_step_may_have_more_units_than_there_are_workers(arena: Arena) -> None:
+    arena.supervisor.write(Note.FIRST_STEP, 8)
+    claims = Claims(arena, 0, per_step=5)
+    assert claims.first == 40
+    got = [claims.claim(unit % WORKERS) for unit in range(5)]
+    assert got == [Claim(unit, 8) for unit in range(40, 45)]
+    # All of a step are done before anything of the next one is begun.
+    assert claims.claim(2) == Later(0, 9)
+    for worker in range(WORKERS):
+        claims.finish(worker)
+    assert claims.claim(2) == Claim(45, 9)
+
+
 def test_a_successor_finds_what_was_claimed_and_not_finished(arena: Arena) -> None:
     arena.supervisor.write(Note.FIRST_STEP, 4)
     claims = Claims(arena, None)
