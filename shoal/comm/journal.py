@@ -16,7 +16,7 @@ from shoal.errors import JobFailed
 
 _SPAN = 1 << 36
 _LOG, _PAGES = 0, (1 << 35, (1 << 35) + (1 << 34))
-_HEAD = struct.Struct("<qq")
+_HEAD = struct.Struct("<qqq")
 
 
 class Journal:
@@ -36,23 +36,34 @@ class Journal:
         return self._read(_LOG, length)
 
     def write_page(self, step: int, data: bytes) -> None:
-        """Say what holds at the beginning of ``step``; the page of ``step - 1`` stays as it is."""
-        self._write(_PAGES[step % 2], 0, _HEAD.pack(step, len(data)) + data)
+        """Say what holds at the beginning of ``step``; the page of ``step - 1`` stays as it is.
+
+        Where that was said before, it holds until this one is there as a whole.
+        """
+        area = _PAGES[step % 2]
+        written, at, length = self._head(area)
+        if written != step or not length:
+            self._write(area, 0, _HEAD.pack(step, 0, len(data)) + data)
+            return
+        at = 0 if len(data) <= at else at + length
+        self._write(area, _HEAD.size + at, data)
+        self._write(area, 0, _HEAD.pack(step, at, len(data)))
 
     def read_page(self, step: int) -> bytes | None:
         """What was said for that step, or None."""
-        head = self._read(_PAGES[step % 2], _HEAD.size)
-        if len(head) < _HEAD.size:
-            return None
-        written, length = _HEAD.unpack(head)
-        if written != step or not length:
-            return None
-        return self._read(_PAGES[step % 2], _HEAD.size + length)[_HEAD.size :]
+        area = _PAGES[step % 2]
+        written, at, length = self._head(area)
+        return self._read(area, length, _HEAD.size + at) if written == step and length else None
+
+    def _head(self, area: int) -> tuple[int, int, int]:
+        """Of which step a page is, where its data begins, and how long that is."""
+        head = self._read(area, _HEAD.size)
+        return _HEAD.unpack(head) if len(head) == _HEAD.size else (-1, 0, 0)
 
     def _write(self, area: int, at: int, data: bytes) -> None:
         if self._fd < 0:
             held = self._own.setdefault(area, bytearray())
-            held[at:] = data
+            held[at : at + len(data)] = data
             return
         view, offset = memoryview(data), self._at + area + at
         try:
@@ -65,10 +76,10 @@ class Journal:
                 "take metrics that keep less, or have them over the evaluation data only."
             ) from None
 
-    def _read(self, area: int, length: int) -> bytes:
+    def _read(self, area: int, length: int, at: int = 0) -> bytes:
         if self._fd < 0:
-            return bytes(self._own.get(area, b"")[:length])
-        parts, offset = [], self._at + area
+            return bytes(self._own.get(area, b"")[at : at + length])
+        parts, offset = [], self._at + area + at
         while length and (part := os.pread(self._fd, min(length, 1 << 30), offset)):
             parts.append(part)
             length, offset = length - len(part), offset + len(part)

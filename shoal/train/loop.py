@@ -164,6 +164,9 @@ class Loop:
         slot.enter(Phase.WAITING, step)
         self._hand_over_metrics(step)
         totals = axis.gather(step)
+        if axis.is_late(step):
+            # What was dropped counts for no metric either.
+            self._metric_notes.leave_out(step)
         slot.enter(Phase.REDUCE, step)
         parts.faults.reach("reduce", step)
         if not math.isfinite(totals.loss):

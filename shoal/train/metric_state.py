@@ -37,6 +37,9 @@ class MetricNotes:
         self._states = list(_states_of(metrics))
         self._first = {path: _plain(vars(metric)) for path, metric in self._states}
         self._log = 0
+        # Of which lists the log has more than counts, from where they end; and from where on each was written last.
+        self._cut: set[tuple[str, str]] = set()
+        self._starts: dict[tuple[str, str], int] = {}
         # (path, state) -> the list, its length and its last entry when it was last written.
         self._written: dict[tuple[str, str], tuple[list[Any], int, Any]] = {}
 
@@ -53,12 +56,13 @@ class MetricNotes:
             for name in metric._defaults:
                 value = getattr(metric, name)
                 if isinstance(value, list):
-                    start = self._start(path, name, value)
-                    if start < len(value) or not start:
+                    start = self._starts[path, name] = self._start(path, name, value)
+                    if start < len(value) or not start or (path, name) in self._cut:
                         added.append((path, name, start, [_pack(v) for v in value[start:]]))
                 else:
                     tensors[name] = _pack(value)
             page.append((path, plain, tensors))
+        self._cut.clear()
         if added:
             self._log = self._journal.write_log(self._log, pickle.dumps(added, protocol=5))
         self._journal.write_page(step, pickle.dumps((self._log, page, ()), protocol=5))
@@ -76,6 +80,7 @@ class MetricNotes:
             metric.reset()
         self._log = 0
         self._written.clear()
+        self._cut.clear()
         if self._states:
             # Before anything is written over the epoch's log.
             write_pieces(self._journal, step, ())
@@ -87,12 +92,28 @@ class MetricNotes:
         self._written.clear()
         self.recall(step)
 
+    def leave_out(self, step: int) -> None:
+        """What was taken in since the beginning of ``step`` does not count; the next step begins without it."""
+        if not self._states:
+            return
+        log, whole = self._log, _read(self._journal, step)[2]
+        self.go_back(step)
+        # What is kept of the next step stays whole until it is kept anew: the log goes on behind it.
+        self._log = log
+        lists = [(path, name, getattr(metric, name)) for path, metric in self._states for name in metric._defaults]
+        for path, name, value in lists if whole else ():
+            # One that was written anew from its beginning is not there any more.
+            if isinstance(value, list) and self._starts.get((path, name), 0) >= len(value):
+                self._written[path, name] = (value, len(value), value[-1] if value else None)
+                self._cut.add((path, name))
+        self.keep(step + 1)
+
     def recall(self, step: int) -> None:
         """Take up what held at the beginning of ``step``, where something was kept."""
         if not self._states:
             return
         # What is written from now on goes behind what this step may need once more.
-        self._log, pieces = _read(self._journal, step)
+        self._log, pieces, _ = _read(self._journal, step)
         for number, piece in enumerate(pieces):
             for name in self._metrics:
                 own = own_copy(self._fresh[name])
@@ -108,10 +129,11 @@ def read_pieces(journal: Journal, step: int) -> list[Piece]:
     return _read(journal, step)[1]
 
 
-def _read(journal: Journal, step: int) -> tuple[int, list[Piece]]:
+def _read(journal: Journal, step: int) -> tuple[int, list[Piece], bool]:
+    """How long the log was, the pieces, and whether the log has all of their lists."""
     data = journal.read_page(step)
     if data is None:
-        return 0, []
+        return 0, [], True
     length, page, more = pickle.loads(data)
     lists: dict[tuple[str, str], list[Any]] = {}
     log = io.BytesIO(journal.read_log(length))
@@ -126,7 +148,7 @@ def _read(journal: Journal, step: int) -> tuple[int, list[Piece]]:
         }
         for path, plain, tensors in page
     }
-    return length, ([piece] if piece else []) + list(more)
+    return length, ([piece] if piece else []) + list(more), not more
 
 
 def write_pieces(journal: Journal, step: int, pieces: Sequence[Piece]) -> None:

@@ -51,8 +51,8 @@ Everywhere = tuple[Push, ...]
 class SessionLog:
     """What one session has logged: the fields of its ``session.json``. It began with the step ``first``.
 
-    ``remote``: its processes shared no memory, so its logs are of another kind (``shoal.train.remote.log``), and ``workers`` is the
-    number of units of a step.
+    ``remote``: its processes shared no memory, so its logs are of another kind (``shoal.train.remote.log``), and ``workers``
+    says of how many units a step is made.
     """
 
     path: Path

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from counting_job import EPOCHS, SAMPLES, Counted, check_ledger, counting_job
 from noisy_job import accuracy, digest, events, history, make_job, processes, settle
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 import shoal
 from shoal.data.order import batch_indices, epoch_order, share_bounds
@@ -282,6 +285,41 @@ def test_late_pushes_are_dropped_where_no_memory_is_shared(tmp_path: Path, monke
     check_dropped(run, 3)
     # A step waits for two of three, whoever is slow.
     assert len(events(run.path, "push_dropped")) == EPOCHS * SAMPLES // 8
+
+
+class Seen(Metric):
+    """A number from which follows which samples were taken in."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        self.rows.append(target)
+
+    def compute(self) -> torch.Tensor:
+        return (dim_zero_cat(self.rows).double() + 1).sqrt().sum()
+
+
+@pytest.mark.parametrize("plan", ["ps=1,workers=3,sync,backup=1", "ps=1,workers=3,sync,backup=1,replicas=1"])
+def test_what_is_dropped_counts_for_no_metric(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the server that has taken the pushes is killed, and its copy goes on."""
+    monkeypatch.setenv("SHOAL_FAULTS", "slow(rank=1,factor=20)")
+    copied, job = "replicas" in plan, counting_job(model=lambda: Counted().double(), metrics={"seen": Seen()})
+    watch = kill_server(tmp_path / "run", 5) if copied else None
+    run = shoal.train(job, plan=f"{plan},threads=1", run_dir=tmp_path / "run", on_event=watch)
+    check_dropped(run, 3)
+    assert [(e["role"], e["rank"]) for e in events(run.path, "death")] == [("server", 0)] * copied
+    for entry in run.history:
+        order, seen = epoch_order(SAMPLES, 0, entry["epoch"] - 1), 0.0
+        for e in events(run.path, "push_ack"):
+            if e["epoch"] == entry["epoch"]:
+                first, last = share_bounds(8, (1, 1, 1))[e["shard"]]
+                seen += float(np.sqrt(batch_indices(order, e["batch"] - 1, 8)[first:last] + 1.0).sum())
+        assert entry["seen"] == pytest.approx(seen)
+        assert entry["eval_seen"] == pytest.approx(np.sqrt(np.arange(SAMPLES) + 1.0).sum())
 
 
 def test_a_gradient_that_is_no_number_is_not_applied(tmp_path: Path) -> None:

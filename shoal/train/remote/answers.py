@@ -34,15 +34,18 @@ def check_answer(
     """
     if type(answer) not in _TO.get(type(asked), (words.Heard,)):
         raise Malformed(f"{type(answer).__name__} is no answer to {type(asked).__name__}")
-    if isinstance(answer, words.Unit):
-        _check_unit(answer, frames, buffers)
-    elif frames:
-        raise Malformed(f"{len(frames)} frames where none belongs")
+    if not isinstance(answer, (words.Unit, words.Later)):
+        if frames:
+            raise Malformed(f"{len(frames)} frames where none belongs")
+    elif buffers is not None:
+        check_buffers(buffers, answer.buffers, frames)
     if isinstance(answer, words.Ended):
         _check_end(answer)
         return
     if isinstance(answer, words.Placed):
         _check_place(answer)
+    elif isinstance(answer, words.Unit):
+        _check_counts(answer.unit, answer.slowest, *answer.settled)
     elif isinstance(answer, words.Later):
         _check_counts(answer.step)
     orders = answer.orders
@@ -68,12 +71,6 @@ def check_buffers(like: Mapping[str, torch.Tensor], heads: Sequence[messages.Ten
 def _check_counts(*counts: int) -> None:
     if not all(0 <= count < MOST for count in counts):
         raise Malformed(f"{counts} are no counts")
-
-
-def _check_unit(answer: words.Unit, frames: Sequence[Any], buffers: Mapping[str, torch.Tensor] | None) -> None:
-    _check_counts(answer.unit, answer.slowest, *answer.settled)
-    if buffers is not None:
-        check_buffers(buffers, answer.buffers, frames)
 
 
 def _check_place(answer: words.Placed) -> None:

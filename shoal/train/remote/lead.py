@@ -317,8 +317,11 @@ class RemoteLead(Holding):
             self._give(asked, rank, given, given.unit // self._per_step, alone=True)
             return
         step = (self._claims.last() + 1) // self._per_step
-        if waited or said.open or (self._claims.all_finished() and self._is_at_edge(step)):
-            self._desk.answer(asked, lambda n: words.Later(n, step, self._orders()))
+        rests = self._claims.all_finished() and self._is_at_edge(step)
+        if waited or said.open or rests:
+            # All evaluate with the same buffers: those that are kept.
+            heads, frames = self._pack_buffers() if rests else ((), [])
+            self._desk.answer(asked, lambda n: words.Later(n, step, self._orders(), heads), frames)
 
     def _take_back(self, rank: int) -> None:
         """Let others do what a worker was given and has not done."""
@@ -348,9 +351,7 @@ class RemoteLead(Holding):
         if self._dealt is not None:
             self._dealt.give(unit, rank)
         groups = self._groups_of(step) if not self._sync else None
-        tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
-        heads, frames = messages.pack_tensors(tensors)
-        copies = [bytes(frame) for frame in frames]
+        heads, frames = self._pack_buffers()
         settled = self._id_of(self._recorder.next_unit)
         self._desk.answer(
             asked,
@@ -358,8 +359,13 @@ class RemoteLead(Holding):
                 number=n, unit=unit, slowest=slowest, alone=alone, groups=groups, settled=settled, buffers=heads,
                 orders=self._orders(),
             ),
-            copies,
+            frames,
         )  # fmt: skip
+
+    def _pack_buffers(self) -> tuple[tuple[messages.Tensor, ...], list[bytes]]:
+        tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
+        heads, frames = messages.pack_tensors(tensors)
+        return heads, [bytes(frame) for frame in frames]
 
     def _id_of(self, unit: int) -> tuple[int, int, int]:
         return push_id(unit, self._per_step, self._settings.steps_per_epoch)
@@ -396,7 +402,7 @@ class RemoteLead(Holding):
         if self._staged:
             self._commit()
         # Whoever reports something that was done by another meanwhile is told to go on.
-        self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+        self._desk.answer(asked, lambda n: words.Heard(n, self._orders(), len(rows) == len(said.rows)))
 
     def _take_portions(self, said: words.Report, rows: Sequence[words.Row], frames: Sequence[Any]) -> None:
         """These are the first results of what they are about: who else is at it computes for nothing."""

@@ -63,8 +63,8 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     check_plan(whole, job, facts)
     if (count := units_of(whole, facts)) > UNITS_KEPT:
         raise PlanError(
-            f"accumulate={whole.accumulate} cuts a batch into {count} portions, and no more than {UNITS_KEPT} are kept count of; write a "
-            "smaller one."
+            f"accumulate={whole.accumulate} cuts a batch into {count} portions, and no more than {UNITS_KEPT} are kept count "
+            "of; write a smaller one."
         )
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")

@@ -175,18 +175,20 @@ class Unit(msgspec.Struct, tag="unit", frozen=True, kw_only=True):
 
 
 class Later(msgspec.Struct, tag="later", frozen=True):
-    """No unit for now."""
+    """No unit for now. Where all rest, to evaluate: the model's ``buffers``, and frames of them."""
 
     number: int
     step: int
     orders: Orders
+    buffers: tuple[Tensor, ...] = ()
 
 
 class Heard(msgspec.Struct, tag="heard", frozen=True):
-    """It was heard; or these are the orders."""
+    """It was heard; or these are the orders. ``counts``: of a report, whether all units in it do, and nobody was quicker."""
 
     number: int
     orders: Orders
+    counts: bool = True
 
 
 class Ended(msgspec.Struct, tag="ended", frozen=True):

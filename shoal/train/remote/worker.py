@@ -158,13 +158,16 @@ class RemoteClaims:
             beat()
             answer, frames = axis.line.ask(lambda n: words.Claim(n, worker, len(self._units)), "a unit to compute")
             axis.obey(answer.orders)
+            axis.take_buffers(answer.buffers, frames)
             if isinstance(answer, words.Unit):
-                axis.take_buffers(answer, frames)
                 axis.settled, axis.groups = answer.settled, answer.groups
                 self.alone = answer.alone
                 self._units.append(answer.unit)
                 return Claim(answer.unit, answer.slowest)
-            if self._units or answer.orders.over or (answer.orders.idle and answer.orders.steps_allowed <= answer.step):
+            if self._units:
+                # What is open is pushed now, and asked again whether others are done, too.
+                return Later(None, answer.step - 1)
+            if answer.orders.over or (answer.orders.idle and answer.orders.steps_allowed <= answer.step):
                 return Later(None, answer.step)
 
     def give_up(self) -> None:
@@ -201,6 +204,8 @@ class RemoteWorker(PushingWorker):
         # Rows are kept for as long as the copy that they are used with.
         self.caches: list[RowCache] = []
         self.settled = (0, 0, 0)
+        # Whether what was reported last counts.
+        self.counted = True
         self.groups: Sequence[dict[str, Any]] | None = None
         self.versions: Mapping[int, int] = {}
         self.unit = 0
@@ -334,11 +339,12 @@ class RemoteWorker(PushingWorker):
             "the step of its push to be done" if self.sync else "its push to be counted",
             frames,
         )
+        self.counted = answer.counts
         self.obey(answer.orders)
 
-    def take_buffers(self, answer: words.Unit, frames: Sequence[memoryview]) -> None:
-        """Begin with the buffers that the last worker has left."""
-        found = messages.unpack_tensors(answer.buffers, frames)
+    def take_buffers(self, heads: Sequence[messages.Tensor], frames: Sequence[memoryview]) -> None:
+        """Begin with the buffers that the last worker has left, where it is said what these are."""
+        found = messages.unpack_tensors(heads, frames)
         self._buffers_taken += 1.0
         for index, spec in enumerate(self.store.table.buffers):
             if spec.name in found:
@@ -385,6 +391,13 @@ class RemoteLoop(PushLoop):
             self._push()
         else:
             super()._push_if_full()
+
+    def _push(self) -> None:
+        before = self._remote.pushes
+        super()._push()
+        if self._remote.pushes > before and not self._remote.counted:
+            # Others were quicker, or did without it (``backup``): then it counts for no metric either.
+            self._metric_notes.leave_out(before)
 
     def _factor(self, rows: Sequence[np.ndarray], squared: float) -> float:
         if not self._remote.sync:

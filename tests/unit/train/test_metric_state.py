@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def values(metrics: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def after(steps: range, *names: str) -> dict[str, float]:
+def after(steps: Iterable[int], *names: str) -> dict[str, float]:
     metrics = fresh()
     for step in steps:
         update(metrics, step)
@@ -102,6 +102,26 @@ def test_a_successor_goes_on_at_any_step(arena: Arena) -> None:
         assert values(metrics) == after(range(1, step + 1))
     # A checkpoint of the step before can still be written.
     assert read_pieces(journal, 11) and not read_pieces(journal, 10)
+
+
+def test_what_is_left_out_is_in_nothing_that_is_kept_later(arena: Arena) -> None:
+    metrics = fresh()
+    kept, counted = MetricNotes(metrics, fresh(), Journal(arena, 0)), list[int]()
+    for step in range(12):
+        update(metrics, step)
+        kept.keep(step + 1)
+        if step in (0, 3, 4, 8, 11):
+            kept.leave_out(step)
+            # Once more, by a successor that finds what is kept and that it does not count.
+            metrics = fresh()
+            kept = MetricNotes(metrics, fresh(), Journal(arena, 0))
+            kept.recall(step + 1)
+            kept.leave_out(step)
+        else:
+            counted.append(step)
+        successor = fresh()
+        MetricNotes(successor, fresh(), Journal(arena, 0)).recall(step + 1)
+        assert values(successor) == values(metrics) == after(counted)
 
 
 def test_an_epoch_is_forgotten(arena: Arena) -> None:

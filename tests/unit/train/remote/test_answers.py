@@ -37,7 +37,8 @@ def placed(**changes: Any) -> words.Placed:
 @pytest.mark.parametrize(
     ("asked", "answer", "frames"),
     [
-        (CLAIM, unit(), FRAMES), (CLAIM, words.Later(1, 3, Orders()), []), (LOOK, words.Heard(1, Orders()), []),
+        (CLAIM, unit(), FRAMES), (CLAIM, words.Later(1, 3, Orders()), []), (LOOK, words.Heard(1, Orders(past=4, done=(5,))), []),
+        (CLAIM, words.Later(1, 3, Orders(), HEADS), FRAMES),
         (JOIN, placed(), []), (LEAVE, words.Ended(1, "runs/a", b"{}"), []), (CLAIM, unit(buffers=()), []),
     ],
 )  # fmt: skip
@@ -53,7 +54,8 @@ def test_what_is_right_is_taken(asked: Any, answer: Any, frames: Any) -> None:
         (CLAIM, unit(), FRAMES[:1]),
         (CLAIM, unit(buffers=HEADS[:1]), FRAMES[:1]), (CLAIM, words.Later(1, -3, Orders()), []),
         (LOOK, words.Heard(1, Orders()), [b""]), (LOOK, words.Heard(1, Orders(steps_allowed=-1)), []),
-        (LOOK, words.Heard(1, Orders(heads=(AT,))), []),
+        (LOOK, words.Heard(1, Orders(heads=(AT,))), []), (CLAIM, words.Later(1, 3, Orders(), HEADS), FRAMES[:1]),
+        (LOOK, words.Heard(1, Orders(done=(4, -1))), []),
         (LOOK, words.Heard(1, Orders(heads=(AT, "nowhere"))), []), (JOIN, placed(plan="ps=zebra"), []),
         (JOIN, placed(servers={"²": AT}), []), (JOIN, placed(first_step=-1), []), (LEAVE, words.Ended(1, "runs/a", b"[]"), []),
         (LEAVE, words.Ended(1, "runs/a", b"{"), []),
