@@ -127,8 +127,8 @@ def test_portions_of_slow_and_of_killed_workers_are_computed_by_others(
     )  # fmt: skip
     monkeypatch.setenv("SHOAL_TRANSPORT", transport)
     plan = "ps=2,workers=2,sync,batchnorm=local,accumulate=4,threads=1"
-    runs = {}
-    for name in ("calm", "slow", "killed"):
+    runs, trouble = {}, {"calm": "", "slow": "slow(rank=1,factor=50)", "killed": "kill(server=0,step=4,phase=taken)"}
+    for name in trouble:
         if name != "calm":
             (tmp_path / "calls" / name).mkdir(parents=True)
             monkeypatch.setenv("SHOAL_TEST_CALLS", str(tmp_path / "calls" / name))
@@ -136,8 +136,7 @@ def test_portions_of_slow_and_of_killed_workers_are_computed_by_others(
         if name == "killed" and transport == "group":
             # Without an arena a server comes back by its log.
             logged, watch = True, kill_server(tmp_path / name, 4)
-        elif name == "killed":
-            monkeypatch.setenv("SHOAL_FAULTS", "kill(server=0,step=4,phase=taken)")
+        monkeypatch.setenv("SHOAL_FAULTS", trouble[name])
         runs[name] = run = shoal.train(job, plan=plan, run_dir=tmp_path / name, push_log=logged, on_event=watch)
         again = events(run.path, "portion_rerun")
         assert sum(e["times"] - 1 for e in again) == run.summary()["portions_rerun"]
