@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -18,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -49,6 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if json and not _follows():
                 write(Answer({"error": sentence, "exit_code": code}), stream, json)
             return code
+
+
+def run() -> NoReturn:
+    """The console command: ``main``, and the end of the process."""
+    code = main()
+    group = sys.modules.get("shoal.comm.group")
+    if group is not None and group.has_threads():
+        # They may ask for the interpreter while it ends, which aborts the process. So it ends as far as anybody can see, and then
+        # at once.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def build() -> Any:

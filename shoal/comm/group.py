@@ -10,12 +10,16 @@ On processors it is gloo, between ranks of one machine also the memory that they
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import re
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +38,8 @@ _SLICE_S = 0.2
 _JOIN_S = 300.0
 DEADLINE_S = 600.0
 _ACKNOWLEDGE_S = 2.0
+# What torch calls the threads that carry out a gloo group's exchanges.
+_THREADS = "pt_gloo_runloop"
 
 
 class PeerFailed(ShoalError):
@@ -54,10 +60,12 @@ class Group:
         self.world_size = world_size
         self.deadline_s = deadline_s
         # Called while this process waits, with the name of what it waits for and for how long it has.
-        self.while_waiting: Callable[[str, float], None] = lambda what, waited_s: None
+        self.while_waiting: Callable[[str, float], None] = _look_on
         self._store = store
         self._nccl = False
         self._subgroups: dict[tuple[int, ...], Any] = {}
+        # Exchanges that were begun and are not known to be over.
+        self._under_way: dict[int, Any] = {}
         self._one_machine = False
         self._machines: list[str] = []
         self._port: Port | None = None
@@ -115,28 +123,57 @@ class Group:
     @contextlib.contextmanager
     def _joined(self, make: bool, leave: bool, one_machine: bool) -> Iterator[None]:
         self._one_machine = one_machine
+        try:
+            self._meet_all(make)
+            if make and not leave:
+                atexit.register(_leave_at_exit, weakref.ref(dist.group.WORLD))
+            yield
+        except BaseException:
+            # An exchange may be under way whose peer has failed. The destructor of gloo's group would wait for it, and so both
+            # stay. A thread of gloo's that lets go of an exchange's tensors asks for the interpreter, and aborts the process
+            # where that is just ending: so they are not let go of either.
+            for held in (*self._subgroups.values(), *self._under_way.values()):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+            self._give_back(leave)
+            raise
+        if any(group() is not None for group in self._give_back(leave)):
+            # A mesh that the model knows of and that knows of the model, say.
+            gc.collect()
+
+    def _meet_all(self, make: bool) -> None:
         everybody = tuple(range(self.world_size))
         with _joining(self.world_size):
             if make:
-                with _loopback(one_machine):
+                with _loopback(self._one_machine):
                     dist.init_process_group(self._backend, None, self._timeout, self.world_size, self.rank, self._store)
                 self._subgroups[everybody] = dist.group.WORLD
             else:
                 self.prepare([everybody])
-        try:
-            yield
-        except BaseException:
-            # An exchange may be under way whose peer has failed. The destructor of gloo's group would wait for it.
-            for subgroup in self._subgroups.values():
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(subgroup))
-            raise
-        finally:
-            if leave:
-                dist.destroy_process_group()
-            else:
-                for subgroup in self._subgroups.values():
-                    if subgroup is not dist.group.WORLD:
-                        dist.destroy_process_group(subgroup)
+
+    def _give_back(self, leave: bool) -> list[weakref.ref[Any]]:
+        """Let go of torch's groups: with the last reference to one its threads end, here and not when the interpreter does.
+
+        Args:
+            leave: the default group, too.
+
+        Returns: those that were given back, as long as somebody else knows of them.
+        """
+        given_back = [
+            group for group in self._subgroups.values()
+            if isinstance(group, dist.ProcessGroup) and (leave or group is not dist.group.WORLD)
+        ]  # fmt: skip
+        if not leave:
+            for group in given_back:
+                dist.destroy_process_group(group)
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+        self._subgroups.clear()
+        self._under_way.clear()
+        self.while_waiting = _look_on
+        if self._port is not None:
+            self._port.while_waiting = _look_on
+        _forget_defaults(given_back)
+        return [weakref.ref(group) for group in given_back]
 
     def _await_all(self, while_joining: Callable[[], None]) -> None:
         self._store.set(f"here/{self.rank}", "1")
@@ -230,7 +267,7 @@ class Group:
         for tensor, detail in tensors:
             for piece in tensor.split(max(1, BUCKET_BYTES // tensor.element_size())):
                 moved = piece if self._nccl else piece.cpu()
-                works.append((piece, moved, begin(moved, detail)))
+                works.append((piece, moved, self._begun(begin(moved, detail))))
         for piece, moved, work in works:
             self._wait(work, what, moved.device.type)
             if moved is not piece:
@@ -308,8 +345,18 @@ class Group:
         self._wait(dist.all_gather(list(rows), row.contiguous(), group=subgroup, async_op=True), what)
         return rows
 
+    def _begun(self, work: Any) -> Any:
+        self._under_way[id(work)] = work
+        return work
+
     def _wait(self, work: Any, what: str, where: str = "cpu") -> None:
-        """Wait for an exchange in short rounds, and look around between them."""
+        """Wait for an exchange."""
+        self._begun(work)
+        self._wait_in_rounds(work, what, where)
+        del self._under_way[id(work)]
+
+    def _wait_in_rounds(self, work: Any, what: str, where: str) -> None:
+        """Wait in short rounds, and look around between them."""
         if isinstance(work, shared_group.SharedWork) or where != "cpu":
             # Shared memory looks around by itself. NCCL's watchdog has the deadline; a wait that gives up would break it.
             work.wait()
@@ -402,6 +449,38 @@ class Group:
         others = [f"knows/{rank}" for rank in range(self.world_size)]
         while time.monotonic() < deadline and not self._store.check(others):
             time.sleep(0.02)
+
+
+def has_threads() -> bool:
+    """Whether threads of a process group are alive in this process: those of one that a failure has left behind, say.
+
+    Where the system does not tell, whether there is a group.
+    """
+    try:
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    except OSError:
+        names = []
+    return any(name.startswith(_THREADS) for name in names) if names else dist.is_initialized()
+
+
+def _forget_defaults(groups: Sequence[Any]) -> None:
+    """Where torch's differentiable exchanges were imported during a run, each has its group for a default, and for ever."""
+    module = sys.modules.get("torch.distributed.nn.functional")
+    for function in list(vars(module).values()) if module is not None else ():
+        defaults = getattr(function, "__defaults__", None) or ()
+        if any(value is group for value in defaults for group in groups):
+            # None is the group of the moment in which they are called.
+            function.__defaults__ = tuple(None if any(value is g for g in groups) else value for value in defaults)
+
+
+def _leave_at_exit(group: weakref.ref[Any]) -> None:
+    """Leave a group that a next run could have gone on with, before the interpreter ends."""
+    if group() is not None and group() is dist.group.WORLD:
+        dist.destroy_process_group()
+
+
+def _look_on(what: str, waited_s: float) -> None:
+    """Nobody has anything to do while somebody waits."""
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torchmetrics import Metric
 from torchrun import torchrun
 
 import shoal
+from shoal.comm.group import has_threads
 from shoal.errors import LossNotFiniteError, PlanError, UserCodeError, WorkerLostError
 from shoal.observe.compare import max_rel_diff
 from shoal.observe.events import read_events
@@ -135,6 +136,7 @@ def script(place: Path) -> None:
     for job in (text, pictures):
         run = shoal.train(job, plan="dp=2,threads=1", run_dir=place / job.name)
         said[job.name] = run.summary()["weights_sha256"]
+    said["threads"] = has_threads()
     for name, step in (("user", fails_on_one), ("nan", no_number)):
         try:
             shoal.train(pictures.replace(loss=None, step=step, name=name), run_dir=place / name)
@@ -188,6 +190,8 @@ def test_a_job_that_torchrun_started_gets_the_weights_of_one_worker(joined: Path
 
 def test_every_process_comes_to_the_same_weights_and_rank_0_alone_writes(joined: Path) -> None:
     said = [json.loads((joined / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    # Nothing is left that could ask for the interpreter while it ends.
+    assert not said[0]["threads"] and not said[1]["threads"]
     for name in ("text", "pictures"):
         assert said[0][name] == said[1][name] == shoal.open(joined / name).summary()["weights_sha256"]
         events = list(read_events(joined / name / "events.jsonl"))

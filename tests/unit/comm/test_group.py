@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.comm.group import Group, PeerFailed
+import shoal
+from shoal.comm.group import Group, PeerFailed, has_threads
 from shoal.errors import DeadlineError, JobFailed
 
 SIZE = 3
@@ -60,15 +64,30 @@ def come_late(group: Group, report: Any) -> None:
     EVERYBODY.wait(60)
 
 
+def end_tied_in_a_knot(group: Group, report: Any) -> None:
+    """Leave with somebody else knowing of a group, and being known by it."""
+    group.prepare([(0, 1)])
+    knot: list[Any] = [group, group.torch_group((0, 1, 2)), group.torch_group((0, 1))]
+    knot.append(knot)
+    group.while_waiting = lambda what, waited_s: knot.clear()
+    group.gather_rows(torch.zeros(1), "rows")
+    report.put((group.rank, has_threads()))
+
+
+def member_to_the_end(task: Callable[[Group, Any], None], path: str, rank: int, report: Any) -> None:
+    member(task, path, rank, report)
+    report.put((SIZE + rank, has_threads()))
+
+
 def member(task: Callable[[Group, Any], None], path: str, rank: int, report: Any) -> None:
     with Group.meet(path, rank, SIZE, deadline_s=60.0) as group:
         task(group, report)
 
 
-def run(task: Callable[[Group, Any], None], path: Path, answers: int) -> list[Any]:
+def run(task: Callable[[Group, Any], None], path: Path, answers: int, whole: Callable[..., None] = member) -> list[Any]:
     context = multiprocessing.get_context("fork")
     report = context.Queue()
-    processes = [context.Process(target=member, args=(task, str(path), rank, report)) for rank in range(SIZE)]
+    processes = [context.Process(target=whole, args=(task, str(path), rank, report)) for rank in range(SIZE)]
     for process in processes:
         process.start()
     try:
@@ -99,6 +118,73 @@ def test_a_wait_that_is_too_long_names_whom_it_was_for(tmp_path: Path) -> None:
     found = run(come_late, tmp_path / "meeting", 2)
     assert [(rank, kind) for rank, kind, _ in found] == [(0, "DeadlineError"), (1, "DeadlineError")]
     assert all("for step 7 from rank 2;" in sentence for _, _, sentence in found)
+
+
+def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
+    found = run(end_tied_in_a_knot, tmp_path / "meeting", 2 * SIZE, member_to_the_end)
+    assert found == [*((rank, True) for rank in range(SIZE)), *((SIZE + rank, False) for rank in range(SIZE))]
+
+
+_INTERRUPTED = """
+import ctypes
+import os
+import sys
+import time
+
+import torch
+
+from shoal.comm.group import Group
+
+
+class Last:
+    # What is left when the interpreter ends: by then no other thread may enter it, and those that wait for it are ended.
+    def __init__(self):
+        self.write, self.is_finalizing, self.sleep = os.write, sys.is_finalizing, time.sleep
+
+    def __del__(self):
+        assert self.is_finalizing()
+        self.sleep(0.2)
+        self.write(1, b"ended")
+
+
+def interrupted(what, waited_s):
+    raise KeyboardInterrupt
+
+
+last = Last()
+try:
+    with Group.meet(sys.argv[1], int(sys.argv[2]), 2, deadline_s=60.0) as group:
+        peer = group.gather_objects(os.getpid(), "who is there")[0]
+        if group.rank == 0:
+            time.sleep(300)
+        group.while_waiting = interrupted
+        group.gather_rows(torch.zeros(3), "what never comes")
+except KeyboardInterrupt:
+    pass
+# From here on this thread keeps the interpreter to itself: when the exchange fails, its thread would have to wait.
+sys.setswitchinterval(1000)
+holding = ctypes.PyDLL(None)
+holding.kill(peer, 9)
+holding.usleep(1_000_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls the C library")
+def test_an_exchange_that_fails_while_the_interpreter_ends_does_not_abort_it(tmp_path: Path) -> None:
+    """Its thread lets go of tensors that Python knows, for which it would ask an interpreter that lets nobody in."""
+    root = str(Path(shoal.__file__).resolve().parents[1])
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "meeting")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    peer, other = (
+        subprocess.Popen([*command, rank], env={**os.environ, "PYTHONPATH": root}, **pipes) for rank in ("0", "1")
+    )
+    try:
+        assert other.communicate(timeout=100) == ("ended", "")
+        assert other.returncode == 0
+    finally:
+        for process in (peer, other):
+            process.kill()
+            process.communicate()
 
 
 def test_alone_every_exchange_is_with_oneself(tmp_path: Path) -> None:
