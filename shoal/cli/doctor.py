@@ -72,12 +72,13 @@ def version_of(package: str) -> str | None:
 
 
 def _machine_rows() -> list[tuple[str, ...]]:
-    try:
-        from shoal.cluster import Cluster
+    from shoal.cluster import Cluster
+    from shoal.cluster.local import find_cores
 
+    try:
         described: Any = Cluster.local().describe()
     except (ShoalError, ImportError, OSError) as error:
-        return [("cores", str(os.cpu_count())), ("not measured", str(error))]
+        return [("cores", str(find_cores())), ("not measured", str(error))]
     rows = described.items() if isinstance(described, Mapping) else described
     return [tuple(str(cell) for cell in row) for row in rows]
 

@@ -55,12 +55,15 @@ def find_affinity() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def find_cores(root: Path, affinity: frozenset[int]) -> int:
+def find_cores(root: Path = _ROOT, affinity: frozenset[int] | None = None) -> int:
     """Return how many cores may be kept busy: the affinity, or a cgroup's CPU quota where that is less.
 
     A quota of 2.5 cores counts as 2, one below 1 as 1.
+
+    Args:
+        root, affinity: as in ``find_machine``.
     """
-    cores = len(affinity)
+    cores = len(find_affinity() if affinity is None else affinity)
     for group in _groups(root, "cpu"):
         quota = _cpu_quota(group)
         if quota is not None:
@@ -194,7 +197,7 @@ def _find_mac() -> Machine:
     found = {"avx2": "hw.optional.avx2_0", "avx512f": "hw.optional.avx512f", "bf16": "hw.optional.arm.FEAT_BF16"}
     return Machine(
         name=platform.node() or "this machine",
-        cores=os.cpu_count() or 1,
+        cores=find_cores(),
         memory_bytes=memory_bytes,
         cpu_model=sysctl("machdep.cpu.brand_string") or platform.machine(),
         instruction_sets=tuple(name for name, key in found.items() if sysctl(key) == "1"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from shoal.cluster.local import find_cores
 from shoal.comm import native, rounds
 from shoal.comm.region import RegionLayout
 from shoal.errors import DeadlineError, RequestError, ShoalError
@@ -98,7 +98,7 @@ class Port:
         self.native = native.load()
         self.advance, self.lay = rounds.load()
         if spin_s is None:
-            spin_s = _SPIN_S if world_size <= _cores() else 0.0
+            spin_s = _SPIN_S if world_size <= find_cores() else 0.0
         self.spin_s = spin_s
         self.spin_ns, self.yields = int(spin_s * 1e9), _YIELDS
         self.beginnings = 0
@@ -270,7 +270,3 @@ class _Met:
 
 def _names(ranks: Sequence[int]) -> str:
     return " and ".join(f"rank {rank}" for rank in ranks) or "nobody in particular"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

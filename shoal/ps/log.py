@@ -34,6 +34,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from shoal.cluster.local import find_cores
 from shoal.tensorfile import sync
 
 _HEADER = struct.Struct("<IHHQQQQI")
@@ -233,8 +234,8 @@ def newest(frames: Iterable[Frame]) -> list[Frame]:
 
 
 def first_torn(frames: Sequence[Frame]) -> Frame | None:
-    """The first of these frames that is not what was written. All are read, by as many threads as there are processors."""
-    with ThreadPoolExecutor(max(1, min(_READERS, os.cpu_count() or 1)), "shoal-log-read") as threads:
+    """The first of these frames that is not what was written. All are read, by as many threads as there are cores."""
+    with ThreadPoolExecutor(min(_READERS, find_cores()), "shoal-log-read") as threads:
         whole = threads.map(Frame.is_whole, frames)
         return next((frame for frame, well in zip(frames, whole, strict=True) if not well), None)
 

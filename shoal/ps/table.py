@@ -9,7 +9,6 @@ with its next push.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shoal.cluster.local import find_cores
 from shoal.errors import JobError, JobFailed
 from shoal.ps.cold import ColdStore
 from shoal.ps.kernel import FOUND, MAYBE_COLD, Batch, Kernel, Part, Push, TableHandle, load
@@ -245,7 +245,7 @@ class Table:
             for shard in shards:
                 put(shard)
             return
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "shoal-table") as threads:
+        with ThreadPoolExecutor(min(_THREADS, find_cores()), "shoal-table") as threads:
             list(threads.map(put, shards))
 
     def begin_at(self, push_id: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import shoal
 from shoal.cluster.local import (
     find_affinity,
     find_cores,
@@ -72,9 +73,16 @@ def test_the_real_affinity_is_asked() -> None:
     os.sched_setaffinity(0, {one})
     try:
         assert find_affinity() == {one}
-        assert find_machine().cores == 1
+        assert find_machine().cores == find_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_nobody_else_counts_cores() -> None:
+    """A container's cores are not its machine's: threads for all of these would only take turns."""
+    sources = Path(shoal.__file__).parent.rglob("*.py")
+    counting = [path.relative_to(Path(shoal.__file__).parent) for path in sources if "cpu_count(" in path.read_text()]
+    assert counting == [Path("cluster/local.py")]
 
 
 MEMINFO = "MemTotal:       8000000 kB\nMemFree:  100 kB\nMemAvailable:   6000000 kB\n"
