@@ -17,6 +17,8 @@ from torch.utils.data import IterableDataset
 import shoal
 from shoal.cli.main import main
 from shoal.errors import JobError, NotBuiltError, PlanError, RequestError, RunDirectoryError
+from shoal.process.supervisor import Supervisor
+from shoal.train import api
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = "dp=2,threads=1"
@@ -70,6 +72,43 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     return tmp_path
+
+
+class _Lasting(Supervisor):
+    """A template that stays for the next command: each gets one in which nothing of the last is at work."""
+
+    def close(self) -> None:
+        self.dismiss()
+
+    def end(self) -> None:
+        super().close()
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[_Lasting, Path]]:
+    """The template, and where its standard error goes."""
+    said = tmp_path_factory.mktemp("template") / "stderr"
+    supervisor = _Lasting(preload=("shoal.train.host",), environment={"CUDA_VISIBLE_DEVICES": "", "SHOAL_EXPORT": "0"})
+    own = os.dup(2)
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        supervisor.start()
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+    yield supervisor, said
+    supervisor.end()
+
+
+@pytest.fixture
+def one_template(lasting: tuple[_Lasting, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start no template for each command: what it is refused for comes to light before, or in this one."""
+    supervisor, said = lasting
+    assert supervisor.alive()
+    monkeypatch.setattr(api, "start_supervisor", lambda: supervisor)
+    yield
+    assert said.read_text() == ""
 
 
 def refused(capfd: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
@@ -142,14 +181,14 @@ WHILE_BUILDING: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
-def test_refused_at_once(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_refused_at_once(name: str, here: Path, one_template: None, capfd: pytest.CaptureFixture[str]) -> None:
     words, expected = AT_ONCE[name]
     sentence = refused(capfd, "train", *words)
     assert all(part in sentence for part in expected), sentence
 
 
 @pytest.mark.parametrize("name", WHILE_BUILDING)
-def test_refused_while_it_is_built(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_refused_while_it_is_built(name: str, here: Path, one_template: None, capfd: pytest.CaptureFixture[str]) -> None:
     words, expected = WHILE_BUILDING[name]
     sentence = refused(capfd, "train", *words)
     assert all(part in sentence for part in expected), sentence
@@ -199,7 +238,7 @@ def test_a_run_that_is_there_already_is_not_touched(
 # -- data sets on the command line -----------------------------------------------------------------------------------
 
 
-def test_a_corrupt_picture_is_named_with_file_and_row(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_picture_is_named_with_file_and_row(here: Path, one_template: None, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnot a picture at all")
     (here / "data.csv").write_text("image,label\nbad.png,0\n")
     sentence = refused(capfd, "train", "jobs.py:good", "--data", "data.csv")

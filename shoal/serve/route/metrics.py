@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -30,6 +30,11 @@ class RouteMetrics:
                                ["reason"], registry=self._registry)  # fmt: skip
         self._now = _Now()
         self._registry.register(self._now)
+
+    def begin_with(self, outcomes: Iterable[str]) -> None:
+        """What may become of requests: counted from 0, so that a rate knows of the first one."""
+        for outcome in outcomes:
+            self._ended.labels(outcome)
 
     def ended(self, outcome: str, took_s: float) -> None:
         """A request has its outcome."""

@@ -52,6 +52,7 @@ class Tally:
     """Counts requests and the bytes of long bodies; ``draining``: nothing more is taken in."""
 
     def __init__(self, metrics: RouteMetrics) -> None:
+        metrics.begin_with(outcome.value for outcome in Outcome)
         self.metrics = metrics
         self.draining = False
         self.counts = dict.fromkeys(Outcome, 0)
