@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoal.cluster import Cluster
+from shoal.cluster.local import find_cores
 from shoal.errors import RequestError
 from shoal.serve.crew import Crew
 from shoal.serve.latency import LatencyModel
@@ -177,7 +177,7 @@ class Prediction:
         self._options = options
         self._closed = False
         self.part: PartFile | None = None
-        self._crew = Crew(ModelSource(path, name), Cluster.local().cores, options.replicas)
+        self._crew = Crew(ModelSource(path, name), find_cores(), options.replicas)
         # The template imports torch while the data is looked at.
         self._crew.start()
         try:

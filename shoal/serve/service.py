@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from shoal import bundle
-from shoal.cluster import Cluster
+from shoal.cluster.local import find_cores
 from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.serve import hugging_face
 from shoal.serve.credentials import TlsFiles, read_keys, read_tls
@@ -143,7 +143,7 @@ class Service:
         self._options = options
         self._access, self._tls = options.access(), options.tls()
         self.fleet = Fleet(
-            models, Cluster.local().cores, ReplicaRange.of(options.replicas), self._tell, self._adapt, options.tolerance,
+            models, find_cores(), ReplicaRange.of(options.replicas), self._tell, self._adapt, options.tolerance,
             options.slo_ms / 1e3,
         )  # fmt: skip
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -270,6 +270,16 @@ class TestCommand:
         found = np.array([json.loads(line)["output"] for line in told.out.splitlines()], "f4")
         np.testing.assert_allclose(found, _right(odd, rows), **_TOLERANCE)
 
+    def test_it_does_without_torch_itself(self, odd: Path, tmp_path: Path) -> None:
+        """Its replicas have it; where the data is not in torch's own format, this process would import it for nothing."""
+        rows = _rows(3)
+        data, out = _write(tmp_path / "x.csv", rows), tmp_path / "y.csv"
+        code = "import sys; from shoal.cli.main import main; sys.exit(main(sys.argv[1:]) or 2 * ('torch' in sys.modules))"
+        words = ["predict", str(odd), str(data), "--out", str(out), "--replicas", "1"]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_allclose(_read(out), _right(odd, rows), **_TOLERANCE)
+
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [

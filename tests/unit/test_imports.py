@@ -150,7 +150,9 @@ def test_files_are_small() -> None:
     assert lengths and {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
 
 
-@pytest.mark.parametrize("module", ["shoal", "shoal.cli.main", "shoal.serve.service", "shoal.serve.gateway"])
+@pytest.mark.parametrize(
+    "module", ["shoal", "shoal.cli.main", "shoal.serve.service", "shoal.serve.gateway", "shoal.serve.predict"]
+)
 def test_cheap_imports_do_not_bring_torch(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'numpy', 'matplotlib'}} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

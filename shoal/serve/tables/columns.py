@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from shoal.serve.pictures import as_input
 from shoal.serve.signature import TensorSignature
@@ -56,6 +55,8 @@ class TorchColumn:
         self.shape: tuple[int, ...] = tuple(shape)
 
     def take(self, first: int, stop: int, spec: TensorSignature) -> np.ndarray:
+        import torch
+
         rows = self._tensor[first:stop].detach().cpu()
         if rows.dtype is torch.bfloat16:
             if spec.datatype == "BF16":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from shoal.data.arrays import Images
 from shoal.data.source import Source, open_source
@@ -132,7 +132,7 @@ class SourceRows(Rows):
 
     @staticmethod
     def _one(value: Any, spec: TensorSignature, where: str) -> np.ndarray:
-        if not isinstance(value, (torch.Tensor, np.ndarray)):
+        if not _is_array(value):
             raise DataError(f"{where}: {spec.name} is {type(value).__name__}, not a tensor.")
         if not fits_rows(value.shape[1:], spec):
             raise DataError(
@@ -207,7 +207,7 @@ def in_memory(value: Any, specs: Sequence[TensorSignature], marked: bool) -> Row
     what = "data"
     if isinstance(value, list) and not _are_arrays(value):
         value = _numbers(value)
-    if isinstance(value, (np.ndarray, torch.Tensor, Mapping)) or _are_arrays(value):
+    if isinstance(value, Mapping) or _is_array(value) or _are_arrays(value):
         tensors = _tensors_in(what, value, specs)
         return ArrayRows(what, [_column(t) for t in tensors], specs, _content(tensors) if marked else "")
     try:
@@ -232,11 +232,22 @@ def _numbers(value: list[Any]) -> Any:
 
 
 def _are_arrays(value: Any) -> bool:
-    arrays = (np.ndarray, torch.Tensor)
-    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(part, arrays) for part in value)
+    return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_array, value))
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or _is_tensor(value)
+
+
+def _is_tensor(value: Any) -> bool:
+    # Nobody has a tensor who has not imported torch, and that takes longer than many a file of rows.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _torch_load(path: Path) -> Any:
+    import torch
+
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -269,9 +280,7 @@ def _tensors_in(what: str, value: Any, specs: Sequence[TensorSignature]) -> list
     for part, spec in zip(found, specs, strict=True):
         if part is None:
             continue
-        if not isinstance(part, (torch.Tensor, np.ndarray)) or (
-            isinstance(part, torch.Tensor) and part.layout is not torch.strided
-        ):
+        if not _is_array(part) or (_is_tensor(part) and str(part.layout) != "torch.strided"):
             raise DataError(f"{what}: {spec.name} is {type(part).__name__}, not a dense tensor.")
     return found
 
@@ -319,7 +328,9 @@ def _content(tensors: Sequence[Any]) -> str:
         if tensor is None:
             continue
         array = tensor
-        if isinstance(tensor, torch.Tensor):
+        if _is_tensor(tensor):
+            import torch
+
             whole = tensor.detach().cpu().contiguous()
             array = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else np.empty(0, np.uint8)
         total.update(f"{tuple(tensor.shape)} {tensor.dtype}\0".encode())
