@@ -13,7 +13,9 @@ from shoal.errors import DeadlineError
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.replication import ChainServer, follow
+from shoal.ps.requests import Ticket
 from shoal.ps.shard import Shard, add_up
+from shoal.ps.staleness import inverse
 
 QUICK = Patience(deadline_s=60.0, retry_s=0.2)
 
@@ -33,11 +35,11 @@ def member(keys: RunKeys, shard: Shard, name: str, address: str = "tcp://127.0.0
 
 
 def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_joins_while_pushes_go_on():
-    keys, alone = RunKeys.new(), a_shard()
-    shards = [a_shard() for _ in range(5)]
+    keys, alone = RunKeys.new(), a_shard(inverse)
+    shards = [a_shard(inverse) for _ in range(5)]
     pushes = [a_push(k) for k in range(40)]
-    for push in pushes:
-        alone.apply(push)
+    for k, push in enumerate(pushes):
+        alone.apply(dataclasses.replace(push, staleness=k % 3))
     with contextlib.ExitStack() as stack:
         leave = [contextlib.ExitStack() for _ in shards]
         at = [leave[k].enter_context(member(keys, shard, f"server {k}")) for k, shard in enumerate(shards[:3])]
@@ -49,25 +51,28 @@ def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_
         follow(client, 0, at[1])
         follow(client, 1, at[2])
 
+        def send(by: Client, k: int) -> list[Ticket]:
+            return by.push({head: pushes[k]}, pulled={head: k - k % 3})
+
         def push(ks: range) -> None:
             for k in ks:
-                assert client.acknowledged(client.push({head: pushes[k]})) == {head: k + 1}
+                assert client.acknowledged(send(client, k)) == {head: k + 1}
 
         push(range(10))
         # All of them have what was acknowledged.
         assert [shard.version for shard in shards[:3]] == [10, 10, 10] and same(shards[0], shards[2])
         # The one in the middle goes, with a push on its way; then whoever was told is followed by the tail.
         leave[1].close()
-        tickets = client.push({head: pushes[10]})
+        tickets = send(client, 10)
         hasty = Client({head: at[0]}, keys, Patience(0.5, 0.1))
         with pytest.raises(DeadlineError, match="has not answered"):
-            hasty.acknowledged(hasty.push({head: pushes[10]}))
+            hasty.acknowledged(send(hasty, 10))
         hasty.close()
         follow(client, 0, at[2])
         assert client.acknowledged(tickets) == {head: 11} and shards[2].version == 11
         push(range(11, 15))
         # The head goes, before it has acknowledged: its successor is the head, and the push that is sent to it again counts once.
-        tickets = client.push({head: pushes[15]})
+        tickets = send(client, 15)
         leave[0].close()
         client.disconnect(0)
         client.connect(0, at[2])
