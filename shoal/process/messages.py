@@ -41,9 +41,16 @@ class Fork:
 
 @dataclass(frozen=True)
 class Forked:
-    """A standby is there; its channel and its stack file come as descriptors."""
+    """A standby is there; its channel and its stack file come as descriptors. Or a template, without any."""
 
     pid: int
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Fork a template, which obeys whoever has the other end of the descriptor that came along; answered by Forked."""
+
+    gentle: bool
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from shoal.process.channel import Channel, ChannelClosed, dumps
 from shoal.process.failure import Failure
 from shoal.process.gentle import GentleSession
 from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Returned
-from shoal.process.template import GENTLE, STACK_SIGNAL
+from shoal.process.template import STACK_SIGNAL
+from shoal.process.templates import Ground, Grown, start_template
 
-_THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # None of these is ever come near on a machine that is not in trouble: they only keep a wait from being endless.
 _FORK_S = 120.0
 _STACK_S = 2.0
@@ -90,9 +90,12 @@ class Supervisor:
     """
 
     def __init__(
-        self, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None, gentle: bool = False
-    ) -> None:
+        self, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None, gentle: bool = False,
+        ground: Ground | None = None,
+    ) -> None:  # fmt: skip
         """``preload``: modules that the template imports while it waits for its first message.
+
+        ``ground``: whom the template is forked from, which has imported all that already.
 
         ``gentle``: all that the template does itself has the lowest priority, and it and its children leave the cores to others
         until ``hurry`` is called.
@@ -100,8 +103,9 @@ class Supervisor:
         self._preload = tuple(preload)
         self._environment = dict(environment or {})
         self._gentle = gentle
+        self._ground = ground
         self.children: dict[int, Child] = {}
-        self._template: subprocess.Popen[bytes] | None = None
+        self._template: subprocess.Popen[bytes] | Grown | None = None
         self._channel: Channel | None = None
         self._load: Load | None = None
         self._session: GentleSession | None = None
@@ -112,18 +116,15 @@ class Supervisor:
     # -- the template --------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the template; it imports torch while the caller goes on."""
+        """Start the template; it imports torch, where it has to, while the caller goes on."""
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        env = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1"), **self._environment}
-        root = str(Path(__file__).resolve().parents[2])
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "shoal.process.template", str(right.fileno()), *[GENTLE] * self._gentle, *self._preload]
-        self._template = subprocess.Popen(
-            command, pass_fds=[right.fileno()], env=env, start_new_session=True, stdin=subprocess.DEVNULL
-        )
+        if self._ground is None:
+            self._template = start_template(right, self._preload, self._environment, self._gentle)
+            if self._gentle:
+                self.step_back()
+        else:
+            self._template = self._ground.grow(right, self._gentle)
         right.close()
-        if self._gentle:
-            self.step_back()
         self._channel = Channel(left)
         self.changes += 1
 
@@ -137,18 +138,28 @@ class Supervisor:
     def step_back(self) -> None:
         """Leave the cores to others from now on; before the end, too: giving memory back takes some time."""
         if self._template is not None and self._session is None:
-            self._session = GentleSession(self._template.pid, lambda: tuple(self.children))
+            self._session = GentleSession(self.template_pid, lambda: tuple(self.children))
             self._session.give_way()
 
     @property
     def template_pid(self) -> int:
+        """Its process; waits for one that is still to be forked."""
         assert self._template is not None
+        if isinstance(self._template, Grown):
+            try:
+                return self._template.await_pid(_FORK_S)
+            except ChannelClosed:
+                raise TemplateLost("No template could be forked; try again.") from None
         return self._template.pid
 
     def load(self, entry: str, payload: Any, timeout_s: float) -> None:
         """Make the host inside the template. Raises what its constructor raised."""
+        if self._gentle:
+            self.step_back()
         self._load = Load(entry, dumps(payload), tuple(sys.path), os.getcwd())
         self._request(self._load, (), timeout_s, "the job to be built")
+        # The template of a ground has its number by now.
+        self.changes += 1
 
     def call(self, method: str, *arguments: Any, fds: tuple[int, ...] = (), timeout_s: float = 600.0) -> Any:
         """Call a method of the host and return its result, or raise what it raised."""
@@ -269,7 +280,7 @@ class Supervisor:
         """What processes.json says."""
         host = socket.gethostname()
         rows = [("supervisor", 0, os.getpid())]
-        if self._template is not None:
+        if self._template is not None and self._template.pid is not None:
             rows.append(("template", 0, self._template.pid))
         # A copy: another thread may ask than the one that starts and buries them.
         rows += [(c.role, max(c.rank, 0), c.pid) for c in list(self.children.values())]
@@ -299,6 +310,7 @@ class Supervisor:
         self.start()
         self._load = load
         self._request(load, (), timeout_s, "the job to be built again")
+        self.changes += 1
 
     def close(self) -> None:
         """End everything and wait for it; safe to call twice."""

@@ -3,7 +3,7 @@
 It is started as ``python -m shoal.process.template FD [--gentle] MODULE…``, imports torch and these modules, and obeys the
 supervisor on the other end of FD: it makes a *host* (an object that knows what the processes are for), calls its
 methods, and forks children from it. A child is a standby until the supervisor gives it a role; then ``host.run(role,
-channel)`` is its whole life.
+channel)`` is its whole life. One without a host may be the ground of others (``shoal.process.templates``).
 
 Forking costs milliseconds and shares every page that was there before. It is safe because nothing here ever ran on
 more than one thread: a fork after threaded work would hang in the first operation that wants the threads."""
@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import os
 import selectors
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +30,7 @@ from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.failure import Failure, user_code
 from shoal.process.gentle import gently
 from shoal.process.late_dynamo import LateDynamo
-from shoal.process.messages import Call, Exited, Fork, Forked, Load, Returned
+from shoal.process.messages import Call, Exited, Fork, Forked, Grow, Load, Returned
 
 STACK_SIGNAL = signal.SIGUSR1
 GENTLE = "--gentle"
@@ -51,14 +53,17 @@ def main() -> None:
     # Nobody reads a terminal there, so Python would keep lines back, and lose those of a process that is killed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     modules = sys.argv[2:]
-    do = _at_once
-    if modules[:1] == [GENTLE]:
-        do, modules = gently, modules[1:]
-    do(lambda: _prepare(modules))
+    do = _way(modules[:1] == [GENTLE])
+    do(lambda: _prepare([name for name in modules if name != GENTLE]))
     # Ctrl-C, a closed terminal: the supervisor decides what they mean.
     with contextlib.suppress(ChannelClosed):
         _Template(channel, do).serve()
     os._exit(0)
+
+
+def _way(gentle: bool) -> Callable[[Callable[[], Any]], Any]:
+    """How a template does what takes long."""
+    return gently if gentle else _at_once
 
 
 def _at_once(work: Callable[[], Any]) -> Any:
@@ -109,6 +114,8 @@ class _Template:
                 self._channel.send(Returned(self._do(method)))
             elif isinstance(message, Fork):
                 self._fork()
+            elif isinstance(message, Grow):
+                self._grow(fds[0], message.gentle)
             else:
                 raise TypeError(f"the template does not know {type(message).__name__}")
         except ChannelClosed:
@@ -145,15 +152,46 @@ class _Template:
         ours.close()
         os.close(stack)
 
-    def _child(self, channel: Channel, stack: int, parent: int) -> int:
-        die_with_parent()
-        if os.getppid() != parent:
-            return 1
+    def _grow(self, fd: int, gentle: bool) -> None:
+        """Fork a template in a session of its own; it does not die with this one, but ends when nobody is there to be obeyed."""
+        # Nothing that is here already shall be looked at, and so be copied, when either of them clears up.
+        gc.freeze()
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.close(read)
+                os.close(write)
+                self._leave()
+                with contextlib.suppress(ChannelClosed):
+                    _Template(Channel.from_fd(fd), _way(gentle)).serve()
+                code = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(fd)
+        os.close(write)
+        # Until it has its session.
+        os.read(read, 1)
+        os.close(read)
+        self._channel.send(Forked(pid))
+
+    def _leave(self) -> None:
+        """A child's: what belongs to the template is none of its business."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._channel.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def _child(self, channel: Channel, stack: int, parent: int) -> int:
+        die_with_parent()
+        if os.getppid() != parent:
+            return 1
+        self._leave()
         faulthandler.register(STACK_SIGNAL, file=stack, all_threads=True)
         role, _ = channel.receive()
         try:

@@ -17,6 +17,7 @@ from shoal.errors import DeadlineError, JobFailed, RequestError
 from shoal.process.channel import ChannelClosed
 from shoal.process.gentle import gently
 from shoal.process.supervisor import Child, Supervisor, TemplateLost
+from shoal.process.templates import Ground
 from shoal.serve.computing import AS_IT_IS, Precision
 from shoal.serve.messages import AddModel, Attach, Attached, Edition, FollowRun, Lost, Skipped
 from shoal.serve.scaling import ReplicaRange
@@ -24,6 +25,8 @@ from shoal.serve.signature import UNIT, ModelSignature
 from shoal.serve.slots import LIVE, SlotLayout, Slots, row_bytes
 from shoal.serve.source import ModelSource
 
+PRELOAD = ("shoal.serve.replica",)
+"""What templates of crews import before they know their model."""
 _HOST = "shoal.serve.replica:ReplicaHost"
 _MEMORY_BYTES = 128 << 20
 _MOST_SLOTS, _LEAST_SLOTS = 1024, 64
@@ -68,15 +71,19 @@ class Crew:
     """One model's template and replicas."""
 
     def __init__(
-        self, source: ModelSource, cores: int, replicas: int | ReplicaRange | None, gentle: bool = False
-    ) -> None:
-        """``replicas``: how many, or None to find out by measurement. ``gentle``: load and measure at the lowest priority."""
+        self, source: ModelSource, cores: int, replicas: int | ReplicaRange | None, gentle: bool = False,
+        ground: Ground | None = None,
+    ) -> None:  # fmt: skip
+        """``replicas``: how many, or None to find out by measurement. ``gentle``: load and measure at the lowest priority.
+
+        ``ground``: whom the template is forked from, which has imported ``PRELOAD``.
+        """
         self.source = source
         self._cores = cores
         self.range = ReplicaRange.of(replicas)
         self.threads = 1
         self._gentle = gentle
-        self._supervisor = Supervisor(preload=("shoal.serve.replica",), gentle=gentle)
+        self._supervisor = Supervisor(preload=PRELOAD, gentle=gentle, ground=ground)
         self._places: dict[int, _Place] = {}
         self._measured: dict[int, dict[int, float]] = {}
         self.on_up: Callable[[int, int], None] = lambda rank, wake: None

@@ -6,6 +6,7 @@ happens here, the gateway is told by messages, and nothing here ever waits.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import deque
@@ -15,8 +16,9 @@ from typing import Any
 
 from shoal import bundle
 from shoal.errors import RequestError, TargetError
+from shoal.process.templates import Ground
 from shoal.ps.keys import READ_KEY
-from shoal.serve.crew import Crew
+from shoal.serve.crew import PRELOAD, Crew
 from shoal.serve.follow import Follower, checkpoints_of
 from shoal.serve.messages import (
     AddModel,
@@ -62,7 +64,8 @@ class Fleet:
         self._sources = dict(models)
         self._tolerance = tolerance
         sources = [ModelSource(path, name, tolerance=tolerance) for name, path in models.items()]
-        self._crews = [Crew(source, cores, replicas) for source in sources]
+        self._ground = Ground(PRELOAD)
+        self._crews = [Crew(source, cores, replicas, ground=self._ground) for source in sources]
         self._active: dict[str, Crew] = {}
         self._rollouts: dict[str, Rollout] = {}
         self._leaving: list[Crew] = []
@@ -86,7 +89,7 @@ class Fleet:
     # -- starting and ending -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the templates; they import torch while the caller goes on."""
+        """Start the templates; what they are forked from imports torch while the caller goes on."""
         for crew in self._crews:
             crew.start()
 
@@ -120,12 +123,14 @@ class Fleet:
             crew.close()
         for thread in self._ending:
             thread.join()
+        self._ground.close()
         self._crews, self._rollouts, self._ending = [], {}, []
 
     # -- watching ------------------------------------------------------------------------------------------------
 
     def step(self, timeout_s: float) -> None:
         """Look once at everybody, waiting ``timeout_s`` at the most for something to happen."""
+        self._ground.keep()
         if not self._crews:
             time.sleep(timeout_s)
         for crew in list(self._crews):
@@ -167,13 +172,15 @@ class Fleet:
             self._retired(crew.edition)
 
     def processes(self) -> list[dict[str, Any]]:
-        """{role, rank, pid, host} of every template, replica and standby."""
-        return [row for crew in list(self._crews) for row in crew.processes()]
+        """{role, rank, pid, host} of every template, replica and standby, and of what templates are forked from."""
+        rows = [row for crew in list(self._crews) for row in crew.processes()]
+        pid = self._ground.pid
+        return rows if pid is None else [*rows, {"role": "standby", "rank": 0, "pid": pid, "host": socket.gethostname()}]
 
     @property
     def state(self) -> tuple[int, ...]:
         """Differs when what ``processes`` returns does."""
-        return (len(self._crews), *(crew.changes for crew in self._crews))
+        return (len(self._crews), self._ground.pid or 0, *(crew.changes for crew in self._crews))
 
     def open_requests(self) -> int:
         """Accepted requests that have no outcome yet."""
@@ -261,7 +268,7 @@ class Fleet:
         self._sources.setdefault(name, source)
         old = self._active.get(name)
         asked = ModelSource(source, name, str(self._versions[name]), checkpoint, self._tolerance, live)
-        crew = Crew(asked, self._cores, self._replicas, gentle=True)
+        crew = Crew(asked, self._cores, self._replicas, gentle=True, ground=self._ground)
         rollout = Rollout(crew, old, trial or Trial(), done)
         rollout.start()
         self._rollouts[name] = rollout
