@@ -154,10 +154,22 @@ class Supervisor:
 
     def load(self, entry: str, payload: Any, timeout_s: float) -> None:
         """Make the host inside the template. Raises what its constructor raised."""
-        if self._gentle:
-            self.step_back()
         self._load = Load(entry, dumps(payload), tuple(sys.path), os.getcwd())
-        self._request(self._load, (), timeout_s, "the job to be built")
+        self._build(self._load, timeout_s, "the job to be built")
+
+    def _build(self, load: Load, timeout_s: float, what: str) -> None:
+        for again in (True, False):
+            try:
+                if self._gentle:
+                    self.step_back()
+                self._request(load, (), timeout_s, what)
+                break
+            except TemplateLost:
+                if not again or self._template is None or self._template.pid is not None:
+                    raise
+                # The ground has died before it had forked one: there is another.
+                self.close()
+                self.start()
         # The template of a ground has its number by now.
         self.changes += 1
 
@@ -309,8 +321,7 @@ class Supervisor:
         self.template_deaths += 1
         self.start()
         self._load = load
-        self._request(load, (), timeout_s, "the job to be built again")
-        self.changes += 1
+        self._build(load, timeout_s, "the job to be built again")
 
     def close(self) -> None:
         """End everything and wait for it; safe to call twice."""

@@ -89,6 +89,21 @@ def test_a_supervisor_may_close_before_its_template_is_there(ground: Ground) -> 
         late.close()
 
 
+def test_a_ground_that_dies_before_it_has_forked_is_followed_by_another(ground: Ground) -> None:
+    first = ground.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    supervisor = Supervisor(gentle=True, ground=ground)
+    supervisor.start()
+    os.kill(first, signal.SIGKILL)
+    try:
+        supervisor.load("collections:Counter", "aab", _LOAD_S)
+        assert supervisor.call("most_common", 1) == [("a", 2)]
+        assert ground.pid not in (None, first)
+    finally:
+        supervisor.close()
+
+
 def test_a_ground_that_cannot_live_is_no_reason_to_wait() -> None:
     broken = Ground(preload=("there_is_no_such_module",))
     supervisor = Supervisor(ground=broken)
