@@ -409,16 +409,12 @@ class Loop:
         if parts.eval_source is not None and settings.evaluate:
             self._buffers.load(step)
 
-            def next_batch() -> None:
-                self.slot.enter(Phase.EVALUATE, step)
-                parts.faults.reach("evaluate", step)
-
             part = Slice(
                 self._replica, settings.grid.dp, settings.plan.layout == "channels_last", epoch, settings.grid.sharded
             )
             with user_code("evaluation", self.rank):
                 found = evaluate(
-                    parts.job, parts.model, parts.eval_source, part, next_batch, parts.passes.evaluate
+                    parts.job, parts.model, parts.eval_source, part, lambda: self._begin_batch(step), parts.passes.evaluate
                 )
         training = Tally(metrics=self._metrics.stateful)
         if parts.team is not None:
@@ -427,6 +423,11 @@ class Loop:
         parts.channel.send(EpochPart(epoch, self.rank, found, training, time.monotonic() - began))
         self.slot.post(Signal.EVALUATED, epoch)
         parts.faults.reach("evaluated", step)
+
+    def _begin_batch(self, step: int) -> None:
+        """Before each batch of an evaluation."""
+        self.slot.enter(Phase.EVALUATE, step)
+        self.parts.faults.reach("evaluate", step)
 
     def _void(self, epoch: int) -> Callable[[], None] | None:
         """What to ask while waiting after an evaluation: whether a member of the team was lost before it had done its part."""

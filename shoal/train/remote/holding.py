@@ -7,6 +7,7 @@ import time
 
 from shoal.errors import WorkerLostError
 from shoal.ps.client import Client, Patience
+from shoal.train.crew import Patience as Stalls
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.keeping import Keeping
@@ -47,11 +48,35 @@ class Holding(Keeping):
     def _bury(self, lost: Lost) -> None:
         raise NotImplementedError
 
-    def _silence_s(self, member: Member) -> float:
-        raise NotImplementedError
-
     def _id_of(self, unit: int) -> tuple[int, int, int]:
         raise NotImplementedError
+
+    def _hear_from(self, asked: Asked) -> None:
+        """Who asks is alive."""
+        said = asked.said
+        if isinstance(said, (words.Look, words.Leave)):
+            self._members.hear(said.role, said.rank)
+        elif isinstance(said, (words.Claim, words.Report, words.Evaluated, words.Bad)):
+            self._members.hear("worker", said.rank)
+
+    def _limits(self) -> tuple[float, float]:
+        """After how many seconds of silence somebody is named, and after how many it is taken for lost."""
+        first = self._recorder.first_step_at is None
+        return Stalls.from_environment().limits(self._recorder.longest_step_s, first)
+
+    def _silence_s(self, member: Member) -> float:
+        # Of a run that is told to end, too: who is silent then has the most to finish.
+        return self._limits()[1]
+
+    def _tell_missed(self) -> None:
+        """Name whom the run may be waiting for."""
+        named_s, lost_s = self._limits()
+        for member in self._members.missed(named_s):
+            own = self._members.is_own(member.role, member.rank)
+            self._emit(
+                "stall", role=member.role, rank=member.rank, pid=member.pid, step=self._recorder.step + 1, phase="unknown",
+                waited_s=time.monotonic() - member.heard_at, waits_for=None, stack="", replaced_after_s=lost_s if own else None,
+            )  # fmt: skip
 
     def _attend_servers(self) -> None:
         """Let those begin who are all there, and those join a chain who have come back."""
@@ -104,6 +129,9 @@ class Holding(Keeping):
                 self._take_said(asked)
             else:
                 self._recovery.put_off(asked)
+        # Who waits for us is not silent.
+        for asked in self._desk.open:
+            self._hear_from(asked)
         for lost in self._members.lost(self._silence_s):
             self._bury(lost)
         if self._client is None and self._died_early:

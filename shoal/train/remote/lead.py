@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.holding import Holding
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.log import LoggedRecorder, RemoteLog
-from shoal.train.remote.members import Lost, Member, Members
+from shoal.train.remote.members import Lost, Members
 from shoal.train.remote.published import RemoteSource
 from shoal.train.remote.recovery import Recovery
 from shoal.train.remote.stand_ins import Groups
@@ -63,8 +62,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 # A question that waits for something is answered after so long all the same: who asks knows then that the lead lives.
 _HOLD_S = 0.5
-_LEAST_SILENCE_S = 60.0
-_LAST_SILENCE_S = 5.0
 MOST_DEATHS = 5
 """So often may one worker die without having finished a unit in between."""
 
@@ -159,9 +156,13 @@ class RemoteLead(Holding):
     def _dismiss(self, run: Run) -> None:
         """Tell everybody how it ended."""
         summary = json.dumps(run.summary()).encode()
-        deadline = time.monotonic() + 10.0
+        # While the run was brought to its end nobody was heard.
+        for member in self._members.of.values():
+            self._members.hear(member.role, member.rank)
+        deadline = time.monotonic() + self._meeting.deadline_s
         while time.monotonic() < deadline:
             for asked in list(self._desk.open):
+                self._hear_from(asked)
                 if isinstance(asked.said, words.Leave):
                     self._desk.answer(asked, lambda n: words.Ended(n, str(run.path), summary))
                     self._members.leave(asked.said.role, asked.said.rank)
@@ -171,8 +172,10 @@ class RemoteLead(Holding):
                     self._desk.answer(asked, lambda n: words.Later(n, self._recorder.step, self._orders()))
                 else:
                     self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
-            if all(m.left or not m.joined for m in self._members.of.values()):
+            self._members.lost(self._silence_s)
+            if all(m.left or not m.joined or m.is_over for m in self._members.of.values()):
                 return
+            self._tell_missed()
             self._desk.receive(_POLL_S)
 
     # -- what is said --------------------------------------------------------------------------------------------
@@ -180,13 +183,9 @@ class RemoteLead(Holding):
     def _hear(self, timeout_s: float) -> None:
         backlog, self._recovery.backlog = self._recovery.backlog, []
         for asked in [*backlog, *self._desk.receive(0.0 if backlog else timeout_s)]:
-            said = asked.said
             if not self._desk.is_open(asked):
                 continue
-            if isinstance(said, words.Look):
-                self._members.hear(said.role, said.rank)
-            elif isinstance(said, (words.Claim, words.Report, words.Evaluated, words.Bad)):
-                self._members.hear("worker", said.rank)
+            self._hear_from(asked)
             self._take_said(asked)
         # What was asked while a server was waited for is heard the next time, and answered then.
         unheard = self._recovery.backlog
@@ -231,6 +230,9 @@ class RemoteLead(Holding):
         said, desk, held_s = asked.said, self._desk, time.monotonic() - asked.since
         if isinstance(said, words.Claim):
             self._answer_claim(asked, said, held_s > _HOLD_S)
+        elif isinstance(said, words.Leave):
+            # It is answered when the run has ended; until then it says nothing else.
+            self._hear_from(asked)
         elif isinstance(said, words.Look):
             if said.seen != self._orders() or held_s > _HOLD_S:
                 desk.answer(asked, lambda n: words.Heard(n, self._orders()))
@@ -539,6 +541,7 @@ class RemoteLead(Holding):
     # -- processes -----------------------------------------------------------------------------------------------
 
     def _attend_members(self) -> None:
+        self._tell_missed()
         for lost in self._members.lost(self._silence_s):
             self._bury(lost)
         if self._members.changed:
@@ -554,14 +557,6 @@ class RemoteLead(Holding):
                 f"Worker {min(missing)} is gone, and nobody evaluates its part of epoch {epoch}; go on with --resume: "
                 f"{self._name_last_checkpoint()}"
             )
-
-    def _silence_s(self, member: Member) -> float:
-        stall = os.environ.get("SHOAL_STALL_S")
-        least = float(stall) if stall else _LEAST_SILENCE_S
-        if self._rests:
-            # Whoever has been told to end a run is not waited for much longer: torchrun gives it 30 s.
-            least = min(least, _LAST_SILENCE_S)
-        return max(least, 20.0 * self._recorder.longest_step_s)
 
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""

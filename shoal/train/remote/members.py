@@ -20,8 +20,8 @@ Start = Callable[[str, int], Process]
 class Member:
     """A process.
 
-    ``heard_at``: when it last said something; ``process``: where the lead has started it; ``died``: of what, as its keeper says;
-    ``identity``: the name that it asks under.
+    ``heard_at``: when it last said something; ``missed``: whether it was named for being silent since; ``process``: where
+    the lead has started it; ``died``: of what, as its keeper says; ``identity``: the name that it asks under.
     """
 
     role: str
@@ -30,11 +30,17 @@ class Member:
     host: str = ""
     address: str = ""
     heard_at: float = 0.0
+    missed: bool = False
     joined: bool = False
     left: bool = False
     process: Process | None = None
     died: str = ""
     identity: bytes = b""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the lead has seen its process end."""
+        return self.process is not None and self.process.poll() is not None
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,15 @@ class Members:
         if found is None or found.pid != pid:
             found = self.of[role, rank] = Member(role, rank, pid)
         found.host, found.address, found.joined, found.heard_at = host, address, True, time.monotonic()
-        found.identity = identity
+        found.identity, found.missed = identity, False
         self.changed = True
         return found
 
     def hear(self, role: str, rank: int) -> None:
         """Somebody has said something."""
         if (role, rank) in self.of:
-            self.of[role, rank].heard_at = time.monotonic()
+            member = self.of[role, rank]
+            member.heard_at, member.missed = time.monotonic(), False
 
     def leave(self, role: str, rank: int) -> None:
         """Somebody is done."""
@@ -130,6 +137,14 @@ class Members:
                 del self.of[key]
                 self.changed = True
                 found.append(Lost(member, cause, bool(member.died)))
+        return found
+
+    def missed(self, silent_s: float) -> list[Member]:
+        """Who has said nothing for longer than this; each once, until it is heard again."""
+        now = time.monotonic()
+        found = [m for m in self.of.values() if m.joined and not m.left and not m.missed and now - m.heard_at > silent_s]
+        for member in found:
+            member.missed = True
         return found
 
     def joined(self, role: str) -> list[Member]:

@@ -54,6 +54,7 @@ from shoal.train.settings import BadPush, EpochPart, JobFacts, RunSettings, Valu
 from shoal.train.setup import run_settings
 
 _CACHE_BYTES = 64 << 20
+_SIGN_S = 1.0
 
 
 class RemoteTable:
@@ -211,6 +212,8 @@ class RemoteWorker(PushingWorker):
         self.unit = 0
         self._orders: words.Orders | None = None
         self._tickets: list[Ticket] = []
+        self._sign: Ticket | None = None
+        self._signed_at = 0.0
         self._made: tuple[int, ...] = ()
         self._buffers_taken = 0.0
         table = store.table
@@ -260,6 +263,17 @@ class RemoteWorker(PushingWorker):
             self.line.wait([ticket], what)
             self.obey(ticket.answer.orders)
         self.waited_s += time.monotonic() - began
+
+    def give_a_sign(self) -> None:
+        """Let the lead hear that this worker lives, about once a second, without waiting for its answer."""
+        if time.monotonic() - self._signed_at < _SIGN_S:
+            return
+        self._signed_at = time.monotonic()
+        self.line.receive(0.0)
+        if self._sign is None or self._sign.answer is not None:
+            self._sign = self.line.look(None)
+        else:
+            self.line.again(self._sign)
 
     def await_worker(self, worker: int) -> None:
         """The lead hands out units: it knows whom to wait for."""
@@ -385,6 +399,11 @@ class RemoteLoop(PushLoop):
         piece, replica = divmod(shard, self._remote.world_size)
         with user_code("train_data", self.rank):
             return self.parts.feed.portion(step, piece, replica)
+
+    def _begin_batch(self, step: int) -> None:
+        super()._begin_batch(step)
+        # An evaluation may take longer than any step, and nothing else is said meanwhile.
+        self._remote.give_a_sign()
 
     def _push_if_full(self) -> None:
         if self._remote.claims.alone:

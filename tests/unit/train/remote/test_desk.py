@@ -2,6 +2,7 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -215,3 +216,37 @@ def test_who_is_lost_is_found_out_once_and_started_again():
     assert [(found.member.rank, found.cause, found.dead) for found in members.lost(lambda member: -1.0)] == [
         (1, "silence", False)
     ]
+
+
+def test_who_is_silent_is_named_once_and_waited_for_as_long_where_the_run_is_to_end(monkeypatch):
+    """A run that was interrupted waits for what its slowest worker has begun; one that has asked for the end is not missed."""
+    monkeypatch.delenv("SHOAL_STALL_S", raising=False)
+    told: list[dict] = []
+    lead = object.__new__(RemoteLead)
+    lead._recorder = SimpleNamespace(first_step_at=1.0, longest_step_s=0.01, step=7)
+    lead._emit = lambda kind, **fields: told.append({"kind": kind, **fields})
+    lead._members = members = Members(lambda role, rank: Process(100), [("worker", 0)])
+    lead._stopped_by = "interrupt"
+    lead._desk = None
+    members.begin()
+    for rank in (0, 1, 2):
+        members.join("worker", rank, 100 + rank, "here", "", b"%d" % rank)
+    members.of["worker", 1].heard_at -= 30.0
+    members.of["worker", 2].heard_at -= 30.0
+    lead._answer_later(Asked(b"2", words.Leave(1, "worker", 2), ()))
+    assert members.lost(lead._silence_s) == []
+    lead._tell_missed()
+    lead._tell_missed()
+    (stall,) = told
+    expected = {"kind": "stall", "role": "worker", "rank": 1, "step": 8, "replaced_after_s": None}
+    assert stall.items() >= expected.items()
+    assert 30.0 <= stall["waited_s"] < 60.0
+    members.hear("worker", 1)
+    members.of["worker", 1].heard_at -= 90.0
+    lead._tell_missed()
+    assert len(told) == 2
+    assert [(lost.member.rank, lost.cause) for lost in members.lost(lead._silence_s)] == [(1, "silence")]
+    # A first step may compile, or read from a cold disk.
+    lead._recorder.first_step_at = None
+    members.of["worker", 2].heard_at -= 90.0
+    assert members.lost(lead._silence_s) == []
