@@ -28,10 +28,11 @@ SIZES = (64 << 10, 1 << 20, 10_000_000, 100_000_000, 400_000_000)
 LOGGED = "shoal, write-ahead log"
 RECOVERIES = {
     "arena": "a server of the arena", "log": "everything: checkpoint and log", "rows": "everything: rows in checkpoint and log",
-    "chain": "the head of a chain",
+    "chain": "the head of a chain", "remote": "a server without shared memory: checkpoint and log",
 }  # fmt: skip
 RECOVERY_PARTS = {
     "recovery_s": "in all", "read_s": "reading the log's heads", "hash_s": "checksums", "apply_s": "into memory",
+    "begin_s": "another process", "checkpoint_s": "the checkpoint", "log_s": "the log again",
     "cpu_s": "processor time", "start_s": "making the memory (beside it)", "rejoin_s": "a replacement joins (beside it)",
 }  # fmt: skip
 _RECOVERED_BYTES = 1_000_000_000

@@ -5,6 +5,9 @@
   what the log has, ``hash_s``: for finding out whether it and the checkpoint are whole, ``apply_s``: for bringing it to the
   arena; ``cpu_s``: of processor time. ``start_s``: beside it, for making the arena.
 * ``rows``: the same for a table of rows by key, all of them in a checkpoint, and behind it a log of gradients.
+* ``remote``: a server of a run that shares no memory and keeps a log, trained for real; until another one has its part of the
+  checkpoint and has done again what the log has. ``begin_s``: of that until somebody has noticed and another process is there,
+  ``checkpoint_s``: for its part of the checkpoint, which is looked at as a whole, ``log_s``: for what the log has behind it.
 * ``chain``: the head of a chain of two servers; until its successor has acknowledged the next push. ``rejoin_s``: until a
   replacement holds all of it as the tail.
 """
@@ -26,12 +29,14 @@ import numpy as np
 import torch
 from torch import nn
 
+import shoal
 from benchmarks.peers.ps_shoal import fork, serve
 from shoal.axes.server_async import PushingWorker, make_bells
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Arena, Note, Order
 from shoal.comm.grid import Grid
 from shoal.comm.store import Store, arena_layout
+from shoal.observe.events import read_events
 from shoal.plan import Plan
 from shoal.ps import log as log_of_server
 from shoal.ps.client import Client, Patience
@@ -188,7 +193,7 @@ def recover(place: Place, run: Path, tables: RunTables | None = None) -> dict[st
 
     with (
         counted(SessionLog, "pushes", seconds, "read_s"), counted(log_of_server, "first_torn", seconds, "hash_s"),
-        counted(checkpoints, "_damage", seconds, "hash_s"),
+        counted(checkpoints, "damage", seconds, "hash_s"),
     ):  # fmt: skip
         found = checkpoints.newest(run / "checkpoints", None, is_covered)
     assert found is not None
@@ -262,13 +267,69 @@ def chain(nbytes: int) -> dict[str, float]:
     return found
 
 
+def remote(nbytes: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        run, go = Path(scratch).resolve() / "run", Path(scratch).resolve() / "go"
+        log = run / FOLDER / "0001"
+
+        class Whole(nn.Module):
+            """A parameter whose every element has the gradient 1; it waits with a push that is not to be made yet."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(nbytes // 4))
+
+            def forward(self, samples: torch.Tensor) -> torch.Tensor:
+                while len(log_of_server.read(log, log_name(0))) == _PUSHES and not go.exists():
+                    time.sleep(0.05)
+                return samples * self.weight.sum()
+
+        steps = _PUSHES + 1
+        job = shoal.Job(
+            name="whole", model=Whole, train_data=lambda: (torch.ones(steps), torch.ones(steps)), batch_size=1, epochs=1,
+            loss=lambda output, target: output.mean(), optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+        )  # fmt: skip
+        os.environ |= {"SHOAL_TRANSPORT": "group", "SHOAL_EXPORT": "0", "SHOAL_CHECKPOINT_S": "100000", "SHOAL_STALL_S": "600"}
+        plan = "ps=1,workers=1,async,threads=1,rewrites=none"
+
+        def train() -> None:
+            os.dup2(2, 1)
+            trained = shoal.train(job, plan=plan, push_log=True, run_dir=run)
+            assert bool((trained.weights()["weight"] == -float(steps)).all())
+
+        def seen(kind: str) -> list[dict[str, Any]]:
+            return list(read_events(run / "events.jsonl", {kind})) if (run / "events.jsonl").exists() else []
+
+        family = fork(train)
+        while len(seen("push_ack")) < _PUSHES:
+            assert os.waitpid(family, os.WNOHANG) == (0, 0), "the run has ended"
+            time.sleep(0.2)
+        # What the disk has yet to write is none of a recovery.
+        os.sync()
+        server = next(p["pid"] for p in json.loads((run / "processes.json").read_text()) if p["role"] == "server")
+        os.kill(server, signal.SIGKILL)
+        began = time.time()
+        while not (recovered := seen("recovered")):
+            assert os.waitpid(family, os.WNOHANG) == (0, 0), "the run has ended"
+            time.sleep(0.05)
+        found = float(recovered[0]["t"]) - began
+        parts = recovered[0]["parts_s"]
+        go.touch()
+        assert os.waitpid(family, 0)[1] == 0
+        begins_s = found - parts["checkpoint_s"] - parts["log_s"]
+        return {"recovery_s": found, "begin_s": begins_s, **parts}
+
+
+KINDS = {"arena": arena, "log": log, "rows": rows, "chain": chain, "remote": remote}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=("arena", "log", "rows", "chain"), required=True)
+    parser.add_argument("--kind", choices=tuple(KINDS), required=True)
     parser.add_argument("--bytes", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps({"arena": arena, "log": log, "rows": rows, "chain": chain}[options.kind](options.bytes)))
+    print(json.dumps(KINDS[options.kind](options.bytes)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "checkpoint_failed": ("step", "reason"),
         "checkpoint_damaged": ("path", "reason"),
         "death": ("rank", "pid", "step", "phase", "cause", "role"),
-        "recovered": ("rank", "pid", "step", "after_s", "action", "role"),
+        "recovered": ("rank", "pid", "step", "after_s", "action", "role", "parts_s"),
         "stall": ("rank", "pid", "step", "phase", "waited_s", "waits_for", "stack", "replaced_after_s", "role"),
         "clock": ("rank", "clock", "slowest"),
         "push_ack": ("rank", "epoch", "batch", "shard", "versions", "staleness"),

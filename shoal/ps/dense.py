@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ from shoal.ps.lbfgs import BatchLBFGS, vectors_of
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 20
+# Where a piece begins; and from so many bytes on memory is asked for by large pages.
+_ALIGN, _LARGE_BYTES = 64, 4 << 20
 _BESIDE_NUMBERS = ("params", "param_names")
 """What a group of torch's holds beside its hyperparameters."""
 
@@ -101,11 +104,10 @@ class DensePart:
 
     def take_up(self, pieces: Iterable[Piece]) -> None:
         """Hold these pieces, too; those that come anew are zero and have no optimizer state."""
-        for piece in pieces:
-            if piece.number not in self.pieces:
-                self.pieces[piece.number] = piece
-                shape = piece.shape if piece.shape is not None else (piece.numel,)
-                self._weights[piece.number] = nn.Parameter(torch.zeros(shape, dtype=piece.dtype))
+        new = [piece for piece in pieces if piece.number not in self.pieces]
+        for piece, weights in zip(new, _zeros(new), strict=True):
+            self.pieces[piece.number] = piece
+            self._weights[piece.number] = nn.Parameter(weights)
         self._renew()
 
     def give_up(self, numbers: Iterable[int]) -> None:
@@ -259,6 +261,23 @@ def _scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
     finally:
         for group, lr in kept:
             group["lr"] = lr
+
+
+def _zeros(pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
+    """A tensor of zeros for each piece, all in one block, which is mapped by large pages where the system has such."""
+    sizes = [-(-piece.nbytes // _ALIGN) * _ALIGN for piece in pieces]
+    if (total := sum(sizes)) >= _LARGE_BYTES:
+        memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        block = torch.frombuffer(memory, dtype=torch.uint8)
+    else:
+        block = torch.zeros(total, dtype=torch.uint8)
+    at = 0
+    for piece, size in zip(pieces, sizes, strict=True):
+        own = block[at : at + piece.nbytes].view(piece.dtype)
+        yield own if piece.shape is None else own.view(piece.shape)
+        at += size
 
 
 def plain_groups(optimizer: torch.optim.Optimizer) -> list[Numbers]:

@@ -18,6 +18,7 @@ next pushes; what has gathered meanwhile is covered by its next sync.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import itertools
@@ -28,7 +29,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -42,6 +43,10 @@ _HEADER_BYTES = _HEADER.size + 4
 _MAGIC = 0x474F4C53
 _MOST_BUFFERS = 512
 _READERS = 4
+# Payloads begin at multiples of this, so that the numbers in them can be used where they lie.
+_ALIGN = 16
+# So many pushes are looked at before they are asked for.
+_LOOKED_AHEAD = 16
 SEGMENT_BYTES = 64 << 20
 
 
@@ -176,7 +181,8 @@ class Segment:
         self.path = path
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else None
+            # Nobody writes to it, but torch takes no memory that cannot be written to.
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else None
         self.bytes: memoryview = memoryview(self._map) if self._map is not None else memoryview(b"")
 
     def pushes(self) -> Iterator[Push]:
@@ -186,15 +192,15 @@ class Segment:
         while at + _HEADER_BYTES <= len(self.bytes):
             head = self.bytes[at : at + _HEADER.size]
             (check,) = struct.unpack_from("<I", self.bytes, at + _HEADER.size)
-            magic, kind, _, push, mark, where, length, checksum = _HEADER.unpack(head)
+            magic, kind, filled, push, mark, where, length, checksum = _HEADER.unpack(head)
             start = at + _HEADER_BYTES
-            if magic != _MAGIC or zlib.crc32(head) != check or start + length > len(self.bytes):
+            if magic != _MAGIC or zlib.crc32(head) != check or start + length + filled > len(self.bytes):
                 return
             if push != number:
                 # What a killed writer had begun; its successor has begun anew.
                 frames, number, begun = [], push, at
             frame = Frame(Kind(kind), where, start, length, checksum, self)
-            at = start + length
+            at = start + length + filled
             if frame.kind is not Kind.COMMIT:
                 frames.append(frame)
                 continue
@@ -235,9 +241,37 @@ def newest(frames: Iterable[Frame]) -> list[Frame]:
 
 def first_torn(frames: Sequence[Frame]) -> Frame | None:
     """The first of these frames that is not what was written. All are read, by as many threads as there are cores."""
-    with ThreadPoolExecutor(min(_READERS, find_cores()), "shoal-log-read") as threads:
-        whole = threads.map(Frame.is_whole, frames)
-        return next((frame for frame, well in zip(frames, whole, strict=True) if not well), None)
+    with _readers() as threads:
+        found = threads.map(Frame.is_whole, frames)
+        return next((frame for frame, well in zip(frames, found, strict=True) if not well), None)
+
+
+def whole(pushes: Sequence[Push]) -> Iterator[Push]:
+    """These pushes, each as soon as all of its frames were seen to be what was written. TornError where they are not.
+
+    Other threads look at what comes next, and begin at once, so that whoever is given a push need not wait for them.
+    """
+    threads, coming = _readers(), iter(pushes)
+
+    def look(push: Push) -> Future[Frame | None]:
+        return threads.submit(lambda: next((frame for frame in push.frames if not frame.is_whole()), None))
+
+    looked = collections.deque((push, look(push)) for push in itertools.islice(coming, _LOOKED_AHEAD))
+
+    def each() -> Iterator[Push]:
+        with threads:
+            while looked:
+                push, found = looked.popleft()
+                if (torn := found.result()) is not None:
+                    raise TornError(f"{torn.segment.path}: the frame at {torn.at} is not what was written")
+                looked.extend((later, look(later)) for later in itertools.islice(coming, 1))
+                yield push
+
+    return each()
+
+
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_READERS, find_cores()), "shoal-log-read")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -309,13 +343,16 @@ class LogWriter:
     def add(self, kind: Kind, pieces: Iterable[tuple[int, Sequence[Any]]]) -> None:
         """Append frames of one kind: where, and the buffers that are its payload."""
         buffers: list[Any] = []
+        at = self._end
         for where, parts in pieces:
             length = checksum = 0
             for part in parts:
                 length += memoryview(part).nbytes
                 checksum = zlib.crc32(part, checksum)
-            head = _HEADER.pack(_MAGIC, kind, 0, self._number, self._mark, where, length, checksum)
-            buffers += (head + struct.pack("<I", zlib.crc32(head)), *parts)
+            filled = -(at + length) % _ALIGN
+            at += _HEADER_BYTES + length + filled
+            head = _HEADER.pack(_MAGIC, kind, filled, self._number, self._mark, where, length, checksum)
+            buffers += (head + struct.pack("<I", zlib.crc32(head)), *parts, bytes(filled))
             if len(buffers) >= _MOST_BUFFERS:
                 self._write(buffers)
                 buffers = []

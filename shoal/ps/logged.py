@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from shoal.ps.applied import PartlyApplied, PushId
 from shoal.ps.checks import check_count
 from shoal.ps.endpoint import Endpoint
 from shoal.ps.log import Kind, LogWriter, TornError
-from shoal.ps.messages import Commit, Done, PushHead, Refused, Request
-from shoal.ps.shard import Push, Shard
+from shoal.ps.messages import Commit, Done, PushHead, Recovered, Refused, Request
+from shoal.ps.requests import Damaged
+from shoal.ps.shard import Kept, Push, Shard
 from shoal.ps.shard_server import ShardServer, forms_of
 from shoal.ps.staged import MissingError, Staged
 from shoal.ps.wire import Malformed, decode_head, encode
@@ -35,10 +37,17 @@ Told = tuple[PushHead | Commit, Sequence[memoryview]]
 
 
 class Recover(msgspec.Struct, tag="recover", frozen=True):
-    """This server has what a checkpoint of step ``mark`` holds: let it do what its log has behind that."""
+    """Do again what the log has behind a checkpoint, and go on with it behind that of step ``mark``.
+
+    ``checkpoint``: where in the run's directory the one is that is to be taken up first, of step ``since``, with what of a
+    server's state is no tensor (but ``numbers``, which it has itself); empty: this server has what that of step ``mark`` holds.
+    """
 
     number: int
     mark: int
+    checkpoint: str = ""
+    since: int = 0
+    kept: Kept | None = None
 
 
 class Mark(msgspec.Struct, tag="mark", frozen=True):
@@ -55,23 +64,29 @@ class LogFullError(ShoalError):
     """The log takes no more."""
 
 
-def read_told(directory: Path, name: str, mark: int) -> Sequence[Told]:
-    """What a server was told behind the checkpoint of step ``mark``, in order. JobFailed where a file is damaged."""
-    found: list[Told] = []
+def read_told(directory: Path, name: str, mark: int) -> Iterator[Told]:
+    """What a server was told behind the checkpoint of step ``mark``, in order, each as soon as it was seen to be whole.
+
+    Other threads begin to look at once. JobFailed, when it comes to that, where a file is damaged. Frames are used where they
+    lie in the file.
+    """
+    return _decoded(directory, name, logs.whole(logs.read(directory, name, mark)))
+
+
+def _decoded(directory: Path, name: str, records: Iterator[logs.Push]) -> Iterator[Told]:
     try:
-        for record in logs.read(directory, name, mark):
+        for record in records:
             message = messages.decode_request([record.notes])
             if not isinstance(message, (PushHead, Commit)):
                 raise Malformed(f"{type(message).__name__} is nothing that is kept")
-            found.append((message, [memoryview(bytearray(frame.read())) for frame in record.frames]))
+            yield message, [frame.data for frame in record.frames]
     except (TornError, Malformed) as error:
         raise JobFailed(
             f"The log {name} in {directory} is damaged ({error}); move {directory} away to go on from the last checkpoint alone."
         ) from None
-    return found
 
 
-def do_again(shard: Shard, staged: Staged, told: Sequence[Told], counts: Callable[[Sequence[PushId]], bool]) -> None:
+def do_again(shard: Shard, staged: Staged, told: Iterable[Told], counts: Callable[[Sequence[PushId]], bool]) -> None:
     """Do what a server was told; ``counts``: of the ids of a push, whether it is to be done.
 
     JobFailed where that is none of this shard: only what had been found right was written.
@@ -161,12 +176,20 @@ class ToldLog:
             os.close(end)
 
 
+TakeUp = Callable[[str, Kept], None]
+"""Lets a server's shard hold what a checkpoint has, which is named as it lies in the run's directory.
+
+Damaged: it is not what was written; then rows are as they were, and weights may be anything. RequestError: it is of another run.
+"""
+
+
 class LoggedServer(ShardServer):
     """A server with a log. ``trouble``: why it takes no pushes any more."""
 
-    def __init__(self, shard: Shard, endpoint: Endpoint, log: ToldLog) -> None:
+    def __init__(self, shard: Shard, endpoint: Endpoint, log: ToldLog, take_up: TakeUp | None = None) -> None:
         super().__init__(shard, endpoint, log)
-        self._log = log
+        self._log, self._take_up = log, take_up
+        self._recovered: Recover | None = None
         self.trouble: str | None = None
         # What is being answered.
         self._told: Told | None = None
@@ -221,16 +244,35 @@ class LoggedServer(ShardServer):
         except Malformed:
             super()._take_other(identity, frames, error)
             return
+        number = message.number
+        answer: Done | Recovered | Refused = Done(number, self.shard.version)
         try:
             check_count("step of a checkpoint", message.mark)
             if isinstance(message, Recover):
-                self._recover(message.mark)
+                seconds = self._recover(message)
+                answer = Recovered(number, self.shard.version, seconds)
+            self._log.begin_at(message.mark)
+        except Damaged as damaged:
+            answer = Refused(number, str(damaged), damaged=True)
         except (PartlyApplied, MissingError, ShoalError) as refused:
-            self.endpoint.send(identity, encode(Refused(message.number, str(refused))))
-            return
-        self._log.begin_at(message.mark)
-        self.endpoint.send(identity, encode(Done(message.number, self.shard.version)))
+            answer = Refused(number, str(refused))
+        self.endpoint.send(identity, encode(answer))
 
-    def _recover(self, mark: int) -> None:
-        told = read_told(self._log.directory, self._log.name, mark)
+    def _recover(self, asked: Recover) -> dict[str, float]:
+        """Go on from a checkpoint and the log; the seconds that its parts took."""
+        if asked == self._recovered:
+            # It was sent twice, and others have spoken to this server since.
+            return {}
+        check_count("step of a checkpoint", asked.since)
+        log, began, cpu_began = self._log, time.monotonic(), time.process_time()
+        told = read_told(log.directory, log.name, asked.since if asked.checkpoint else asked.mark)
+        if asked.checkpoint:
+            if asked.kept is None or self._take_up is None:
+                raise RequestError("A server is to take up a checkpoint that it cannot read.")
+            self._take_up(asked.checkpoint, asked.kept)
+            self.staged.put(())
+        taken_up = time.monotonic()
         do_again(self.shard, self.staged, told, lambda ids: True)
+        self._recovered = asked
+        done, cpu_s = time.monotonic(), time.process_time() - cpu_began
+        return {"checkpoint_s": taken_up - began, "log_s": done - taken_up, "cpu_s": cpu_s}

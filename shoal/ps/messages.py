@@ -188,16 +188,28 @@ class Taken(msgspec.Struct, tag="taken", frozen=True):
     tensors: tuple[Tensor, ...]
 
 
+class Recovered(msgspec.Struct, tag="recovered", frozen=True):
+    """A server has gone on from a checkpoint and its log; ``seconds``: what the parts of that took."""
+
+    number: int
+    version: int
+    seconds: dict[str, float]
+
+
 class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """It was not done. ``missing``: because pushes that it is about are not staged here: send them again."""
+    """It was not done.
+
+    ``missing``: because pushes that it is about are not staged here: send them again. ``damaged``: because a checkpoint is.
+    """
 
     number: int
     reason: str
     missing: bool = False
+    damaged: bool = False
 
 
 Request = PushHead | Norm | Multiply | Commit | Pull | PullRows | Take | Put | Ping
-Answer = Done | Pulled | PulledRows | Normed | Multiplied | Taken | Refused
+Answer = Done | Pulled | PulledRows | Normed | Multiplied | Taken | Recovered | Refused
 _requests = msgspec.msgpack.Decoder(Request)
 _answers = msgspec.msgpack.Decoder(Answer)
 

@@ -26,6 +26,10 @@ _SLICE_S = 0.1
 _QUEUED = 64
 
 
+class Damaged(JobFailed):
+    """A checkpoint that a server was to go on from is not what was written."""
+
+
 class NotStaged(JobFailed):
     """A server does not have the pushes that it is to apply: it is a new one, and they must be sent again."""
 
@@ -143,7 +147,7 @@ class Requests:
         """Wait until all are answered. DeadlineError, with ``what`` and whom it was waited for, where that takes too long.
 
         Raises:
-            NotStaged: a server lacks the pushes that it was to apply. JobFailed: somebody has refused.
+            NotStaged: a server lacks the pushes that it was to apply. Damaged: a checkpoint is. JobFailed: somebody has refused.
         """
         began = time.monotonic()
         while any(ticket.answer is None for ticket in tickets):
@@ -165,7 +169,7 @@ class Requests:
             if isinstance(ticket.answer, Refused):
                 if ticket.answer.missing:
                     raise NotStaged(ticket.answer.reason)
-                raise JobFailed(ticket.answer.reason)
+                raise (Damaged if ticket.answer.damaged else JobFailed)(ticket.answer.reason)
 
     def again(self, ticket: Ticket) -> None:
         """Send a request again that has had no answer for too long."""

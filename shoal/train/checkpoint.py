@@ -307,16 +307,16 @@ def newest(
     for path in sorted(directory.glob("step-*"), reverse=True):
         found, reason = None, ""
         try:
-            found = _described(path)
-            reason = _damage(found, [name for name in found.meta["sha256"] if name != found.state.name])
+            found = described(path)
+            reason = damage(found, [name for name in found.meta["sha256"] if name != found.state.name])
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error)
         if found is not None and not reason:
             try:
-                reason = "" if unused(found) else _damage(found, [found.state.name])
+                reason = "" if unused(found) else damage(found, [found.state.name])
             except Exception:
                 # A damaged file may be read as anything.
-                if not (reason := _damage(found, [found.state.name])):
+                if not (reason := damage(found, [found.state.name])):
                     raise
             if not reason:
                 return found
@@ -325,7 +325,7 @@ def newest(
     return None
 
 
-def _described(path: Path) -> Checkpoint:
+def described(path: Path) -> Checkpoint:
     """What ``meta.json`` says of a checkpoint. OSError, ValueError, KeyError, TypeError: it is damaged."""
     meta = json.loads((path / "meta.json").read_text())
     if meta["check"] != _meta_check(meta):
@@ -333,7 +333,7 @@ def _described(path: Path) -> Checkpoint:
     return Checkpoint(path, int(meta["step"]), meta)
 
 
-def _damage(found: Checkpoint, names: Sequence[str]) -> str:
+def damage(found: Checkpoint, names: Sequence[str]) -> str:
     """What is wrong with some of a checkpoint's files, which are read two at a time; empty where they are whole."""
 
     def look(name: str) -> str:

@@ -17,7 +17,7 @@ from logged_runs import killed_whole, train
 from noisy_job import events, held_at, kill, wait_until
 
 import shoal
-from shoal.errors import RequestError
+from shoal.errors import RequestError, WorkerLostError
 from shoal.ps.log import segments
 
 COUNTED, NOISY = f"{counted_job.__file__}:job", f"{noisy_job.__file__}:job"
@@ -90,7 +90,7 @@ def test_everything_acknowledged_is_there_once_after_kills_of_servers_and_of_all
     assert len(sessions) == 1 and len(segments(sessions[0], "server-0")) <= 3 and not (sessions[0] / "base").exists()
 
 
-def test_sync_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+def test_sync_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, plan, run = noisy_job.make_job(epochs=2), f"ps=2,workers=2,sync,{CALM}", tmp_path / "run"
     calm = shoal.train(job, plan=plan, run_dir=tmp_path / "calm")
 
@@ -111,3 +111,40 @@ def test_sync_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     acks = [(e["epoch"], e["batch"], e["shard"]) for e in events(run, "push_ack")]
     assert sorted(acks) == [(e, b, s) for e in (1, 2) for b in range(1, 14) for s in range(2)]
     assert events(run, "run_start")[-1]["resumed_from"] >= 17
+
+    # Once more, and the checkpoint that a server would go on from is changed as soon as it is there.
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
+    passed_over = tmp_path / "passed-over"
+
+    def change_and_kill(event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpoint" and event["step"] >= 4 and not killed_at:
+            killed_at.append(event["step"])
+            change(Path(event["path"]))
+            kill(pid_of(passed_over, "server", 1))
+
+    killed_at: list[int] = []
+    theirs = shoal.train(job, plan=plan, run_dir=passed_over, push_log=True, on_event=change_and_kill).weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+    assert [Path(e["path"]).name for e in events(passed_over, "checkpoint_damaged")] == [f"step-{killed_at[0]:08d}"]
+    (back,) = events(passed_over, "recovered")
+    assert back["action"] == "replayed" and back["parts_s"]["checkpoint_s"] > 0
+
+
+def change(checkpoint: Path) -> None:
+    """Change one bit of its tensors."""
+    path = checkpoint / "state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_without_a_whole_checkpoint_a_sentence_says_what_a_server_lacks(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def change_and_kill(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 2:
+            change(run / "checkpoints" / "step-00000000")
+            kill(pid_of(run, "server", 0))
+
+    with pytest.raises(WorkerLostError, match=r"no whole checkpoint .*state.safetensors is not what was written.*--resume"):
+        shoal.train(counted_job.job, plan=f"ps=1,workers=1,async,{CALM}", run_dir=run, push_log=True, on_event=change_and_kill)

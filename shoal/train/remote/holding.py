@@ -48,7 +48,7 @@ class Holding(Keeping):
     def _bury(self, lost: Lost) -> None:
         raise NotImplementedError
 
-    def _id_of(self, unit: int) -> tuple[int, int, int]:
+    def _settled_at(self, step: int) -> tuple[int, int, int]:
         raise NotImplementedError
 
     def _hear_from(self, asked: Asked) -> None:
@@ -102,7 +102,7 @@ class Holding(Keeping):
         with contextlib.ExitStack() as stack:
             client = Client(self._chains.heads, self._meeting.keys, patience, self._look_around)
             stack.callback(client.close)
-            settled = self._id_of(self._first_step * self._per_step)
+            settled = self._settled_at(self._first_step)
             for server in self._placement.servers:
                 client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
             self._tables.client = client  # type: ignore[attr-defined]
@@ -141,7 +141,7 @@ class Holding(Keeping):
         """Another one that has the same shard answers for it at once; without one the run cannot go on."""
         rank, chains = lost.member.rank, self._chains
         comes_back = lost.returns or self._members.is_own("server", rank)
-        if self._log.kept and self._client is not None and comes_back:
+        if self._log.kept and self._log.baselines and self._client is not None and comes_back:
             self._bring_back(rank, step)
             return
         if self._client is None and self._may_begin_again(rank):
@@ -167,17 +167,17 @@ class Holding(Keeping):
 
     def _bring_back(self, rank: int, step: int) -> None:
         """A server that keeps a log has died: another process goes on from it."""
-        died_at, baseline, client = time.monotonic(), self._log.baseline, self._client
-        assert baseline is not None and client is not None
-        settled = self._id_of(baseline.step * self._per_step)
-        self._recovery.bring_back(rank, self._let_in, settled)
+        died_at, client = time.monotonic(), self._client
+        assert client is not None
+        self._recovery.bring_back(rank, self._let_in)
         self._chains.know({m.rank: m.address for m in self._members.joined("server")})
         client.connect(rank, self._chains.heads[rank])
         self._source.follow(self._chains.heads)
-        # The store has the checkpoint's state by now.
-        self._collected = -1
         after_s, pid = time.monotonic() - died_at, self._members.of["server", rank].pid
-        self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="replayed", role="server")
+        self._emit(
+            "recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="replayed", role="server",
+            parts_s=self._recovery.seconds,
+        )  # fmt: skip
 
     def _let_in(self, asked: Asked) -> None:
         self._take_said(asked)

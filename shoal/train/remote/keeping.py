@@ -75,8 +75,7 @@ class Keeping(Session):
 
     def _collect(self) -> None:
         """Bring the servers' state into the store; nobody is at work."""
-        # Anew where a server was brought back meanwhile, for which the store had to hold the last checkpoint.
-        while self._client is not None and self._collected != self._recorder.step:
+        if self._client is not None and self._collected != self._recorder.step:
             self._collected = self._recorder.step
             for server in self._placement.servers:
                 snapshot = self._client.take(server, None, {}, partial(self._state.check, server))

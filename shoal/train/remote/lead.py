@@ -88,7 +88,7 @@ class RemoteLead(Holding):
         self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
         run = self._directory.path
         self._log = RemoteLog(run, self._plan, wants_log(self._options.push_log, self._plan, run), store, host)
-        self._recovery = Recovery(desk, members, meeting, self._log, store, self._state, self._tables)  # type: ignore[arg-type]
+        self._recovery = Recovery(desk, members, meeting, self._log, self._settled_at, self._emit)
         first = self._restore(store)
         self._write_beginning(first)
         self._recorder = LoggedRecorder(store, self._emit, settings, first, self._log)
@@ -368,6 +368,10 @@ class RemoteLead(Holding):
         tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
         heads, frames = messages.pack_tensors(tensors)
         return heads, [bytes(frame) for frame in frames]
+
+    def _settled_at(self, step: int) -> tuple[int, int, int]:
+        """The first push behind a step."""
+        return self._id_of(step * self._per_step)
 
     def _id_of(self, unit: int) -> tuple[int, int, int]:
         return push_id(unit, self._per_step, self._settings.steps_per_epoch)

@@ -39,9 +39,10 @@ from shoal.train.pacing import PushRecorder
 from shoal.train.push_log import KeptLog, discard, full
 from shoal.train.recorder import Emit
 from shoal.train.remote.coordinator import went_on
-from shoal.train.remote.state import RemoteTables, StoreState, placement_of, push_id
+from shoal.train.remote.state import RemoteTables, StoreState, placement_of, push_id, put_rows
 from shoal.train.replay import (
     EPOCHS,
+    FOLDER,
     UNITS,
     Progress,
     SessionLog,
@@ -51,7 +52,7 @@ from shoal.train.replay import (
     tell_epochs,
     tell_pushes,
 )
-from shoal.train.row_tables import cold_path, read_rows
+from shoal.train.row_tables import cold_path
 from shoal.train.schedule import Schedule
 from shoal.train.settings import RunSettings, units_of
 from shoal.train.update_log import Commit, LogTrouble, log_limit, log_name
@@ -88,8 +89,8 @@ class RemoteLog(KeptLog):
         self._whole_epochs: list[dict[str, Any]] = []
         self._eval_losses: list[float] = []
         self._per_epoch, self._per_step = 1, units_of(plan, host.facts())
-        self.baseline: Checkpoint | None = None
-        """What servers that come again begin with."""
+        self.baselines: list[Checkpoint] = []
+        """What servers that come again may begin with, the newest last: the logs have all pushes behind each of them."""
         self._units: LogWriter | None = None
         self._durable = -1
         self._mark = -1
@@ -149,11 +150,7 @@ class RemoteLog(KeptLog):
             with _tables(facts.tables, settings.cold_dir) as held:
                 shard = Shard(DensePart(placement.pieces_of(server), host.optimizer_over), held, host.staleness_factor)
                 shard.restore(state.give(server, found.base.step, settled, began_with))
-                for number, table in held.items():
-                    for saved, _ in read_rows(found.base.path, number, table.spec):
-                        own = placement.split_rows(number, saved).get(server)
-                        if own is not None:
-                            table.put(own)
+                put_rows(found.base.path, placement, server, held)
                 do_again(shard, Staged(shard), told, lambda ids: counts.issuperset(ids))
                 held_by.append(shard.snapshot(row_shards={}))
                 rows += [(n, table.export(placement.row_shards_of(server, n))) for n, table in held.items()]
@@ -213,6 +210,12 @@ class RemoteLog(KeptLog):
         for eval_loss in self._eval_losses:
             schedule.after_epoch(eval_loss)
 
+    def name_of(self, found: Checkpoint) -> str:
+        """Where in the run's directory one of the ``baselines`` is."""
+        beside = self.directory / _BASE
+        folder = f"{FOLDER}/{self.directory.name}/{_BASE}" if found.path.parent == beside else "checkpoints"
+        return f"{folder}/{found.path.name}"
+
     @property
     def ahead_ids(self) -> list[PushId]:
         """Pushes that the servers begin with, behind the first step."""
@@ -220,7 +223,7 @@ class RemoteLog(KeptLog):
 
     def begin(self, first: int, last: Checkpoint | None, write: WriteBase) -> None:
         """The servers have what the run begins with, at step ``first``, and nobody works yet; ``last``: the run's checkpoint."""
-        self._first, self.baseline = first, last
+        self._first, self.baselines = first, [] if last is None else [last]
         if not self.kept and self._found is None:
             return
         if last is None:
@@ -230,7 +233,7 @@ class RemoteLog(KeptLog):
             self.directory.mkdir(parents=True, exist_ok=True)
             if self._found is not None:
                 (self.directory / _BASE).mkdir(exist_ok=True)
-                self.baseline = write(self.directory / _BASE, {_AHEAD: [row.tolist() for row in self._ahead]})
+                self.baselines = [write(self.directory / _BASE, {_AHEAD: [row.tolist() for row in self._ahead]})]
             session.begin()
             if self.kept:
                 self._units = LogWriter(self.directory, UNITS, self._on_durable, log_limit())
@@ -248,12 +251,12 @@ class RemoteLog(KeptLog):
         log = self._units
         if log is None or not units:
             return
-        assert self.baseline is not None
+        mark = self.baselines[-1].step
         number = 0 if log.last is None else log.last + 1
         store = self._store
         try:
-            log.begin(number, self.baseline.step, cut=self.baseline.step > self._mark)
-            self._mark = self.baseline.step
+            log.begin(number, mark, cut=mark > self._mark)
+            self._mark = mark
             buffers = [(k, (store.buffer(0, k).contiguous().numpy().tobytes(),)) for k in range(len(store.table.buffers))]
             log.add(Kind.BYTES, buffers)
             log.commit(Commit(np.stack([recorder.ledger.row(unit) for unit in units]), None).to_bytes())
@@ -280,7 +283,7 @@ class RemoteLog(KeptLog):
         if oldest > self._first:
             shutil.rmtree(self.directory / _BASE, ignore_errors=True)
             discard(self._old)
-        self.baseline = found
+        self.baselines = [*(b for b in self.baselines if b.step >= oldest and b.path != found.path), found]
 
     def close(self) -> None:
         if self._units is not None:

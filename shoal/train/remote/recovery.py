@@ -8,19 +8,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from shoal.comm.store import Store
 from shoal.errors import RequestError, WorkerLostError
 from shoal.ps.applied import PushId
 from shoal.ps.client import Client, Patience
 from shoal.ps.logged import Mark, Recover
-from shoal.train import checkpoint as checkpoints
+from shoal.ps.requests import Damaged
+from shoal.train.recorder import Emit
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import Meeting
-from shoal.train.remote.log import RemoteLog, numbers_in
+from shoal.train.remote.log import RemoteLog
 from shoal.train.remote.members import Members
-from shoal.train.remote.state import RemoteTables, StoreState
+from shoal.train.remote.state import kept_of
 from shoal.train.update_log import log_name
 
 _JOIN_S = 120.0
@@ -32,25 +33,28 @@ _MOST_DEATHS = 5
 class Recovery:
     """Looks after the servers' logs.
 
+    Args:
+        settled_at: the first push behind a step.
+
     Attributes:
         backlog: what was asked while a server was brought back.
-        versions: how many updates each server had made when the last checkpoint was written.
+        seconds: what the parts of the last recovery took.
     """
 
     def __init__(
-        self, desk: Desk, members: Members, meeting: Meeting, log: RemoteLog, store: Store, state: StoreState,
-        tables: RemoteTables,
+        self, desk: Desk, members: Members, meeting: Meeting, log: RemoteLog, settled_at: Callable[[int], PushId], emit: Emit
     ) -> None:  # fmt: skip
         self._desk, self._members, self._meeting = desk, members, meeting
-        self._log, self._store, self._state, self._tables = log, store, state, tables
+        self._log, self._settled_at, self._emit = log, settled_at, emit
         self.backlog: list[Asked] = []
-        self.versions: dict[int, int] = {}
+        self.seconds: dict[str, float] = {}
+        # By the step of a checkpoint: how many updates each server had made when it was written.
+        self._versions: dict[int, dict[int, int]] = {}
         self._deaths: Counter[int] = Counter()
 
     def begin(self, client: Client) -> None:
         """The servers have what the run begins with: let them write their logs from here on."""
-        assert self._log.baseline is not None
-        mark = self._log.baseline.step
+        mark = self._log.baselines[-1].step
         for server in client.places:
             client.wait([client.send(server, lambda n: Recover(n, mark))], "a server to begin its log")
         deadline = time.monotonic() + _SEEN_S
@@ -65,16 +69,16 @@ class Recovery:
 
     def checkpointed(self, client: Client, versions: Mapping[int, int]) -> None:
         """A checkpoint holds all that the servers have, and nobody works."""
-        assert self._log.baseline is not None
-        self.versions = dict(versions)
-        mark = self._log.baseline.step
+        mark = self._log.baselines[-1].step
+        kept = {found.step for found in self._log.baselines}
+        self._versions = {step: made for step, made in self._versions.items() if step in kept} | {mark: dict(versions)}
         client.wait([client.send(s, lambda n: Mark(n, mark)) for s in client.places], "a server to go on with its log")
 
     def heard(self) -> None:
         """All servers have done something."""
         self._deaths.clear()
 
-    def bring_back(self, rank: int, take: Callable[[Asked], None], settled: PushId) -> str:
+    def bring_back(self, rank: int, take: Callable[[Asked], None]) -> str:
         """Start a server again that has died, or let its keeper do so; its address.
 
         Args:
@@ -94,7 +98,7 @@ class Recovery:
             if self._members.is_own("server", rank):
                 self._members.start("server", rank)
             address = self._await(rank, take)
-            if address is not None and self._fill(rank, address, settled, take):
+            if address is not None and self._fill(rank, address, take):
                 return address
 
     def _await(self, rank: int, take: Callable[[Asked], None]) -> str | None:
@@ -131,8 +135,8 @@ class Recovery:
             return False
         return bool(member.died) or (member.process is not None and member.process.poll() is not None)
 
-    def _fill(self, rank: int, address: str, settled: PushId, take: Callable[[Asked], None]) -> bool:
-        """Give a server what it has lost; False where it has died meanwhile."""
+    def _fill(self, rank: int, address: str, take: Callable[[Asked], None]) -> bool:
+        """Let a server have what it has lost; False where it has died meanwhile."""
 
         class Died(Exception):
             pass
@@ -142,26 +146,32 @@ class Recovery:
             if self._is_dead(rank):
                 raise Died
 
-        baseline = self._log.baseline
-        assert baseline is not None
-        self._read(baseline)
         client = Client({rank: address}, self._meeting.keys, Patience(deadline_s=self._meeting.deadline_s), look)
         try:
-            version = self.versions.get(rank, baseline.step)
-            client.put(rank, self._state.give(rank, version, settled, self._log.ahead_ids), whole=True)
-            self._tables.fill_again(client, rank, baseline.path)
-            client.wait([client.send(rank, lambda n: Recover(n, baseline.step))], "a server to do again what its log has")
+            self.seconds = self._go_on(client, rank)
         except Died:
             return False
         finally:
             client.close()
         return True
 
-    def _read(self, baseline: checkpoints.Checkpoint) -> None:
-        """Let the store hold what the checkpoint has; its buffers are those of now."""
-        table = self._store.table
-        kept = [[self._store.buffer(parity, k).clone() for parity in (0, 1)] for k in range(len(table.buffers))]
-        self._state.numbers = numbers_in(checkpoints.restore(baseline, self._store))
-        for k, both in enumerate(kept):
-            for parity, buffer in enumerate(both):
-                self._store.buffer(parity, k).copy_(buffer)
+    def _go_on(self, client: Client, rank: int) -> dict[str, float]:
+        """Let a server go on from the newest checkpoint that is whole and what its log has behind that; what it took."""
+        log, damage = self._log, ""
+        mark = log.baselines[-1].step
+        for found in reversed(log.baselines):
+            version = self._versions.get(found.step, {}).get(rank, found.step)
+            kept = kept_of(version, self._settled_at(found.step), log.ahead_ids)
+            asked = partial(Recover, mark=mark, checkpoint=log.name_of(found), since=found.step, kept=kept)
+            ticket = client.send(rank, asked)
+            try:
+                client.wait([ticket], "a server to do again what its log has")
+            except Damaged as error:
+                damage = str(error)
+                self._emit("checkpoint_damaged", path=str(found.path), reason=damage)
+                continue
+            return dict(getattr(ticket.answer, "seconds", {}))
+        raise WorkerLostError(
+            f"Server {rank} died, and there is no whole checkpoint for another one to begin with ({damage}), without which its "
+            "log is of no use; put back what was changed, and go on with --resume."
+        )

@@ -19,6 +19,7 @@ from shoal.ps.shard import Shard
 from shoal.ps.shard_server import ShardServer
 from shoal.ps.table import Table
 from shoal.train.host import TrainHost
+from shoal.train.remote.beginning import FromCheckpoint
 from shoal.train.remote.line import Line, Meeting
 from shoal.train.remote.state import placement_of
 from shoal.train.remote.words import LogFailed
@@ -64,7 +65,15 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
                 reason = server.trouble
                 line.ask(lambda n: LogFailed(n, number, reason), "the end of the run")
 
-        server = _server(shard, endpoint, meeting, plan, placed.log, number)
+        run = Path(placed.checkpoints).parent
+        begin = FromCheckpoint(run, shard, facts.table, placement, number % plan.servers)
+        if plan.replicas:
+            server: ShardServer = ChainServer(shard, endpoint, meeting.keys)
+        elif placed.log:
+            log = ToldLog(Path(placed.log), log_name(number), endpoint, log_limit())
+            server = LoggedServer(shard, endpoint, log, begin)
+        else:
+            server = ShardServer(shard, endpoint)
         server.serve(lambda: over, between)
         for table in tables.values():
             table.close()
@@ -78,9 +87,3 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
         line.close()
 
 
-def _server(shard: Shard, endpoint: Endpoint, meeting: Meeting, plan: Plan, log: str, number: int) -> ShardServer:
-    if plan.replicas:
-        return ChainServer(shard, endpoint, meeting.keys)
-    if not log:
-        return ShardServer(shard, endpoint)
-    return LoggedServer(shard, endpoint, ToldLog(Path(log), log_name(number), endpoint, log_limit()))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
 from shoal.errors import RequestError
-from shoal.ps.applied import PushId
+from shoal.ps.applied import NOTHING, PushId
 from shoal.ps.checks import check_rows, parse_name, parse_number
 from shoal.ps.client import Client
 from shoal.ps.dense import PIECE_BYTES, Piece, cut
@@ -21,7 +23,7 @@ from shoal.ps.lbfgs import DIRECTION
 from shoal.ps.placement import Placement
 from shoal.ps.shard import Kept, Snapshot
 from shoal.ps.spec import TableSpec
-from shoal.ps.table import Rows, from_tensors, to_tensors
+from shoal.ps.table import Rows, Table, from_tensors, to_tensors
 from shoal.train.checkpoint import ScalarRows
 from shoal.train.row_tables import prefix_of, read_rows, write_rows
 
@@ -49,6 +51,56 @@ def push_id(unit: int, workers: int, steps_per_epoch: int) -> PushId:
     return (*divmod(step, steps_per_epoch), shard)
 
 
+def kept_of(version: int, settled: PushId, ids: Iterable[PushId]) -> Kept:
+    """What a server begins with that is no tensor: how many updates it counts, and which pushes are in it."""
+    return Kept(version=version, settled=settled, ids=tuple(ids), groups=(), numbers={}, row_shards={})
+
+
+Read = Callable[[str, str], torch.Tensor]
+"""Reads a whole tensor by its kind (``weights``, ``state.KEY``, ``scalars``) and its parameter, as a checkpoint names them."""
+
+
+def snapshot_of(
+    table: ParameterTable, pieces: Iterable[Piece], read: Read, numbers: Mapping[str, dict[str, Any]], kept: Kept
+) -> Snapshot:
+    """Pieces as a server takes them up, as views of what is read.
+
+    Args:
+        numbers: of each parameter, what its optimizer state has that is no tensor.
+        kept: the rest, but for these.
+    """
+    read = functools.cache(read)
+    tensors: dict[str, torch.Tensor] = {}
+    held: dict[str, dict[str, Any]] = {}
+    keys = list(table.state_keys)
+    for piece in pieces:
+
+        def part(kind: str, of: Piece = piece) -> torch.Tensor:
+            return read(kind, of.name).reshape(-1)[of.start : of.stop]
+
+        tensors[f"weights/{piece.number}"] = part("weights")
+        # In a file it may begin anywhere.
+        row = read("scalars", piece.name).clone()
+        # L-BFGS begins with vectors that are zero.
+        if not int(row[:8].view(torch.int64)) and DIRECTION not in keys:
+            continue
+        if table.elementwise:
+            state = {key: scalar_of(table, row, key) for key in table.scalar_keys} | {k: part(f"state.{k}") for k in keys}
+        else:
+            own = [s.key for s in table.states if table.parameters[s.parameter].name == piece.name]
+            state = {key: read(f"state.{key}", piece.name) for key in own}
+        tensors.update({f"state.{key}/{piece.number}": tensor for key, tensor in state.items()})
+        if numbers.get(piece.name):
+            held[str(piece.number)] = numbers[piece.name]
+    return Snapshot(msgspec.structs.replace(kept, numbers=held), tensors)
+
+
+def scalar_of(table: ParameterTable, row: torch.Tensor, key: str) -> torch.Tensor:
+    """A scalar of the optimizer's state in the row of a parameter's scalars: a view."""
+    at = 8 * (1 + table.scalar_keys.index(key))
+    return row[at : at + table.scalar_dtype.itemsize].view(table.scalar_dtype)[0]
+
+
 class StoreState:
     """A store's weights and optimizer state as pieces; ``numbers``: of each parameter, what its state has that is no tensor."""
 
@@ -60,19 +112,16 @@ class StoreState:
 
     def give(self, server: int, version: int, settled: PushId, ids: Iterable[PushId] = ()) -> Snapshot:
         """What a server begins with; ``settled``, ``ids``: what is in it."""
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, dict[str, Any]] = {}
-        for piece in self._placement.pieces_of(server):
-            index = self._index[piece.name]
-            tensors[f"weights/{piece.number}"] = self._store.weights[index].reshape(-1)[piece.start : piece.stop]
-            flag, scalars = self._scalars(index)
-            # L-BFGS begins with vectors that are zero.
-            if int(flag) or DIRECTION in self._store.table.state_keys:
-                tensors.update({f"state.{k}/{piece.number}": t for k, t in {**scalars, **self._tensors(index, piece)}.items()})
-                if self.numbers.get(piece.name):
-                    numbers[str(piece.number)] = self.numbers[piece.name]
-        kept = Kept(version=version, settled=settled, ids=tuple(ids), groups=(), numbers=numbers, row_shards={})
-        return Snapshot(kept, tensors)
+        kept = kept_of(version, settled, ids)
+        return snapshot_of(self._store.table, self._placement.pieces_of(server), self._read, self.numbers, kept)
+
+    def _read(self, kind: str, name: str) -> torch.Tensor:
+        store, index = self._store, self._index[name]
+        if kind == "weights":
+            return store.weights[index]
+        if kind == "scalars":
+            return self._rows.of(index)[0]
+        return self._tensors(index)[kind.removeprefix("state.")]
 
     def check(self, server: int, snapshot: Snapshot) -> None:
         """RequestError where that is not what a server holds."""
@@ -115,7 +164,7 @@ class StoreState:
                 held[key].copy_(tensor.view_as(held[key]))
             else:
                 for row in self._rows.of(index):
-                    self._scalar(row, key).copy_(tensor.view(()))
+                    scalar_of(self._store.table, row, key).copy_(tensor.view(()))
         for number, values in snapshot.kept.numbers.items():
             if values:
                 self.numbers[pieces[int(number)].name] = dict(values)
@@ -126,24 +175,24 @@ class StoreState:
             for parity in (0, 1):
                 self._store.buffer(parity, index).copy_(found[spec.name])
 
-    def _tensors(self, index: int, piece: Piece) -> dict[str, torch.Tensor]:
-        """The optimizer's tensors of a piece, by key: views of the store."""
+    def _tensors(self, index: int, piece: Piece | None = None) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors of a piece, or of a whole parameter, by key: views of the store."""
         store, spec = self._store, self._store.table.trained[index]
         if store.table.elementwise:
             width = spec.dtype.itemsize
-            low, high = spec.offset + piece.start * width, spec.offset + piece.stop * width
+            start, stop = (0, spec.numel) if piece is None else (piece.start, piece.stop)
+            low, high = spec.offset + start * width, spec.offset + stop * width
             return {key: store.state_range(k, low, high, spec.dtype) for k, key in enumerate(store.table.state_keys)}
         return {s.key: store.state_tensor(k) for k, s in enumerate(store.table.states) if s.parameter == index}
 
-    def _scalars(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        row = self._rows.of(index)[0]
-        keys = self._store.table.scalar_keys if self._store.table.elementwise else ()
-        return row[:8].view(torch.int64)[0], {key: self._scalar(row, key) for key in keys}
 
-    def _scalar(self, row: torch.Tensor, key: str) -> torch.Tensor:
-        table = self._store.table
-        at = 8 * (1 + table.scalar_keys.index(key))
-        return row[at : at + table.scalar_dtype.itemsize].view(table.scalar_dtype)[0]
+def put_rows(checkpoint: Path, placement: Placement, server: int, tables: Mapping[int, Table]) -> None:
+    """Let the tables of a server hold its rows of a checkpoint."""
+    for number, table in tables.items():
+        for saved, _ in read_rows(checkpoint, number, table.spec):
+            own = placement.split_rows(number, saved).get(server)
+            if own is not None:
+                table.put(own)
 
 
 class RemoteTables:
@@ -176,24 +225,13 @@ class RemoteTables:
         """Give the servers the rows that the run begins with."""
         assert self.client is not None
         for number, rows, _ in self._begin:
-            self._give(self.client, number, rows, self._placement.servers)
+            for server, own in self._placement.split_rows(number, rows).items():
+                tensors = {f"rows/{number}/{name}": tensor for name, tensor in to_tensors(own, None).items()}
+                self.client.put(server, Snapshot(kept_of(0, NOTHING, ()), tensors), whole=False)
 
     def begun(self) -> None:
         """The servers have them."""
         self._begin = []
-
-    def fill_again(self, client: Client, server: int, checkpoint: Path) -> None:
-        """Give a server the rows that it had when a checkpoint was written."""
-        for number, spec in enumerate(self._specs):
-            for rows, _ in read_rows(checkpoint, number, spec):
-                self._give(client, number, rows, (server,))
-
-    def _give(self, client: Client, number: int, rows: Rows, servers: Sequence[int]) -> None:
-        for server, own in self._placement.split_rows(number, rows).items():
-            if server in servers:
-                tensors = {f"rows/{number}/{name}": tensor for name, tensor in to_tensors(own, None).items()}
-                kept = Kept(version=0, settled=(0, 0, 0), ids=(), groups=(), numbers={}, row_shards={})
-                client.put(server, Snapshot(kept, tensors), whole=False)
 
     def begin_again(self, found: Sequence[tuple[int, Rows]]) -> None:
         """Let tables hold these rows, by the table's number, instead of those that a checkpoint had."""

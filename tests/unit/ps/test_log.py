@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.ps.log import Kind, LogWriter, Push, newest, prune, read, segments
+from shoal.ps.log import Kind, LogWriter, Push, TornError, newest, prune, read, segments, whole
 
 
 def write(writer: LogWriter, number: int, mark: int = 0, cut: bool = False, size: int = 40) -> None:
@@ -119,3 +119,22 @@ def test_of_each_place_the_newest_is_kept_in_the_order_of_writing(small: tuple[P
         (Kind.BYTES, 64), (Kind.BYTES, 1002), (Kind.ROWS, 3),
     ]  # fmt: skip
     assert bytes(found[4].read()) == bytes([2]) * 40
+
+
+def test_numbers_in_a_log_lie_where_they_can_be_used_and_what_is_torn_is_told_before_it_is_given(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path, "a", segment_bytes=600)
+    for number in range(40):
+        write(writer, number, size=number)
+    writer.close()
+    found = read(tmp_path, "a")
+    assert [push.number for push in whole(found)] == list(range(40))
+    assert {frame.at % 16 for push in found for frame in push.frames} == {0}
+    torn = found[25].frames[1]
+    data = bytearray(torn.segment.path.read_bytes())
+    data[torn.at] ^= 1
+    torn.segment.path.write_bytes(data)
+    given, pushes = list[int](), whole(read(tmp_path, "a"))
+    with pytest.raises(TornError):
+        for push in pushes:
+            given.append(push.number)
+    assert given == list(range(25))

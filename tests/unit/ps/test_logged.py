@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from shoal.ps import messages
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.log import segments
-from shoal.ps.logged import LoggedServer, Mark, Recover, ToldLog, do_again, read_told
-from shoal.ps.shard import Shard
+from shoal.ps.logged import LoggedServer, Mark, Recover, TakeUp, ToldLog, do_again, read_told
+from shoal.ps.requests import Damaged
+from shoal.ps.shard import Kept, Shard, Snapshot
 from shoal.ps.staged import Staged
 from shoal.ps.staleness import inverse
 from shoal.ps.wire import encode
@@ -25,10 +27,12 @@ QUICK = Patience(deadline_s=20.0, retry_s=5.0)
 
 
 @contextlib.contextmanager
-def served(directory: Path, shard: Shard, limit: int | None = None) -> Iterator[tuple[Client, LoggedServer]]:
+def served(
+    directory: Path, shard: Shard, limit: int | None = None, take_up: TakeUp | None = None
+) -> Iterator[tuple[Client, LoggedServer]]:
     keys = RunKeys.new()
     endpoint = Endpoint(keys)
-    server = LoggedServer(shard, endpoint, ToldLog(directory, "server-0", endpoint, limit))
+    server = LoggedServer(shard, endpoint, ToldLog(directory, "server-0", endpoint, limit), take_up)
     with Serving(server.serve, "server") as serving, contextlib.closing(Client({0: endpoint.address}, keys, QUICK)) as client:
         yield client, server
     endpoint.close()
@@ -122,3 +126,36 @@ def test_a_full_disk_is_told_and_nothing_that_was_acknowledged_is_lost(tmp_path:
         recover(client, 0)
         assert same(first, second)
         client.commit([(0, 0, 0)], (0, 0, 0))
+
+
+def test_another_server_takes_up_a_checkpoint_once_and_goes_on_behind_it(tmp_path: Path) -> None:
+    first, begun = a_shard(), a_shard()
+    with served(tmp_path, first) as (client, _):
+        recover(client, 0)
+        client.acknowledged(client.push({0: a_push(0)}))
+        begun.apply(a_push(0))
+        client.wait([client.send(0, lambda n: Mark(n, 1))], "a mark")
+        client.acknowledged(client.push({0: a_push(1)}))
+    checkpoint, second = begun.snapshot(), a_shard()
+
+    def take_up(name: str, kept: Kept) -> None:
+        if name == "changed":
+            raise Damaged("changed is damaged")
+        second.restore(Snapshot(kept, checkpoint.tensors))
+
+    with served(tmp_path, second, take_up=take_up) as (client, server):
+        for name, error in (("changed", Damaged), ("", JobFailed)):
+            # Neither what is damaged, nor what nobody has said enough of.
+            with pytest.raises(error):
+                ask = partial(Recover, mark=2, checkpoint=name or "whole", since=1, kept=checkpoint.kept if name else None)
+                client.wait([client.send(0, ask)], "recovery")
+        number = client.send(0, lambda n: Recover(n, 2, "whole", 1, checkpoint.kept)).number
+        client.wait([client.send(0, messages.Ping)], "an answer")
+        assert same(first, second)
+        client.acknowledged(client.push({0: a_push(2)}))
+        # The same again, on its way for long: what was done since is not undone.
+        again = encode(Recover(number, 2, "whole", 1, checkpoint.kept))
+        client._sockets[0].send_multipart([again])
+        assert client.ping(0) == 3 and not same(first, second)
+        assert server._log.mark == 2
+    assert [segment.mark for segment in segments(tmp_path, "server-0")] == [0, 1, 2]
