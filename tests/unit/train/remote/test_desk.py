@@ -98,7 +98,7 @@ def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_d
     lead = object.__new__(RemoteLead)
     lead._desk, lead._members, lead._built, lead._gone, lead._client = desk, members, "net", set(), None
     lead._turned_away = set()
-    lead._recovery = Recovery(desk, members, *[None] * 5)  # type: ignore[arg-type]
+    lead._recovery = Recovery(desk, members, *[None] * 4)  # type: ignore[arg-type]
     lines = [Line(where, "worker", number) for number in range(3)]
 
     def say(line: Line, word: type, **fields: object) -> None:
