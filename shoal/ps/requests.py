@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -23,6 +25,9 @@ DEADLINE_S = 600.0
 RETRY_S = 2.0
 PUSHES_ON_THE_WAY = 4
 _SLICE_S = 0.1
+# What is sent again takes memory of whoever is slow to read it, so there is more time for what is large, and for the next time.
+_LEAST_BYTES_S = 20e6
+_MOST_DOUBLINGS = 3
 _QUEUED = 64
 
 
@@ -51,18 +56,31 @@ class Ticket:
     head: bytes
     frames: Sequence[Any]
     check: Check = no_check
-    sent_at: float = 0.0
+    sent_at: float = -math.inf
+    times: int = 0
     answer: Any = None
     further: list[memoryview] = field(default_factory=list)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """How large the request is."""
+        return sum(memoryview(frame).nbytes for frame in self.frames)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for an answer, after which time to ask again, and how many pushes may be on the way."""
+    """How long to wait for an answer, after which time to ask again, and how many pushes may be on the way.
+
+    What is large, or was sent again already, has longer before it is sent again.
+    """
 
     deadline_s: float = DEADLINE_S
     retry_s: float = RETRY_S
     pushes: int = PUSHES_ON_THE_WAY
+
+    def again_s(self, times: int, nbytes: int) -> float:
+        """How long to wait for an answer to so large a request that was sent so often."""
+        return self.retry_s * 2 ** min(max(times - 1, 0), _MOST_DOUBLINGS) + nbytes / _LEAST_BYTES_S
 
 
 PATIENCE = Patience()
@@ -106,7 +124,7 @@ class Requests:
         self._poller.register(socket, zmq.POLLIN)
         for ticket in self._open.values():
             if ticket.place == place:
-                ticket.sent_at = 0.0
+                ticket.sent_at, ticket.times = -math.inf, 0
 
     def disconnect(self, place: int) -> None:
         """Speak to somebody no longer."""
@@ -142,6 +160,7 @@ class Requests:
         except zmq.Again:
             # Its queue is full: there is time until this one is sent again.
             return
+        ticket.times += 1
 
     def wait(self, tickets: Sequence[Ticket], what: str) -> None:
         """Wait until all are answered. DeadlineError, with ``what`` and whom it was waited for, where that takes too long.
@@ -173,7 +192,7 @@ class Requests:
 
     def again(self, ticket: Ticket) -> None:
         """Send a request again that has had no answer for too long."""
-        if ticket.answer is None and time.monotonic() - ticket.sent_at > self.patience.retry_s:
+        if ticket.answer is None and time.monotonic() - ticket.sent_at > self.patience.again_s(ticket.times, ticket.nbytes):
             self._transmit(ticket)
 
     def _forget(self, tickets: Iterable[Ticket]) -> None:

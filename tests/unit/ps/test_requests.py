@@ -14,7 +14,7 @@ import torch
 from shoal.ps import messages
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys
-from shoal.ps.messages import Block, Done, Normed, Pulled, PulledRows, Taken, Tensor
+from shoal.ps.messages import Block, Done, Normed, Ping, Pulled, PulledRows, Taken, Tensor
 from shoal.ps.shard import Kept
 from shoal.ps.wire import encode
 
@@ -80,3 +80,25 @@ def test_what_a_server_answers_is_looked_at_before_it_is_taken_over() -> None:
         assert taken.tensors["weights/0"].tolist() == [0.0, 1.0, 2.0, 3.0]
         assert answered(client, endpoint, [right, (pulled(), [])], done, lambda: client.ping(0)) == 3
         assert isinstance(messages.decode_answer([encode(Done(1, 2))]), Done)
+
+
+def test_what_is_large_or_was_sent_again_has_longer_before_it_is_sent_again() -> None:
+    patience = Patience(deadline_s=600.0, retry_s=2.0)
+    assert [patience.again_s(times, 0) for times in (0, 1, 2, 3, 4, 50)] == [2.0, 2.0, 4.0, 8.0, 16.0, 16.0]
+    # Else what a slow server has not read yet fills its memory again and again.
+    assert patience.again_s(1, 1_000_000_000) == 52.0
+    keys = RunKeys.new()
+    with contextlib.ExitStack() as stack:
+        endpoint = stack.enter_context(contextlib.closing(Endpoint(keys)))
+        client = stack.enter_context(contextlib.closing(Client({0: endpoint.address}, keys, Patience(60.0, 1e6))))
+        ticket = client.send(0, Ping, [bytes(1000)])
+        client.again(ticket)
+        assert (ticket.times, ticket.nbytes) == (1, 1000)
+        ticket.sent_at -= 1e6 + 1
+        client.again(ticket)
+        client.again(ticket)
+        assert ticket.times == 2
+        # To another one at once.
+        client.connect(0, endpoint.address)
+        client.again(ticket)
+        assert ticket.times == 1
