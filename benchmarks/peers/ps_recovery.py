@@ -43,7 +43,7 @@ from shoal.ps.client import Client, Patience
 from shoal.ps.dense import DensePart, cut
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.ledger import regions
-from shoal.ps.replication import ChainServer, follow
+from shoal.ps.replication import ChainServer, follow, lead
 from shoal.ps.shard import Push, Shard
 from shoal.ps.spec import TableSpec
 from shoal.ps.table import Rows
@@ -243,6 +243,7 @@ def chain(nbytes: int) -> dict[str, float]:
     (head, at_head), (tail, at_tail) = start(), start()
     client = Client({0: at_head, 1: at_tail}, keys, Patience(deadline_s=300.0, retry_s=10.0))
     follow(client, 0, at_tail)
+    lead(client, 0)
 
     def push(k: int, server: int, whole: bool = False) -> None:
         dense = {p.number: torch.ones(p.numel) for p in (pieces if whole else pieces[:1])}
@@ -253,6 +254,7 @@ def chain(nbytes: int) -> dict[str, float]:
     began = time.monotonic()
     os.waitpid(head, 0)
     client.disconnect(0)
+    lead(client, 1)
     push(1, 1)
     found = {"recovery_s": time.monotonic() - began}
     replacement, address = start()

@@ -7,10 +7,11 @@ pushes that wait to be applied with others (``sync``), and the word that these a
 an entry says so, and gets it and all behind it once more.
 
 When the head dies, the next one along the chain is the head: it has all that was acknowledged, clients send the rest again, and
-ids see to it that nothing counts twice. From the first push of a client on it takes no entries any more, so that one that only
-seemed to be dead acknowledges nothing. What is read is held by all, too, so that a version means the same bits at whoever is the
-head. When another dies, the one before it is told whom to follow it with. A replacement joins as the tail: it gets a snapshot,
-taken between two entries, with the pushes that wait, and then what came since, while clients go on.
+ids see to it that nothing counts twice. Who is the head is told so, and takes no entries any more, so that one that only seemed
+to be dead acknowledges nothing; whoever is not takes no pushes of clients. What is read is held by all, too, so that a version
+means the same bits at whoever is the head. When another dies, the one before it is told whom to follow it with. A replacement
+joins as the tail: it gets a snapshot, taken between two entries, with the pushes that wait, and then what came since, while
+clients go on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from shoal.ps.checks import check_count
 from shoal.ps.client import Client
 from shoal.ps.dense import Groups
 from shoal.ps.endpoint import Endpoint, RunKeys
-from shoal.ps.messages import Done, Pull, PullRows, PushHead, Refused, Request, Tensor
+from shoal.ps.messages import Commit, Done, Pull, PullRows, PushHead, Refused, Request, Tensor
 from shoal.ps.shard import Kept, Push, Shard, Snapshot
 from shoal.ps.shard_server import ShardServer
 from shoal.ps.staged import MissingError, Staged
@@ -75,7 +76,13 @@ class Follow(msgspec.Struct, tag="follow", frozen=True):
     anew: bool = False
 
 
-_decoder = msgspec.msgpack.Decoder(Forward | Together | Adopt | Follow)
+class Lead(msgspec.Struct, tag="lead", frozen=True):
+    """This server is the head of its chain from now on."""
+
+    number: int
+
+
+_decoder = msgspec.msgpack.Decoder(Forward | Together | Adopt | Follow | Lead)
 
 
 @dataclass
@@ -257,7 +264,7 @@ class ChainServer(ShardServer):
         self.staged = self.chain.staged
         # Whether it was given everything by the one before it.
         self._adopted = False
-        # Whether it has taken a client's push, as only a head does.
+        # Whether it was told that it is the head: nobody else takes a client's pushes.
         self._leads = False
 
     def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
@@ -281,17 +288,24 @@ class ChainServer(ShardServer):
             self.endpoint.send(identity, encode(said))
 
         try:
+            if isinstance(message, (Forward, Together, Adopt)):
+                self._take_entry(message, frames[1:], answer)
+                return
             if isinstance(message, Follow):
                 self.chain.follow_with(message.address, message.anew)
-                answer(Done(message.number, self.shard.version))
             else:
-                self._take_entry(message, frames[1:], answer)
+                self._leads = True
+            answer(Done(message.number, self.shard.version))
         except (Malformed, PartlyApplied, MissingError, ShoalError) as error:
             # What is handed on was found right by the one before; who hands on what is not is none of this chain.
             self.endpoint.complain(str(error))
 
     def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
         applied = self.chain.applied
+        if isinstance(message, (PushHead, Commit)) and not self._leads:
+            # Who does not know who the head is, or is about to be told that this one is, asks again.
+            self.endpoint.complain("a push of a client came to a server that is not the head of its chain")
+            return
         if isinstance(message, (Pull, PullRows)) and self.chain.kept < applied:
             # Nobody is told a version that may not survive: another push might become the one of that number.
             def when_kept(answered: msgspec.Struct, further: Sequence[Any] = ()) -> None:
@@ -300,9 +314,7 @@ class ChainServer(ShardServer):
 
             super()._answer(message, frames, when_kept)
             return
-        taken = self.chain.number
         super()._answer(message, frames, answer)
-        self._leads = self._leads or self.chain.number > taken
 
     def _stage(self, push: Push) -> bool:
         new = super()._stage(push)
@@ -360,3 +372,8 @@ def follow(client: Client, server: int, address: str, anew: bool = False) -> int
     client.wait([ticket], "a server to be followed by another")
     assert isinstance(ticket.answer, Done)
     return ticket.answer.version
+
+
+def lead(client: Client, server: int) -> None:
+    """Tell a server that it is the head of its chain."""
+    client.wait([client.send(server, Lead)], "a server to be the head of its chain")

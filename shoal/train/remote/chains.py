@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from shoal.ps.client import Client
 from shoal.ps.messages import Done, Ping
-from shoal.ps.replication import Follow, follow
+from shoal.ps.replication import Follow, Lead, follow, lead
 from shoal.ps.requests import Ticket
 
 _MOST_DEATHS = 5
@@ -36,6 +36,7 @@ class Chains:
         self._of = {shard: [shard + servers * copy for copy in range(replicas + 1)] for shard in range(servers)}
         self._addresses: dict[int, str] = {}
         self._told: dict[int, Ticket] = {}
+        self._made_heads: dict[int, Ticket] = {}
         self._joining: dict[int, _Joining] = {}
         self._deaths: Counter[int] = Counter()
         self._client: Client | None = None
@@ -57,6 +58,7 @@ class Chains:
     def begin(self, client: Client) -> None:
         """The heads have what the run begins with, and nobody is at work; ``client``: knows every server by its number."""
         for chain in self._of.values():
+            lead(client, chain[0])
             snapshot = client.take(chain[0])
             for rank in chain[1:]:
                 client.put(rank, snapshot, whole=True)
@@ -72,11 +74,14 @@ class Chains:
             return False
         self._deaths[rank] += 1
         self._told.pop(rank, None)
+        self._made_heads.pop(rank, None)
         self._client.disconnect(rank)
         joining = self._joining.get(shard)
         if rank in chain:
             at = chain.index(rank)
             chain.remove(rank)
+            if not at:
+                self._made_heads[chain[0]] = self._client.send(chain[0], Lead)
             if at == len(chain):
                 # Whoever was about to follow it follows the one before it: see ``attend``.
                 self._joining.pop(shard, None)
@@ -106,7 +111,7 @@ class Chains:
         if client is None:
             return []
         client.receive(0.0)
-        for ticket in self._told.values():
+        for ticket in (*self._told.values(), *self._made_heads.values()):
             client.again(ticket)
         for rank, address in joined.items():
             shard = rank % self._servers

@@ -18,7 +18,7 @@ from shoal.ps import messages
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.logged import LoggedServer, Mark, Recover, ToldLog
-from shoal.ps.replication import Adopt, ChainServer, Follow, Forward, Together, follow
+from shoal.ps.replication import Adopt, ChainServer, Follow, Forward, Together, follow, lead
 from shoal.ps.shard import Shard, Snapshot
 from shoal.ps.shard_server import ShardServer
 from shoal.ps.watch import ReadPiece, Watch
@@ -111,6 +111,7 @@ def test_what_is_malformed_ends_no_server(kind: str, tmp_path: Path) -> None:
         hear(rogue, COUNT, serving)
         if kind == "chain":
             follow(client, 0, "")
+            lead(client, 0)
         assert endpoint.dropped > COUNT // 10
         # A right client is served, and has the right bits.
         client.put(0, begun, whole=True)

@@ -12,7 +12,7 @@ from shards import a_push, a_shard, same
 from shoal.errors import DeadlineError
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
-from shoal.ps.replication import ChainServer, follow
+from shoal.ps.replication import ChainServer, follow, lead
 from shoal.ps.requests import Ticket
 from shoal.ps.shard import Shard, add_up
 from shoal.ps.staleness import inverse
@@ -50,6 +50,7 @@ def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_
         head = 0
         follow(client, 0, at[1])
         follow(client, 1, at[2])
+        lead(client, 0)
 
         def send(by: Client, k: int) -> list[Ticket]:
             return by.push({head: pushes[k]}, pulled={head: k - k % 3})
@@ -76,6 +77,7 @@ def test_whoever_of_a_chain_goes_nothing_acknowledged_is_lost_and_a_replacement_
         leave[0].close()
         client.disconnect(0)
         client.connect(0, at[2])
+        lead(client, 0)
         assert client.acknowledged(tickets) == {head: 16}
         # Two replacements join as the tail, one while pushes are on their way to the first.
         at.append(leave[3].enter_context(member(keys, shards[3], "server 3")))
@@ -97,6 +99,7 @@ def test_who_has_missed_a_push_gets_it_once_more_before_any_other():
     keys, first, second = RunKeys.new(), a_shard(), a_shard()
     with member(keys, first, "head") as head:
         client = Client({0: head}, keys, QUICK)
+        lead(client, 0)
         with member(keys, a_shard(), "tail") as tail:
             follow(client, 0, tail)
             client.acknowledged(client.push({0: a_push(0)}))
@@ -121,13 +124,22 @@ def test_a_head_that_was_given_up_and_lives_acknowledges_nothing_any_more():
     with member(keys, first, "head") as head, member(keys, second, "successor") as successor:
         client = Client({0: head, 1: successor}, keys, QUICK)
         follow(client, 0, successor)
+        lead(client, 0)
         client.acknowledged(client.push({0: a_push(0)}))
-        assert client.acknowledged(client.push({1: a_push(1)})) == {1: 2}
-        hasty = Client({0: head}, keys, Patience(0.5, 0.1))
-        with pytest.raises(DeadlineError, match="has not answered"):
-            hasty.acknowledged(hasty.push({0: a_push(2)}))
-        hasty.close()
-        assert client.acknowledged(client.push({1: a_push(2)})) == {1: 3}
+
+        def is_not_taken(server: int, address: str, k: int) -> None:
+            hasty = Client({server: address}, keys, Patience(0.5, 0.1))
+            with pytest.raises(DeadlineError, match="has not answered"):
+                hasty.acknowledged(hasty.push({server: a_push(k)}))
+            hasty.close()
+
+        # Nobody but the head takes pushes, and whoever sends them elsewhere does not part the chain.
+        is_not_taken(1, successor, 4)
+        assert client.acknowledged(client.push({0: a_push(5)})) == {0: 2} and same(first, second)
+        lead(client, 1)
+        assert client.acknowledged(client.push({1: a_push(1)})) == {1: 3}
+        is_not_taken(0, head, 2)
+        assert client.acknowledged(client.push({1: a_push(2)})) == {1: 4}
         client.close()
 
 
@@ -149,6 +161,7 @@ def test_pushes_that_wait_for_others_survive_and_are_applied_once_whoever_of_a_c
         stack.callback(client.close)
         stack.callback(others.close)
         follow(others, 0, at[1])
+        lead(others, 0)
 
         def stage(step: int, *parts: int) -> None:
             for part in parts:
@@ -161,6 +174,7 @@ def test_pushes_that_wait_for_others_survive_and_are_applied_once_whoever_of_a_c
         def go_to(head: int) -> None:
             client.disconnect(0)
             client.connect(0, at[head])
+            lead(client, 0)
 
         stage(0, 0, 1)
         commit(0)
