@@ -104,11 +104,10 @@ class _Compiled:
         return bool(function(None, source.data_ptr(), source.numel()))
 
     def sgd(self, weights: torch.Tensor, sources: Sequence[torch.Tensor], step: SgdStep) -> None:
-        pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
         undo = None if step.undo is None else step.undo.data_ptr()
         self._sgd[weights.dtype][0](
-            weights.data_ptr(), pointers, len(sources), step.spans.ctypes.data, step.rates.ctypes.data, len(step.rates),
-            step.factor, step.scale, undo, step.saved,
+            weights.data_ptr(), native.addresses(sources), len(sources), step.spans.ctypes.data, step.rates.ctypes.data,
+            len(step.rates), step.factor, step.scale, undo, step.saved,
         )  # fmt: skip
 
 

@@ -78,20 +78,16 @@ class _Compiled:
         if entry is None:
             return _TORCH.sum_into(out, sources, scale, found, most)
         lines = sources[0].numel() * out.element_size() // LINE_BYTES
-        given = out.data_ptr(), _pointers(sources), len(sources), lines, scale, found.data_ptr(), most
+        given = out.data_ptr(), native.addresses(sources), len(sources), lines, scale, found.data_ptr(), most
         if marks is None:
             return int(entry[0](*given, None, None, None))
-        return int(entry[0](*given, _pointers(marks.lines), marks.ends.ctypes.data, marks.known.ctypes.data))
+        return int(entry[0](*given, native.addresses(marks.lines), marks.ends.ctypes.data, marks.known.ctypes.data))
 
     def take(self, row: torch.Tensor, source: torch.Tensor, lines: torch.Tensor) -> None:
         self._take(row.data_ptr(), source.data_ptr(), lines.data_ptr(), len(lines))
 
     def put(self, target: torch.Tensor, row: torch.Tensor, lines: torch.Tensor) -> None:
         self._put(target.data_ptr(), row.data_ptr(), lines.data_ptr(), len(lines))
-
-
-def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 class _Torch:

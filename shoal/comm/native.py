@@ -26,6 +26,17 @@ _FLAGS = ("-ffp-contract=off", "-fno-math-errno")
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 
 
+@functools.cache
+def _pointers(count: int) -> type[ctypes.Array[ctypes.c_void_p]]:
+    # Nobody else holds such a type: it would be garbage, and made anew, whenever Python collects some.
+    return ctypes.c_void_p * count
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where tensors lie, as C takes it."""
+    return _pointers(len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
 class Native(Protocol):
     """What the arena needs from below; addresses are those of this process."""
 
@@ -84,8 +95,7 @@ class _Compiled:
         if entry is None:
             torch_sum(out, sources, scale)
             return
-        pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
-        entry[0](out.data_ptr(), pointers, len(sources), out.numel(), scale)
+        entry[0](out.data_ptr(), addresses(sources), len(sources), out.numel(), scale)
 
 
 class _Fallback:

@@ -30,6 +30,7 @@ from shoal.train.buffers import Buffers
 from shoal.train.evaluate import Metrics, Slice, Tally, evaluate
 from shoal.train.faults import Faults
 from shoal.train.feed import Feed, Share
+from shoal.train.garbage import Garbage
 from shoal.train.gradients import Gradients, find_bad
 from shoal.train.metric_state import MetricNotes, read_pieces
 from shoal.train.objective import Outcome
@@ -108,6 +109,7 @@ class Loop:
         self._metrics = Metrics(parts.job.metrics)
         self._journal = Journal(parts.store.arena, self.rank)
         self._metric_notes = MetricNotes(self._metrics.stateful, parts.job.metrics, self._journal)
+        self._garbage = Garbage()
         self._names: tuple[str, ...] | None = None
         grid = parts.settings.grid
         place = grid.place(self.rank)
@@ -161,6 +163,7 @@ class Loop:
             parts.faults.reach("published", step)
             if step + 1 < parts.settings.total_steps:
                 self._look_ahead(step)
+        self._garbage.between()
         slot.enter(Phase.WAITING, step)
         self._hand_over_metrics(step)
         totals = axis.gather(step)
@@ -382,7 +385,8 @@ class Loop:
         while True:
             try:
                 if again:
-                    self._evaluate(step, epoch)
+                    with self._garbage.automatic():
+                        self._evaluate(step, epoch)
                 self.slot.enter(Phase.WAITING, step)
                 axis.await_supervisor(Order.EPOCH_DONE, epoch, "the supervisor's decision on the epoch", self._void(epoch))
                 break
