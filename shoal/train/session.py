@@ -258,7 +258,9 @@ class Session:
         self._end_epochs()
         if self._pacer is not None:
             due = time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s()
-            self._pacer.attend(self._rests, self._last_one if due and self._recorder.step else None)
+            self._attend_completing()
+            due = due and self._completing is None
+            self._pacer.attend(self._rests, self._one_between if due and self._recorder.step else None)
         else:
             self._checkpoint()
         if self._not_finite:
@@ -343,8 +345,8 @@ class Session:
             supervisor.write(Note.STOP_EPOCH, epoch)
         elif self._pacer is None:
             self._want_checkpoint()
-        elif time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s():
-            self._last_one(self._recorder.step)
+        elif self._completing is None and time.monotonic() - self._checkpointed_at > self._checkpoint_pause_s():
+            self._one_between(self._recorder.step)
         supervisor.post(Order.EPOCH_DONE, epoch)
         if self._pacer is not None and self._rests:
             self._pacer.end(self._recorder.step)
@@ -396,9 +398,8 @@ class Session:
 
     def _checkpoint(self) -> None:
         """See to it that checkpoints are made and completed."""
+        self._attend_completing()
         if self._completing is not None:
-            if not self._completing.is_alive():
-                self._finish_completing()
             return
         if not self._being_written() and time.monotonic() - self._checkpointed_at > self._checkpoint_every_s:
             self._want_checkpoint()
@@ -434,9 +435,9 @@ class Session:
             "batch_size": self._job.batch_size, "seed": self._job.seed,
         }  # fmt: skip
 
-    def _start_completing(self, step: int) -> None:
+    def _start_completing(self, step: int, began: float | None = None) -> None:
         meta = self._meta()
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         done = step // self._settings.steps_per_epoch
         meta["history"], meta["epochs_done"] = meta["history"][:done], min(done, meta["epochs_done"])
         if meta["history"]:
@@ -454,6 +455,10 @@ class Session:
 
         self._completing = threading.Thread(target=work, name="shoal-checkpoint", daemon=True)
         self._completing.start()
+
+    def _attend_completing(self) -> None:
+        if self._completing is not None and not self._completing.is_alive():
+            self._finish_completing()
 
     def _finish_completing(self) -> None:
         if self._completing is None:
@@ -500,6 +505,27 @@ class Session:
         self._last_checkpoint = found
         self._checkpoint_s = time.monotonic() - began
         self._tell_checkpoint(found)
+
+    def _one_between(self, step: int) -> None:
+        """A checkpoint of workers that wait for nobody: they rest while it is written, not while it is hashed and synced."""
+        if self._log.kept:
+            # What the log is about to say is said of a whole one.
+            self._last_one(step)
+            return
+        self._checkpointed_at = time.monotonic()
+        if self._last_checkpoint is not None and self._last_checkpoint.step == step:
+            return
+        self._publication.settle()
+        began = time.monotonic()
+        checkpoints.discard_parts(self._directory.checkpoints)
+        try:
+            self._write_last(step)
+            self._tables.write(checkpoints.part_path(self._directory.checkpoints, step))
+        except OSError as error:
+            self._make_room()
+            self._emit("checkpoint_failed", step=step, reason=error.strerror or str(error))
+            return
+        self._start_completing(step, began)
 
     def _write_last(self, step: int) -> None:
         marks = self._pacer.marks() if self._pacer is not None else None

@@ -24,6 +24,8 @@ from torchmetrics.utilities import dim_zero_cat
 import shoal
 from shoal.data.order import batch_indices, epoch_order, share_bounds
 from shoal.errors import LossNotFiniteError
+from shoal.observe.events import read_events
+from shoal.train import checkpoint as checkpoints
 
 # (role, rank, step from 0, phase) and what the replacement does.
 SYNC_KILLS = [
@@ -241,6 +243,27 @@ def test_late_pushes_move_weights_less_where_no_memory_is_shared(tmp_path: Path,
     found = shoal.train(job, plan=plan, run_dir=tmp_path / "run", steps=15, push_log=True, on_event=watch)
     assert [e["action"] for e in events(found.path, "recovered")] == ["replayed"]
     check_corrected(found, 15)
+
+
+def test_workers_that_wait_for_nobody_go_on_while_a_checkpoint_is_hashed_and_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They rest while it is written. Here it is not completed before they have come further."""
+    complete, run, waited = checkpoints.complete, tmp_path / "run", list[int]()
+
+    def late(directory: Path, step: int, meta: dict[str, Any], *rest: Any) -> Any:
+        deadline = time.monotonic() + 100.0
+        while not waited and step and time.monotonic() < deadline:
+            if any(e["step"] > step for e in read_events(run / "events.jsonl", ["step"])):
+                waited.append(step)
+            time.sleep(0.02)
+        return complete(directory, step, meta, *rest)
+
+    monkeypatch.setattr(checkpoints, "complete", late)
+    shoal.train(make_job(epochs=2), plan="ps=1,workers=2,async,threads=1", run_dir=run)
+    assert waited
+    steps = [e["step"] for e in events(run, "checkpoint")]
+    assert steps == sorted(set(steps)) and waited[0] in steps
 
 
 def check_dropped(run: shoal.Run, workers: int) -> None:
