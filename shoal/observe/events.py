@@ -39,7 +39,9 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "push_dropped": ("rank", "epoch", "batch", "shard"),
         "push_log_failed": ("server", "reason"),
         "push_rejected": ("rank", "epoch", "batch", "shard", "parameter", "samples"),
-        "replan": ("step", "before", "plan", "world_size", "pause_s", "by", "why"),
+        "replan": (
+            "step", "before", "plan", "world_size", "pause_s", "by", "why", "keys_moved", "keys", "rows_moved", "bytes_moved",
+        ),
         "warning": ("text",),
         "stop": ("step", "reason"),
         "error": ("sentence", "rank", "traceback"),

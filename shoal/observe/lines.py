@@ -128,6 +128,8 @@ def _replan(event: Event) -> list[str]:
     line = f"plan changed after step {event.get('step')}: {brief(event.get('before'))} → {brief(event.get('plan'))}"
     if event.get("pause_s") is not None:
         line += f" (pause {event['pause_s']:.2f} s)"
+    if event.get("keys") is not None:
+        line += f"; {event['keys_moved']} of {_plural(event['keys'], 'key')} moved"
     return [line]
 
 

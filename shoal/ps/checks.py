@@ -128,8 +128,17 @@ def check_snapshot(dense: DensePart, tables: Mapping[int, Table], snapshot: Snap
         table = tables.get(number)
         if table is None:
             raise RequestError(f"There is no table {number} here.")
-        sketch = table.export_sketch() if "sketch" in tensors else None
-        check_rows(number, table.spec, tensors, None if sketch is None else sketch.shape)
+        shape = _sketch_shape(table, kept.row_shards.get(str(number))) if "sketch" in tensors else None
+        check_rows(number, table.spec, tensors, shape)
+
+
+def _sketch_shape(table: Table, shards: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of what a table has counted of some shards; of all where that is not said."""
+    own = list(shards or range(table.spec.shards))
+    if own != list(range(own[0], own[-1] + 1)) or not 0 <= own[0] <= own[-1] < table.spec.shards:
+        raise RequestError(f"The shards {tuple(own)[:9]} of a table do not lie side by side.")
+    sketch = table.export_sketch(own[0], own[-1] + 1)
+    return None if sketch is None else sketch.shape
 
 
 def _check_kept(dense: DensePart, kept: Kept, weights: set[int]) -> None:

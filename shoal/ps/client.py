@@ -17,13 +17,14 @@ import torch
 from shoal.comm.codecs import tensor_of
 from shoal.errors import RequestError
 from shoal.ps import messages
-from shoal.ps.applied import PushId
+from shoal.ps.applied import NOTHING, PushId
 from shoal.ps.dense import Numbers
 from shoal.ps.endpoint import RunKeys
 from shoal.ps.lbfgs import SIZE
 from shoal.ps.messages import (
     Commit,
     Done,
+    Hold,
     Multiplied,
     Multiply,
     Norm,
@@ -179,6 +180,17 @@ class Client(Requests):
         kept, heads, frames = messages.pack_snapshot(snapshot)
         ticket = self.send(server, lambda n: Put(number=n, kept=kept, tensors=heads, whole=whole), frames, _is(Done))
         self.wait([ticket], "a server to take up its state")
+
+    def hold(
+        self, server: int, pieces: Sequence[int], row_shards: Mapping[int, Sequence[int]], version: int = 0,
+        settled: PushId = NOTHING,
+    ) -> None:  # fmt: skip
+        """Let a server hold these pieces and shards of tables from now on; see ``Shard.hold``."""
+        shards = {str(table): tuple(own) for table, own in row_shards.items()}
+        hold = lambda n: Hold(  # noqa: E731
+            number=n, pieces=tuple(pieces), row_shards=shards, version=version, settled=settled
+        )
+        self.wait([self.send(server, hold, check=_is(Done))], "a server to hold what it is to hold")
 
     def ping(self, server: int) -> int:
         """A server's version."""

@@ -113,6 +113,9 @@ class DensePart:
     def give_up(self, numbers: Iterable[int]) -> None:
         """Hold these pieces no longer."""
         for number in numbers:
+            if self._optimizer is not None:
+                # One that looks at whole tensors is the same object afterwards.
+                self._optimizer.state.pop(self._weights[number], None)
             del self.pieces[number], self._weights[number]
         self._renew()
 

@@ -133,6 +133,16 @@ class Put(msgspec.Struct, tag="put", frozen=True, kw_only=True):
     whole: bool
 
 
+class Hold(msgspec.Struct, tag="hold", frozen=True, kw_only=True):
+    """Hold these pieces and shards of tables from now on, and forget all others; see ``Shard.hold``."""
+
+    number: int
+    pieces: tuple[int, ...]
+    row_shards: dict[str, tuple[int, ...]]
+    version: int = 0
+    settled: PushId = NOTHING
+
+
 class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Whether a server is there, and at which version."""
 
@@ -208,7 +218,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     damaged: bool = False
 
 
-Request = PushHead | Norm | Multiply | Commit | Pull | PullRows | Take | Put | Ping
+Request = PushHead | Norm | Multiply | Commit | Pull | PullRows | Take | Put | Hold | Ping
 Answer = Done | Pulled | PulledRows | Normed | Multiplied | Taken | Recovered | Refused
 _requests = msgspec.msgpack.Decoder(Request)
 _answers = msgspec.msgpack.Decoder(Answer)

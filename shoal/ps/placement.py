@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,16 @@ from shoal.ps.kernel import load
 from shoal.ps.ring import Ring
 from shoal.ps.shard import Push, RowGradients
 from shoal.ps.table import Rows
+
+
+@dataclass(frozen=True)
+class Move:
+    """What goes from one server to another: pieces by number, and shards by table."""
+
+    source: int
+    target: int
+    pieces: tuple[int, ...]
+    row_shards: Mapping[int, tuple[int, ...]]
 
 
 class Placement:
@@ -47,6 +58,27 @@ class Placement:
     def server_of_shard(self, table: int, shard: int) -> int:
         """Who has a shard of a table."""
         return int(self._table_servers[table][shard])
+
+    def shards_of(self, server: int) -> dict[int, tuple[int, ...]]:
+        """Of each table, the shards that a server holds."""
+        return {table: self.row_shards_of(server, table) for table in range(len(self._table_servers))}
+
+    @property
+    def keys(self) -> int:
+        """How many things have a place on the ring: pieces, and shards of tables."""
+        return len(self.pieces) + sum(self._row_shards)
+
+    def moves(self, after: Placement) -> list[Move]:
+        """What has another place in ``after``, a placement of the same pieces and tables, by who has it and who gets it."""
+        found = []
+        for source in self.servers:
+            held = self.shards_of(source)
+            for target in after.servers:
+                pieces = tuple(p.number for p in self.pieces_of(source) if after.server_of[p.number] == target)
+                shards = {t: tuple(k for k in own if after.server_of_shard(t, k) == target) for t, own in held.items()}
+                if source != target and (pieces or any(shards.values())):
+                    found.append(Move(source, target, pieces, {t: own for t, own in shards.items() if own}))
+        return found
 
     def servers_of(self, table: int, keys: np.ndarray) -> dict[int, np.ndarray]:
         """For each server, the positions of those keys whose rows it has; servers with none are left out."""

@@ -20,7 +20,7 @@ from shoal.errors import JobFailed, RequestError
 from shoal.process.failure import first_line
 from shoal.ps.applied import NOTHING, Applied, PushId
 from shoal.ps.checks import check_count, check_groups, check_ids, check_snapshot, fits, has_twice
-from shoal.ps.dense import DensePart, Groups, Number, Numbers
+from shoal.ps.dense import DensePart, Groups, Number, Numbers, Piece
 from shoal.ps.table import Rows, Table, check_gradients, from_tensors, to_tensors
 
 
@@ -233,8 +233,10 @@ class Shard:
         wanted = {n: range(t.spec.shards) for n, t in self.tables.items()} if row_shards is None else row_shards
         for number, shards in wanted.items():
             table = self.tables[number]
-            whole = list(shards) == list(range(table.spec.shards))
-            rows = to_tensors(table.export(shards), table.export_sketch() if whole else None)
+            # What was counted of keys without a row lies by shards: it goes along with shards that lie side by side.
+            beside = bool(shards) and list(shards) == list(range(shards[0], shards[-1] + 1))
+            counted = table.export_sketch(shards[0], shards[-1] + 1) if beside else None
+            rows = to_tensors(table.export(shards), counted)
             tensors.update({f"rows/{number}/{name}": tensor for name, tensor in rows.items()})
         kept = Kept(
             version=self.version, settled=self.ledger.settled, ids=self.ledger.ids(), groups=tuple(self.dense.groups),
@@ -273,5 +275,32 @@ class Shard:
                 rows, sketch = from_tensors(own)
                 table.put(Rows(np.ascontiguousarray(rows.keys), rows.values.contiguous(), rows.counts, rows.last))
                 if sketch is not None and table.spec.admission > 1:
-                    table.put_sketch(sketch)
+                    shards = kept.row_shards.get(str(number)) or (0,)
+                    table.put_sketch(sketch, shards[0] / table.spec.shards)
+
+    def hold(
+        self, pieces: Iterable[Piece], row_shards: Mapping[int, Sequence[int]], version: int = 0, settled: PushId = NOTHING
+    ) -> None:
+        """Hold these pieces and shards of tables from now on; all others are forgotten, and new pieces are zero until given.
+
+        ``version``, ``settled``: what is true of a shard that was given what others had: it counts at least so many pushes, and
+        all before this id are applied. RequestError, and nothing has changed, where there are no such shards of tables.
+        """
+        check_count("version", version)
+        wanted = {piece.number: piece for piece in pieces}
+        for number, shards in row_shards.items():
+            held = self.tables.get(number)
+            if held is None or not all(0 <= shard < held.spec.shards for shard in shards):
+                raise RequestError(f"There are no shards {tuple(shards)[:9]} of a table {number} here.")
+        self.dense.take_up(wanted.values())
+        self.dense.give_up([number for number in self.dense.pieces if number not in wanted])
+        for number, table in self.tables.items():
+            others = sorted(set(range(table.spec.shards)) - set(row_shards.get(number, ())))
+            table.discard(None, others)
+            for shard in others:
+                counted = table.export_sketch(shard, shard + 1)
+                if counted is not None:
+                    table.put_sketch(np.zeros_like(counted), shard / table.spec.shards)
+        self.version = max(self.version, version)
+        self.ledger.settle(settled)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,13 +11,15 @@ import msgspec
 from shoal.errors import RequestError, ShoalError
 from shoal.ps import messages
 from shoal.ps.applied import PartlyApplied
-from shoal.ps.checks import check_count
+from shoal.ps.checks import check_count, parse_number
+from shoal.ps.dense import Piece
 from shoal.ps.endpoint import Endpoint
 from shoal.ps.messages import (
     Block,
     Commit,
     Done,
     Forms,
+    Hold,
     Multiplied,
     Multiply,
     Norm,
@@ -57,10 +59,18 @@ class InMemory:
 
 
 class ShardServer:
-    """Answers clients; ``keeper``: an update is acknowledged once it says so."""
+    """Answers clients.
 
-    def __init__(self, shard: Shard, endpoint: Endpoint, keeper: Keeper | None = None) -> None:
+    Args:
+        keeper: an update is acknowledged once it says so.
+        pieces: all that there are, whoever holds them, by number. A server that knows of none holds for good what it holds.
+    """
+
+    def __init__(
+        self, shard: Shard, endpoint: Endpoint, keeper: Keeper | None = None, pieces: Mapping[int, Piece] | None = None
+    ) -> None:
         self.shard = shard
+        self._pieces = pieces
         self.endpoint = endpoint
         self._keeper: Keeper = keeper if keeper is not None else InMemory()
         # Answers those who follow what is held here.
@@ -131,6 +141,9 @@ class ShardServer:
             snapshot = messages.unpack_snapshot(message, frames)
             (shard.restore if message.whole else shard.merge)(snapshot)
             done(True)
+        elif isinstance(message, Hold):
+            self._hold(message)
+            done(True)
         else:
             assert isinstance(message, Ping)
             answer(Done(number, shard.version))
@@ -148,6 +161,15 @@ class ShardServer:
 
     def _forms(self) -> Forms:
         return forms_of(self.shard)
+
+    def _hold(self, message: Hold) -> None:
+        known = self._pieces
+        if known is None or any(number not in known for number in message.pieces):
+            raise RequestError("This server cannot hold other pieces than it does.")
+        for count in message.settled:
+            check_count("place in a run", count)
+        row_shards = {parse_number(table): shards for table, shards in message.row_shards.items()}
+        self.shard.hold([known[number] for number in message.pieces], row_shards, message.version, message.settled)
 
     def _give(self, message: Take, answer: Callable[..., None]) -> None:
         shard = self.shard

@@ -278,10 +278,10 @@ class Table:
                 self.kernel.unlock(self._handle, shard)
         return gone
 
-    def discard(self, keys: np.ndarray | None) -> None:
-        """Forget the rows of these keys, in memory and on disk; None: all."""
+    def discard(self, keys: np.ndarray | None, shards: Iterable[int] | None = None) -> None:
+        """Forget the rows of these keys, in memory and on disk; None: all. ``shards``: only in these."""
         order, starts = (None, None) if keys is None else self.kernel.partition(np.ascontiguousarray(keys), self.spec.shards)
-        for shard in range(self.spec.shards):
+        for shard in range(self.spec.shards) if shards is None else shards:
             own = None if keys is None or order is None or starts is None else keys[order[starts[shard] : starts[shard + 1]]]
             if own is not None and not len(own):
                 continue

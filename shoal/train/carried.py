@@ -63,6 +63,32 @@ class Carried(PartWriter):
         return bring_together(notes.from_bytes(page) for page in self._pages)
 
 
+class _Notes(PartWriter):
+    """The notes of all places after a step."""
+
+    def __init__(self, store: Store, step: int) -> None:
+        super().__init__(store, "", step)
+        self.pages: list[memoryview] = []
+        for place in range(store.arena.layout.places):
+            self._write_notes(place)
+
+    def _write_page(self, rank: int, page: memoryview) -> None:
+        self.pages.append(page)
+
+
+def carry_all_but_state(before: Store, after: Store, step: int) -> Restored:
+    """Fill the store of another plan with the weights and buffers of one, not with the optimizer's state; what it notes beside.
+
+    For whoever keeps no optimizer's state: the lead of a run whose servers share no memory with it.
+    """
+    for ours, theirs in zip(after.weights, before.weights, strict=True):
+        ours.copy_(theirs)
+    for parity in (0, 1):
+        for index in range(len(before.table.buffers)):
+            after.buffer(parity, index).copy_(before.buffer(parity, index))
+    return bring_together(notes.from_bytes(page) for page in _Notes(before, step).pages)
+
+
 def begin_at(store: Store, restored: Restored, step: int, epochs_done: int, eval_loss: float) -> None:
     """Let everybody in an arena begin behind a step; its tensors are those of that moment already."""
     arena = store.arena

@@ -5,15 +5,16 @@ that fits the new plan, and others go on behind that step, forked from the same 
 change costs no more than a few forks and a copy of the weights, and computes what a resume under that plan would.
 
 The memory for it is reserved while the old plan still runs. What makes no sense, or does not fit, is refused then, and the run
-does not notice.
+does not notice. ``ChangingSession`` is what of this has nothing to do with an arena: without shared memory
+``shoal.train.remote.elastic`` makes the change.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.comm.arena import Arena, Note
@@ -35,32 +36,40 @@ from shoal.train.split import Split
 
 
 @dataclass
-class _Pause:
-    """A change under way: from the end of the last step under the old plan until all processes of the new one are at work."""
+class Pause:
+    """A change under way: from the end of the last step under the old plan until all processes of the new one are at work.
+
+    ``refused``: why it could not be made; ``moved``: what the event says of keys that went from server to server.
+    """
 
     change: Change
     before: Plan
     step: int
     since: float
     refused: str | None = None
+    moved: Mapping[str, int] = field(default_factory=dict)
 
 
-class ElasticSession(Session):
-    """Runs one job in one directory, under one plan after the other."""
+class ChangingSession(Session):
+    """Hears which plan is wanted, lets everybody rest after a step, and says when the run has it: for sessions of any kind."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._replanner = Replanner(Inbox(self._directory.path), self._change_to)
         self._change: Change | None = None
-        self._pause: _Pause | None = None
+        self._pause: Pause | None = None
 
-    def run(self, plan: Plan, began: float) -> Run:
-        try:
-            return super().run(plan, began)
-        finally:
-            if self._change is not None:
-                self._change.give_up(TOO_LATE)
-            self._replanner.inbox.close(TOO_LATE)
+    def _change_to(self, asked: Plan) -> tuple[Plan, Arena | None]:
+        """The whole plan that is meant, and the memory for it. RequestError where it makes no sense, or there is none."""
+        raise NotImplementedError
+
+    def _all_there(self) -> bool:
+        """Whether all who belong to the plan are at work."""
+        raise NotImplementedError
+
+    def _make(self, change: Change) -> None:
+        """Go on under another plan, behind the step that the run is at."""
+        raise NotImplementedError
 
     # -- hearing of it -------------------------------------------------------------------------------------------
 
@@ -68,34 +77,33 @@ class ElasticSession(Session):
     def _rests(self) -> bool:
         return super()._rests or self._change is not None
 
+    @property
+    def _may_change(self) -> bool:
+        """Whether a change can be thought of now."""
+        return not self._rests and self._pause is None
+
     def _attend(self) -> None:
-        if self._pause is not None and self._crew.begun:
+        if self._pause is not None and self._all_there():
             self._tell()
         super()._attend()
 
     def _look_for_stop(self) -> None:
         super()._look_for_stop()
-        if self._rests or self._pause is not None:
+        if not self._may_change:
             return
         wished, self._emit.plan_wanted = self._emit.plan_wanted, None
         self._change = self._replanner.next(wished, self._warn)
         if self._change is not None:
             self._rest_after_step()
 
-    def _change_to(self, asked: Plan) -> tuple[Plan, Arena | None]:
-        """The whole plan that is meant, and the memory for it. RequestError where it makes no sense, or there is none."""
-        cluster = self._options.cluster
-        plan, split = complete(asked, self._plan, self._job, self._facts, self._supervisor, cluster)
-        if self._log.kept:
-            # It cannot be kept under every plan.
-            wants_log(True, plan, self._directory.path)
-        if self._settings.split is not None:
-            # How it divides the model is found out when there is a template again that has the whole of it.
-            return plan, None
-        return plan, Arena.create(layout_of(plan, self._facts, split))
-
     def _warn(self, sentence: str) -> None:
         self._emit("warning", text=f"The plan was not changed: {sentence}")
+
+    def _hear_no_more(self) -> None:
+        """The run is over: whoever still wants another plan is told so."""
+        if self._change is not None:
+            self._change.give_up(TOO_LATE)
+        self._replanner.inbox.close(TOO_LATE)
 
     # -- making it -----------------------------------------------------------------------------------------------
 
@@ -112,12 +120,59 @@ class ElasticSession(Session):
         if change is None or not self._will_go_on():
             return False
         self._change = None
+        self._make(change)
+        with contextlib.suppress(OSError):
+            # On a full disk, a run that is resumed has the plan that it had before.
+            self._directory.write("plan.toml", self._plan.to_toml())
+        return True
+
+    def _tell(self) -> None:
+        """All are at work again: say so."""
+        pause, self._pause = self._pause, None
+        assert pause is not None
+        if pause.refused is not None:
+            self._warn(pause.refused)
+            pause.change.answer(error=pause.refused)
+            return
+        plan = self._plan
+        told = {
+            "step": pause.step, "before": str(pause.before), "plan": str(plan), "pause_s": time.monotonic() - pause.since,
+            **pause.moved,
+        }  # fmt: skip
+        self._emit("replan", **told, world_size=plan.world_size, by=pause.change.by, why=list(plan.explanation))
+        pause.change.answer(run=str(self._directory.path), **told)
+
+
+class ElasticSession(ChangingSession):
+    """Runs one job in one directory, under one plan after the other."""
+
+    def run(self, plan: Plan, began: float) -> Run:
+        try:
+            return super().run(plan, began)
+        finally:
+            self._hear_no_more()
+
+    def _all_there(self) -> bool:
+        return self._crew.begun
+
+    def _change_to(self, asked: Plan) -> tuple[Plan, Arena | None]:
+        cluster = self._options.cluster
+        plan, split = complete(asked, self._plan, self._job, self._facts, self._supervisor, cluster)
+        if self._log.kept:
+            # It cannot be kept under every plan.
+            wants_log(True, plan, self._directory.path)
+        if self._settings.split is not None:
+            # How it divides the model is found out when there is a template again that has the whole of it.
+            return plan, None
+        return plan, Arena.create(layout_of(plan, self._facts, split))
+
+    def _make(self, change: Change) -> None:
         if self._pacer is None:
             # What they have written of a checkpoint is whole.
             self._being_written()
         self._finish_completing()
         step = self._recorder.step
-        self._pause = _Pause(change, self._plan, step, self._recorder.last_end or time.monotonic())
+        self._pause = Pause(change, self._plan, step, self._recorder.last_end or time.monotonic())
         carried = self._carry(step)
         try:
             self._supervisor.dismiss()
@@ -126,11 +181,7 @@ class ElasticSession(Session):
             self._hand_over(change, carried)
         finally:
             carried.release()
-        with contextlib.suppress(OSError):
-            # On a full disk, a run that is resumed has the plan that it had before.
-            self._directory.write("plan.toml", self._plan.to_toml())
         self._crew.start()
-        return True
 
     def _carry(self, step: int) -> Carried:
         try:
@@ -192,18 +243,3 @@ class ElasticSession(Session):
             except TemplateLost:
                 if attempt == MOST_TEMPLATES - 1:
                     raise
-
-    def _tell(self) -> None:
-        """All are at work again: say so."""
-        pause, self._pause = self._pause, None
-        assert pause is not None
-        if pause.refused is not None:
-            self._warn(pause.refused)
-            pause.change.answer(error=pause.refused)
-            return
-        plan = self._plan
-        told = {
-            "step": pause.step, "before": str(pause.before), "plan": str(plan), "pause_s": time.monotonic() - pause.since,
-        }  # fmt: skip
-        self._emit("replan", **told, world_size=plan.world_size, by=pause.change.by, why=list(plan.explanation))
-        pause.change.answer(run=str(self._directory.path), **told)

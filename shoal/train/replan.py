@@ -38,23 +38,14 @@ def complete(
     PlanError, or NotBuiltError, where it makes no sense; nothing has happened to the run then. How a plan divides the model is
     found out later where the template has no longer the whole of it.
     """
-    if asked.is_auto:
-        raise PlanError('Say what is to change, such as --plan "dp=2"; a run that is under way tries no plans.')
-    asked.require_built()
-    wanted = merged(asked, present, facts.batchnorm)
-    for key in _STAY:
-        if getattr(asked, key) not in (None, getattr(present, key)):
-            raise PlanError(f"{key} cannot change while a run is under way; go on with it by --resume --plan instead.")
-    if wanted.rewrites not in (present.rewrites, "none"):
-        raise PlanError("Rewrites are checked before a run starts; leave rewrites out, or write rewrites=none.")
+    wanted = wished(asked, present, facts.batchnorm)
     machine = cluster or Cluster.local(measure=False)
     batch = min(job.batch_size, facts.samples)
     plan = local_candidates(wanted, machine.cores, batch, facts.images, divisible(job, facts))[0]
     if Grid.of(plan).splits_model and asked.rewrites is None:
         plan = plan.replace(rewrites="none")
     check_plan(plan, job, facts)
-    if plan == present:
-        raise PlanError(f"The run has the plan {present.brief()} already.")
+    refuse_same(plan, present)
     why = [given_text(asked, plan), *remarks(plan)]
     split: Split | None = None
     if not Grid.of(present).splits_model:
@@ -62,6 +53,26 @@ def complete(
         Forecast(job, facts, supervisor, machine).refuse(asked, plan, split)
         why += split.explanation if split is not None else ()
     return plan.replace(explanation=tuple(why)), split
+
+
+def wished(asked: Plan, present: Plan, batchnorm: bool) -> Plan:
+    """What was asked for with what stays; ``batchnorm``: the model has some. PlanError where that cannot change meanwhile."""
+    if asked.is_auto:
+        raise PlanError('Say what is to change, such as --plan "dp=2"; a run that is under way tries no plans.')
+    asked.require_built()
+    wanted = merged(asked, present, batchnorm)
+    for key in _STAY:
+        if getattr(asked, key) not in (None, getattr(present, key)):
+            raise PlanError(f"{key} cannot change while a run is under way; go on with it by --resume --plan instead.")
+    if wanted.rewrites not in (present.rewrites, "none"):
+        raise PlanError("Rewrites are checked before a run starts; leave rewrites out, or write rewrites=none.")
+    return wanted
+
+
+def refuse_same(plan: Plan, present: Plan) -> None:
+    """PlanError where a run has a plan already."""
+    if plan == present:
+        raise PlanError(f"The run has the plan {present.brief()} already.")
 
 
 def merged(asked: Plan, present: Plan, batchnorm: bool) -> Plan:

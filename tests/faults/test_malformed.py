@@ -94,6 +94,7 @@ def to_servers() -> list[Parts]:
         (messages.Norm(number=3, ids=((0, 0, 7),)), ()), (messages.Commit(number=4, ids=((0, 0, 7),)), ()),
         (messages.Multiply(number=4, ids=((0, 0, 7),), scale=1.0), ()),
         (messages.Take(5, (0,), {"0": (1,)}), ()), (Watch(6, 0), ()), (ReadPiece(7, 0, 0, False, 0), ()),
+        (messages.Hold(number=8, pieces=(0,), row_shards={"0": (1,)}, version=2, settled=(0, 1, 0)), ()),
         (Forward(number=1, push=push), frames), (Follow(8, "tcp://127.0.0.1:1"), ()),
         (Together(number=1, ids=((0, 0, 7),), settled=(0, 0, 0), scale=1.0, groups=None), ()),
         (Adopt(number=1, kept=kept, tensors=heads, waiting=()), tensors),

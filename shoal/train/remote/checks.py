@@ -154,11 +154,11 @@ def _leaves(tree: Any) -> Iterator[Any]:
         yield from _leaves(branch)
 
 
-def check_of(plan: Plan, store: Store, job: Job, total_steps: int) -> SaidCheck:
-    """What the words of a run under a plan have to be like."""
+def check_of(plan: Plan, store: Store, job: Job, total_steps: int, made: int = 0) -> SaidCheck:
+    """What the words of a run under a plan have to be like; ``made``: updates that each server counts as it begins."""
     workers = store.arena.world_size
     buffers = {spec.name: store.buffer(0, k) for k, spec in enumerate(store.table.buffers)}
     return SaidCheck(
         workers=workers, servers=plan.servers * (1 + (plan.replicas or 0)), shards=plan.servers,
-        sync=not plan.waits_for_nobody, buffers=buffers, metrics=job.metrics, versions=total_steps * (workers + 1),
+        sync=not plan.waits_for_nobody, buffers=buffers, metrics=job.metrics, versions=made + total_steps * (workers + 1),
     )  # fmt: skip

@@ -78,6 +78,13 @@ class Holding(Keeping):
                 waited_s=time.monotonic() - member.heard_at, waits_for=None, stack="", replaced_after_s=lost_s if own else None,
             )  # fmt: skip
 
+    def _tell_death(self, lost: Lost) -> None:
+        member = lost.member
+        self._emit(
+            "death", rank=member.rank, pid=member.pid, step=self._recorder.step + 1, phase="unknown", cause=lost.cause,
+            role=member.role,
+        )  # fmt: skip
+
     def _attend_servers(self) -> None:
         """Let those begin who are all there, and those join a chain who have come back."""
         joined = self._members.joined("server")

@@ -82,8 +82,8 @@ class Keeping(Session):
                 self._versions[server] = snapshot.kept.version
                 self._state.take(snapshot)
 
-    def _write_last(self, step: int, directory: Path | None = None) -> None:
-        self._collect()
+    def _note(self, step: int) -> None:
+        """Write down what has to be kept of a step beside tensors."""
         place = self._arena.world_size
         self._schedule.reach(step)
         self._schedule.keep(step)
@@ -93,6 +93,10 @@ class Keeping(Session):
         if self._coordinator is not None:
             page["optimizer"] = self._coordinator.memory(step)
         self._store.write_notebook(place, step, page)
+
+    def _write_last(self, step: int, directory: Path | None = None) -> None:
+        self._collect()
+        self._note(step)
         checkpoints.PartWriter(self._store, directory or self._directory.checkpoints, step).write_all()
 
     def _final_state(self, step: int) -> dict[str, torch.Tensor]:

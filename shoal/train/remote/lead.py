@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,29 +74,43 @@ class RemoteLead(Holding):
         meeting: Meeting,
     ) -> None:  # fmt: skip
         """Take up the run; fill the store from a checkpoint where there is one to go on from."""
-        self._settings, self._plan = settings, settings.plan
-        self._store, self._arena = store, store.arena
-        self._host, self._placement, self._members = host, placement, members
+        self._host, self._members = host, members
         self._desk, self._meeting = desk, meeting
-        desk.check = check_of(self._plan, store, self._job, settings.total_steps)
-        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._built = built_as(self._facts)
+        # Who has said that it is somebody who is there already.
+        self._turned_away: set[bytes] = set()
+        self._use(settings, store, placement)
+        self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
+        first = self._restore(store)
+        self._write_beginning(first)
+        self._man(first)
+        self._log.take_up(self._recorder, self._schedule, self._emit)
+        self._source = RemoteSource(store, placement, self._facts.tables, meeting.keys, self._sync, first)
+        self._began_at = time.monotonic()
+
+    def _use(self, settings: RunSettings, store: Store, placement: Placement) -> None:
+        """Take up a plan, with a store that fits it; what the store holds comes later."""
+        self._settings, self._plan = settings, settings.plan
+        self._store, self._arena, self._placement = store, store.arena, placement
+        self._desk.check = check_of(self._plan, store, self._job, settings.total_steps)
+        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._sync = not self._plan.waits_for_nobody
         self._tables = RemoteTables(self._facts.tables, placement)  # type: ignore[assignment]
         self._state = StoreState(store, placement)
         self._predicted_s = predicted_step(self._plan, self._job, self._facts)
-        self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
         run = self._directory.path
-        self._log = RemoteLog(run, self._plan, wants_log(self._options.push_log, self._plan, run), store, host)
-        self._recovery = Recovery(desk, members, meeting, self._log, self._settled_at, self._emit)
-        first = self._restore(store)
-        self._write_beginning(first)
-        self._recorder = LoggedRecorder(store, self._emit, settings, first, self._log)
-        self._pacer = Pacer(store, settings, self._recorder, first)
-        self._per_step = settings.units_per_step
+        self._log = RemoteLog(run, self._plan, wants_log(self._options.push_log, self._plan, run), store, self._host)
+        self._recovery = Recovery(self._desk, self._members, self._meeting, self._log, self._settled_at, self._emit)
+
+    def _man(self, first: int) -> None:
+        """Begin behind a step, which the store holds."""
+        store, host = self._store, self._host
+        self._recorder = LoggedRecorder(store, self._emit, self._settings, first, self._log)
+        self._pacer = Pacer(store, self._settings, self._recorder, first)
+        self._per_step = self._settings.units_per_step
         self._claims = Claims(store.arena, self._ahead(), self._per_step)
         # Where a batch is cut into portions: what is out of the step in work, and before which unit everything is done.
-        self._dealt = Dealt() if settings.portions else None
+        self._dealt = Dealt() if self._settings.portions else None
         self._past = 0
         self._first_step = first
         self._groups = Groups()
@@ -106,7 +120,6 @@ class RemoteLead(Holding):
         self._state.numbers = dict(memory.get("state", {}))
         self._coordinator = Coordinator(memory) if DIRECTION in self._facts.table.state_keys else None
         self._schedule.recall(first)
-        self._log.take_up(self._recorder, self._schedule, self._emit)
         self._collected = first
         self._versions = {}
         self._orphans: deque[Orphan] = deque()
@@ -121,10 +134,6 @@ class RemoteLead(Holding):
         # Workers that are gone and that nobody starts again.
         self._gone: set[int] = set()
         self._emptied = {}
-        # Who has said that it is somebody who is there already.
-        self._turned_away: set[bytes] = set()
-        self._source = RemoteSource(store, placement, self._facts.tables, meeting.keys, self._sync, first)
-        self._began_at = time.monotonic()
 
     def _ahead(self) -> int | None:
         if self._sync:
@@ -136,7 +145,16 @@ class RemoteLead(Holding):
     def serve(self, began: float) -> Run:
         """Bring the run to its end."""
         self._interrupts.armed = True
-        with self._source.published(self._publication, self._meeting):
+        self._train()
+        while self._goes_on():
+            self._train()
+        self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
+        run = self._end(began)
+        self._dismiss(run)
+        return run
+
+    def _train(self, goes_on: Callable[[], bool] = lambda: False) -> None:
+        with self._source.published(self._publication, self._meeting, goes_on):
             while not self._is_over():
                 # Before anybody is missed: while a server was waited for, or we did not run, all may have said something.
                 self._hear(_POLL_S)
@@ -145,10 +163,6 @@ class RemoteLead(Holding):
                     self._attend()
                     self._look_for_parts()
             self._recorder.drain()
-        self._startup_s = (self._recorder.first_step_at or time.monotonic()) - began
-        run = self._end(began)
-        self._dismiss(run)
-        return run
 
     def _is_over(self) -> bool:
         return self._arena.supervisor.signal(Order.OVER) > 0 and self._claims.all_finished()
@@ -568,9 +582,7 @@ class RemoteLead(Holding):
         # A unit that a dead worker has asked for would be nobody's.
         self._desk.forget(member.identity, for_good=lost.dead)
         step = self._recorder.step + 1
-        self._emit(
-            "death", rank=member.rank, pid=member.pid, step=step, phase="unknown", cause=lost.cause, role=member.role
-        )
+        self._tell_death(lost)
         if member.role == "server":
             self._bury_server(lost, step)
             return

@@ -75,6 +75,20 @@ class Members:
         for role, rank in self._own:
             self.start(role, rank)
 
+    @property
+    def are_own(self) -> bool:
+        """Whether the lead has started all of them, and can start others."""
+        return all(member.process is not None for member in self.of.values())
+
+    def let_be(self, own: Sequence[tuple[str, int]]) -> None:
+        """Those that the lead starts again are others now; nobody is started or ended here."""
+        self._own = tuple(own)
+
+    def forget(self, role: str, rank: int) -> None:
+        """Somebody has gone who was to go."""
+        self.of.pop((role, rank), None)
+        self.changed = True
+
     def start(self, role: str, rank: int) -> Member:
         """Start a process, or start it again."""
         process = self._start(role, rank)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -89,11 +89,11 @@ class RemoteSource:
         self._buffers: np.ndarray | None = self._store.arena.region("buffers")[:size].numpy().copy() if size else None
 
     @contextlib.contextmanager
-    def published(self, publication: Publication, meeting: Meeting) -> Iterator[None]:
-        """Publish meanwhile, to whoever may be where the run's processes are."""
+    def published(self, publication: Publication, meeting: Meeting, goes_on: Callable[[], bool]) -> Iterator[None]:
+        """Publish meanwhile, to whoever may be where the run's processes are; ``goes_on``: see ``Publication.of``."""
         host = meeting.address.removeprefix("tcp://").rsplit(":", 1)[0]
         try:
-            with publication.of_source(self, lambda: False, meeting.listen_at(), host):
+            with publication.of_source(self, goes_on, meeting.listen_at(), host):
                 try:
                     yield
                 except BaseException:

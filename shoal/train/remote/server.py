@@ -73,7 +73,7 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
             log = ToldLog(Path(placed.log), log_name(number), endpoint, log_limit())
             server = LoggedServer(shard, endpoint, log, begin)
         else:
-            server = ShardServer(shard, endpoint)
+            server = ShardServer(shard, endpoint, pieces=placement.pieces)
         server.serve(lambda: over, between)
         for table in tables.values():
             table.close()

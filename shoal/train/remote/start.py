@@ -10,68 +10,36 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from shoal.cluster import Cluster
 from shoal.comm import nearby
 from shoal.comm.arena import Arena
 from shoal.comm.group import Group
-from shoal.errors import NotBuiltError, PlanError, ShoalError, UserCodeError
+from shoal.errors import PlanError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
 from shoal.process.interrupts import Interrupts
 from shoal.process.messages import SERVER, WORKER
 from shoal.ps.endpoint import Endpoint, RunKeys
-from shoal.ps.ledger import UNITS_KEPT
 from shoal.ps.messages import Refused
 from shoal.train.api import Observer, TrainOptions
-from shoal.train.choose import check_plan, remarks
 from shoal.train.driver import Emitter, abandon_if_refused, finished_run, tensorboard_observers
 from shoal.train.host import TrainHost
-from shoal.train.portions import with_portions
 from shoal.train.push_log import wants_log
 from shoal.train.remote.desk import Desk
+from shoal.train.remote.elastic import ElasticLead
 from shoal.train.remote.keeper import keep, spread
-from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Members
 from shoal.train.remote.nursery import Nursery
+from shoal.train.remote.plans import complete, threads_of
 from shoal.train.remote.server import serve
 from shoal.train.remote.stand_ins import InLead
 from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings, work
 from shoal.train.run import Run
 from shoal.train.rundir import RunDirectory
-from shoal.train.settings import units_of
 
 _END_S = 10.0
-_NEEDS_GLOBAL_BATCHNORM = (
-    "BatchNorm over the global batch is not built for parameter servers that share no memory; add batchnorm=local to the plan, "
-    "or leave SHOAL_TRANSPORT and torchrun out."
-)
-
-
-def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
-    """The plan with everything that it leaves open. A sentence where it is not built, or does not fit the job."""
-    for key in ("tp", "pp"):
-        if (getattr(plan, key) or 1) > 1:
-            raise NotBuiltError(
-                f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
-                f"{key} out of the plan."
-            )
-    job, facts = host.job, host.facts()
-    whole = with_portions(plan.replace(threads=plan.threads or threads), facts).filled()
-    check_plan(whole, job, facts)
-    if (count := units_of(whole, facts)) > UNITS_KEPT:
-        raise PlanError(
-            f"accumulate={whole.accumulate} cuts a batch into {count} portions, and no more than {UNITS_KEPT} are kept count "
-            "of; write a smaller one."
-        )
-    if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
-        raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
-    if facts.batchnorm and whole.batchnorm != "local":
-        raise NotBuiltError(_NEEDS_GLOBAL_BATCHNORM)
-    why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."
-    return whole.replace(explanation=(why, *remarks(whole, private=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +60,8 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
     with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
         meeting = Meeting(endpoint.address, keys, request.deadline_s)
         own = [("server", n) for n in range(_servers(plan))] + [("worker", n) for n in range(plan.data_ways)]
-        threads = max(1, Cluster.local(measure=False).cores // plan.data_ways)
         with _nursery(request, meeting) as nursery:
-            return _lead(request, directory, endpoint, nursery, own, threads)
+            return _lead(request, directory, endpoint, nursery, own, threads_of(plan.data_ways))
 
 
 def run_joined(request: Request, group: Group, threads: int) -> Run:
@@ -199,7 +166,7 @@ def _lead(
             nursery.ready()
             members.begin()
             placement = placement_of(facts.table, facts.tables, range(plan.servers))
-            lead = RemoteLead(job, options, directory, InLead(host, members, nursery), facts, emit, request.interrupts)  # type: ignore[arg-type]
+            lead = ElasticLead(job, options, directory, InLead(host, members, nursery), facts, emit, request.interrupts)  # type: ignore[arg-type]
             lead.begin(settings, store, host, placement, members, desk, nursery.meeting)
             return lead.serve(began)
         except BaseException as error:

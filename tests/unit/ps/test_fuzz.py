@@ -40,6 +40,7 @@ def of_a_client(shard: Shard, k: int) -> list[tuple[bytes, list[bytes]]]:
         (messages.Multiply(number=4, ids=ids, scale=1.0), []), (messages.Pull(5), []),
         (messages.PullRows(6, 0, 2), [bytes(16)]),
         (messages.Take(7, (0, 1), {"0": (0, 5)}), []), (messages.Take(8), []), (messages.Ping(9), []),
+        (messages.Hold(number=10, pieces=(0, 1), row_shards={"0": (0, 5)}, version=3, settled=(0, 1, 0)), []),
         (Watch(10, 1), []), (ReadPiece(11, 0, 3, False, 0), []),
     ]  # fmt: skip
     return [(encode(head), [bytes(frame) for frame in frames]) for head, frames in heads]

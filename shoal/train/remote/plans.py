@@ -1,0 +1,60 @@
+"""Which plans a run can have whose servers and workers share no memory, from its beginning on and while it runs."""
+
+from __future__ import annotations
+
+from shoal.cluster import Cluster
+from shoal.errors import NotBuiltError, PlanError
+from shoal.plan import Plan
+from shoal.ps.ledger import UNITS_KEPT
+from shoal.train.choose import check_plan, given_text, remarks
+from shoal.train.host import TrainHost
+from shoal.train.portions import with_portions
+from shoal.train.replan import refuse_same, wished
+from shoal.train.settings import units_of
+
+_NEEDS_GLOBAL_BATCHNORM = (
+    "BatchNorm over the global batch is not built for parameter servers that share no memory; add batchnorm=local to the plan, "
+    "or leave SHOAL_TRANSPORT and torchrun out."
+)
+
+
+def threads_of(workers: int) -> int:
+    """How many threads each of so many workers computes with where the plan leaves that open."""
+    return max(1, Cluster.local(measure=False).cores // workers)
+
+
+def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
+    """The plan with everything that it leaves open. A sentence where it is not built, or does not fit the job."""
+    for key in ("tp", "pp"):
+        if (getattr(plan, key) or 1) > 1:
+            raise NotBuiltError(
+                f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
+                f"{key} out of the plan."
+            )
+    job, facts = host.job, host.facts()
+    whole = with_portions(plan.replace(threads=plan.threads or threads), facts).filled()
+    check_plan(whole, job, facts)
+    if (count := units_of(whole, facts)) > UNITS_KEPT:
+        raise PlanError(
+            f"accumulate={whole.accumulate} cuts a batch into {count} portions, and no more than {UNITS_KEPT} are kept count "
+            "of; write a smaller one."
+        )
+    if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
+        raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
+    if facts.batchnorm and whole.batchnorm != "local":
+        raise NotBuiltError(_NEEDS_GLOBAL_BATCHNORM)
+    why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."
+    return whole.replace(explanation=(why, *remarks(whole, private=True)))
+
+
+def changed(asked: Plan, present: Plan, host: TrainHost) -> Plan:
+    """The whole plan that a run is to go on with which has ``present``. PlanError, or NotBuiltError, where it makes no sense."""
+    wanted = wished(asked, present, host.facts().batchnorm)
+    if wanted.ps is None:
+        raise PlanError(
+            f"Processes that share no memory stay servers and workers while a run is under way; name both, such as "
+            f"ps={present.servers},workers=3, or go on by --resume --plan {asked}."
+        )
+    plan = complete(wanted, host, threads_of(wanted.data_ways))
+    refuse_same(plan, present)
+    return plan.replace(explanation=(given_text(asked, plan), *plan.explanation))
