@@ -99,4 +99,4 @@ def _check(pieces: Sequence[int], shard: tuple[int, int] | None, snapshot: Snaps
     tables = {number for kind, number, _ in names if kind == "rows"}
     wanted = {shard[0]} if shard is not None else set()
     if weights != set(pieces) or tables != wanted or any(f"rows/{number}/keys" not in snapshot.tensors for number in wanted):
-        raise RequestError(f"A server gave the pieces {sorted(weights)[:9]} and tables {sorted(tables)}, and not what was asked for.")
+        raise RequestError(f"A server gave pieces {sorted(weights)[:9]} and tables {sorted(tables)}, not what was asked for.")
