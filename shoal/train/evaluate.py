@@ -160,20 +160,27 @@ def combine(tallies: Iterable[Tally], prefix: str = "") -> dict[str, float]:
         for name, metric in tally.metrics.items():
             if name not in merged:
                 merged[name] = copy.deepcopy(metric)
-            elif metric.update_called:
-                try:
-                    merged[name] = merge(merged[name], metric)
-                except Exception as error:  # metrics are the user's, or a library's
-                    raise JobFailed(
-                        f'What worker {rank} has of the metric "{prefix}{name}" cannot be put together with what the others have '
-                        f"({type(error).__name__}: {first_line(error)}); let it keep states of the same shapes in every "
-                        "worker, which torchmetrics can merge."
-                    ) from None
+            else:
+                merged[name] = put_together(merged[name], metric, f"{prefix}{name}", rank)
     found = {name: value / weight if weight else math.nan for name, (value, weight) in total.sums.items()}
     for name, metric in merged.items():
         if metric.update_called:
             found.update(flatten(name, metric.compute()))
     return {prefix + name: value for name, value in found.items()}
+
+
+def put_together(left: Any, right: Any, name: str, rank: int) -> Any:
+    """What two torchmetrics objects have seen; the right one is worker ``rank``'s, the left one may be changed. JobFailed."""
+    if not right.update_called:
+        return left
+    try:
+        return merge(left, right)
+    except Exception as error:  # metrics are the user's, or a library's
+        raise JobFailed(
+            f'What worker {rank} has of the metric "{name}" cannot be put together with what the others have '
+            f"({type(error).__name__}: {first_line(error)}); let it keep states of the same shapes in every "
+            "worker, which torchmetrics can merge."
+        ) from None
 
 
 def merge(left: Any, right: Any) -> Any:

@@ -20,6 +20,7 @@ from torchmetrics.classification import BinaryAUROC
 import shoal
 from shoal.errors import NotBuiltError, WorkerLostError
 from shoal.observe.events import read_events
+from shoal.plan import Plan
 
 
 class Clicks(nn.Module):
@@ -143,7 +144,14 @@ def test_lbfgs_on_servers_is_torchs_also_when_a_server_comes_back_and_goes_on_in
 ) -> None:
     steps, run = 24, tmp_path / "run"
     of, watch = convex.job(steps), kill_at(5, "server", 1, run)
-    shoal.train(of, plan="ps=2,workers=2,sync,threads=1", run_dir=run, steps=8, push_log=True, on_event=watch)
+
+    def on_event(event: dict[str, Any]) -> Plan | None:
+        watch(event)
+        return Plan.parse("ps=1,workers=1,sync") if event["kind"] == "step" and event["step"] == 2 else None
+
+    shoal.train(of, plan="ps=2,workers=2,sync,threads=1", run_dir=run, steps=8, push_log=True, on_event=on_event)
+    (refused,) = (event["text"] for event in read_events(run / "events.jsonl", {"warning"}))
+    assert "Servers with a log of pushes that share no memory hand on no keys" in refused and "--resume --plan ps=1" in refused
     back = [event["action"] for event in read_events(run / "events.jsonl", {"recovered"})]
     assert back == ["replayed"]
     with monkeypatch.context() as patch:

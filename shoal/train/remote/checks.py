@@ -71,6 +71,8 @@ class SaidCheck:
             self._look_at_evaluation(said, frames)
         elif isinstance(said, words.Report):
             self._look_at_report(said, frames)
+        elif isinstance(said, words.Leave) and said.role == WORKER and len(frames) == 1:
+            self._look_at_metrics(frames)
         elif frames:
             raise Malformed(f"{len(frames)} frames where none belongs")
         elif isinstance(said, words.Join) and said.role == SERVER and not is_address(said.address):
@@ -118,6 +120,9 @@ class SaidCheck:
         sums = said.sums or {}
         if len(sums) > 1 + len(self.metrics) + VALUE_COLUMNS or any(math.isnan(weight) for _, weight in sums.values()):
             raise Malformed("its sums are none")
+        self._look_at_metrics(frames)
+
+    def _look_at_metrics(self, frames: Sequence[Any]) -> None:
         try:
             for frame in frames:
                 _look_at_archive(frame)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,8 +23,11 @@ from shoal.plan import Plan
 from shoal.process.messages import SERVER, WORKER
 from shoal.ps.moving import Moved, move
 from shoal.ps.placement import Placement
+from shoal.train import notes
 from shoal.train.carried import begin_at, carry_all_but_state
 from shoal.train.elastic import ChangingSession, Pause
+from shoal.train.evaluate import put_together
+from shoal.train.metric_state import metrics_of
 from shoal.train.remote import plans, words
 from shoal.train.remote.checks import SaidCheck, check_of
 from shoal.train.remote.desk import Asked
@@ -34,6 +38,7 @@ from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings
 from shoal.train.replan import Change
 from shoal.train.run import Run
+from shoal.train.settings import EpochPart
 
 _POLL_S = 0.02
 _START_S = 300.0
@@ -47,6 +52,11 @@ class ElasticLead(ChangingSession, RemoteLead):
     # Whether one plan is over, and the next one has not begun; whom it does not need.
     _between = False
     _leaving: Collection[tuple[str, int]] = ()
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # What workers that have left had gathered in training metrics with a state: (epoch, rank, metrics by name).
+        self._left_over: list[tuple[int, int, dict[str, Any]]] = []
 
     def serve(self, began: float) -> Run:
         try:
@@ -103,12 +113,25 @@ class ElasticLead(ChangingSession, RemoteLead):
     def _let_leave(self, asked: Asked) -> None:
         said, orders = asked.said, msgspec.structs.replace(self._orders(), over=1)
         if isinstance(said, words.Leave):
+            for frame in asked.frames:
+                gathered = metrics_of(notes.from_bytes(frame), self._job.metrics)
+                self._left_over.append((self._epochs_done + 1, said.rank, gathered))
             self._desk.answer(asked, lambda n: words.Ended(n, str(self._directory.path), b"{}"))
             self._members.leave(said.role, said.rank)
         elif isinstance(said, words.Claim):
             self._desk.answer(asked, lambda n: words.Later(n, self._recorder.step, orders))
         elif isinstance(said, words.Look):
             self._desk.answer(asked, lambda n: words.Heard(n, orders))
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, EpochPart) and message.rank == 0:
+            # With what those had seen who have left, the epoch's training metrics are of all its samples.
+            training: Any = message.training
+            self._left_over = [left for left in self._left_over if left[0] >= message.epoch]
+            for epoch, rank, metrics in self._left_over:
+                for name, own in training.metrics.items() if epoch == message.epoch else ():
+                    training.metrics[name] = put_together(own, metrics[name], name, rank)
+        super()._take(message)
 
     def _silence_s(self, member: Member) -> float:
         # Nobody is heard while keys move, and all are our own: who dies is seen.

@@ -81,9 +81,9 @@ class Line(Requests):
         assert isinstance(placed, Placed)
         return placed
 
-    def leave(self) -> tuple[Path, dict[str, Any]]:
-        """Say that this process is done, and wait for the run's end: its directory and its summary."""
-        ended, _ = self.ask(lambda n: Leave(n, self.role, self.rank), "the run's end")
+    def leave(self, frames: Sequence[Any] = ()) -> tuple[Path, dict[str, Any]]:
+        """Say that this process is done, and wait for the run's end: its directory and its summary; ``frames``: see ``Leave``."""
+        ended, _ = self.ask(lambda n: Leave(n, self.role, self.rank), "the run's end", frames)
         assert isinstance(ended, Ended)
         return Path(ended.path), json.loads(ended.summary)
 

@@ -138,7 +138,10 @@ class Gone(msgspec.Struct, tag="gone", frozen=True):
 
 
 class Leave(msgspec.Struct, tag="leave", frozen=True):
-    """A process is done; it is answered when the run has ended."""
+    """A process is done; it is answered when the run has ended, or goes on without it.
+
+    One frame or none: what a worker's training metrics with a state hold.
+    """
 
     number: int
     role: str

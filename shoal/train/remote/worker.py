@@ -411,6 +411,11 @@ class RemoteLoop(PushLoop):
         else:
             super()._push_if_full()
 
+    @property
+    def gathered(self) -> Mapping[str, Any]:
+        """The training metrics that keep a state, by name."""
+        return self._metrics.stateful
+
     def _push(self) -> None:
         before = self._remote.pushes
         super()._push()
@@ -473,10 +478,11 @@ def work(
             {int(s): address for s, address in placed.servers.items()}, meeting.keys, Patience(meeting.deadline_s)
         )
         try:
-            _train(host, settings, line, client, placed)
+            gathered = _train(host, settings, line, client, placed)
         finally:
             client.close()
-        return line.leave()
+        # Whoever leaves within an epoch, because the run goes on under another plan, leaves to others what it has seen.
+        return line.leave([notes.to_bytes(pieces_of_metrics(gathered))] if gathered else ())
     except BaseException as error:
         line.tell_failure(error)
         raise
@@ -484,7 +490,8 @@ def work(
         line.close()
 
 
-def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, placed: words.Placed) -> None:
+def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, placed: words.Placed) -> Mapping[str, Any]:
+    """Work until nothing is left to do; what metrics with a state have gathered in the epoch that the run is in."""
     plan, facts, rank = settings.plan, host.facts(), line.rank
     store = host.take_up(Arena.private(settings.layout), settings, True)
     keep_freed_memory()
@@ -514,7 +521,9 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
         return axis.rows
 
     parts, around, own = host.worker(rank, Sender(line), lambda _: axis, make_rows=make_rows if facts.tables else None)
-    RemoteLoop(parts, around, own_copy(store, own)).run()
+    loop = RemoteLoop(parts, around, own_copy(store, own))
+    loop.run()
+    return loop.gathered
 
 
 def cache_of(spec: TableSpec) -> RowCache:
