@@ -33,4 +33,6 @@ def replan(run: RunArgument, plan: _Plan, json: JsonFlag = False) -> Answer:
         f"{brief(told['before'])} → {brief(told['plan'])}",
         f"from step {told['step'] + 1} on, after a pause of {told['pause_s']:.2f} s",
     ]
+    if "keys_moved" in told:
+        lines.append(f"{told['keys_moved']} of {told['keys']} keys moved, {told['bytes_moved']:,} bytes")
     return Answer(told, lines)

@@ -42,6 +42,13 @@ def test_a_death_and_a_recovery_are_one_line_each() -> None:
     assert describe(back) == ["worker 1 is back (pid 80) in step 12 after 0.41 s: the step was rolled forward"]
 
 
+def test_a_change_of_plan_is_one_line_and_says_how_many_keys_moved() -> None:
+    change = {"kind": "replan", "step": 4, "before": "ps=1,workers=2", "plan": "ps=2,workers=3", "pause_s": 0.412}
+    line = "plan changed after step 4: ps=1,workers=2 → ps=2,workers=3 (pause 0.41 s)"
+    assert describe(change) == [line]
+    assert describe({**change, "keys_moved": 38, "keys": 68}) == [line + "; 38 of 68 keys moved"]
+
+
 def test_a_stall_names_the_worker_what_it_waits_for_and_where_it_stands() -> None:
     stall = {
         "kind": "stall", "rank": 0, "pid": 5, "step": 3, "phase": "data", "waited_s": 4.0, "waits_for": "its data set",
