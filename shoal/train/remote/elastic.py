@@ -31,6 +31,7 @@ from shoal.train.metric_state import metrics_of
 from shoal.train.remote import plans, words
 from shoal.train.remote.checks import SaidCheck, check_of
 from shoal.train.remote.desk import Asked
+from shoal.train.remote.holding import START_S
 from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.members import Lost, Member
 from shoal.train.remote.published import RemoteSource
@@ -41,7 +42,6 @@ from shoal.train.run import Run
 from shoal.train.settings import EpochPart
 
 _POLL_S = 0.02
-_START_S = 300.0
 _LEAVE_S = 10.0
 """Whoever has nothing more to do and has not left within so long is killed: nothing is lost with it."""
 
@@ -85,8 +85,8 @@ class ElasticLead(ChangingSession, RemoteLead):
         assert pause is not None
         joined = {member.rank for member in self._members.joined(WORKER)}
         missing = sorted(set(range(self._arena.world_size)) - joined)
-        if missing and time.monotonic() - pause.since > _START_S:
-            raise WorkerLostError(f"Worker {missing[0]} has not come within {_START_S:.0f} s; see what keeps it.")
+        if missing and time.monotonic() - pause.since > START_S:
+            raise WorkerLostError(f"Worker {missing[0]} has not come within {START_S:.0f} s; see what keeps it.")
         return not missing
 
     # -- what is said meanwhile ----------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class ElasticLead(ChangingSession, RemoteLead):
         for member in self._members.joined(SERVER):
             if member.rank in joining:
                 client.connect(member.rank, member.address)
-        moved = move(client, before, after, self._id_of(step * self._per_step))
+        moved = move(client, before, after, self._settled_at(step))
         self._send_away(SERVER, leaving)
         for rank in leaving:
             client.disconnect(rank)
@@ -209,13 +209,13 @@ class ElasticLead(ChangingSession, RemoteLead):
 
     def _await_servers(self, ranks: Sequence[int]) -> None:
         """Wait until these are there."""
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + START_S
         while missing := set(ranks) - {member.rank for member in self._members.joined(SERVER)}:
             self._hear(_POLL_S)
             for lost in self._members.lost(self._silence_s):
                 self._bury(lost)
             if time.monotonic() > deadline:
-                raise WorkerLostError(f"Server {min(missing)} has not come within {_START_S:.0f} s; see what keeps it.")
+                raise WorkerLostError(f"Server {min(missing)} has not come within {START_S:.0f} s; see what keeps it.")
 
     def _take_up(self, plan: Plan, placement: Placement, step: int, version: int) -> None:
         """Begin behind a step under another plan; all servers count ``version`` updates."""

@@ -15,7 +15,8 @@ from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Lost, Member, Members
 from shoal.train.remote.published import RemoteSource
 
-_START_S = 300.0
+START_S = 300.0
+"""So long may a process take until it is there."""
 
 
 class BeginAgain(Exception):
@@ -98,9 +99,9 @@ class Holding(Keeping):
             after_s = time.monotonic() - died_at
             pid = self._members.of["server", rank].pid
             self._emit("recovered", rank=rank, pid=pid, step=step, after_s=after_s, action="copied", role="server")
-        if self._client is None and time.monotonic() - self._began_at > _START_S:
+        if self._client is None and time.monotonic() - self._began_at > START_S:
             missing = sorted(set(self._chains.ranks) - set(addresses))
-            raise WorkerLostError(f"Server {missing[0]} has not come within {_START_S:.0f} s; see what keeps it.")
+            raise WorkerLostError(f"Server {missing[0]} has not come within {START_S:.0f} s; see what keeps it.")
 
     def _fill_servers(self, addresses: dict[int, str]) -> None:
         """All servers are there: give them what the run begins with. BeginAgain where one of them dies meanwhile."""
