@@ -14,6 +14,7 @@ from shoal.train.remote.keeping import Keeping
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Lost, Member, Members
 from shoal.train.remote.published import RemoteSource
+from shoal.train.remote.state import push_id
 
 START_S = 300.0
 """So long may a process take until it is there."""
@@ -50,7 +51,11 @@ class Holding(Keeping):
         raise NotImplementedError
 
     def _settled_at(self, step: int) -> tuple[int, int, int]:
-        raise NotImplementedError
+        """The first push behind a step."""
+        return self._id_of(step * self._per_step)
+
+    def _id_of(self, unit: int) -> tuple[int, int, int]:
+        return push_id(unit, self._per_step, self._settings.steps_per_epoch)
 
     def _hear_from(self, asked: Asked) -> None:
         """Who asks is alive."""

@@ -51,7 +51,7 @@ from shoal.train.remote.members import Lost, Members
 from shoal.train.remote.published import RemoteSource
 from shoal.train.remote.recovery import Recovery
 from shoal.train.remote.stand_ins import Groups
-from shoal.train.remote.state import RemoteTables, StoreState, push_id
+from shoal.train.remote.state import RemoteTables, StoreState
 from shoal.train.remote.worker import built_as
 from shoal.train.run import Run
 from shoal.train.settings import BadPush, EpochPart, RunSettings, ValueNames
@@ -382,13 +382,6 @@ class RemoteLead(Holding):
         tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
         heads, frames = messages.pack_tensors(tensors)
         return heads, [bytes(frame) for frame in frames]
-
-    def _settled_at(self, step: int) -> tuple[int, int, int]:
-        """The first push behind a step."""
-        return self._id_of(step * self._per_step)
-
-    def _id_of(self, unit: int) -> tuple[int, int, int]:
-        return push_id(unit, self._per_step, self._settings.steps_per_epoch)
 
     def _groups_of(self, step: int) -> tuple[dict[str, Any], ...] | None:
         """The hyperparameters of a step, as far as they are numbers; None where no scheduler changes them."""
