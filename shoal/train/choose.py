@@ -277,9 +277,8 @@ def check_servers(plan: Plan, facts: JobFacts) -> None:
     else:
         most = len(table.trained) if table.splittable else 1
         what = f"{len(table.trained)} parameter tensors that the optimizer takes as wholes"
-    # Rows by key are shared by shards.
-    most = max(most, *(spec.shards for spec in facts.tables), 0)
-    if plan.servers > most:
+    # Rows by key are shared by shards, and there are more of these than servers.
+    if plan.servers > most and not facts.tables:
         raise PlanError(f"ps={plan.servers} is more servers than parameters ({what}); use ps={most} or fewer.")
 
 

@@ -118,7 +118,7 @@ def test_weights_and_history_are_those_of_a_run_that_never_changed(tmp_path: Pat
     assert there["keys_moved"] == back["keys_moved"] and 0.35 < back["keys_moved"] / back["keys"] < 0.65
     assert 0.5 < third["keys_moved"] / third["keys"] < 0.8 and back["rows_moved"] > 0 and back["bytes_moved"] > 0
     (many, gone) = (e["text"] for e in events(run, "warning"))
-    assert many.startswith("The plan was not changed: ps=200 is more servers than parameters") and "stay servers" in gone
+    assert many.startswith("The plan was not changed: ps=200 is more servers than pieces") and "stay servers" in gone
     assert [(e["role"], e["rank"], e["pid"]) for e in events(run, "death")] == [("worker", 1, struck[0])]
     assert str(found.plan) == told[-1]["plan"] == str(Plan.from_toml((run / "plan.toml").read_text()))
 

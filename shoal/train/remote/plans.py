@@ -9,6 +9,7 @@ from shoal.ps.ledger import UNITS_KEPT
 from shoal.train.choose import check_plan, given_text, remarks
 from shoal.train.host import TrainHost
 from shoal.train.portions import with_portions
+from shoal.train.remote.state import pieces_of
 from shoal.train.replan import refuse_same, wished
 from shoal.train.settings import units_of
 
@@ -38,6 +39,11 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
         raise PlanError(
             f"accumulate={whole.accumulate} cuts a batch into {count} portions, and no more than {UNITS_KEPT} are kept count "
             "of; write a smaller one."
+        )
+    keys = len(pieces_of(facts.table)) + sum(spec.shards for spec in facts.tables)
+    if facts.tables and whole.servers > keys:
+        raise PlanError(
+            f"ps={whole.servers} is more servers than pieces of parameters and shards of tables; use ps={keys} or fewer."
         )
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
