@@ -101,6 +101,7 @@ def choose(
         if not candidates:
             first, need, why = _instead(plan, first, forecast, machine.cores)
             candidates = [first]
+    candidates, left_out = fitting.promising(candidates, machine.cores) if len(candidates) > 1 else (candidates, [])
     if len(candidates) > 1:
         with spent.part("trials"):
             first, why = _best(candidates, job, facts, supervisor, machine, spent)
@@ -110,7 +111,7 @@ def choose(
     with spent.part("compile"):
         wanted = not plan.names_axes and (thorough or _is_long(first, job, facts))
         first = fitting.compile(first, wanted, spent.left_s)
-    why += fitting.why_compiled(first) + ([] if first.compile else fitting.why(first))
+    why += left_out + fitting.why_compiled(first) + ([] if first.compile else fitting.why(first))
     split = split_of(first, supervisor)
     if need is None and forecast.doubtful(first):
         need = forecast.need(first, split)[1]

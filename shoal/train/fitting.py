@@ -12,6 +12,7 @@ from shoal.comm.grid import Grid
 from shoal.errors import PlanError
 from shoal.plan import Plan
 from shoal.planner.candidates import sub_batches
+from shoal.planner.search import HOPELESS
 from shoal.process.supervisor import Supervisor
 from shoal.rewrites import registry
 from shoal.train.compiling import GAIN as COMPILE_GAIN
@@ -25,6 +26,7 @@ _COMPILE_S = 6.0
 _LEAST_COMPILE_S = 1.0
 """With less time it would end in vain."""
 _TIMEOUT_S = 600.0
+_LONG_STEP_S = 0.2
 
 Recall = Callable[[str], Any]
 Remember = Callable[[str, Mapping[str, Any]], None]
@@ -52,7 +54,31 @@ class Fitting:
         """The plans with their rewrites and sub-batch; PlanError where ones that were asked for cannot be used."""
         layouts = {plan.layout for plan in candidates}
         most = max(plan.data_ways for plan in candidates)
-        return [self._fit(plan, most, len(layouts)) for plan in candidates]
+        # Channels last first: what gains most is made for it, and it tells early what is not worth looking at.
+        fitted = {plan: self._fit(plan, most, len(layouts)) for plan in sorted(candidates, key=lambda plan: str(plan.layout))}
+        return [fitted[plan] for plan in candidates]
+
+    def promising(self, candidates: Sequence[Plan], cores: int) -> tuple[list[Plan], list[str]]:
+        """The plans that are worth trying by what a pass took here, and what is said of those that are not.
+
+        A memory layout is left out that is far behind another one, and where steps are long, plans that leave cores idle.
+        """
+        passes = {layout: tuned.pass_s / tuned.samples for layout, tuned in self._found.items() if tuned.pass_s}
+        if {str(plan.layout) for plan in candidates} - passes.keys():
+            return list(candidates), []
+        best = min(passes, key=lambda layout: passes[layout])
+        step_s = passes[best] * self._facts.batch_size
+        slow = {layout for layout, each_s in passes.items() if each_s > HOPELESS * passes[best]}
+        said = [
+            f"layout={layout} was not tried: a pass takes {passes[layout] / passes[best]:.1f} × as long as in {best}."
+            for layout in sorted(slow)
+        ]
+        found = [plan for plan in candidates if str(plan.layout) not in slow]
+        busy = [plan for plan in found if plan.world_size * (plan.threads or 1) >= cores]
+        if step_s > _LONG_STEP_S and busy and len(busy) < len(found):
+            said.append(f"Plans that leave cores idle were not tried: a step takes {step_s:.1f} s on one thread.")
+            found = busy
+        return found, said
 
     def why(self, plan: Plan) -> list[str]:
         """What each change gains, or why it was not made, in sentences."""
@@ -167,11 +193,12 @@ class Fitting:
         key = f"tuned {sorted(asdict(question).items())} {sorted(registry.all_rewrites())}"
         known = self._recall(key)
         if known is None:
-            tuned: Tuned = self._supervisor.call("tune", question, timeout_s=_TIMEOUT_S)
+            beat_s = min((found.pass_s / found.samples for found in self._found.values() if found.pass_s), default=None)
+            tuned: Tuned = self._supervisor.call("tune", question, beat_s, timeout_s=_TIMEOUT_S)
             self._remember(key, asdict(tuned))
         else:
             findings = tuple(Finding(**entry) for entry in known["findings"])
-            tuned = Tuned(tuple(known["names"]), known["sub_batch"], findings, known["samples"])
+            tuned = Tuned(tuple(known["names"]), known["sub_batch"], findings, known["samples"], known.get("pass_s"))
         for finding in tuned.findings if names is not None else ():
             if finding.trouble is not None:
                 raise PlanError(f"The rewrite {finding.name} {finding.trouble}; leave it out of the plan.")

@@ -235,9 +235,9 @@ class TrainHost:
         importlib.import_module(DYNAMO)
         return aside(lambda: measure(self._built, self._facts, plan, cut), "find out how much memory the model needs")
 
-    def tune(self, question: Question) -> Tuned:
+    def tune(self, question: Question, beat_s: float | None = None) -> Tuned:
         """What a rewritten model gains, measured aside."""
-        return aside(lambda: tune(self._built, question), "find out what rewriting the model gains")
+        return aside(lambda: tune(self._built, question, beat_s), "find out what rewriting the model gains")
 
     def processes_gain(self) -> dict[str, float]:
         """What is gained by rewrites that change how processes compute and no model, measured aside."""

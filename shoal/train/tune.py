@@ -44,6 +44,12 @@ _CLOSE_DOUBLE, _CLOSE_SINGLE = 1e-9, 1e-4
 _CHECKED_SAMPLES = 8
 _MOST_DOUBLED_BYTES = 128 << 20
 _SLOW_S = 0.5
+_LONG_PASS_S = 0.25
+"""A worker's pass that takes longer is measured with a part of its samples."""
+_FAR_BEHIND = 1.3
+"""Of such a job a layout in which a pass takes so many times as long as in another one, rewritten, is looked at no further."""
+_STEADY_S = 0.1
+"""Passes that take so long are not measured more than twice each where there is no time for more."""
 _ROUNDS, _LEAST_ROUNDS = 30, 4
 _LEAST_CUT_S = 0.002
 _CLEAR = 1.04
@@ -88,12 +94,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The rewrites and the sub-batch to use, and what was found of each that applies."""
+    """The rewrites and the sub-batch to use, and what was found of each that applies.
+
+    Attributes:
+        samples: what was measured with.
+        pass_s: processor time of a forward and a backward pass over these, with the rewrites; None where it was not measured.
+    """
 
     names: tuple[str, ...]
     sub_batch: int
     findings: tuple[Finding, ...]
     samples: int
+    pass_s: float | None = None
 
 
 def rewrites_of(plan: Plan) -> tuple[str, ...]:
@@ -101,10 +113,13 @@ def rewrites_of(plan: Plan) -> tuple[str, ...]:
     return plan.rewrites if isinstance(plan.rewrites, tuple) else ()
 
 
-def tune(built: Built, question: Question) -> Tuned:
-    """Check and measure. Whatever the author's own code raises here it will raise in training too, so nothing is found then."""
+def tune(built: Built, question: Question, beat_s: float | None = None) -> Tuned:
+    """Check and measure. Whatever the author's own code raises here it will raise in training too, so nothing is found then.
+
+    ``beat_s``: what a sample takes in the best of the layouts that were looked at before.
+    """
     try:
-        return _Tuning(built, question).run()
+        return _Tuning(built, question, beat_s).run()
     except Exception:
         return Tuned((), 0, (), question.samples)
 
@@ -115,7 +130,8 @@ def processes_gain() -> dict[str, float]:
 
 
 class _Tuning:
-    def __init__(self, built: Built, question: Question) -> None:
+    def __init__(self, built: Built, question: Question, beat_s: float | None) -> None:
+        self._beat_s = beat_s
         self._built, self._job, self._model, self._question = built, built.job, built.model, question
         self._batches: list[Any] | None = None
         self._kept = quicken_embeddings()
@@ -135,6 +151,10 @@ class _Tuning:
             names = self._applicable(names, few)
         if time.monotonic() - began > _SLOW_S:
             few = min(few, 2)
+        if not question.forced and self._shorten(few) and self._beat_s is not None:
+            bare_s = self._pass_s(())
+            if bare_s > _FAR_BEHIND * self._beat_s * self._work.samples:
+                return Tuned((), 0, (), self._work.samples, bare_s)
         findings: list[Finding] = []
         sound: list[str] = []
         checks: dict[bool, _Check] = {}
@@ -142,7 +162,7 @@ class _Tuning:
             whole = registry.exchanges(name)
             if whole not in checks:
                 # A few samples do not make an exchange worth while, and in float64 there is none.
-                batch, count = (self._work.batch, question.samples) if whole else (samples_of(self._work.batch, 0, few), few)
+                batch, count = (self._work.batch, self._work.samples) if whole else (samples_of(self._work.batch, 0, few), few)
                 checks[whole] = _Check(self._job, model, batch, count, double=not whole)
             trouble = checks[whole].trouble((name,))
             if trouble != NOT_FOUND or question.forced:
@@ -155,7 +175,35 @@ class _Tuning:
         chosen, measured = self._measure(sound)
         sub_batch = self._measure_sub_batches(chosen, measured) if question.sub_batches else 0
         unsound = [finding for finding in findings if finding.trouble is not None]
-        return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), question.samples)
+        return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), self._work.samples, self._pass_s(chosen))
+
+    def _shorten(self, few: int) -> bool:
+        """Let passes that take long be measured with fewer samples; whether they are. ``few``: can be computed in no time."""
+        question = self._question
+        try:
+            self._work.train(few=few)
+            start = time.thread_time()
+            self._work.train(few=few)
+        except Exception:
+            # A batch that cannot be cut.
+            return False
+        each_s = (time.thread_time() - start) / few
+        samples = max(few, min(question.samples, int(_LONG_PASS_S / each_s)))
+        if samples == question.samples:
+            return False
+        self._work = work_of(self._built, samples, question.layout, question.precision)
+        return True
+
+    def _pass_s(self, chosen: Sequence[str]) -> float:
+        """Processor time of a pass with what was chosen."""
+        installed = install(self._model, chosen)
+        times: list[float] = []
+        while len(times) < 2 or (len(times) < 3 and sum(times) < 2 * _LONG_PASS_S):
+            start = time.thread_time()
+            self._work.train()
+            times.append(time.thread_time() - start)
+        installed.remove()
+        return min(times)
 
     def _applicable(self, names: Sequence[str], few: int) -> tuple[str, ...]:
         """These without what has no place: changes of the model, looked for all together. What changes how a process computes is
@@ -208,7 +256,7 @@ class _Tuning:
     def _measure_sub_batches(self, chosen: Sequence[str], findings: list[Finding]) -> int:
         best = 0
         names = tuple(chosen)
-        sizes = [size for size in self._question.sub_batches if size < self._question.samples]
+        sizes = [size for size in self._question.sub_batches if size < self._work.samples]
         if not sizes or not self._is_worth_cutting() or not self._sum_is_the_same(sizes[0]):
             return 0
         for size in sizes:
@@ -250,7 +298,7 @@ class _Tuning:
         the gain that is asked for.
         """
         if self._batches is None:
-            further = further_batches(self._built, self._question.samples, self._question.layout)
+            further = further_batches(self._built, self._work.samples, self._question.layout)
             self._batches = [self._work.batch, *further]
         ways = [(install(self._model, names), one)]
         ways[0][0].remove()
@@ -271,7 +319,7 @@ class _Tuning:
                 installed.remove()
             if number >= 2 and sum(times[0]) > _SLOW_S and _is_clear([a / b for a, b in zip(*times, strict=True)], bar):
                 break
-            least = _LEAST_ROUNDS if not number or times[0][-1] < _SLOW_S else 2
+            least = _LEAST_ROUNDS if not number or times[0][-1] < _STEADY_S else 2
             if number >= least and time.monotonic() > until:
                 break
         self._work.batch = self._batches[0]

@@ -89,3 +89,15 @@ def test_pieces_are_tried_only_where_they_add_up(monkeypatch: pytest.MonkeyPatch
     assert ask(small(), monkeypatch, sub_batches=(24, 12)).sub_batch == 12
     assert ask(small(nn.Dropout(0.5)), monkeypatch, sub_batches=(24,)).sub_batch == 0
     assert ask(small(nn.BatchNorm2d(4)), monkeypatch, sub_batches=(24,)).sub_batch == 0
+
+
+def test_passes_that_take_long_are_measured_with_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["shoal.train.tune"]
+    whole = ask(small(), monkeypatch, sub_batches=(24, 12))
+    monkeypatch.setattr(module, "_LONG_PASS_S", 0.0)
+    part = ask(small(), monkeypatch, sub_batches=(24, 12))
+    assert (whole.samples, part.samples) == (48, 8)
+    assert {f.name for f in part.findings} == {f.name for f in whole.findings}
+    assert part.pass_s and whole.pass_s
+    # Pieces of what is a piece already would be no answer.
+    assert part.sub_batch == 0
