@@ -363,7 +363,8 @@ def _bar_table(bars: Sequence[Bar]) -> Any:
     for bar in bars:
         measured = "not measured" if bar.value is None else f"{_number(bar.value)} {bar.unit}".strip()
         wanted = f"{'≥' if bar.at_least else '≤'} {_number(bar.limit)} {bar.unit}".strip()
-        table.add_row(bar.claim, measured, wanted, "[green]pass[/green]" if bar.passed else "[red]falls short[/red]")
+        short = "" if bar.value is None else "[red]falls short[/red]"
+        table.add_row(bar.claim, measured, wanted, "[green]pass[/green]" if bar.passed else short)
     return table
 
 
