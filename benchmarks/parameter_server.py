@@ -161,11 +161,11 @@ def recovery_table(results: Mapping[str, Result]) -> Any:
 
     table = Table(title="parts of a recovery, s", title_justify="left")
     table.add_column("killed")
-    for heading in RECOVERY_PARTS.values():
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        values = [[float(d[part]) for d in result.details if part in d] for part in RECOVERY_PARTS]
-        table.add_row(name, *(f"{median(v):.3f}" if v else "" for v in values))
+    for name in results:
+        table.add_column(name, justify="right")
+    for part, heading in RECOVERY_PARTS.items():
+        values = [[float(d[part]) for d in result.details if part in d] for result in results.values()]
+        table.add_row(heading, *(f"{median(v):.3f}" if v else "" for v in values))
     return table
 
 
