@@ -10,6 +10,10 @@ PushId = tuple[int, int, int]
 NOTHING: PushId = (0, 0, 0)
 
 
+Made = tuple[int, int | None]
+"""How many updates a server had made with a push, and the push's staleness, where it has one."""
+
+
 class PartlyApplied(Exception):
     """Of the ids of one push some are applied and some are not: whoever sent it must not be heard."""
 
@@ -22,7 +26,7 @@ class Applied:
 
     def __init__(self, settled: PushId = NOTHING, ids: Iterable[PushId] = ()) -> None:
         self.settled = settled
-        self._ids = set(ids)
+        self._ids: dict[PushId, Made | None] = dict.fromkeys(ids)
 
     def __contains__(self, id: PushId) -> bool:
         return id < self.settled or id in self._ids
@@ -38,14 +42,18 @@ class Applied:
             raise PartlyApplied("some of what it holds has been applied with another push")
         return bool(known) and known[0]
 
-    def add(self, ids: Iterable[PushId]) -> None:
-        self._ids.update(ids)
+    def add(self, ids: Iterable[PushId], made: Made | None = None) -> None:
+        self._ids.update(dict.fromkeys(ids, made))
+
+    def made(self, ids: Iterable[PushId]) -> Made | None:
+        """What became of a push when it was applied; None where that is not known (any more)."""
+        return self._ids.get(next(iter(ids)))
 
     def settle(self, before: PushId) -> None:
         """Everything before this is applied on all servers."""
         if before > self.settled:
             self.settled = before
-            self._ids = {id for id in self._ids if id >= before}
+            self._ids = {id: made for id, made in self._ids.items() if id >= before}
 
     def ids(self) -> tuple[PushId, ...]:
         """Those that are kept one by one, in order."""

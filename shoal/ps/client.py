@@ -207,6 +207,8 @@ def _is(kind: type, sizes: Sequence[int] = ()) -> Check:
         found = [frame.nbytes for frame in frames]
         if not isinstance(answer, kind) or found != list(sizes):
             raise Malformed(f"{type(answer).__name__} with {found} bytes where {kind.__name__} with {list(sizes)} belongs")
+        if isinstance(answer, Done) and answer.staleness is not None and not 0 <= answer.staleness < answer.version:
+            raise Malformed(f"{answer.staleness} is no staleness of update {answer.version}")
         if isinstance(answer, Normed) and not answer.squared >= 0.0:
             raise Malformed(f"{answer.squared} is no norm")
 

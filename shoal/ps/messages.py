@@ -153,11 +153,15 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
 
 
 class Done(msgspec.Struct, tag="done", frozen=True):
-    """It is done; ``new``: whether it had not been before."""
+    """It is done; ``new``: whether it had not been before.
+
+    Of a push: ``version`` is how many updates there were with it, and ``staleness`` what it had when it was applied.
+    """
 
     number: int
     version: int
     new: bool = True
+    staleness: int | None = None
 
 
 class Pulled(msgspec.Struct, tag="pulled", frozen=True):

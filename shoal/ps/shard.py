@@ -160,7 +160,7 @@ class Shard:
             if age is not None and push.step and push.step % max(1, age // 4) == 0:
                 table.sweep(push.step)
         self.version += 1
-        self.ledger.add(push.ids)
+        self.ledger.add(push.ids, (self.version, push.staleness))
         self.ledger.settle(push.settled)
         return True
 

@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.errors import RequestError, ShoalError
 from shoal.ps import messages
-from shoal.ps.applied import PartlyApplied
+from shoal.ps.applied import PartlyApplied, PushId
 from shoal.ps.checks import check_count, parse_number
 from shoal.ps.dense import Piece
 from shoal.ps.endpoint import Endpoint
@@ -114,13 +114,15 @@ class ShardServer:
     def _answer(self, message: Request, frames: Sequence[Any], answer: Callable[..., None]) -> None:
         shard, number = self.shard, message.number
 
-        def done(new: bool) -> None:
-            version = shard.version
-            self._keeper.when_kept(version, lambda: answer(Done(number, version, new)))
+        def done(new: bool, ids: Sequence[PushId] = ()) -> None:
+            # One that comes again is told what has become of it, whatever was applied since.
+            version, staleness = (shard.ledger.made(ids) if ids else None) or (shard.version, None)
+            self._keeper.when_kept(shard.version, lambda: answer(Done(number, version, new, staleness)))
 
         if isinstance(message, PushHead):
             push = messages.unpack_push(message, frames, self._forms())
-            done(self._stage(push) if message.staged else shard.apply(replace(push, staleness=self._staleness(message))))
+            push = replace(push, staleness=self._staleness(message))
+            done(self._stage(push) if message.staged else shard.apply(push), push.ids)
         elif isinstance(message, Pull):
             pieces = shard.pull() if message.have != shard.version else {}
             _, views = messages.pack_tensors({str(piece): tensor for piece, tensor in pieces.items()})
@@ -134,7 +136,7 @@ class ShardServer:
         elif isinstance(message, Multiply):
             answer(Multiplied(number, tuple(self.staged.multiply(message.ids, message.scale).tolist())))
         elif isinstance(message, Commit):
-            done(self.staged.commit(message.ids, message.settled, message.scale, message.groups))
+            done(self.staged.commit(message.ids, message.settled, message.scale, message.groups), message.ids)
         elif isinstance(message, Take):
             self._give(message, answer)
         elif isinstance(message, Put):

@@ -332,10 +332,20 @@ class RemoteWorker(PushingWorker):
         began = time.monotonic()
         made = self.client.acknowledged(self._tickets)
         self._made = () if self.sync else tuple(made[server] for server in self.placement.servers)
+        self._take_over()
         self.claims.finish(self.rank)
         self._made, self._tickets = (), []
         self.slot.post(Signal.UPDATED, self.pushes)
         self.waited_s += time.monotonic() - began
+
+    def _take_over(self) -> None:
+        """What was applied before this came, sent by a predecessor or once already, is told as it was applied."""
+        for ticket in self._tickets:
+            done = ticket.answer
+            if isinstance(done, messages.Done) and not done.new and done.staleness is not None:
+                place = self.placement.servers.index(ticket.place)
+                for unit in self.claims.open(self.rank):
+                    self.ledger.pulled(unit)[place] = done.version - 1 - done.staleness
 
     # -- reports -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.log import segments
 from shoal.ps.logged import LoggedServer, Mark, Recover, TakeUp, ToldLog, do_again, read_told
+from shoal.ps.messages import Done
 from shoal.ps.requests import Damaged
 from shoal.ps.shard import Kept, Shard, Snapshot
 from shoal.ps.staged import Staged
@@ -63,7 +64,7 @@ def test_another_server_goes_on_from_the_log_with_the_same_bits(tmp_path: Path) 
         recover(client, 0)
         assert same(first, second) and second.version == 5 and not same(first, alone)
         # What waited for others waits here; what is sent again counts once.
-        assert client.acknowledged(client.push({0: a_push(3)})) == {0: 5}
+        assert client.acknowledged(client.push({0: a_push(3)})) == {0: 4}
         client.commit([(0, 6, 0)], (0, 0, 0))
         # A checkpoint holds all that there is.
         client.wait([client.send(0, lambda n: Mark(n, 9))], "a mark")
@@ -85,6 +86,10 @@ def test_what_is_left_out_when_a_log_is_done_again_makes_no_other_push_later_or_
         recover(client, 0)
         for k, pulled in enumerate((0, 0, 1, 0)):
             client.acknowledged(client.push({0: a_push(k)}, pulled={0: pulled}))
+        # What comes again is told how it was applied, from wherever it comes.
+        (again,) = client.push({0: a_push(1)}, pulled={0: 4})
+        client.acknowledged([again])
+        assert again.answer == Done(again.number, 2, new=False, staleness=1)
         # What says that it has seen more than there is, is of a server that has yet to be told that much again.
         client.acknowledged(client.push({0: a_push(4)}, pulled={0: 9}))
     do_again(second, Staged(second), read_told(tmp_path, "server-0", 0), lambda ids: ids != ((0, 1, 0),))
