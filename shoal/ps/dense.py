@@ -214,13 +214,18 @@ class DensePart:
         return dict(found)
 
     def put_state(self, number: int, state: Mapping[str, Any]) -> None:
-        """Put it back: copied."""
+        """Put it back: copied. Where there is none it is what a new optimizer begins with."""
         assert self._optimizer is not None
         if state:
             own = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in state.items()}
             self._optimizer.state[self._weights[number]] = own
-        else:
-            self._optimizer.state.pop(self._weights[number], None)
+            return
+        weights, piece = self._weights[number], self.pieces[number]
+        self._optimizer.state.pop(weights, None)
+        if piece.shape is None:
+            # Adagrad makes its sums when it is made, and in older torch only then.
+            fresh = self._make_optimizer([(piece, weights)]).state
+            self._optimizer.state.update({weights: fresh[weights]} if weights in fresh else {})
 
     def form(self, number: int) -> Form | None:
         """What the optimizer keeps of a piece; None where that cannot be known before its first step."""

@@ -23,8 +23,8 @@ from shoal.train.tune import GAIN, Finding, Question, Tuned, rewrites_of
 _SECONDS = 3.0
 _COMPILE_S = 6.0
 """What compiling may take where nobody asked for it."""
-_LEAST_COMPILE_S = 1.0
-"""With less time it would end in vain."""
+_LEAST_COMPILE_S, _STOP_S = 1.0, 0.3
+"""With less time it would end in vain; and what ending it takes."""
 _TIMEOUT_S = 600.0
 _LONG_STEP_S = 0.2
 
@@ -102,7 +102,7 @@ class Fitting:
         if not asked and (uncompilable(plan) is not None or global_batchnorm):
             # Global sums cut the graph into many small ones, each compiled by itself.
             return plan
-        found = self._compiled = self._ask_compiled(plan, thorough, asked, min(_COMPILE_S, left_s))
+        found = self._compiled = self._ask_compiled(plan, thorough, asked, min(_COMPILE_S, left_s - _STOP_S))
         if asked and found is not None and found.trouble is not None:
             raise PlanError(f"compile=on cannot be used: {found.trouble}.")
         if not asked and (found is None or found.trouble is not None or found.gain < COMPILE_GAIN):
