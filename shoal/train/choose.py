@@ -39,7 +39,7 @@ from shoal.train.split import Split
 
 SEARCH_S = 4.0
 _ENOUGH_S = 6.0
-_LONG_WARM_UP_S = 0.5
+_LONG_WARM_UP_S, _LONG_FIRST_S = 0.5, 1.5
 _SINGLE_TRIAL_S = 1.5
 _WARM_UP_STEPS = 3
 _MOST_TRIAL_STEPS = 400
@@ -183,13 +183,20 @@ def _best(
         began = time.monotonic()
         # What looking for rewrites took longer is not there for trials.
         limit_s = min(_ENOUGH_S, max(SEARCH_S, spent.left_s))
-        tried = search(
-            candidates,
-            lambda plan, seconds: run_trial(plan, job, facts, supervisor, seconds).step_times_s,
-            SEARCH_S,
-            enough=lambda: time.monotonic() - began > limit_s,
-            favourite=favourite,
-        )
+        longest_s = 0.0
+
+        def trial(plan: Plan, seconds: float) -> list[float]:
+            nonlocal longest_s
+            asked = time.monotonic()
+            found = run_trial(plan, job, facts, supervisor, seconds).step_times_s
+            longest_s = max(longest_s, time.monotonic() - asked)
+            return found
+
+        def enough() -> bool:
+            # Another trial may take as long as any so far.
+            return time.monotonic() - began + longest_s > limit_s
+
+        tried = search(candidates, trial, SEARCH_S, enough=enough, favourite=favourite)
         for entry in tried:
             remember(entry.plan, job, facts, {"trial_step_s": entry.step_s})
         how = f"tried {len(tried)} plans in {time.monotonic() - began:.0f} s"
@@ -357,7 +364,9 @@ def _run_trial(
         now = time.monotonic()
         if started is None and (done >= _WARM_UP_STEPS or (done and now - began > _LONG_WARM_UP_S)):
             started = now, done
-        if started is not None and now - started[0] > seconds and done > started[1]:
+        # Of steps that take long one is enough: the one that is being made when this is asked.
+        long = started is not None and started[1] == 1 and started[0] - began > _LONG_FIRST_S
+        if started is not None and (long or (now - started[0] > seconds and done > started[1])):
             if not arena.supervisor.note(Note.STOP_WANTED):
                 memory = memory_of([child.pid for child in supervisor.children.values() if child.role == "worker"])
             arena.supervisor.write(Note.STOP_WANTED, 1)

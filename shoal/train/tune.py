@@ -149,12 +149,16 @@ class _Tuning:
         if not question.forced:
             # Most models have nothing to rewrite, and most machines multiply well: both are soon done with.
             names = self._applicable(names, few)
-        if time.monotonic() - began > _SLOW_S:
-            few = min(few, 2)
-        if not question.forced and self._shorten(few) and self._beat_s is not None:
-            bare_s = self._pass_s(())
-            if bare_s > _FAR_BEHIND * self._beat_s * self._work.samples:
+        slow = time.monotonic() - began > _SLOW_S
+        if not question.forced and self._shorten(few):
+            slow = True
+            bare_s = self._pass_s(()) if self._beat_s is not None else 0.0
+            if self._beat_s is not None and bare_s > _FAR_BEHIND * self._beat_s * self._work.samples:
                 return Tuned((), 0, (), self._work.samples, bare_s)
+        few = min(few, 2) if slow else few
+        if not question.forced:
+            # Finding no place is told sooner than giving the same results.
+            names = tuple(name for name in names if registry.exchanges(name) or self._finds_anything([name], few))
         findings: list[Finding] = []
         sound: list[str] = []
         checks: dict[bool, _Check] = {}
