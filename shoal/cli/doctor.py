@@ -72,10 +72,11 @@ def version_of(package: str) -> str | None:
 
 
 def _machine_rows() -> list[tuple[str, ...]]:
-    from shoal.cluster import Cluster
     from shoal.cluster.local import find_cores
 
     try:
+        from shoal.cluster import Cluster
+
         described: Any = Cluster.local().describe()
     except (ShoalError, ImportError, OSError) as error:
         return [("cores", str(find_cores())), ("not measured", str(error))]

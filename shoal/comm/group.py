@@ -456,10 +456,11 @@ def has_threads() -> bool:
 
     Where the system does not tell, whether there is a group.
     """
-    try:
-        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    except OSError:
-        names = []
+    names: list[str] = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        # A thread may end meanwhile.
+        with contextlib.suppress(OSError):
+            names.append(path.read_text().strip())
     return any(name.startswith(_THREADS) for name in names) if names else dist.is_initialized()
 
 

@@ -24,7 +24,7 @@ from shoal.process.channel import Channel, ChannelClosed, dumps
 from shoal.process.failure import Failure
 from shoal.process.gentle import GentleSession
 from shoal.process.messages import Assign, Call, Exited, Fork, Forked, Load, Returned
-from shoal.process.template import STACK_SIGNAL
+from shoal.process.template import GENTLE, STACK_SIGNAL
 from shoal.process.templates import Ground, Grown, start_template
 
 # None of these is ever come near on a machine that is not in trouble: they only keep a wait from being endless.
@@ -95,7 +95,7 @@ class Supervisor:
     ) -> None:  # fmt: skip
         """``preload``: modules that the template imports while it waits for its first message.
 
-        ``ground``: whom the template is forked from, which has imported all that already.
+        ``ground``: whom the template is forked from, which has imported all that already, in the environment of its own start.
 
         ``gentle``: all that the template does itself has the lowest priority, and it and its children leave the cores to others
         until ``hurry`` is called.
@@ -119,7 +119,7 @@ class Supervisor:
         """Start the template; it imports torch, where it has to, while the caller goes on."""
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         if self._ground is None:
-            self._template = start_template(right, self._preload, self._environment, self._gentle)
+            self._template = start_template(right, self._preload, self._environment, *[GENTLE] * self._gentle)
             if self._gentle:
                 self.step_back()
         else:
@@ -203,6 +203,8 @@ class Supervisor:
         assert self._template is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._template.wait(timeout=2)
+            if isinstance(self._template, Grown) and self._template.lost:
+                return "lost"
             return signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return "lost"
 
@@ -292,8 +294,10 @@ class Supervisor:
         """What processes.json says."""
         host = socket.gethostname()
         rows = [("supervisor", 0, os.getpid())]
-        if self._template is not None and self._template.pid is not None:
-            rows.append(("template", 0, self._template.pid))
+        template = self._template
+        pid = None if template is None else template.pid
+        if pid is not None:
+            rows.append(("template", 0, pid))
         # A copy: another thread may ask than the one that starts and buries them.
         rows += [(c.role, max(c.rank, 0), c.pid) for c in list(self.children.values())]
         return [{"role": role, "rank": rank, "pid": pid, "host": host} for role, rank, pid in rows]

@@ -1,7 +1,7 @@
 """The template: a fresh, single-threaded process that prepares everything once and then forks the others.
 
-It is started as ``python -m shoal.process.template FD [--gentle] MODULE…``, imports torch and these modules, and obeys the
-supervisor on the other end of FD: it makes a *host* (an object that knows what the processes are for), calls its
+It is started as ``python -m shoal.process.template FD [--gentle] [--ground] MODULE…``, imports torch and these modules, and
+obeys the supervisor on the other end of FD: it makes a *host* (an object that knows what the processes are for), calls its
 methods, and forks children from it. A child is a standby until the supervisor gives it a role; then ``host.run(role,
 channel)`` is its whole life. One without a host may be the ground of others (``shoal.process.templates``).
 
@@ -33,7 +33,7 @@ from shoal.process.late_dynamo import LateDynamo
 from shoal.process.messages import Call, Exited, Fork, Forked, Grow, Load, Returned
 
 STACK_SIGNAL = signal.SIGUSR1
-GENTLE = "--gentle"
+GENTLE, GROUND = "--gentle", "--ground"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,16 +45,18 @@ def die_with_parent() -> None:
 
 def main() -> None:
     channel = Channel.from_fd(int(sys.argv[1]))
-    die_with_parent()
+    options, modules = ({word for word in sys.argv[2:] if word in (GENTLE, GROUND)}, [w for w in sys.argv[2:] if w[:2] != "--"])
+    if GROUND not in options:
+        # A ground may be started by a thread that does not live long, which counts as its parent; it ends with its channel.
+        die_with_parent()
     os.set_inheritable(channel.fileno(), False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What user code prints must not get between the lines that a command promises on standard output.
     os.dup2(2, 1)
     # Nobody reads a terminal there, so Python would keep lines back, and lose those of a process that is killed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    modules = sys.argv[2:]
-    do = _way(modules[:1] == [GENTLE])
-    do(lambda: _prepare([name for name in modules if name != GENTLE]))
+    do = _way(GENTLE in options)
+    do(lambda: _prepare(modules))
     # Ctrl-C, a closed terminal: the supervisor decides what they mean.
     with contextlib.suppress(ChannelClosed):
         _Template(channel, do).serve()
@@ -156,8 +158,16 @@ class _Template:
         """Fork a template in a session of its own; it does not die with this one, but ends when nobody is there to be obeyed."""
         # Nothing that is here already shall be looked at, and so be copied, when either of them clears up.
         gc.freeze()
-        read, write = os.pipe()
-        pid = os.fork()
+        ends = [fd]
+        try:
+            read, write = os.pipe()
+            ends += [read, write]
+            pid = os.fork()
+        except OSError:
+            # Else whoever waits at its other end would not see that there is nobody.
+            for end in ends:
+                os.close(end)
+            raise
         if pid == 0:
             code = 1
             try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from shoal.errors import DeadlineError
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.messages import Exited, Forked, Grow
-from shoal.process.template import GENTLE
+from shoal.process.template import GROUND
 
 _THREADS_OFF = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _LOOK_S = 0.005
@@ -29,18 +29,21 @@ _END_S = 0.5
 _AGAIN_S = 5.0
 # A message that has begun to come is there soon.
 _REST_S = 30.0
-_LOST = 1
-"""The exit code that is said of a template of which nobody knows how it ended."""
+_LOST = 256
+"""Stands for the exit code of a template of which nobody knows how it ended; there is no such code."""
 
 
 def start_template(
-    sock: socket.socket, preload: Sequence[str], environment: Mapping[str, str], gentle: bool = False
+    sock: socket.socket, preload: Sequence[str], environment: Mapping[str, str], *options: str
 ) -> subprocess.Popen[bytes]:
-    """Start a template as a program, in a session of its own; it obeys whoever has the other end of ``sock``."""
+    """Start a template as a program, in a session of its own; it obeys whoever has the other end of ``sock``.
+
+    ``options``: ``GENTLE``, ``GROUND``.
+    """
     env = {**os.environ, **dict.fromkeys(_THREADS_OFF, "1"), **environment}
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "shoal.process.template", str(sock.fileno()), *[GENTLE] * gentle, *preload]
+    command = [sys.executable, "-m", "shoal.process.template", str(sock.fileno()), *options, *preload]
     return subprocess.Popen(command, pass_fds=[sock.fileno()], env=env, start_new_session=True, stdin=subprocess.DEVNULL)
 
 
@@ -65,7 +68,9 @@ class Ground:
         """Start it anew where it has died, so that it is there when it is needed; not more often than now and then."""
         with self._lock:
             if self._root is not None and not self._root.alive() and time.monotonic() - self._started_at > _AGAIN_S:
-                self._have()
+                # Where that fails, whoever needs one is told so.
+                with contextlib.suppress(OSError):
+                    self._have()
 
     def grow(self, sock: socket.socket, gentle: bool) -> Grown:
         """Have a template forked, as ``start_template`` would start one, without waiting for it."""
@@ -99,7 +104,7 @@ class _Root:
 
     def __init__(self, preload: Sequence[str], environment: Mapping[str, str]) -> None:
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.program = start_template(right, preload, environment)
+        self.program = start_template(right, preload, environment, GROUND)
         right.close()
         self._channel = Channel(left)
         self._lock = threading.Lock()
@@ -149,8 +154,7 @@ class _Root:
         with self._lock:
             self._end()
             self._channel.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.program.wait(timeout=_END_S)
+        # It has nothing to clean up.
         self.program.kill()
         self.program.wait()
 
@@ -173,8 +177,13 @@ class Grown:
         self._pid = pid
 
     def ended(self, code: int) -> None:
-        """The ground says how it ended."""
+        """How it ended, as the ground says, or ``_LOST``."""
         self._code = code
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended and nobody knows how."""
+        return self._code == _LOST
 
     @property
     def pid(self) -> int | None:

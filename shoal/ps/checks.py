@@ -134,9 +134,9 @@ def check_snapshot(dense: DensePart, tables: Mapping[int, Table], snapshot: Snap
 
 def _sketch_shape(table: Table, shards: Sequence[int] | None) -> tuple[int, ...] | None:
     """The shape of what a table has counted of some shards; of all where that is not said."""
-    own = list(shards or range(table.spec.shards))
-    if own != list(range(own[0], own[-1] + 1)) or not 0 <= own[0] <= own[-1] < table.spec.shards:
-        raise RequestError(f"The shards {tuple(own)[:9]} of a table do not lie side by side.")
+    own = tuple(shards or range(table.spec.shards))
+    if not 0 <= own[0] <= own[-1] < table.spec.shards or own != tuple(range(own[0], own[-1] + 1)):
+        raise RequestError(f"The shards {own[:9]} of a table do not lie side by side.")
     sketch = table.export_sketch(own[0], own[-1] + 1)
     return None if sketch is None else sketch.shape
 

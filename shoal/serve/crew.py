@@ -101,7 +101,7 @@ class Crew:
     # -- starting ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the template; it imports torch while the caller goes on."""
+        """Start the template while the caller goes on."""
         self._supervisor.start()
 
     def load(self, like: Crew | None = None) -> None:
@@ -466,9 +466,13 @@ class Crew:
         self._supervisor.step_back()
         self.close()
 
+    def end_processes(self) -> None:
+        """End all processes; safe to call twice."""
+        self._supervisor.close()
+
     def close(self) -> None:
         """End all processes and give the memory back."""
-        self._supervisor.close()
+        self.end_processes()
         if hasattr(self, "slots"):
             for place in self._places.values():
                 os.close(place.wake)

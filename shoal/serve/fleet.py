@@ -119,6 +119,9 @@ class Fleet:
                 # Ends what it may be waiting for.
                 rollout.crew.close()
             rollout.join()
+            if rollout.crew not in self._crews:
+                # It may have begun again meanwhile.
+                rollout.crew.end_processes()
         for crew in self._crews:
             crew.close()
         for thread in self._ending:

@@ -63,8 +63,9 @@ class Fitting:
 
         A memory layout is left out that is far behind another one, and where steps are long, plans that leave cores idle.
         """
-        passes = {layout: tuned.pass_s / tuned.samples for layout, tuned in self._found.items() if tuned.pass_s}
-        if {str(plan.layout) for plan in candidates} - passes.keys():
+        layouts = {str(plan.layout) for plan in candidates}
+        passes = {name: t.pass_s / t.samples for name, t in self._found.items() if name in layouts and t.pass_s}
+        if layouts - passes.keys():
             return list(candidates), []
         best = min(passes, key=lambda layout: passes[layout])
         step_s = passes[best] * self._facts.batch_size

@@ -1,4 +1,4 @@
-"""Collecting garbage between steps, in all workers after the same ones.
+"""Collecting garbage between steps, in all workers of the arena after the same ones.
 
 CPython looks for cycles among new objects whenever there are so many of them: in a worker now and then for a tenth of a
 millisecond or more, each worker at moments of its own, and the others wait for it every time. Most training steps leave no cycles
@@ -18,14 +18,11 @@ _RATIO = 10
 
 
 class Garbage:
-    """When a worker collects garbage. ``between`` is called once in each step, where nobody waits for this worker yet."""
+    """When a worker collects garbage. ``between`` is called once in each step, when this worker's part of it is published."""
 
     def __init__(self) -> None:
         self._steps = 0
         self._watches = gc.isenabled()
-        if self._watches:
-            # What there was before training stays, and its pages are shared with other processes as long as nobody looks at them.
-            gc.freeze()
 
     def between(self) -> None:
         """Collect where it is time to. A job whose steps leave cycles behind gets Python's own way back, for good."""
@@ -34,7 +31,8 @@ class Garbage:
         self._steps += 1
         if self._steps == _WARM_UP:
             gc.disable()
-            gc.collect(0)
+            # What there was before is none of the steps'.
+            gc.collect()
         elif self._steps == 2 * _WARM_UP or self._steps % _EVERY == 0:
             turn = self._steps // _EVERY
             generation = 0 if turn % _RATIO else 1 if turn % _RATIO**2 else 2
@@ -45,10 +43,13 @@ class Garbage:
     @contextlib.contextmanager
     def automatic(self) -> Iterator[None]:
         """Meanwhile Python collects as it does by itself: for what is not a step."""
-        was = gc.isenabled()
+        if not self._watches or gc.isenabled():
+            yield
+            return
         gc.enable()
         try:
             yield
         finally:
-            if not was:
-                gc.disable()
+            # What it has left is none of the steps', either.
+            gc.collect(1)
+            gc.disable()

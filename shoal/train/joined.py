@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import os
 import random
 import socket
@@ -176,11 +177,13 @@ def _deadline_s() -> float:
 def _callers_state() -> Iterator[None]:
     """Give the process back as it was: it is the user's own, not a worker's."""
     threads, streams = torch.get_num_threads(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    late = LateDynamo()
+    late, collects = LateDynamo(), gc.isenabled()
     try:
         yield
     finally:
         late.take_back()
+        if collects:
+            gc.enable()
         torch.set_num_threads(threads)
         random.setstate(streams[0])
         np.random.set_state(streams[1])

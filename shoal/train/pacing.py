@@ -54,6 +54,7 @@ class PushRecorder(Recorder):
         super().go_on_from(before)
         if isinstance(before, PushRecorder):
             self.staleness.update(before.staleness)
+            self._rerun += before._rerun
 
     @property
     def next_unit(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from shoal.plan import Plan
+from shoal.planner.search import HOPELESS
 from shoal.rewrites import registry
 from shoal.rewrites.install import install
 from shoal.train import objective, streams
@@ -46,8 +47,8 @@ _MOST_DOUBLED_BYTES = 128 << 20
 _SLOW_S = 0.5
 _LONG_PASS_S = 0.25
 """A worker's pass that takes longer is measured with a part of its samples."""
-_FAR_BEHIND = 1.3
-"""Of such a job a layout in which a pass takes so many times as long as in another one, rewritten, is looked at no further."""
+_LONGEST_WHOLE_S = 0.5
+"""Sub-batches are looked for with all samples as long as a pass of these takes no more."""
 _STEADY_S = 0.1
 """Passes that take so long are not measured more than twice each where there is no time for more."""
 _ROUNDS, _LEAST_ROUNDS = 30, 4
@@ -131,7 +132,7 @@ def processes_gain() -> dict[str, float]:
 
 class _Tuning:
     def __init__(self, built: Built, question: Question, beat_s: float | None) -> None:
-        self._beat_s = beat_s
+        self._beat_s, self._whole_s = beat_s, 0.0
         self._built, self._job, self._model, self._question = built, built.job, built.model, question
         self._batches: list[Any] | None = None
         self._kept = quicken_embeddings()
@@ -153,7 +154,7 @@ class _Tuning:
         if not question.forced and self._shorten(few):
             slow = True
             bare_s = self._pass_s(()) if self._beat_s is not None else 0.0
-            if self._beat_s is not None and bare_s > _FAR_BEHIND * self._beat_s * self._work.samples:
+            if self._beat_s is not None and bare_s > HOPELESS * self._beat_s * self._work.samples:
                 return Tuned((), 0, (), self._work.samples, bare_s)
         few = min(few, 2) if slow else few
         if not question.forced:
@@ -177,9 +178,10 @@ class _Tuning:
         if question.forced:
             return Tuned(tuple(sound), 0, tuple(findings), question.samples)
         chosen, measured = self._measure(sound)
+        samples, pass_s = self._work.samples, self._pass_s(chosen)
         sub_batch = self._measure_sub_batches(chosen, measured) if question.sub_batches else 0
         unsound = [finding for finding in findings if finding.trouble is not None]
-        return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), self._work.samples, self._pass_s(chosen))
+        return Tuned(tuple(chosen), sub_batch, (*measured, *unsound), samples, pass_s)
 
     def _shorten(self, few: int) -> bool:
         """Let passes that take long be measured with fewer samples; whether they are. ``few``: can be computed in no time."""
@@ -191,7 +193,8 @@ class _Tuning:
         except Exception:
             # A batch that cannot be cut.
             return False
-        each_s = (time.thread_time() - start) / few
+        each_s = max(time.thread_time() - start, 1e-6) / few
+        self._whole_s = each_s * question.samples
         samples = max(few, min(question.samples, int(_LONG_PASS_S / each_s)))
         if samples == question.samples:
             return False
@@ -258,8 +261,13 @@ class _Tuning:
         return chosen, findings
 
     def _measure_sub_batches(self, chosen: Sequence[str], findings: list[Finding]) -> int:
+        """The size that gains most. Passes that take very long are only tried in parts of what is measured of them."""
         best = 0
         names = tuple(chosen)
+        question = self._question
+        if self._work.samples < question.samples and self._whole_s <= _LONGEST_WHOLE_S:
+            self._work = work_of(self._built, question.samples, question.layout, question.precision)
+            self._batches = None
         sizes = [size for size in self._question.sub_batches if size < self._work.samples]
         if not sizes or not self._is_worth_cutting() or not self._sum_is_the_same(sizes[0]):
             return 0

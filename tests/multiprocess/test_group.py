@@ -276,6 +276,8 @@ def test_without_shared_memory_shoal_starts_the_processes_itself(
     stopped = shoal.train(text, plan="dp=2,threads=1", run_dir=tmp_path / "run", resume=True, on_event=watch)
     assert seen == [6, 7, 8, 9] and stopped.summary()["steps"] == 9
     assert torch.equal(before, torch.get_rng_state())
+    # This process was a worker, and is the user's again.
+    assert gc.isenabled()
     done = shoal.train(text, plan="dp=1,threads=1", run_dir=tmp_path / "run", resume=True)
     assert done.summary()["steps"] == 12
     assert difference(alone / "text-1", tmp_path / "run") < 1e-9

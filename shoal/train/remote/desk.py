@@ -73,6 +73,7 @@ class Desk:
         """Leave open what was asked under this name; ``for_good``: who asked has died, and nothing on its way is heard."""
         if for_good:
             self._dead.add(identity)
+            self._last.pop(identity, None)
         self.open = [asked for asked in self.open if asked.identity != identity]
 
     def is_open(self, asked: Asked) -> bool:

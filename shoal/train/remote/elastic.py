@@ -51,6 +51,8 @@ class ElasticLead(ChangingSession, RemoteLead):
 
     # Whether one plan is over, and the next one has not begun; whom it does not need.
     _between = False
+    # When the workers of the present plan were started.
+    _started_at = 0.0
     _leaving: Collection[tuple[str, int]] = ()
 
     def __init__(self, *arguments: Any) -> None:
@@ -81,11 +83,9 @@ class ElasticLead(ChangingSession, RemoteLead):
         return plans.changed(asked, self._plan, self._host), None
 
     def _all_there(self) -> bool:
-        pause = self._pause
-        assert pause is not None
         joined = {member.rank for member in self._members.joined(WORKER)}
         missing = sorted(set(range(self._arena.world_size)) - joined)
-        if missing and time.monotonic() - pause.since > START_S:
+        if missing and time.monotonic() - self._started_at > START_S:
             raise WorkerLostError(f"Worker {missing[0]} has not come within {START_S:.0f} s; see what keeps it.")
         return not missing
 
@@ -140,6 +140,8 @@ class ElasticLead(ChangingSession, RemoteLead):
     def _bury(self, lost: Lost) -> None:
         if (lost.member.role, lost.member.rank) in self._leaving:
             # It had nothing to do, and nobody comes in its place.
+            self._desk.forget(lost.member.identity, for_good=True)
+            self._members.gone(lost.member.role, lost.member.rank, lost.member.pid, lost.cause)
             self._tell_death(lost)
         else:
             super()._bury(lost)
@@ -162,6 +164,7 @@ class ElasticLead(ChangingSession, RemoteLead):
         }  # fmt: skip
         self._take_up(plan, after, step, moved.version)
         self._between = False
+        self._started_at = time.monotonic()
         for rank in range(plan.data_ways):
             self._members.start(WORKER, rank)
 
@@ -182,6 +185,8 @@ class ElasticLead(ChangingSession, RemoteLead):
             for member in there:
                 process = member.process
                 if process is None or process.poll() is not None:
+                    if member.identity:
+                        self._desk.forget(member.identity, for_good=True)
                     members.forget(role, member.rank)
                 elif not member.joined or time.monotonic() > deadline:
                     # One that has just been forked has not even begun.

@@ -503,7 +503,7 @@ class RemoteLead(Holding):
             claims.finish(0)
         idle = [r for r in range(self._arena.world_size) if r not in others and r not in rank_of.values()]
         for unit in units:
-            place, slowest = ledger.row(unit), unit // self._arena.world_size
+            place, slowest = ledger.row(unit), unit // self._per_step
             place[: UnitColumns.VERSIONS] = 0.0
             place[UnitColumns.RANK] = rank_of[unit] if unit in rank_of else idle.pop(0) if idle else others[0]
             place[UnitColumns.PUSH], place[UnitColumns.SLOWEST] = DROPPED, slowest

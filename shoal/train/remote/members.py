@@ -85,8 +85,10 @@ class Members:
         self._own = tuple(own)
 
     def forget(self, role: str, rank: int) -> None:
-        """Somebody has gone who was to go."""
-        self.of.pop((role, rank), None)
+        """Somebody has gone who was to go; what it may still have said is not heard."""
+        member = self.of.pop((role, rank), None)
+        if member is not None:
+            self._gone.add((role, rank, member.pid))
         self.changed = True
 
     def start(self, role: str, rank: int) -> Member:

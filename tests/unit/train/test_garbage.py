@@ -23,7 +23,6 @@ def _collector_as_it_was() -> Iterator[None]:
     gc.collect()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 def test_steps_without_cycles_are_not_interrupted() -> None:
@@ -62,4 +61,16 @@ def test_whoever_has_turned_the_collector_off_keeps_it_off() -> None:
     garbage = Garbage()
     for _ in range(20):
         garbage.between()
-    assert not gc.isenabled() and gc.get_freeze_count() == 0
+    with garbage.automatic():
+        assert not gc.isenabled()
+
+
+def test_what_an_evaluation_leaves_behind_is_not_the_steps() -> None:
+    garbage = Garbage()
+    for _ in range(20):
+        garbage.between()
+    with garbage.automatic():
+        knot = weakref.ref(_Knot())
+    for _ in range(50):
+        garbage.between()
+    assert knot() is None and not gc.isenabled()
