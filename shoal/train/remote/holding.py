@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 
+import msgspec
+
 from shoal.errors import WorkerLostError
+from shoal.process.messages import SERVER
 from shoal.ps.client import Client, Patience
 from shoal.train.crew import Patience as Stalls
 from shoal.train.remote import words
@@ -49,6 +52,18 @@ class Holding(Keeping):
 
     def _bury(self, lost: Lost) -> None:
         raise NotImplementedError
+
+    def _orders(self) -> words.Orders:
+        raise NotImplementedError
+
+    def _orders_for(self, said: words.Look) -> words.Orders:
+        """What one is told who looks: a server that the run is over when no worker can ask it for anything any more.
+
+        One that is slow may have sent a push just before the end, and would wait for its answer.
+        """
+        orders = self._orders()
+        asks = said.role == SERVER and self._members.has_workers
+        return msgspec.structs.replace(orders, over=0) if asks else orders
 
     def _settled_at(self, step: int) -> tuple[int, int, int]:
         """The first push behind a step."""

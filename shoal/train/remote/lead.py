@@ -182,6 +182,8 @@ class RemoteLead(Holding):
                     self._members.leave(asked.said.role, asked.said.rank)
                 elif isinstance(asked.said, words.Join):
                     self._desk.answer(asked, lambda n: messages.Refused(n, "the run has ended"))
+                elif isinstance(asked.said, words.Look):
+                    self._answer_later(asked)
                 elif isinstance(asked.said, words.Claim):
                     self._desk.answer(asked, lambda n: words.Later(n, self._recorder.step, self._orders()))
                 else:
@@ -248,8 +250,8 @@ class RemoteLead(Holding):
             # It is answered when the run has ended; until then it says nothing else.
             self._hear_from(asked)
         elif isinstance(said, words.Look):
-            if said.seen != self._orders() or held_s > _HOLD_S:
-                desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+            if said.seen != (orders := self._orders_for(said)) or held_s > _HOLD_S:
+                desk.answer(asked, lambda n: words.Heard(n, orders))
         elif isinstance(said, words.Join) and (said.role == "server" or self._client is not None):
             servers = {str(s): address for s, address in self._chains.heads.items()} if said.role == "worker" else {}
             desk.answer(

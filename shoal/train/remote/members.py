@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.process.messages import WORKER
 from shoal.train.remote.nursery import Process
 
 SILENCE = "silence"
@@ -83,6 +84,11 @@ class Members:
     def let_be(self, own: Sequence[tuple[str, int]]) -> None:
         """Those that the lead starts again are others now; nobody is started or ended here."""
         self._own = tuple(own)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether a worker is there that has not left."""
+        return any(m.role == WORKER and m.joined and not m.left and not m.is_over for m in self.of.values())
 
     def forget(self, role: str, rank: int) -> None:
         """Somebody has gone who was to go; what it may still have said is not heard."""

@@ -250,3 +250,19 @@ def test_who_is_silent_is_named_once_and_waited_for_as_long_where_the_run_is_to_
     lead._recorder.first_step_at = None
     members.of["worker", 2].heard_at -= 90.0
     assert members.lost(lead._silence_s) == []
+
+
+def test_servers_hear_of_the_end_when_no_worker_can_ask_them_for_anything() -> None:
+    lead = object.__new__(RemoteLead)
+    lead._orders = lambda: Orders(over=1)
+    lead._members = members = Members(lambda role, rank: Process(100), [("worker", 0), ("worker", 1), ("server", 0)])
+    members.begin()
+    for role, rank in (("worker", 0), ("worker", 1), ("server", 0)):
+        members.join(role, rank, 100, "here", "", b"")
+    assert lead._orders_for(Look(1, "worker", 0)).over == 1
+    assert lead._orders_for(Look(1, "server", 0)).over == 0
+    members.leave("worker", 0)
+    assert lead._orders_for(Look(1, "server", 0)).over == 0
+    # One that has died asks for nothing, either.
+    members.of["worker", 1].process.kill()
+    assert lead._orders_for(Look(1, "server", 0)).over == 1
