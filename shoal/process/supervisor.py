@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from shoal.errors import DeadlineError, JobFailed
+from shoal.process.alive import is_gone, kernel_state
 from shoal.process.channel import Channel, ChannelClosed, dumps
 from shoal.process.failure import Failure
 from shoal.process.gentle import GentleSession
@@ -76,10 +76,10 @@ class Child:
             if seen and seen == text:
                 return seen.strip("\0").strip()
             text = seen
-            if not seen and _kernel_state(self.pid)[0] in "TtZg":
+            if not seen and kernel_state(self.pid)[0] in "TtZg":
                 # Stopped, dead or gone.
                 break
-        return text.strip("\0").strip() or f"no answer; the process is {_kernel_state(self.pid)}"
+        return text.strip("\0").strip() or f"no answer; the process is {kernel_state(self.pid)}"
 
 
 class Supervisor:
@@ -350,24 +350,8 @@ class Supervisor:
             session.forget()
 
 
-def _kernel_state(pid: int) -> str:
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("State:"):
-                return line.split(None, 1)[1]
-    except OSError:
-        return "gone"
-    return "unknown"
-
-
 def _wait_gone(pid: int, timeout_s: float = _GONE_S) -> None:
     """Wait until a killed process that is not our own child has gone."""
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        if _kernel_state(pid).startswith("Z"):
-            return
+    while time.monotonic() < deadline and not is_gone(pid):
         time.sleep(0.005)

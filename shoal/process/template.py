@@ -45,7 +45,8 @@ def die_with_parent() -> None:
 
 def main() -> None:
     channel = Channel.from_fd(int(sys.argv[1]))
-    options, modules = ({word for word in sys.argv[2:] if word in (GENTLE, GROUND)}, [w for w in sys.argv[2:] if w[:2] != "--"])
+    options = {GENTLE, GROUND} & set(sys.argv[2:])
+    modules = [word for word in sys.argv[2:] if word not in options]
     if GROUND not in options:
         # A ground may be started by a thread that does not live long, which counts as its parent; it ends with its channel.
         die_with_parent()

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shoal.errors import DeadlineError
+from shoal.process.alive import is_gone
 from shoal.process.channel import Channel, ChannelClosed
 from shoal.process.messages import Exited, Forked, Grow
 from shoal.process.template import GROUND
@@ -108,13 +109,13 @@ class _Root:
         right.close()
         self._channel = Channel(left)
         self._lock = threading.Lock()
-        self._over = False
+        self.over = False
         # Asked for and not there yet, in order; and those that are, by pid.
         self._asked: deque[Grown] = deque()
         self._grown: dict[int, Grown] = {}
 
     def alive(self) -> bool:
-        return not self._over and self.program.poll() is None
+        return not self.over and self.program.poll() is None
 
     def grow(self, sock: socket.socket, gentle: bool) -> Grown:
         grown = Grown(self)
@@ -130,7 +131,7 @@ class _Root:
         """Hear what it has said."""
         with self._lock:
             try:
-                while not self._over and self._channel.ready():
+                while not self.over and self._channel.ready():
                     message, _ = self._channel.receive(_REST_S, "the rest of a message from the templates' ground")
                     if isinstance(message, Forked):
                         grown = self._asked.popleft()
@@ -145,7 +146,7 @@ class _Root:
                 self._end()
 
     def _end(self) -> None:
-        self._over = True
+        self.over = True
         for grown in self._asked:
             grown.ended(_LOST)
         self._asked.clear()
@@ -157,10 +158,6 @@ class _Root:
         # It has nothing to clean up.
         self.program.kill()
         self.program.wait()
-
-    @property
-    def over(self) -> bool:
-        return self._over
 
 
 class Grown:
@@ -206,7 +203,7 @@ class Grown:
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it lives, or is still to come."""
         self._root.take_in()
-        if self._code is None and self._pid is not None and _is_gone(self._pid):
+        if self._code is None and self._pid is not None and is_gone(self._pid):
             # The ground says how in a moment, unless it has ended or hangs.
             self._gone_at = self._gone_at or time.monotonic()
             if self._root.over or time.monotonic() - self._gone_at > _END_S:
@@ -230,11 +227,3 @@ class Grown:
             else:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._pid, signal.SIGKILL)
-
-
-def _is_gone(pid: int) -> bool:
-    """Whether a process has ended, whoever is to bury it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True

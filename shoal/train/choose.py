@@ -101,7 +101,7 @@ def choose(
         if not candidates:
             first, need, why = _instead(plan, first, forecast, machine.cores)
             candidates = [first]
-    candidates, left_out = fitting.promising(candidates, machine.cores) if len(candidates) > 1 else (candidates, [])
+    candidates, left_out = fitting.promising(candidates, machine.cores)
     if len(candidates) > 1:
         with spent.part("trials"):
             first, why = _best(candidates, job, facts, supervisor, machine, spent)

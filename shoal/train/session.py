@@ -472,8 +472,11 @@ class Session:
             self._tell_checkpoint(result)
             self._describe_checkpoints()
         else:
-            self._make_room()
-            self._emit("checkpoint_failed", step=result, reason=detail)
+            self._checkpoint_failed(result, detail)
+
+    def _checkpoint_failed(self, step: int, reason: str) -> None:
+        self._make_room()
+        self._emit("checkpoint_failed", step=step, reason=reason)
 
     def _tell_checkpoint(self, found: checkpoints.Checkpoint) -> None:
         self._checkpoint_bytes = sum(f.stat().st_size for f in found.path.iterdir())
@@ -493,14 +496,11 @@ class Session:
             return
         self._publication.settle()
         began = time.monotonic()
-        checkpoints.discard_parts(self._directory.checkpoints)
         try:
-            self._write_last(step)
-            self._tables.write(checkpoints.part_path(self._directory.checkpoints, step))
+            self._write_alone(step)
             found = checkpoints.complete(self._directory.checkpoints, step, self._meta())
         except OSError as error:
-            self._make_room()
-            self._emit("checkpoint_failed", step=step, reason=error.strerror or str(error))
+            self._checkpoint_failed(step, error.strerror or str(error))
             return
         self._last_checkpoint = found
         self._checkpoint_s = time.monotonic() - began
@@ -517,15 +517,18 @@ class Session:
             return
         self._publication.settle()
         began = time.monotonic()
-        checkpoints.discard_parts(self._directory.checkpoints)
         try:
-            self._write_last(step)
-            self._tables.write(checkpoints.part_path(self._directory.checkpoints, step))
+            self._write_alone(step)
         except OSError as error:
-            self._make_room()
-            self._emit("checkpoint_failed", step=step, reason=error.strerror or str(error))
+            self._checkpoint_failed(step, error.strerror or str(error))
             return
         self._start_completing(step, began)
+
+    def _write_alone(self, step: int) -> None:
+        """Write all parts of a checkpoint; OSError where there is no room."""
+        checkpoints.discard_parts(self._directory.checkpoints)
+        self._write_last(step)
+        self._tables.write(checkpoints.part_path(self._directory.checkpoints, step))
 
     def _write_last(self, step: int) -> None:
         marks = self._pacer.marks() if self._pacer is not None else None
