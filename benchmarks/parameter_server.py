@@ -29,6 +29,7 @@ LOGGED = "shoal, write-ahead log"
 RECOVERIES = {
     "arena": "a server of the arena", "log": "everything: checkpoint and log", "rows": "everything: rows in checkpoint and log",
     "chain": "the head of a chain", "remote": "a server without shared memory: checkpoint and log",
+    "remote_rows": "a server of rows without shared memory: checkpoint and log",
 }  # fmt: skip
 RECOVERY_PARTS = {
     "recovery_s": "in all", "read_s": "reading the log's heads", "hash_s": "checksums", "apply_s": "into memory",

@@ -8,6 +8,7 @@
 * ``remote``: a server of a run that shares no memory and keeps a log, trained for real; until another one has its part of the
   checkpoint and has done again what the log has. ``begin_s``: of that until somebody has noticed and another process is there,
   ``checkpoint_s``: for its part of the checkpoint, which is looked at as a whole, ``log_s``: for what the log has behind it.
+* ``remote_rows``: the same where nearly all that the server has are rows by key.
 * ``chain``: the head of a chain of two servers; until its successor has acknowledged the next push. ``rejoin_s``: until a
   replacement holds all of it as the tail.
 """
@@ -21,7 +22,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,34 +271,68 @@ def chain(nbytes: int) -> dict[str, float]:
 
 
 def remote(nbytes: int) -> dict[str, float]:
+    class Whole(nn.Module):
+        """A parameter whose every element has the gradient 1."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(nbytes // 4))
+
+        def forward(self, samples: torch.Tensor) -> torch.Tensor:
+            return (samples >= 0) * self.weight.sum()
+
+    return killed_server(Whole, lambda weights: bool((weights["weight"] == -float(_PUSHES + 1)).all()))
+
+
+def remote_rows(nbytes: int) -> dict[str, float]:
+    count = nbytes // (4 * (_WIDTH + TableSpec(width=_WIDTH).state))
+
+    class Keyed(nn.Module):
+        """Rows, of which each step's sample changes some, and next to nothing beside them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.bias = shoal.ps.Embedding(_WIDTH), nn.Parameter(torch.zeros(1))
+            self.rows.put_rows(np.arange(count, dtype=np.int64) * 7919, torch.ones(count, _WIDTH))
+
+        def forward(self, samples: torch.Tensor) -> torch.Tensor:
+            keys = torch.arange(int(samples[0]), count, _EVERY) * 7919
+            return samples * 0 + self.rows(keys).sum() + self.bias
+
+    def is_right(weights: dict[str, torch.Tensor]) -> bool:
+        # Whatever the order of the samples was, each has changed its own keys, and nobody the others.
+        changed = (weights["rows.rows"] != 1.0).all(1)
+        own = (weights["rows.keys"] // 7919) % _EVERY <= _PUSHES
+        return len(own) == count and torch.equal(changed, own)
+
+    return killed_server(Keyed, is_right)
+
+
+def killed_server(model: Callable[[], nn.Module], is_right: Callable[[dict[str, torch.Tensor]], bool]) -> dict[str, float]:
+    """Train a model for a few steps on a server that is killed in the midst of them; what its recovery takes.
+
+    Its input is the number of a sample, and there is one for each step; ``is_right``: of the weights at the end.
+    """
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         run, go = Path(scratch).resolve() / "run", Path(scratch).resolve() / "go"
-        log = run / FOLDER / "0001"
+        log, steps = run / FOLDER / "0001", _PUSHES + 1
 
-        class Whole(nn.Module):
-            """A parameter whose every element has the gradient 1; it waits with a push that is not to be made yet."""
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            """It waits with a push that is not to be made yet."""
+            while len(log_of_server.read(log, log_name(0))) == _PUSHES and not go.exists():
+                time.sleep(0.05)
+            return output.mean()
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.weight = nn.Parameter(torch.zeros(nbytes // 4))
-
-            def forward(self, samples: torch.Tensor) -> torch.Tensor:
-                while len(log_of_server.read(log, log_name(0))) == _PUSHES and not go.exists():
-                    time.sleep(0.05)
-                return samples * self.weight.sum()
-
-        steps = _PUSHES + 1
         job = shoal.Job(
-            name="whole", model=Whole, train_data=lambda: (torch.ones(steps), torch.ones(steps)), batch_size=1, epochs=1,
-            loss=lambda output, target: output.mean(), optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+            name="whole", model=model, train_data=lambda: (torch.arange(float(steps)), torch.ones(steps)), batch_size=1, epochs=1,
+            loss=loss, optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
         )  # fmt: skip
         os.environ |= {"SHOAL_TRANSPORT": "group", "SHOAL_EXPORT": "0", "SHOAL_CHECKPOINT_S": "100000", "SHOAL_STALL_S": "600"}
         plan = "ps=1,workers=1,async,threads=1,rewrites=none"
 
         def train() -> None:
             os.dup2(2, 1)
-            trained = shoal.train(job, plan=plan, push_log=True, run_dir=run)
-            assert bool((trained.weights()["weight"] == -float(steps)).all())
+            assert is_right(shoal.train(job, plan=plan, push_log=True, run_dir=run).weights())
 
         def seen(kind: str) -> list[dict[str, Any]]:
             return list(read_events(run / "events.jsonl", {kind})) if (run / "events.jsonl").exists() else []
@@ -322,7 +357,7 @@ def remote(nbytes: int) -> dict[str, float]:
         return {"recovery_s": found, "begin_s": begins_s, **parts}
 
 
-KINDS = {"arena": arena, "log": log, "rows": rows, "chain": chain, "remote": remote}
+KINDS = {"arena": arena, "log": log, "rows": rows, "chain": chain, "remote": remote, "remote_rows": remote_rows}
 
 
 def main() -> None:

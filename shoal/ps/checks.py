@@ -16,7 +16,7 @@ from shoal.errors import RequestError
 from shoal.ps.applied import PushId
 from shoal.ps.dense import DensePart, Form, Numbers, is_number
 from shoal.ps.spec import TableSpec
-from shoal.ps.table import Table
+from shoal.ps.table import Table, sketch_shape
 
 if TYPE_CHECKING:
     from shoal.ps.shard import Kept, Snapshot
@@ -128,17 +128,16 @@ def check_snapshot(dense: DensePart, tables: Mapping[int, Table], snapshot: Snap
         table = tables.get(number)
         if table is None:
             raise RequestError(f"There is no table {number} here.")
-        shape = _sketch_shape(table, kept.row_shards.get(str(number))) if "sketch" in tensors else None
+        shape = _shape_of_sketch(table.spec, kept.row_shards.get(str(number))) if "sketch" in tensors else None
         check_rows(number, table.spec, tensors, shape)
 
 
-def _sketch_shape(table: Table, shards: Sequence[int] | None) -> tuple[int, ...] | None:
+def _shape_of_sketch(spec: TableSpec, shards: Sequence[int] | None) -> tuple[int, ...] | None:
     """The shape of what a table has counted of some shards; of all where that is not said."""
-    own = tuple(shards or range(table.spec.shards))
-    if not 0 <= own[0] <= own[-1] < table.spec.shards or own != tuple(range(own[0], own[-1] + 1)):
-        raise RequestError(f"The shards {own[:9]} of a table do not lie side by side.")
-    sketch = table.export_sketch(own[0], own[-1] + 1)
-    return None if sketch is None else sketch.shape
+    own = tuple(shards or range(spec.shards))
+    if len(own) > spec.shards or len(set(own)) < len(own) or not all(0 <= shard < spec.shards for shard in own):
+        raise RequestError(f"The shards {own[:9]} are none of a table, or one of them is there twice.")
+    return sketch_shape(spec, len(own))
 
 
 def _check_kept(dense: DensePart, kept: Kept, weights: set[int]) -> None:

@@ -92,9 +92,11 @@ class Placement:
     def split_rows(self, table: int, rows: Rows) -> dict[int, Rows]:
         """Rows by the server that has them; servers with none are left out."""
         return {
-            server: Rows(rows.keys[at], rows.values[torch.from_numpy(at)], rows.counts[at], rows.last[at])
+            # Positions are in order: whoever has all of them has them as they are.
+            server: rows if len(at) == len(rows.keys)
+            else Rows(rows.keys[at], rows.values[torch.from_numpy(at)], rows.counts[at], rows.last[at])
             for server, at in self.servers_of(table, rows.keys).items()
-        }
+        }  # fmt: skip
 
     def split(
         self, ids: tuple[PushId, ...], dense: Mapping[int, torch.Tensor], rows: Mapping[int, RowGradients], *, step: int,

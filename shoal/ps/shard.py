@@ -233,10 +233,9 @@ class Shard:
         wanted = {n: range(t.spec.shards) for n, t in self.tables.items()} if row_shards is None else row_shards
         for number, shards in wanted.items():
             table = self.tables[number]
-            # What was counted of keys without a row lies by shards: it goes along with shards that lie side by side.
-            beside = bool(shards) and list(shards) == list(range(shards[0], shards[-1] + 1))
-            counted = table.export_sketch(shards[0], shards[-1] + 1) if beside else None
-            rows = to_tensors(table.export(shards), counted)
+            # What was counted of keys without a row lies by shards, and goes along with them.
+            counted = table.export_counted(tuple(shards))
+            rows = to_tensors(table.export(shards), None if counted is None else counted.sketch)
             tensors.update({f"rows/{number}/{name}": tensor for name, tensor in rows.items()})
         kept = Kept(
             version=self.version, settled=self.ledger.settled, ids=self.ledger.ids(), groups=tuple(self.dense.groups),
@@ -275,8 +274,7 @@ class Shard:
                 rows, sketch = from_tensors(own)
                 table.put(Rows(np.ascontiguousarray(rows.keys), rows.values.contiguous(), rows.counts, rows.last))
                 if sketch is not None and table.spec.admission > 1:
-                    shards = kept.row_shards.get(str(number)) or (0,)
-                    table.put_sketch(sketch, shards[0] / table.spec.shards)
+                    table.put_sketch(sketch, kept.row_shards.get(str(number)) or None)
 
     def hold(
         self, pieces: Iterable[Piece], row_shards: Mapping[int, Sequence[int]], version: int = 0, settled: PushId = NOTHING
@@ -298,9 +296,9 @@ class Shard:
             others = sorted(set(range(table.spec.shards)) - set(row_shards.get(number, ())))
             table.discard(None, others)
             for shard in others:
-                counted = table.export_sketch(shard, shard + 1)
+                counted = table.export_sketch((shard,))
                 if counted is not None:
-                    table.put_sketch(np.zeros_like(counted), shard / table.spec.shards)
+                    table.put_sketch(np.zeros_like(counted), (shard,))
         self.version = max(self.version, version)
         self.ledger.settle(settled)
 

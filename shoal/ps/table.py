@@ -9,7 +9,7 @@ with its next push.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from shoal.cluster.local import find_cores
 from shoal.errors import JobError, JobFailed
 from shoal.ps.cold import ColdStore
 from shoal.ps.kernel import FOUND, MAYBE_COLD, Batch, Kernel, Part, Push, TableHandle, load
-from shoal.ps.memory import TableMemory, Word
+from shoal.ps.memory import SKETCH_BITS, TableMemory, Word
 from shoal.ps.spec import HEAD_BYTES, TableSpec
 
 # Of a shard that is over its limit, so much goes to disk at once.
@@ -31,6 +31,28 @@ _MANY, _THREADS = 1 << 17, 4
 _NO_ROWS = np.empty(0, np.int64)
 _EVERYTHING = 0
 """As a step: no row is too old for it."""
+
+
+def sketch_shape(spec: TableSpec, shards: int) -> tuple[int, int] | None:
+    """The shape of what so many shards of a table have counted of keys without a row; None where it counts none."""
+    return (2, (shards << SKETCH_BITS) // spec.shards) if spec.admission > 1 else None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What some shards of a table have counted of keys without a row: uint16 (2, cells), one shard behind the other."""
+
+    shards: tuple[int, ...]
+    sketch: np.ndarray
+
+    def of(self, shards: Iterable[int]) -> Counted | None:
+        """The same of those among them that are these; None where none is."""
+        wanted = set(shards)
+        at = [place for place, shard in enumerate(self.shards) if shard in wanted]
+        if not at:
+            return None
+        cut = self.sketch.reshape(2, len(self.shards), -1).take(at, axis=1)
+        return Counted(tuple(self.shards[place] for place in at), cut.reshape(2, -1))
 
 
 @dataclass(frozen=True)
@@ -296,6 +318,12 @@ class Table:
             finally:
                 self.kernel.unlock(self._handle, shard)
 
+    def clear(self) -> None:
+        """Forget all rows, and what was counted of keys that have none."""
+        self.discard(None)
+        if self.spec.admission > 1:
+            self.memory.sketch()[:] = 0
+
     def _heads(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Of every row of a shard: whether there is one, its key, count and last use."""
         rows = self._raw(shard)
@@ -359,6 +387,11 @@ class Table:
 
     # -- keeping -------------------------------------------------------------------------------------------------
 
+    def export_counted(self, shards: Sequence[int]) -> Counted | None:
+        """What these shards have counted of keys without a row, and whose it is; None without admission, or of no shards."""
+        sketch = self.export_sketch(shards) if len(shards) else None
+        return None if sketch is None else Counted(tuple(shards), sketch)
+
     def export(self, shards: Iterable[int] | None = None) -> Rows:
         """All rows of these shards, those on disk too, sorted by key. Nobody may be writing to them meanwhile."""
         found: list[Rows] = []
@@ -373,18 +406,24 @@ class Table:
                 self.kernel.unlock(self._handle, shard)
         return _sorted(found, self.spec)
 
-    def export_sketch(self, first: int = 0, last: int | None = None) -> np.ndarray | None:
-        """What these shards have counted of keys without a row: kept for going on exactly. None without admission."""
+    def export_sketch(self, shards: Iterable[int] | None = None) -> np.ndarray | None:
+        """What these shards have counted of keys without a row, one behind the other: kept for going on exactly.
+
+        uint16 (2, cells), as ``sketch_shape`` says; None without admission.
+        """
         if self.spec.admission <= 1:
             return None
-        sketch = self.memory.sketch()
-        cells = sketch.shape[1] // self.spec.shards
-        return sketch[:, first * cells : (self.spec.shards if last is None else last) * cells].copy()
+        own = range(self.spec.shards) if shards is None else shards
+        return self._sketch_of_shards().take(list(own), axis=1).reshape(2, -1)
 
-    def put_sketch(self, counts: np.ndarray, begin: float = 0.0) -> None:
-        """Put it back; ``begin``: at which part of the whole it began."""
-        at = round(begin * self.memory.sketch().shape[1])
-        self.memory.sketch()[:, at : at + counts.shape[1]] = counts
+    def put_sketch(self, counts: np.ndarray, shards: Iterable[int] | None = None) -> None:
+        """Put back what these shards had counted."""
+        own = list(range(self.spec.shards) if shards is None else shards)
+        self._sketch_of_shards()[:, own] = counts.reshape(2, len(own), -1)
+
+    def _sketch_of_shards(self) -> np.ndarray:
+        found: np.ndarray = self.memory.sketch().reshape(2, self.spec.shards, -1)
+        return found
 
     def close(self) -> None:
         """Give the descriptor back, and close the store of cold rows."""

@@ -6,7 +6,8 @@ servers) adds up all outboxes by key, in rank order, for its own range of shards
 So the rows are those of one worker, and an update that is made again after a death is applied once.
 
 ``rows-TABLE-RANK.safetensors`` in a checkpoint: keys, values (weights and what the optimizer keeps), counts, last use, of the
-shards of one of them; any number of shards and workers can take them up.
+shards of one of them, and what these have counted of keys that have no row yet (``admission``; the metadata ``shards`` says whose
+that is); any number of shards and workers can take them up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from shoal.plan import Plan
 from shoal.ps import outbox
 from shoal.ps.embedding import embeddings, prefix_of, state_of, table_name
 from shoal.ps.kernel import Part
+from shoal.ps.memory import SKETCH_BITS
 from shoal.ps.spec import MOST_SHARDS, TableSpec
-from shoal.ps.table import Rows, Table, check_gradients, find_bad_key, from_tensors, to_tensors
+from shoal.ps.table import Counted, Rows, Table, check_gradients, find_bad_key, from_tensors, sketch_shape, to_tensors
 from shoal.train.saved import Applied, Lines, Saved
 from shoal.train.update import Updater
 
@@ -166,18 +168,20 @@ class SavedRows:
             # By a process that was killed afterwards, when it may have begun to update.
             return
         table = self.table
-        tensors = to_tensors(table.export(range(self.first, self.last)), table.export_sketch(self.first, self.last))
-        write_rows(path, tensors, table.spec, self.first / table.spec.shards)
+        shards = range(self.first, self.last)
+        write_rows(path, table.spec, table.export(shards), shards, table.export_counted(shards))
 
 
-def write_rows(path: Path, tensors: Mapping[str, torch.Tensor], spec: TableSpec, sketch_from: float) -> None:
-    """Write rows of a table to a file of a checkpoint. OSError where the disk does not take them."""
+def write_rows(path: Path, spec: TableSpec, rows: Rows, shards: Sequence[int], counted: Counted | None) -> None:
+    """Write the rows of some shards of a table, and what these have counted, to a file of a checkpoint. OSError where the
+    disk does not take them.
+    """
     from safetensors.torch import save_file
 
     part = path.with_suffix(".part")
-    meta = {"table": spec.name, "prefix": prefix_of(spec), "width": str(spec.width), "sketch_from": repr(sketch_from)}
+    meta = {"table": spec.name, "prefix": prefix_of(spec), "width": str(spec.width), "shards": " ".join(map(str, shards))}
     try:
-        save_file(dict(tensors), part, metadata=meta)
+        save_file(to_tensors(rows, None if counted is None else counted.sketch), part, metadata=meta)
     except Exception as error:
         part.unlink(missing_ok=True)
         raise OSError(str(error)) from None
@@ -321,23 +325,51 @@ def run_spec(spec: TableSpec) -> TableSpec:
 
 
 def _restore(table: Table, path: Path) -> None:
-    rows, sketch, begin = _read(path, table.spec)
+    rows, counted = _read(path, table.spec)
     table.put(rows)
-    if sketch is not None and table.spec.admission > 1:
-        table.put_sketch(sketch, begin)
+    if counted is not None:
+        table.put_sketch(counted.sketch, counted.shards)
 
 
-def read_rows(checkpoint: Path, number: int, spec: TableSpec) -> Iterator[tuple[Rows, np.ndarray | None]]:
-    """The rows of a table in a checkpoint, file by file. RequestError where it lacks them, or has others."""
+def read_rows(
+    checkpoint: Path, number: int, spec: TableSpec, wanted: Collection[int] | None = None
+) -> Iterator[tuple[Rows, Counted | None]]:
+    """The rows of a table in a checkpoint and what was counted, file by file. RequestError where it lacks them, or has others.
+
+    ``wanted``: files in which there is nothing of these shards may be left out.
+    """
     found = sorted(checkpoint.glob(f"rows-{number}-*.safetensors"))
     if not found:
         raise _another(checkpoint, spec.name)
-    for path in found:
-        rows, sketch, _ = _read(path, spec)
-        yield rows, sketch
+    for path in needed(found, spec, wanted):
+        yield _read(path, spec)
 
 
-def _read(path: Path, spec: TableSpec) -> tuple[Rows, np.ndarray | None, float]:
+def needed(files: Sequence[Path], spec: TableSpec, wanted: Collection[int] | None) -> list[Path]:
+    """Those of a table's files in a checkpoint that have some of these shards; all, where they do not say whose they are.
+
+    It is believed of files that are not looked at as a whole only where all together have every shard once.
+    """
+    if wanted is None:
+        return list(files)
+    shards = [_shards_in(path) for path in files]
+    if sorted(shard for own in shards for shard in own) != list(range(spec.shards)):
+        return list(files)
+    return [path for path, own in zip(files, shards, strict=True) if not set(own).isdisjoint(wanted)]
+
+
+def _shards_in(path: Path) -> tuple[int, ...]:
+    """The shards of a table that a file has; none where it does not say so."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(int(shard) for shard in (file.metadata() or {}).get("shards", "").split())
+    except (OSError, SafetensorError, ValueError):
+        return ()
+
+
+def _read(path: Path, spec: TableSpec) -> tuple[Rows, Counted | None]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -346,7 +378,20 @@ def _read(path: Path, spec: TableSpec) -> tuple[Rows, np.ndarray | None, float]:
     rows, sketch = from_tensors(tensors)
     if meta.get("table") != spec.name or rows.values.shape[1] != spec.width + spec.state:
         raise _another(path.parent, spec.name)
-    return rows, sketch, float(meta.get("sketch_from", "0"))
+    return rows, None if sketch is None or spec.admission <= 1 else _counted(path, meta, sketch, spec)
+
+
+def _counted(path: Path, meta: Mapping[str, str], sketch: np.ndarray, spec: TableSpec) -> Counted:
+    cells = (1 << SKETCH_BITS) // spec.shards
+    if "shards" in meta:
+        shards = tuple(int(shard) for shard in meta["shards"].split())
+    else:
+        # Earlier they lay side by side, and it was said at which part of the whole they began.
+        first = round(float(meta.get("sketch_from", "0")) * spec.shards)
+        shards = tuple(range(first, first + sketch.shape[1] // cells))
+    if sketch.shape != sketch_shape(spec, len(shards)) or not all(0 <= shard < spec.shards for shard in shards):
+        raise _another(path.parent, spec.name)
+    return Counted(shards, sketch)
 
 
 def _another(checkpoint: Path, name: str) -> RequestError:

@@ -26,9 +26,9 @@ from shoal.plan import Plan
 class Clicks(nn.Module):
     """Rows by key, a tied weight, and one that no sample touches."""
 
-    def __init__(self) -> None:
+    def __init__(self, admission: int = 1) -> None:
         super().__init__()
-        self.rows = shoal.ps.Embedding(4, optimizer=shoal.ps.Adagrad(lr=0.1), mode="sum")
+        self.rows = shoal.ps.Embedding(4, optimizer=shoal.ps.Adagrad(lr=0.1), mode="sum", admission=admission)
         self.first = nn.Linear(4, 4, bias=False)
         self.second = nn.Linear(4, 4, bias=False)
         self.second.weight = self.first.weight
@@ -82,6 +82,18 @@ def alone(of: shoal.Job, directory: Path, monkeypatch: pytest.MonkeyPatch, steps
         return shoal.train(of, plan="dp=1,threads=1", run_dir=directory, steps=steps)
 
 
+def slowly_admitted() -> shoal.Job:
+    """A key is seen some four times a step: it has its row after some thirteen of them."""
+    return job(model=lambda: Clicks(admission=50).double())
+
+
+@pytest.fixture(scope="module")
+def admitted_by_one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_EXPORT", "0")
+        return alone(slowly_admitted(), tmp_path_factory.mktemp("one") / "run", patch)
+
+
 def kill_at(step: int, role: str, rank: int, run: Path, seen: list[tuple[str, int]] | None = None) -> Any:
     """What to do at every event so that a process is killed after a step; ``seen``: who was there."""
     killed: list[int] = []
@@ -102,20 +114,21 @@ def pushes(run: Path) -> list[tuple[int, int, int]]:
 
 
 def test_sync_is_one_worker_also_when_a_worker_is_killed_and_goes_on_in_the_arena(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, admitted_by_one: Any
 ) -> None:
-    one = alone(job(), tmp_path / "one", monkeypatch)
-    run, seen = tmp_path / "run", []
+    of, one, run, seen = slowly_admitted(), admitted_by_one, tmp_path / "run", []
     watch = kill_at(3, "worker", 1, run, seen)
-    shoal.train(job(), plan="ps=2,workers=2,sync,threads=1", run_dir=run, steps=10, on_event=watch)
+    shoal.train(of, plan="ps=2,workers=2,sync,threads=1", run_dir=run, steps=10, on_event=watch)
     deaths = list(read_events(run / "events.jsonl", {"death"}))
     assert [(e["role"], e["rank"], e["cause"]) for e in deaths] == [("worker", 1, "SIGKILL")]
     assert seen == [("server", 0), ("server", 1), ("supervisor", 0), ("template", 0), ("worker", 0), ("worker", 1)]
     with monkeypatch.context() as patch:
         patch.setenv("SHOAL_TRANSPORT", "arena")
-        shoal.train(job(), plan="ps=1,workers=2,sync,threads=1", run_dir=run, steps=15, resume=True)
-    found = shoal.train(job(), plan="ps=3,workers=1,sync,threads=1", run_dir=run, resume=True)
+        shoal.train(of, plan="ps=1,workers=2,sync,threads=1", run_dir=run, steps=15, resume=True)
+    admitted = len(shoal.open(run).weights()["rows.keys"])
+    found = shoal.train(of, plan="ps=3,workers=1,sync,threads=1", run_dir=run, resume=True)
     assert_equal(found.weights(), one.weights(), within=1e-9)
+    assert 0 < admitted < len(found.weights()["rows.keys"])
     # From step 16 on there is one worker.
     expected = [((step - 1) // 7 + 1, (step - 1) % 7 + 1, s) for step in range(1, 22) for s in range(2 if step < 16 else 1)]
     assert sorted(pushes(run)) == expected
@@ -125,6 +138,77 @@ def test_sync_is_one_worker_also_when_a_worker_is_killed_and_goes_on_in_the_aren
             # Of a training metric with a state, what a worker had that was killed is missing, and of an epoch that was resumed.
             entry.pop("auc")
         assert ours == pytest.approx(theirs, rel=1e-8)
+
+
+def test_what_was_counted_of_keys_without_a_row_outlives_a_server_and_everybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, admitted_by_one: Any
+) -> None:
+    """It is in the checkpoint that the log stands on, and a step behind it there is a row of hardly any key."""
+    plan, run = "ps=2,workers=1,sync,threads=1", tmp_path / "run"
+    monkeypatch.setenv("SHOAL_CHECKPOINT_S", "1000")
+    shoal.train(slowly_admitted(), plan=plan, run_dir=run, steps=8)
+    watch = kill_at(9, "server", 1, run)
+
+    def fail_later(event: dict[str, Any]) -> None:
+        watch(event)
+        if event["kind"] == "step" and event["step"] == 11:
+            raise RuntimeError("as if the lights had gone out")
+
+    with pytest.raises(RuntimeError, match="lights"):
+        shoal.train(slowly_admitted(), plan=plan, run_dir=run, resume=True, push_log=True, on_event=fail_later)
+    assert [event["action"] for event in read_events(run / "events.jsonl", {"recovered"})] == ["replayed"]
+    assert [event["step"] for event in read_events(run / "events.jsonl", {"checkpoint"})][-1] == 8
+    found = shoal.train(slowly_admitted(), plan=plan, run_dir=run, resume=True)
+    assert_equal(found.weights(), admitted_by_one.weights(), within=1e-9)
+
+
+class Normed(nn.Module):
+    """BatchNorm twice; whoever computes a certain sample in the first epoch is killed between them, on the way back another."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        super().__init__()
+        self.scratch = scratch
+        self.first = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh())
+        self.second = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        between = self.first(x)
+        if self.training and self.scratch is not None:
+            self._die("forward", bool((x[:, 0] == NORMED[0][17, 0]).any()))
+            back = bool((x[:, 0] == NORMED[0][60, 0]).any())
+            between.register_hook(lambda gradient: self._die("backward", back))
+        return self.second(between).squeeze(-1)
+
+    def _die(self, name: str, here: bool) -> None:
+        assert self.scratch is not None
+        if here and not (self.scratch / name).exists():
+            (self.scratch / name).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_stream = torch.Generator().manual_seed(2)
+NORMED = torch.randn(62, 5, generator=_stream, dtype=torch.float64), torch.randn(62, generator=_stream, dtype=torch.float64)
+
+
+def test_batchnorm_over_the_global_batch_is_one_workers_also_when_workers_are_killed_within_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batch of an epoch has two samples: of three workers one has none."""
+
+    def normed(scratch: Path | None) -> shoal.Job:
+        return job(
+            model=lambda: Normed(scratch).double(), train_data=NORMED, eval_data=NORMED, loss=functional.mse_loss, metrics={},
+            batch_size=12, epochs=2, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        )  # fmt: skip
+
+    run = tmp_path / "run"
+    one = alone(normed(None), tmp_path / "one", monkeypatch)
+    found = shoal.train(normed(tmp_path), plan="ps=2,workers=3,sync,threads=1", run_dir=run)
+    deaths = list(read_events(run / "events.jsonl", {"death"}))
+    assert [e["role"] for e in deaths] == ["worker", "worker"] and (tmp_path / "backward").exists()
+    assert_equal(found.weights(), one.weights(), within=1e-9)
+    assert found.weights()["first.1.num_batches_tracked"] == one.weights()["first.1.num_batches_tracked"]
+    assert sorted(pushes(run)) == [(e, b, s) for e in (1, 2) for b in range(1, 7) for s in range(3 if b < 6 else 2)]
 
 
 def test_workers_that_wait_for_nobody_lose_no_push_when_one_is_killed(tmp_path: Path) -> None:
@@ -169,7 +253,8 @@ def test_a_server_that_is_gone_ends_the_run_with_one_sentence(tmp_path: Path) ->
 
 def test_what_is_not_built_is_said_before_anything_is_trained(tmp_path: Path) -> None:
     normed = job(model=lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
-    for of, plan, said in ((job(), "ps=1,tp=2,sync", "leave tp out"), (normed, "ps=1,workers=2,sync", "batchnorm=local")):
+    apart = "ps=1,workers=2,async,accumulate=2,batchnorm=micro"
+    for of, plan, said in ((job(), "ps=1,tp=2,sync", "leave tp out"), (normed, apart, "add batchnorm=local")):
         with pytest.raises(NotBuiltError, match=said):
             shoal.train(of, plan=plan, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,8 @@ from shoal.train.remote import words
 
 _ADDRESS = re.compile(r"tcp://[^\s:/]+:\d{1,5}|tcp://\[[0-9a-fA-F:.%\w]+\]:\d{1,5}")
 _TO: dict[type, tuple[type, ...]] = {
-    words.Join: (words.Placed,), words.Claim: (words.Unit, words.Later), words.Leave: (words.Ended,)
+    words.Join: (words.Placed,), words.Claim: (words.Unit, words.Later), words.Leave: (words.Ended,),
+    words.Gives: (words.Summed,),
 }  # fmt: skip
 
 
@@ -34,7 +35,11 @@ def check_answer(
     """
     if type(answer) not in _TO.get(type(asked), (words.Heard,)):
         raise Malformed(f"{type(answer).__name__} is no answer to {type(asked).__name__}")
-    if not isinstance(answer, (words.Unit, words.Later)):
+    if isinstance(answer, words.Summed):
+        messages.unpack_tensors(answer.sums, frames)
+        if answer.sums not in ((), getattr(asked, "values", ())):
+            raise Malformed("a sum is of another form than what it is the sum of")
+    elif not isinstance(answer, (words.Unit, words.Later)):
         if frames:
             raise Malformed(f"{len(frames)} frames where none belongs")
     elif buffers is not None:

@@ -1,7 +1,8 @@
 """What a server begins with that comes in the place of another: its part of a checkpoint, which it reads by itself.
 
 Nothing of it goes through the lead: weights and optimizer state are copied from the file, mapped, to where the server has them,
-while another thread looks whether the file is what was written.
+and rows to its tables, while another thread looks whether the files are what was written. Of rows it reads, and looks at, only
+files that have some of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from shoal.train import checkpoint as checkpoints
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.remote.log import numbers_in
 from shoal.train.remote.state import put_rows, snapshot_of
+from shoal.train.row_tables import needed
 
 
 class FromCheckpoint:
@@ -38,18 +40,34 @@ class FromCheckpoint:
         if ".." in parts or PurePosixPath(name).is_absolute():
             raise RequestError(f"{name} is no checkpoint of this run.")
         found = _described(self._run / name)
+        files = [found.state.name, *self._read_of(found)]
         with ThreadPoolExecutor(1, "shoal-checksum") as threads:
-            looked = threads.submit(checkpoints.damage, found, [found.state.name])
+            looked = threads.submit(checkpoints.damage, found, files)
             try:
-                _refuse(found, checkpoints.damage(found, [n for n in found.meta["sha256"] if n != found.state.name]))
                 self._fill(found, kept)
+                put_rows(found.path, self._placement, self._server, self._shard.tables)
             except Exception:
                 # A damaged file may be read as anything.
-                _refuse(found, looked.result())
+                self._refuse(found, looked.result())
                 raise
-            _refuse(found, looked.result())
-        # Where another checkpoint has to be taken up after all, no table may have rows of this one.
-        put_rows(found.path, self._placement, self._server, self._shard.tables)
+            self._refuse(found, looked.result())
+
+    def _refuse(self, found: Checkpoint, reason: str) -> None:
+        """Where another checkpoint has to be taken up after all, no table may have rows of this one."""
+        if reason:
+            for table in self._shard.tables.values():
+                table.clear()
+            raise Damaged(f"{found.path} is damaged: {reason}")
+
+    def _read_of(self, found: Checkpoint) -> list[str]:
+        """The files of a checkpoint that are read here, but for its tensors: of rows only those that have some of its own."""
+        names = [name for name in found.meta["sha256"] if name != found.state.name]
+        for number, table in self._shard.tables.items():
+            files = [name for name in names if name.startswith(f"rows-{number}-")]
+            shards = self._placement.row_shards_of(self._server, number)
+            own = {path.name for path in needed([found.path / name for name in files], table.spec, shards)}
+            names = [name for name in names if name in own or name not in files]
+        return names
 
     def _fill(self, found: Checkpoint, kept: Kept) -> None:
         checkpoints.check(found, self._table)
@@ -65,8 +83,3 @@ def _described(path: Path) -> Checkpoint:
         return checkpoints.described(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path} is damaged: {error}") from None
-
-
-def _refuse(found: Checkpoint, reason: str) -> None:
-    if reason:
-        raise Damaged(f"{found.path} is damaged: {reason}")

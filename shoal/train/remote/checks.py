@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from shoal import errors
+from shoal.axes.data import COLLECTIVES_A_STEP
 from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.errors import RequestError
 from shoal.job import Job
 from shoal.plan import Plan
 from shoal.process.messages import SERVER, WORKER
+from shoal.ps import messages
 from shoal.ps.checks import MOST, fits
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
 from shoal.ps.wire import Malformed
@@ -29,6 +31,7 @@ from shoal.train.evaluate import merge
 from shoal.train.metric_state import metrics_of
 from shoal.train.remote import words
 from shoal.train.remote.answers import check_buffers, is_address
+from shoal.train.remote.batch_sums import NAME
 from shoal.train.remote.keeper import ROLE as KEEPER
 
 _WIDTH = UnitColumns.VALUES + VALUE_COLUMNS
@@ -71,6 +74,8 @@ class SaidCheck:
             self._look_at_evaluation(said, frames)
         elif isinstance(said, words.Report):
             self._look_at_report(said, frames)
+        elif isinstance(said, words.Gives):
+            self._look_at_given(said, frames)
         elif isinstance(said, words.Leave) and said.role == WORKER and len(frames) == 1:
             self._look_at_metrics(frames)
         elif frames:
@@ -113,6 +118,17 @@ class SaidCheck:
         if not all(0 <= count <= self.versions for count in (*said.made, *(p for row in said.rows for p in row.pulled))):
             raise Malformed("a version is none")
         check_buffers(self.buffers, said.buffers, frames)
+
+    def _look_at_given(self, said: words.Gives, frames: Sequence[Any]) -> None:
+        shards = said.shards
+        if not (0 <= said.unit < MOST and 0 <= said.index < COLLECTIVES_A_STEP):
+            raise Malformed(f"there is no sum {said.index} of a unit {said.unit}")
+        ordered = all(a < b for a, b in zip(shards, shards[1:], strict=False))
+        if not (self.sync and ordered and set(shards) <= set(range(self.workers)) and said.unit % self.workers in shards):
+            raise Malformed(f"{shards[:9]} are no shards of a step")
+        found = messages.unpack_tensors(said.values, frames)
+        if list(found) != [NAME] or not found[NAME].is_floating_point() or found[NAME].dim() != 1:
+            raise Malformed("what is to be added up is no vector")
 
     def _look_at_evaluation(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
         if len(frames) != 2 or not 0 < said.epoch < _MOST_EPOCHS or not math.isfinite(said.seconds):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from shoal.ps import messages
+from shoal.ps.ledger import UNCOUNTED, UnitColumns
 from shoal.ps.portions import next_portion
+from shoal.train.remote import words
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,36 @@ class Orphan:
     row: int
 
 
+class Left:
+    """What the units of a step have made of the buffers that it began with: those of the first with samples are the next step's.
+
+    Whoever computes a unit, and whenever, begins with the buffers of the step's beginning, and the next step with the same bits.
+
+    Attributes:
+        buffers: what the first unit that has samples has left of the model's; None where none has.
+    """
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self.buffers: Mapping[str, torch.Tensor] | None = None
+
+    def take(self, said: words.Report, rows: Sequence[words.Row], frames: Sequence[object]) -> None:
+        """These units were reported for the first time."""
+        for row in rows if said.buffers else ():
+            if int(row.columns[UnitColumns.PUSH]) not in UNCOUNTED:
+                self.leave(row.unit, messages.unpack_tensors(said.buffers, frames))
+
+    def leave(self, unit: int, buffers: Mapping[str, torch.Tensor]) -> None:
+        """A unit that has samples is done."""
+        if self._first is None or unit < self._first:
+            self._first, self.buffers = unit, {name: buffer.clone() for name, buffer in buffers.items()}
+
+
 class Dealt:
     """The units of the step in work.
 
     Attributes:
         done: of those that were handed out more than once, which are done: somebody may still be at them.
-        buffers: what the first unit that has samples has left of the model's; None where none has.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,14 +64,12 @@ class Dealt:
         self._since: dict[int, dict[int, float]] = {}
         self._times: Counter[int] = Counter()
         self._took: list[float] = []
-        self._first: int | None = None
         self.done: tuple[int, ...] = ()
-        self.buffers: Mapping[str, torch.Tensor] | None = None
 
     def begin(self) -> None:
         """A step is over; of the next one nothing was handed out yet."""
-        self._since, self._times, self._took, self._first = {}, Counter(), [], None
-        self.done, self.buffers = (), None
+        self._since, self._times, self._took = {}, Counter(), []
+        self.done = ()
 
     def give(self, unit: int, rank: int) -> None:
         """A worker has a unit from now on."""
@@ -73,8 +98,3 @@ class Dealt:
             return None
         found = next_portion({unit: [*since.values()] for unit, since in self._since.items()}, self._took, self._clock())
         return found if isinstance(found, int) else None
-
-    def leave(self, unit: int, buffers: Mapping[str, torch.Tensor]) -> None:
-        """What a unit that has samples has made of the buffers that the step began with: the first one's are the next step's."""
-        if self._first is None or unit < self._first:
-            self._first, self.buffers = unit, {name: buffer.clone() for name, buffer in buffers.items()}

@@ -19,6 +19,9 @@ from shoal.train.remote.members import Lost, Member, Members
 from shoal.train.remote.published import RemoteSource
 from shoal.train.remote.state import push_id
 
+_POLL_S = 0.05
+# So long may a server take to say why it has refused something.
+_HOLD_S = 0.5
 START_S = 300.0
 """So long may a process take until it is there."""
 
@@ -41,6 +44,8 @@ class Holding(Keeping):
     _emptied: dict[int, tuple[float, int]]
     _began_at: float
     _per_step: int
+    # Workers that are gone and that nobody starts again.
+    _gone: set[int]
     # Whether a server has died since all were there, and before all had what the run begins with.
     _died_early = False
 
@@ -77,8 +82,16 @@ class Holding(Keeping):
         said = asked.said
         if isinstance(said, (words.Look, words.Leave)):
             self._members.hear(said.role, said.rank)
-        elif isinstance(said, (words.Claim, words.Report, words.Evaluated, words.Bad)):
+        elif isinstance(said, (words.Claim, words.Report, words.Gives, words.Evaluated, words.Bad)):
             self._members.hear("worker", said.rank)
+
+    def _hear_of_logs(self) -> None:
+        """A server has refused a step: it says by itself where that is because of its log."""
+        deadline = time.monotonic() + _HOLD_S
+        while self._log.kept and time.monotonic() < deadline:
+            for asked in self._desk.receive(_POLL_S):
+                if isinstance(asked.said, words.LogFailed):
+                    self._take_said(asked)
 
     def _limits(self) -> tuple[float, float]:
         """After how many seconds of silence somebody is named, and after how many it is taken for lost."""
@@ -98,6 +111,16 @@ class Holding(Keeping):
                 "stall", role=member.role, rank=member.rank, pid=member.pid, step=self._recorder.step + 1, phase="unknown",
                 waited_s=time.monotonic() - member.heard_at, waits_for=None, stack="", replaced_after_s=lost_s if own else None,
             )  # fmt: skip
+
+    def _look_for_parts(self) -> None:
+        """An evaluation cannot end without the part of a worker that is gone for good."""
+        epoch = self._epochs_done + 1
+        missing = self._gone - set(self._parts.get(epoch, {}))
+        if missing and self._recorder.step == epoch * self._settings.steps_per_epoch:
+            raise WorkerLostError(
+                f"Worker {min(missing)} is gone, and nobody evaluates its part of epoch {epoch}; go on with --resume: "
+                f"{self._name_last_checkpoint()}"
+            )
 
     def _tell_death(self, lost: Lost) -> None:
         member = lost.member

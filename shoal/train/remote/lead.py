@@ -29,7 +29,7 @@ from shoal.ps import messages
 from shoal.ps.claims import Claim, Claims
 from shoal.ps.client import NotStaged
 from shoal.ps.lbfgs import DIRECTION
-from shoal.ps.ledger import DROPPED, EMPTY, UNCOUNTED, UnitColumns
+from shoal.ps.ledger import DROPPED, UNCOUNTED, UnitColumns
 from shoal.ps.placement import Placement
 from shoal.train import notes
 from shoal.train.choose import predicted_step
@@ -39,10 +39,11 @@ from shoal.train.metric_state import metrics_of
 from shoal.train.pacing import Pacer
 from shoal.train.push_log import wants_log
 from shoal.train.remote import words
+from shoal.train.remote.batch_sums import BatchSums
 from shoal.train.remote.chains import Chains
 from shoal.train.remote.checks import check_of
 from shoal.train.remote.coordinator import Coordinator
-from shoal.train.remote.dealing import Dealt, Orphan
+from shoal.train.remote.dealing import Dealt, Left, Orphan
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.holding import Holding
 from shoal.train.remote.line import Meeting
@@ -111,7 +112,10 @@ class RemoteLead(Holding):
         self._claims = Claims(store.arena, self._ahead(), self._per_step)
         # Where a batch is cut into portions: what is out of the step in work, and before which unit everything is done.
         self._dealt = Dealt() if self._settings.portions else None
-        self._past = 0
+        self._past, self._left = 0, Left()
+        # Where workers normalise over the whole batch together, each of them is needed in every step.
+        self._together = self._facts.batchnorm and self._plan.batchnorm != "local" and self._plan.data_ways > 1
+        self._batch_sums = BatchSums(self._per_step, self._facts.collective_bytes(self._plan), first * self._per_step)
         self._first_step = first
         self._groups = Groups()
         self._schedule = host.schedule(store.arena.world_size, self._groups)
@@ -215,6 +219,8 @@ class RemoteLead(Holding):
             self._join(asked, said)
         elif isinstance(said, words.Report):
             self._report(asked, said)
+        elif isinstance(said, words.Gives):
+            self._batch_sums.hear(desk, asked)
         elif isinstance(said, words.Names):
             self._take(ValueNames(said.names))
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
@@ -246,6 +252,8 @@ class RemoteLead(Holding):
         said, desk, held_s = asked.said, self._desk, time.monotonic() - asked.since
         if isinstance(said, words.Claim):
             self._answer_claim(asked, said, held_s > _HOLD_S)
+        elif isinstance(said, words.Gives):
+            self._batch_sums.answer(desk, asked, self._orders, self._worker_of, held_s > _HOLD_S)
         elif isinstance(said, words.Leave):
             # It is answered when the run has ended; until then it says nothing else.
             self._hear_from(asked)
@@ -321,9 +329,12 @@ class RemoteLead(Holding):
             # What it does not know of, it will not do: it was given to a predecessor at the last moment.
             self._take_back(rank)
         given = None
-        if self._orphans and not said.open:
-            given = self._orphans.popleft()
-        elif not self._orphans or said.open:
+        # Who has to be there for what others are at does nothing of theirs.
+        lost = [orphan for orphan in self._orphans if not self._together or orphan.row == rank]
+        if lost and not said.open:
+            given = lost[0]
+            self._orphans.remove(given)
+        elif not lost or said.open:
             # Portions are finished together, so that nobody has to be done with those of a row before it claims more.
             own = self._dealt is None and any(o.row == rank for o in (*self._orphans, *self._given_to_others(rank)))
             got = None if own else self._claims.claim(rank)
@@ -338,7 +349,7 @@ class RemoteLead(Holding):
         rests = self._claims.all_finished() and self._is_at_edge(step)
         if waited or said.open or rests:
             # All evaluate with the same buffers: those that are kept.
-            heads, frames = self._pack_buffers() if rests else ((), [])
+            heads, frames = self._state.pack_buffers() if rests else ((), [])
             self._desk.answer(asked, lambda n: words.Later(n, step, self._orders(), heads), frames)
 
     def _take_back(self, rank: int) -> None:
@@ -359,6 +370,9 @@ class RemoteLead(Holding):
         supervisor = self._arena.supervisor
         return supervisor.signal(Order.STEPS_ALLOWED) <= step or supervisor.signal(Order.OVER) > 0
 
+    def _worker_of(self, unit: int) -> int | None:
+        return next((rank for rank, own in self._given.items() if any(orphan.unit == unit for orphan in own)), None)
+
     def _given_to_others(self, rank: int) -> list[Orphan]:
         return [orphan for other, own in self._given.items() if other != rank for orphan in own]
 
@@ -369,7 +383,7 @@ class RemoteLead(Holding):
         if self._dealt is not None:
             self._dealt.give(unit, rank)
         groups = self._groups_of(step) if not self._sync else None
-        heads, frames = self._pack_buffers()
+        heads, frames = self._state.pack_buffers()
         settled = self._id_of(self._recorder.next_unit)
         self._desk.answer(
             asked,
@@ -379,11 +393,6 @@ class RemoteLead(Holding):
             ),
             frames,
         )  # fmt: skip
-
-    def _pack_buffers(self) -> tuple[tuple[messages.Tensor, ...], list[bytes]]:
-        tensors = {spec.name: self._store.buffer(0, k) for k, spec in enumerate(self._store.table.buffers)}
-        heads, frames = messages.pack_tensors(tensors)
-        return heads, [bytes(frame) for frame in frames]
 
     def _groups_of(self, step: int) -> tuple[dict[str, Any], ...] | None:
         """The hyperparameters of a step, as far as they are numbers; None where no scheduler changes them."""
@@ -400,12 +409,13 @@ class RemoteLead(Holding):
         own = self._given.get(said.rank, [])
         known = {orphan.unit for orphan in own}
         rows = [row for row in said.rows if row.unit in known]
-        if self._dealt is not None:
-            self._take_portions(said, rows, asked.frames)
+        if self._sync:
+            self._left.take(said, [row for row in rows if row.unit not in self._staged], asked.frames)
         elif said.buffers and rows:
             self._state.take_buffers(messages.unpack_tensors(said.buffers, asked.frames))
-            if not self._sync:
-                self._source.keep_buffers()
+            self._source.keep_buffers()
+        if self._dealt is not None:
+            self._take_portions(said, rows)
         for row in rows:
             if self._sync:
                 self._staged[row.unit] = (said, row)
@@ -419,15 +429,13 @@ class RemoteLead(Holding):
         # Whoever reports something that was done by another meanwhile is told to go on.
         self._desk.answer(asked, lambda n: words.Heard(n, self._orders(), len(rows) == len(said.rows)))
 
-    def _take_portions(self, said: words.Report, rows: Sequence[words.Row], frames: Sequence[Any]) -> None:
+    def _take_portions(self, said: words.Report, rows: Sequence[words.Row]) -> None:
         """These are the first results of what they are about: who else is at it computes for nothing."""
         assert self._dealt is not None
         for row in rows:
             if row.unit in self._staged:
                 continue
             self._dealt.finish(row.unit, said.rank)
-            if said.buffers and int(row.columns[UnitColumns.PUSH]) != EMPTY:
-                self._dealt.leave(row.unit, messages.unpack_tensors(said.buffers, frames))
             for rank, others in self._given.items():
                 if rank != said.rank:
                     others[:] = [orphan for orphan in others if orphan.unit != row.unit]
@@ -443,8 +451,9 @@ class RemoteLead(Holding):
         # Shards without samples are the first to be there; they are not what a step is made of.
         if len(here) < count - (self._plan.backup or 0 if counted else 0):
             return
-        if dealt is not None and dealt.buffers is not None:
-            self._state.take_buffers(dealt.buffers)
+        if self._left.buffers is not None:
+            self._state.take_buffers(self._left.buffers)
+        self._left = Left()
         made: Sequence[int] = ()
         if counted:
             weight = sum(self._staged[u][1].columns[UnitColumns.WEIGHT] for u in counted)
@@ -477,6 +486,7 @@ class RemoteLead(Holding):
             self._settle(row, said.rank, push, made)
         if len(here) < count:
             self._drop([unit for unit in units if unit not in here], ranks, self._recorder.ledger.row(here[0]))
+        self._batch_sums.begin(units.stop)
         if dealt is not None:
             self._past = units.stop
             dealt.begin()
@@ -511,14 +521,6 @@ class RemoteLead(Holding):
             place[UnitColumns.PUSH], place[UnitColumns.SLOWEST] = DROPPED, slowest
             place[UnitColumns.BEGAN], place[UnitColumns.ENDED] = like[UnitColumns.BEGAN], like[UnitColumns.ENDED]
             place[UnitColumns.UNIT] = unit + 1
-
-    def _hear_of_logs(self) -> None:
-        """A server has refused a step: it says by itself where that is because of its log."""
-        deadline = time.monotonic() + _HOLD_S
-        while self._log.kept and time.monotonic() < deadline:
-            for asked in self._desk.receive(_POLL_S):
-                if isinstance(asked.said, words.LogFailed):
-                    self._take_said(asked)
 
     def _settle(self, row: words.Row, rank: int, push: int, made: Sequence[int]) -> None:
         """Write a unit's row where recorders read it, and count it as done."""
@@ -561,16 +563,6 @@ class RemoteLead(Holding):
             self._tell_processes()
         self._attend_servers()
 
-    def _look_for_parts(self) -> None:
-        """An evaluation cannot end without the part of a worker that is gone for good."""
-        epoch = self._epochs_done + 1
-        missing = self._gone - set(self._parts.get(epoch, {}))
-        if missing and self._recorder.step == epoch * self._settings.steps_per_epoch:
-            raise WorkerLostError(
-                f"Worker {min(missing)} is gone, and nobody evaluates its part of epoch {epoch}; go on with --resume: "
-                f"{self._name_last_checkpoint()}"
-            )
-
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
         member = lost.member
@@ -594,6 +586,11 @@ class RemoteLead(Holding):
             if own:
                 self._members.start("worker", member.rank)
             return
+        if self._together:
+            raise WorkerLostError(
+                f"Worker {member.rank} is gone ({lost.cause}), and BatchNorm over the global batch needs all of them; go on with "
+                f"--resume, or write batchnorm=local: {self._name_last_checkpoint()}"
+            )
         self._gone.add(member.rank)
         if not any(m.role == "worker" for m in self._members.of.values()):
             raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")

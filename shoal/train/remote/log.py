@@ -31,7 +31,7 @@ from shoal.ps.log import Kind, LogWriter
 from shoal.ps.logged import do_again, read_told
 from shoal.ps.shard import Shard
 from shoal.ps.staged import Staged
-from shoal.ps.table import Rows, Table
+from shoal.ps.table import Counted, Rows, Table
 from shoal.train import checkpoint as checkpoints
 from shoal.train.checkpoint import Checkpoint, Restored
 from shoal.train.host import TrainHost
@@ -143,7 +143,7 @@ class RemoteLog(KeptLog):
         state.numbers = numbers_in(restored)
         settled = push_id(found.base.step * session.workers, session.workers, self._per_epoch)
         began_with = [self._id(row, session.workers) for row in found.ahead]
-        rows: list[tuple[int, Rows]] = []
+        rows: list[tuple[int, Rows, Counted | None]] = []
         held_by = []
         for server in placement.servers:
             told = read_told(session.path, log_name(server), found.base.step)
@@ -153,7 +153,9 @@ class RemoteLog(KeptLog):
                 put_rows(found.base.path, placement, server, held)
                 do_again(shard, Staged(shard), told, lambda ids: counts.issuperset(ids))
                 held_by.append(shard.snapshot(row_shards={}))
-                rows += [(n, table.export(placement.row_shards_of(server, n))) for n, table in held.items()]
+                for number, table in held.items():
+                    own = placement.row_shards_of(server, number)
+                    rows.append((number, table.export(own), table.export_counted(own)))
         # Not before all have begun: what is kept once a parameter, such as Adam's count of steps, several of them hold.
         for snapshot in held_by:
             state.take(snapshot)

@@ -13,9 +13,9 @@ from shoal.train.remote.state import pieces_of
 from shoal.train.replan import refuse_same, wished
 from shoal.train.settings import units_of
 
-_NEEDS_GLOBAL_BATCHNORM = (
-    "BatchNorm over the global batch is not built for parameter servers that share no memory; add batchnorm=local to the plan, "
-    "or leave SHOAL_TRANSPORT and torchrun out."
+_NEEDS_MEETINGS = (
+    "Workers that share no memory and do not wait for each other see no batch but their own; add batchnorm=local to the plan, or "
+    "write sync without backup."
 )
 
 
@@ -47,8 +47,8 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
         )
     if not facts.table.elementwise and not facts.table.splittable and whole.servers > 1:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
-    if facts.batchnorm and whole.batchnorm != "local":
-        raise NotBuiltError(_NEEDS_GLOBAL_BATCHNORM)
+    if facts.batchnorm and whole.batchnorm != "local" and (whole.waits_for_nobody or whole.backup):
+        raise NotBuiltError(_NEEDS_MEETINGS)
     why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."
     return whole.replace(explanation=(why, *remarks(whole, private=True)))
 

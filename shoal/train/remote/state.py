@@ -14,6 +14,7 @@ import torch
 from shoal.comm.store import Store
 from shoal.comm.table import ParameterTable
 from shoal.errors import RequestError
+from shoal.ps import messages
 from shoal.ps.applied import NOTHING, PushId
 from shoal.ps.checks import check_rows, parse_name, parse_number
 from shoal.ps.client import Client
@@ -23,7 +24,7 @@ from shoal.ps.lbfgs import DIRECTION
 from shoal.ps.placement import Placement
 from shoal.ps.shard import Kept, Snapshot
 from shoal.ps.spec import TableSpec
-from shoal.ps.table import Rows, Table, from_tensors, to_tensors
+from shoal.ps.table import Counted, Rows, Table, from_tensors, sketch_shape, to_tensors
 from shoal.train.checkpoint import ScalarRows
 from shoal.train.row_tables import prefix_of, read_rows, write_rows
 
@@ -51,9 +52,11 @@ def push_id(unit: int, workers: int, steps_per_epoch: int) -> PushId:
     return (*divmod(step, steps_per_epoch), shard)
 
 
-def kept_of(version: int, settled: PushId, ids: Iterable[PushId]) -> Kept:
+def kept_of(
+    version: int, settled: PushId, ids: Iterable[PushId], row_shards: Mapping[str, tuple[int, ...]] | None = None
+) -> Kept:
     """What a server begins with that is no tensor: how many updates it counts, and which pushes are in it."""
-    return Kept(version=version, settled=settled, ids=tuple(ids), groups=(), numbers={}, row_shards={})
+    return Kept(version=version, settled=settled, ids=tuple(ids), groups=(), numbers={}, row_shards=dict(row_shards or {}))
 
 
 Read = Callable[[str, str], torch.Tensor]
@@ -169,6 +172,12 @@ class StoreState:
             if values:
                 self.numbers[pieces[int(number)].name] = dict(values)
 
+    def pack_buffers(self) -> tuple[tuple[messages.Tensor, ...], list[bytes]]:
+        """A model's buffers as heads and frames of a message."""
+        store = self._store
+        heads, frames = messages.pack_tensors({spec.name: store.buffer(0, k) for k, spec in enumerate(store.table.buffers)})
+        return heads, [bytes(frame) for frame in frames]
+
     def take_buffers(self, found: Mapping[str, torch.Tensor]) -> None:
         """Take up a model's buffers."""
         for index, spec in enumerate(self._store.table.buffers):
@@ -187,12 +196,21 @@ class StoreState:
 
 
 def put_rows(checkpoint: Path, placement: Placement, server: int, tables: Mapping[int, Table]) -> None:
-    """Let the tables of a server hold its rows of a checkpoint."""
+    """Let the tables of a server hold its rows of a checkpoint, and what was counted of keys that have none."""
     for number, table in tables.items():
-        for saved, _ in read_rows(checkpoint, number, table.spec):
+        shards = placement.row_shards_of(server, number)
+        for saved, counted in read_rows(checkpoint, number, table.spec, shards):
             own = placement.split_rows(number, saved).get(server)
             if own is not None:
                 table.put(own)
+            seen = None if counted is None else counted.of(shards)
+            if seen is not None:
+                table.put_sketch(seen.sketch, seen.shards)
+
+
+def _no_rows(spec: TableSpec) -> Rows:
+    none = np.empty(0, np.int64)
+    return Rows(none, torch.empty(0, spec.width + spec.state, dtype=spec.dtype), np.empty(0, np.uint32), none)
 
 
 class RemoteTables:
@@ -203,7 +221,7 @@ class RemoteTables:
     def __init__(self, specs: Sequence[TableSpec], placement: Placement) -> None:
         self._specs, self._placement = specs, placement
         self.client: Client | None = None
-        self._begin: list[tuple[int, Rows, np.ndarray | None]] = []
+        self._begin: list[tuple[int, Rows, Counted | None]] = []
 
     def begin_with(self, first: Mapping[str, Rows]) -> None:
         """Let tables hold these rows, by the module's path."""
@@ -216,7 +234,7 @@ class RemoteTables:
         """Let tables hold what a checkpoint has. RequestError where it lacks one."""
         self._begin = []
         for number, spec in enumerate(self._specs):
-            self._begin += [(number, rows, sketch) for rows, sketch in read_rows(checkpoint, number, spec)]
+            self._begin += [(number, rows, counted) for rows, counted in read_rows(checkpoint, number, spec)]
 
     def begin_at(self, step: int) -> None:
         """Which pushes a server has applied, its shard's ledger knows."""
@@ -224,20 +242,28 @@ class RemoteTables:
     def fill(self) -> None:
         """Give the servers the rows that the run begins with."""
         assert self.client is not None
-        for number, rows, _ in self._begin:
-            for server, own in self._placement.split_rows(number, rows).items():
-                tensors = {f"rows/{number}/{name}": tensor for name, tensor in to_tensors(own, None).items()}
-                self.client.put(server, Snapshot(kept_of(0, NOTHING, ()), tensors), whole=False)
+        placement = self._placement
+        for number, rows, counted in self._begin:
+            split = placement.split_rows(number, rows)
+            for server in placement.servers:
+                seen = None if counted is None else counted.of(placement.row_shards_of(server, number))
+                if server not in split and seen is None:
+                    continue
+                own = split.get(server, _no_rows(self._specs[number]))
+                named = to_tensors(own, None if seen is None else seen.sketch)
+                tensors = {f"rows/{number}/{name}": tensor for name, tensor in named.items()}
+                kept = kept_of(0, NOTHING, (), {} if seen is None else {str(number): seen.shards})
+                self.client.put(server, Snapshot(kept, tensors), whole=False)
 
     def begun(self) -> None:
         """The servers have them."""
         self._begin = []
 
-    def begin_again(self, found: Sequence[tuple[int, Rows]]) -> None:
+    def begin_again(self, found: Sequence[tuple[int, Rows, Counted | None]]) -> None:
         """Let tables hold these rows, by the table's number, instead of those that a checkpoint had."""
-        self._begin = [(number, rows, None) for number, rows in found]
+        self._begin = list(found)
 
-    def _take(self, server: int, number: int) -> Rows:
+    def _take(self, server: int, number: int) -> tuple[Rows, Counted | None]:
         assert self.client is not None
         shards = self._placement.row_shards_of(server, number)
 
@@ -245,20 +271,25 @@ class RemoteTables:
             return {n.rpartition("/")[2]: t for n, t in snapshot.tensors.items() if n.startswith(f"rows/{number}/")}
 
         spec = self._specs[number]
-        return from_tensors(own(self.client.take(server, (), {number: shards}, lambda s: check_rows(number, spec, own(s)))))[0]
+        shape = sketch_shape(spec, len(shards))
+        taken = self.client.take(server, (), {number: shards}, lambda s: check_rows(number, spec, own(s), shape))
+        rows, sketch = from_tensors(own(taken))
+        return rows, None if sketch is None or shape is None else Counted(shards, sketch)
 
     def write(self, directory: Path) -> None:
         """Write all rows to a checkpoint that is being made; nobody is at work."""
         for number, spec in enumerate(self._specs):
             for server in self._placement.servers:
-                tensors = to_tensors(self._take(server, number), None)
-                write_rows(directory / f"rows-{number}-{server}.safetensors", tensors, spec, 0.0)
+                shards = self._placement.row_shards_of(server, number)
+                path = directory / f"rows-{number}-{server}.safetensors"
+                rows, counted = self._take(server, number)
+                write_rows(path, spec, rows, shards, counted)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What the tables are in the model's state_dict."""
         found: dict[str, torch.Tensor] = {}
         for number, spec in enumerate(self._specs):
-            parts = [self._take(server, number) for server in self._placement.servers]
+            parts = [self._take(server, number)[0] for server in self._placement.servers]
             keys = np.concatenate([part.keys for part in parts])
             order = np.argsort(keys, kind="stable")
             values = torch.cat([part.values for part in parts])[torch.from_numpy(order)]

@@ -82,6 +82,20 @@ class Report(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     buffers: tuple[Tensor, ...]
 
 
+class Gives(msgspec.Struct, tag="gives", frozen=True, kw_only=True):
+    """What a worker has found of a unit's batch, to be added up over these shards of its step (BatchNorm's statistics).
+
+    ``index``: it is the how manieth such sum of the unit. One frame: ``values``.
+    """
+
+    number: int
+    rank: int
+    unit: int
+    index: int
+    shards: tuple[int, ...]
+    values: tuple[Tensor, ...]
+
+
 class Names(msgspec.Struct, tag="names", frozen=True):
     """What the values in a unit's row are called."""
 
@@ -194,6 +208,16 @@ class Heard(msgspec.Struct, tag="heard", frozen=True):
     counts: bool = True
 
 
+class Summed(msgspec.Struct, tag="summed", frozen=True):
+    """The sum of what was given, in a frame. None: it ``waits_for`` the rest, or, ``over``, others have done the whole step."""
+
+    number: int
+    orders: Orders
+    sums: tuple[Tensor, ...] = ()
+    waits_for: str = ""
+    over: bool = False
+
+
 class Ended(msgspec.Struct, tag="ended", frozen=True):
     """The run has ended: where it is, and its summary as JSON."""
 
@@ -202,8 +226,8 @@ class Ended(msgspec.Struct, tag="ended", frozen=True):
     summary: bytes
 
 
-Said = Join | Claim | Look | Report | Names | Bad | Evaluated | Failed | LogFailed | Gone | Leave
-Answered = Placed | Unit | Later | Heard | Ended | Refused
+Said = Join | Claim | Look | Report | Gives | Names | Bad | Evaluated | Failed | LogFailed | Gone | Leave
+Answered = Placed | Unit | Later | Heard | Summed | Ended | Refused
 _said = msgspec.msgpack.Decoder(Said)
 _answered = msgspec.msgpack.Decoder(Answered)
 

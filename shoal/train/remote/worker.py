@@ -47,6 +47,7 @@ from shoal.train.passes import Surroundings
 from shoal.train.pushing import PushLoop, own_copy
 from shoal.train.remote import words
 from shoal.train.remote.answers import check_answer
+from shoal.train.remote.batch_sums import Adder
 from shoal.train.remote.line import Line, Meeting
 from shoal.train.remote.state import placement_of, push_id
 from shoal.train.row_tables import RowGradients
@@ -218,6 +219,7 @@ class RemoteWorker(PushingWorker):
         self._buffers_taken = 0.0
         table = store.table
         index = {spec.name: at for at, spec in enumerate(table.trained)}
+        self._adder = Adder(line, rank, self.obey)
         self._pieces = {n: (index[p.name], p) for n, p in placement.pieces.items()}
         self._sizes = placement.sizes
 
@@ -238,6 +240,18 @@ class RemoteWorker(PushingWorker):
         for order, value in ((Order.STEPS_ALLOWED, orders.steps_allowed), (Order.EPOCH_DONE, orders.epoch_done),
                              (Order.OVER, orders.over)):  # fmt: skip
             supervisor.post(order, value)
+
+    def begin_unit(self, unit: int) -> None:
+        """A unit is computed from now on, perhaps once more."""
+        self.unit = unit
+        self._adder.begin()
+
+    def sum_small(self, values: torch.Tensor, replicas: Sequence[int]) -> torch.Tensor:
+        """Sum a small tensor over the shards of the step that have samples; every worker gets the same bits."""
+        began = time.monotonic()
+        found = self._adder.add_up(values, self.unit, self.unit // self.units_per_step, replicas)
+        self.waited_s += time.monotonic() - began
+        return found
 
     def is_void(self, unit: int) -> bool:
         """Whether what is computed of a unit counts for nothing any more, because others have done it."""
@@ -387,20 +401,19 @@ class RemoteLoop(PushLoop):
 
     def _work(self, unit: int, slowest: int) -> None:
         axis, gradients = self._remote, self.parts.gradients
-        axis.unit = unit
-        if not axis.shares_units:
-            super()._work(unit, slowest)
-            return
-        gradients.is_void = partial(axis.is_void, unit)
+        axis.begin_unit(unit)
+        if axis.shares_units:
+            gradients.is_void = partial(axis.is_void, unit)
         try:
             super()._work(unit, slowest)
-            void = axis.is_void(unit)
+            void = axis.shares_units and axis.is_void(unit)
         except GivenUp:
             void = True
         if void:
             for parameter in self.parts.model.parameters():
                 parameter.grad = None
             self._gathered = []
+            self._metric_notes.go_back(axis.pushes)
             axis.claims.give_up()
 
     def _fetch(self, step: int, shard: int) -> Sequence[tuple[Share, Any]]:

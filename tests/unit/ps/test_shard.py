@@ -105,6 +105,20 @@ def test_pieces_and_rows_move_to_another_shard_with_their_state():
     assert 0 not in left.pull() and set(left.pull()) == {p.number for p in PIECES[1:]}
 
 
+def test_what_was_counted_of_keys_without_a_row_goes_along_with_its_shards():
+    first, second = a_shard(), a_shard()
+    first.apply(a_push(1))
+    table, other = first.tables[0], second.tables[0]
+    counted = {shard: table.export_sketch((shard,)) for shard in range(SPEC.shards)}
+    there = [shard for shard, sketch in counted.items() if sketch is not None and sketch.any()]
+    assert len(there) > 3
+    moved = (there[3], there[0], there[2])
+    second.merge(first.snapshot((), {0: moved}))
+    for shard in range(SPEC.shards):
+        found = other.export_sketch((shard,))
+        assert np.array_equal(found, counted[shard]) if shard in moved else not found.any()
+
+
 def test_what_does_not_belong_here_changes_nothing():
     shard, before = a_shard(), a_shard()
     bad = a_push(1)

@@ -21,9 +21,9 @@ from shoal.ps.table import Rows, Table
 from shoal.train.checkpoint import PartWriter, complete, part_path
 from shoal.train.remote.beginning import FromCheckpoint
 from shoal.train.remote.state import StoreState, kept_of, placement_of
-from shoal.train.row_tables import SavedRows
+from shoal.train.row_tables import write_rows
 
-SPEC = TableSpec(width=2, optimizer=Adagrad(lr=0.1), shards=16)
+SPEC = TableSpec(width=2, optimizer=Adagrad(lr=0.1), shards=16, admission=2)
 KEPT = kept_of(9, (0, 3, 0), [(0, 4, 0)])
 NAME = "checkpoints/step-00000003"
 # How many servers share it: whoever looks across tensors has all of them.
@@ -59,13 +59,19 @@ def test_each_server_has_the_bits_that_the_lead_would_give_it(kind: str, tmp_pat
 
     saved = Table.create(SPEC)
     saved.put(rows)
+    # Keys that were seen once, and have no row yet.
+    saved.push(np.arange(1000, 1200, dtype=np.int64), torch.ones(200, 2))
+    counted = [saved.export_counted(placement.row_shards_of(server, 0)) for server in range(servers)]
     PartWriter(ranks.store, tmp_path / "checkpoints", 3).write_all()
-    SavedRows("rows-0-0.safetensors", saved, 0, SPEC.shards).write(part_path(tmp_path / "checkpoints", 3))
+    for server, own in enumerate(counted):
+        path = part_path(tmp_path / "checkpoints", 3) / f"rows-0-{server}.safetensors"
+        write_rows(path, SPEC, placement.split_rows(0, rows)[server], placement.row_shards_of(server, 0), own)
     complete(tmp_path / "checkpoints", 3, {})
     for server in range(servers):
         given, own = shard(server), shard(server)
         given.restore(StoreState(ranks.store, placement).give(server, 9, (0, 3, 0), [(0, 4, 0)]))
         given.tables[0].put(placement.split_rows(0, rows)[server])
+        given.tables[0].put_sketch(counted[server].sketch, counted[server].shards)  # type: ignore[union-attr]
         FromCheckpoint(tmp_path, own, table, placement, server)(NAME, KEPT)
         assert same(given, own) and own.version == 9 and len(own.tables[0].export().keys)
         assert (own.ledger.settled, own.ledger.ids()) == ((0, 3, 0), ((0, 4, 0),))
@@ -82,6 +88,17 @@ def test_each_server_has_the_bits_that_the_lead_would_give_it(kind: str, tmp_pat
             begin(NAME, KEPT)
         damage(path, at)
     assert not len(own.tables[0].export().keys)
+    if servers > 1:
+        # What it would not read is none of its: but which shards that has, all files have to agree on.
+        other = tmp_path / NAME / "rows-0-1.safetensors"
+        shards_at = other.read_bytes().index(b"\"shards\":\"") + 10
+        damage(other, -1)
+        begin(NAME, KEPT)
+        damage(other, shards_at)
+        with pytest.raises(Damaged, match="rows-0-1.safetensors is not what was written"):
+            begin(NAME, KEPT)
+        damage(other, shards_at)
+        damage(other, -1)
     with pytest.raises(Damaged, match="is damaged"):
         begin("checkpoints/step-00000004", KEPT)
     for outside in (f"../{tmp_path.name}/{NAME}", str(tmp_path / NAME)):

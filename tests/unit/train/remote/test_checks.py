@@ -24,6 +24,7 @@ from shoal.train.remote.checks import _WIDTH, SaidCheck
 METRICS = {"auc": BinaryAUROC(), "confusion": BinaryConfusionMatrix()}
 BUFFERS = {"mean": torch.zeros(3), "count": torch.tensor(0)}
 CHECK = SaidCheck(workers=2, servers=2, shards=2, sync=False, buffers=BUFFERS, metrics=METRICS, versions=1000)
+TOGETHER = SaidCheck(workers=2, servers=2, shards=2, sync=True, buffers=BUFFERS, metrics=METRICS, versions=1000)
 
 
 def columns(**changes: float) -> tuple[float, ...]:
@@ -46,6 +47,11 @@ def evaluated(**changes: Any) -> Any:
     frames = [bytes(notes.to_bytes(pieces_of(metrics))) for _ in range(2)]
     fields = {"number": 1, "rank": 0, "epoch": 1, "sums": {"loss": (1.0, 2.0)}, "seconds": 0.5, **changes}
     return words.Evaluated(**fields), frames
+
+
+def gives(values: torch.Tensor | None = None, name: str = "sums", **changes: Any) -> Any:
+    heads, frames = messages.pack_tensors({name: torch.ones(5) if values is None else values})
+    return words.Gives(**{"number": 1, "rank": 0, "unit": 6, "index": 3, "shards": (0, 1), "values": heads, **changes}), frames
 
 
 ROW = words.Row(3, columns(), (1, 1))
@@ -81,6 +87,20 @@ def test_what_is_right_is_taken() -> None:
 def test_what_cannot_be_meant_is_not(said: Any) -> None:
     with pytest.raises(Malformed):
         CHECK(*said)
+
+
+def test_of_a_batch_only_what_can_be_added_up_is_taken() -> None:
+    TOGETHER(*gives())
+    wrong = [
+        gives(unit=-1), gives(index=1 << 16), gives(shards=(1,)), gives(shards=(0, 0)), gives(shards=(1, 0)),
+        gives(shards=(0, 2)), gives(torch.ones(2, 2)), gives(torch.ones(3, dtype=torch.int64)), gives(name="others"),
+        (gives()[0], []),
+    ]  # fmt: skip
+    for said in wrong:
+        with pytest.raises(Malformed):
+            TOGETHER(*said)
+    with pytest.raises(Malformed, match="no shards of a step"):
+        CHECK(*gives())
 
 
 def packed() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shoal.train.remote.dealing import Dealt
+from shoal.train.remote.dealing import Dealt, Left
 
 
 class Clock:
@@ -42,11 +42,10 @@ def test_a_portion_that_is_late_is_handed_out_again_and_counts_once() -> None:
     assert dealt.late() is None and dealt.done == () and dealt.times(8) == 0
 
 
-def test_the_buffers_that_count_are_those_of_the_first_portion_with_samples_whenever_it_is_there() -> None:
-    dealt, found = Dealt(), {"mean": torch.zeros(2)}
+def test_the_buffers_that_count_are_those_of_the_first_unit_with_samples_whenever_it_is_there() -> None:
+    left, found = Left(), {"mean": torch.zeros(2)}
+    assert left.buffers is None
     for unit in (5, 3, 4):
         found["mean"].fill_(unit)
-        dealt.leave(unit, found)
-    assert dealt.buffers is not None and dealt.buffers["mean"].tolist() == [3.0, 3.0]
-    dealt.begin()
-    assert dealt.buffers is None
+        left.leave(unit, found)
+    assert left.buffers is not None and left.buffers["mean"].tolist() == [3.0, 3.0]
