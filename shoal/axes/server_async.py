@@ -41,12 +41,12 @@ from shoal.axes.updating import SliceUpdater, Updates
 from shoal.axes.waiting import Spinning, Waiting
 from shoal.comm import dense
 from shoal.comm.arena import Note, Order, Signal
+from shoal.comm.rest import Rests
 from shoal.comm.store import Store
 from shoal.plan import Plan
 from shoal.ps.claims import Claims
 from shoal.ps.ledger import Ledger, UnitColumns
 
-_NAP_S = 50e-6
 _READER_S = 0.5
 """How long a server lets a worker finish its pull; one that has died leaves its sign behind."""
 
@@ -179,7 +179,11 @@ class PushServer(Updates):
         self._claims = claims_of(store, plan)
         self._bell = bell
         self._for_push = Spinning()
-        self._first = int(store.arena.supervisor.note(Note.FIRST_STEP))
+        # Nobody else counts them: what the ledger said once is counted on here.
+        self.updates = self.ledger.updates(number, int(store.arena.supervisor.note(Note.FIRST_STEP)))
+        """How many updates this server has made, counted from the step that the session began at."""
+        self._writes = False
+        self._others_read = self.ledger.reading_of(number)
         work = int(self.slot.note(Note.PUSH_IN_WORK))
         self._resumed: Pushed | None = None
         # Who took too long over a copy, as a worker that is stopped does: their sign counts again once it was taken back.
@@ -191,11 +195,6 @@ class PushServer(Updates):
             # A predecessor may have died between its commit and saying that the update is over.
             self.ledger.post_version(number, 2 * self.updates)
             self.slot.post(Signal.UPDATED, self.updates)
-
-    @property
-    def updates(self) -> int:
-        """How many updates this server has made, counted from the step that the session began at."""
-        return self.ledger.updates(self.number, self._first)
 
     def next_push(self, over: Callable[[], bool]) -> Pushed | None:
         """Wait for a push and return it, the oldest work first; None when the run is over and all are applied."""
@@ -238,20 +237,27 @@ class PushServer(Updates):
     def take(self, pushed: Pushed) -> None:
         """Begin to apply a push, or go on with it."""
         if self._resumed is None:
-            self._let_readers_finish()
             self.begin_update()
             self.slot.write(Note.PUSH_IN_WORK, pushed.push * self.arena.world_size + pushed.worker)
             self.slot.post(Signal.GRADIENTS, self.updates + 1)
         self._resumed = None
-        self.ledger.post_version(self.number, 2 * self.updates + 1)
+        for unit in self._claims.open(pushed.worker):
+            if self.ledger.row(unit)[UnitColumns.PUSH] == pushed.push:
+                self.ledger.made(unit)[self.number] = self.updates + 1
+
+    def begin_writing(self) -> None:
+        # As late as can be: whoever pulls waits from here to the commit.
+        if not self._writes:
+            self._let_readers_finish()
+            self.ledger.post_version(self.number, 2 * self.updates + 1)
+            self._writes = True
 
     def commit(self, pushed: Pushed) -> None:
         """The push is applied, once and for all."""
         made = self.updates + 1
-        for unit in self._claims.open(pushed.worker):
-            if self.ledger.row(unit)[UnitColumns.PUSH] == pushed.push:
-                self.ledger.made(unit)[self.number] = made
+        self._writes = False
         self.ledger.commit(self.number, pushed.worker, pushed.push)
+        self.updates = made
         self.ledger.post_version(self.number, 2 * made)
         self.slot.post(Signal.UPDATED, made)
 
@@ -266,11 +272,14 @@ class PushServer(Updates):
         return self.arena.supervisor.signal(Order.OVER) > 0
 
     def _let_readers_finish(self) -> None:
-        deadline = time.monotonic() + _READER_S
+        if not self._others_read.any():
+            self._left_behind.clear()
+            return
+        deadline, rests = time.monotonic() + _READER_S, Rests()
         for worker in range(self.arena.world_size + 1):
             while self.ledger.reading(worker, self.number) and worker not in self._left_behind:
                 if time.monotonic() >= deadline:
                     self._left_behind.add(worker)
-                time.sleep(_NAP_S)
+                rests.rest()
             if not self.ledger.reading(worker, self.number):
                 self._left_behind.discard(worker)

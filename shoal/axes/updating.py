@@ -74,6 +74,9 @@ class Updates(Waiter):
         self.slot.write(Note.CHUNK_DONE, -1)
         self.slot.write(Note.CHUNK_SAVED, -1)
 
+    def begin_writing(self) -> None:
+        """What comes next changes the lane; called before each chunk of an update."""
+
     def update(self, step: int, totals: Totals, grad_clip: float | None, hooks: Hooks) -> None:
         """Update this process's lane, or what is left of it."""
         scale = self._clip_scale(step, totals, grad_clip) if grad_clip is not None else 1.0
@@ -83,6 +86,7 @@ class Updates(Waiter):
             # Its chunk of tensors is the first, and those of tables that may follow write nothing to the undo log.
             first = saved = 0
         if first < updater.count and saved == first:
+            self.begin_writing()
             updater.restore(first)
         if hooks.after_chunk is not None:
             for chunk in range(first):
@@ -95,6 +99,7 @@ class Updates(Waiter):
             if self._guard:
                 updater.save(chunk)
                 slot.write(Note.CHUNK_SAVED, chunk)
+            self.begin_writing()
             updater.apply(chunk, scale)
             if hooks.after_chunk is not None:
                 hooks.after_chunk(chunk, scale)

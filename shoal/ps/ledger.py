@@ -154,6 +154,10 @@ class Ledger:
     def reading(self, worker: int, server: int) -> bool:
         return self._word("reading", worker * self.servers + server) == 1
 
+    def reading_of(self, server: int) -> np.ndarray:
+        """The words of all who may read a server's weights, as they are now: 1 where one does."""
+        return self._words["reading"][server :: self.servers]
+
     def pull_words(self, worker: int, server: int) -> tuple[int, int]:
         """Where a server's version lies, and a worker's word that it reads there; see ``shoal.comm.dense``."""
         return self._address("versions", server), self._address("reading", worker * self.servers + server)

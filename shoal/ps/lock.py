@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from shoal.comm.arena import Arena
-
-_NAP_S = 50e-6
+from shoal.comm.rest import Rests
 
 
 @contextlib.contextmanager
@@ -21,7 +20,7 @@ def locked(arena: Arena, beat: Callable[[], None] = lambda: None, within_s: floa
         # Memory of one process alone.
         yield True
         return
-    deadline = time.monotonic() + within_s
+    deadline, rests = time.monotonic() + within_s, Rests()
     while True:
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,7 +30,7 @@ def locked(arena: Arena, beat: Callable[[], None] = lambda: None, within_s: floa
                 yield False
                 return
             beat()
-            time.sleep(_NAP_S)
+            rests.rest()
     try:
         yield True
     finally:

@@ -19,6 +19,8 @@ from shoal.train.sgd import SgdChunk
 from shoal.train.sparse_lines import LEAST_LINES, LineWork, zeros_change_nothing
 
 _LET_GO_BYTES = 64 << 10
+_LOOK_EVERY = 8
+"""Where a chunk's lines were found to be full, they are looked through again with this update after that."""
 
 
 class ElementwiseChunk:
@@ -77,6 +79,9 @@ class ElementwiseChunk:
         self._sgd = SgdChunk(weights, self._spans, [self._groups.index(g) for g in self._group_of])
         # How the step in work is made: with the sum's factor where it is made at once.
         self._factor, self.at_once = 1.0, False
+        # For how many sums more nobody looks for lines without a gradient; never where a norm is asked for, whose last bit
+        # depends on it: a successor does not know the number.
+        self._full, self._normed = 0, False
         self._look_at_groups()
         self.reload()
 
@@ -134,11 +139,14 @@ class ElementwiseChunk:
         self.at_once = False
         # From the second update on, when the optimizer's state is there.
         worth_trying = self._sparse and factor > 0 and self._ends[-1] >= LEAST_LINES and not self._echoes
-        if worth_trying and all(self._bound) and touched.all():
+        if worth_trying and self._full:
+            self._full -= 1
+        elif worth_trying and all(self._bound) and touched.all():
             lines.sum_gradients(self._stripes, self._ends, factor, self._known_lines())
             if lines.gradients is not None:
                 self._gradients = list(lines.gradients)
                 return
+            self._full = 0 if self._normed else _LOOK_EVERY - 1
         total = scratch[: self.chunk.stop - self.chunk.start].view(self._dtype)
         width = self._dtype.itemsize
         native = self.store.arena.native
@@ -194,6 +202,7 @@ class ElementwiseChunk:
         ]
 
     def norm_squared(self) -> float:
+        self._normed, self._full = True, 0
         gradients = self._gradients
         if self.at_once:
             total, width = self._total, self._dtype.itemsize

@@ -245,8 +245,10 @@ def test_every_step_is_told_however_late_the_ledger_is_read(store: Store) -> Non
 def test_a_worker_that_is_stopped_in_a_pull_holds_servers_up_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     server = PushServer(store, 0, None, Waiting(spin_s=0.0), PLAN, -1)  # type: ignore[arg-type]
     naps: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: 0.1 * len(naps), sleep=naps.append)
-    monkeypatch.setattr("shoal.axes.server_async.time", clock)
+    looks = iter(range(1_000_000))
+    clock = SimpleNamespace(monotonic=lambda: 1e-4 * next(looks) + 0.1 * len(naps), sleep=naps.append)
+    for module in ("shoal.axes.server_async", "shoal.comm.rest"):
+        monkeypatch.setattr(f"{module}.time", clock)
     server.ledger.set_reading(1, 0, True)
     server._let_readers_finish()
     assert naps

@@ -160,3 +160,33 @@ def test_they_do_so_bit_for_bit(make: Any, way: dict[str, bool]) -> None:
     optimizer.step()
     for now, before in zip((parameter.data, sums), kept, strict=False):
         assert torch.equal(now.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_table_whose_lines_were_full_is_looked_through_again_later(clip: float | None) -> None:
+    """Not with every update, as dense gradients need not be searched each time; but where gradients are clipped: the norm's last
+    bit depends on how they are summed, and whoever takes a dead worker's place does not know what was found before."""
+    ranks = Ranks(OPTIMIZERS["adagrad"], 1)
+    axis = ArenaData(ranks.store, 0, ranks.updater(0), Waiting(spin_s=0.0))
+    looks, said = [], []
+    chunk = axis.updater.chunks[0]  # type: ignore[attr-defined]
+    try:
+        for step in range(20):
+            ranks.give_gradients(step)
+            if step >= 4:
+                ranks.store.gradient(0, 0)[40:] = 0.0
+            axis.publish(step)
+            if clip is not None:
+                _norm(axis)
+            axis.update(step, Totals(1.0, 0.5), clip, _HOOKS)
+            axis.commit(step)
+            looks.append(chunk._full)
+            said.append(axis.slot.note(Note.UNDO_LINES))
+    finally:
+        ranks.close()
+    if clip is not None:
+        assert max(looks) == 0 and max(said[1:4]) < 0 < min(said[4:])
+        return
+    # Looked at and full with the second update, with the tenth and each one after it with few lines; others one later.
+    assert looks == [0, 7, 6, 5, 4, 3, 2, 1, *[0] * 12]
+    assert max(said[1:9]) < 0 < min(said[10:])
