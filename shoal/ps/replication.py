@@ -16,10 +16,12 @@ clients go on.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -33,13 +35,14 @@ from shoal.ps.client import Client
 from shoal.ps.dense import Groups
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Commit, Done, Pull, PullRows, PushHead, Refused, Request, Tensor
+from shoal.ps.requests import Patience
 from shoal.ps.shard import Kept, Push, Shard, Snapshot
 from shoal.ps.shard_server import ShardServer
 from shoal.ps.staged import MissingError, Staged
 from shoal.ps.wire import Malformed, decode_head, encode
 
-_RESEND_S = 1.0
-_ADOPTION_S = 60.0
+_RESEND, _ADOPTION = Patience(retry_s=1.0), Patience(retry_s=60.0)
+"""After how long without a word of the successor everything is sent again, and after how long while it takes a snapshot up."""
 
 
 class Forward(msgspec.Struct, tag="forward", frozen=True, kw_only=True):
@@ -93,6 +96,10 @@ class _Sent:
     head: bytes
     frames: Sequence[Any]
 
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(memoryview(frame).nbytes for frame in self.frames)
+
 
 class Chain:
     """A server's place in a chain, for its ``ShardServer``: whom it hands entries on to, and what waits for them.
@@ -110,6 +117,8 @@ class Chain:
         self._sent: deque[_Sent] = deque()
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._heard_at = 0.0
+        # When everything was last sent again, and how often since the successor has acknowledged anything.
+        self._again_at, self._times = -math.inf, 0
         # The number of the snapshot that a new successor has yet to take up.
         self._adopted: int | None = None
         self.number = self.applied = 0
@@ -182,15 +191,18 @@ class Chain:
             return
         self._socket = socket
         self._endpoint.attend(socket, self._hear)
-        self._heard_at = time.monotonic()
+        self._heard_at, self._again_at, self._times = time.monotonic(), -math.inf, 0
         if anew:
             head, frames = self._everything()
             self._sent = deque([_Sent(self.number, head, frames)])
             self._adopted = self.number
             self._transmit(self._sent[0])
         else:
-            for sent in self._sent:
-                self._transmit(sent)
+            self._transmit_all()
+
+    def _transmit_all(self) -> None:
+        for sent in self._sent:
+            self._transmit(sent)
 
     def _connected(self, address: str) -> zmq.Socket[bytes]:
         socket = self._keys.dealer(self._context, 0)
@@ -225,13 +237,14 @@ class Chain:
                 continue
             self._heard_at = time.monotonic()
             if isinstance(answer, Done):
+                self._times = 0
                 if self._adopted is not None and answer.number >= self._adopted:
                     self._adopted = None
                 while self._sent and self._sent[0].number <= answer.number:
                     self._sent.popleft()
-            elif isinstance(answer, Refused) and answer.missing:
-                for sent in self._sent:
-                    self._transmit(sent)
+            elif isinstance(answer, Refused) and answer.missing and self._heard_at - self._again_at > self._again_s:
+                # It says so of each entry that it cannot take, and all come again at the first word.
+                self._transmit_again()
         self._release()
 
     def _release(self) -> None:
@@ -241,11 +254,20 @@ class Chain:
 
     def attend(self) -> None:
         """Several times a second: what the successor has not acknowledged for a while is sent again."""
-        patience = _RESEND_S if self._adopted is None else _ADOPTION_S
-        if self._socket is not None and self._sent and time.monotonic() - self._heard_at > patience:
-            self._heard_at = time.monotonic()
-            for sent in self._sent:
-                self._transmit(sent)
+        if self._socket is not None and self._sent and time.monotonic() - self._heard_at > self._again_s:
+            self._transmit_again()
+            self._heard_at = self._again_at
+
+    @property
+    def _again_s(self) -> float:
+        """How long the successor has for what is on its way: what is sent again takes its memory, too."""
+        patience = _RESEND if self._adopted is None else _ADOPTION
+        return patience.again_s(self._times + 1, sum(sent.nbytes for sent in self._sent))
+
+    def _transmit_again(self) -> None:
+        self._again_at = time.monotonic()
+        self._times += 1
+        self._transmit_all()
 
     def close(self) -> None:
         if self._socket is not None:

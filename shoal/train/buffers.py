@@ -19,10 +19,17 @@ _ALWAYS_COPIED = 1 << 16
 
 
 class Buffers:
-    """The buffers of one worker's model; ``publishes``: the names of those that it computes, None for all."""
+    """The buffers of one worker's model.
 
-    def __init__(self, model: nn.Module, store: Store, publishes: Collection[str] | None = None) -> None:
-        self._store = store
+    Args:
+        publishes: the names of those that it computes, None for all.
+        finite: one that has numbers which are none stays as it was: what a step has made of it does not count.
+    """
+
+    def __init__(
+        self, model: nn.Module, store: Store, publishes: Collection[str] | None = None, finite: bool = False
+    ) -> None:
+        self._store, self._finite = store, finite
         count = len(store.table.buffers)
         self._copies = [[store.buffer(parity, index) for index in range(count)] for parity in (0, 1)]
         self._places: list[tuple[nn.Module, str]] = []
@@ -72,7 +79,10 @@ class Buffers:
         for index in self._published:
             changed = self._changed(index)
             if changed or steps[index] == step:
-                self._copies[(step + 1) % 2][index].copy_(self._present(index))
+                found = self._present(index)
+                if self._finite and found.is_floating_point() and not bool(torch.isfinite(found).all()):
+                    found = self._copies[step % 2][index]
+                self._copies[(step + 1) % 2][index].copy_(found)
                 written.append(index)
             if changed and not self._always[index]:
                 steps[index] = step + 1

@@ -285,8 +285,11 @@ def check_servers(plan: Plan, facts: JobFacts) -> None:
     else:
         most = len(table.trained) if table.splittable else 1
         what = f"{len(table.trained)} parameter tensors that the optimizer takes as wholes"
-    # Rows by key are shared by shards, and there are more of these than servers.
-    if plan.servers > most and not facts.tables:
+    if facts.tables:
+        # Rows by key are dealt out by shards: a server may have some, and no parameters.
+        shards = max(spec.shards for spec in facts.tables)
+        most, what = max(most, shards), f"{what}; {shards} shards of rows"
+    if plan.servers > most:
         raise PlanError(f"ps={plan.servers} is more servers than parameters ({what}); use ps={most} or fewer.")
 
 

@@ -41,6 +41,9 @@ class Emitter:
 
     def __call__(self, kind: str, **fields: Any) -> None:
         event = self._log.write(kind, **fields)
+        if self._on_event is not None:
+            # What somebody was told is in the file: a run that was killed tells nothing twice when it goes on.
+            self._log.flush()
         for observer in self._observers:
             observer(event)
         answer = self._on_event(event) if self._on_event is not None else None

@@ -138,9 +138,12 @@ class Feed:
 
     def portion(self, step: int, piece: int, replica: int) -> list[tuple[Share, Any]]:
         """One of the pieces (``accumulate``) of a replica's share of a step, with its batches; nothing is kept of it."""
+        return [(share, self._fetch(step, share)) for share in self.shares_of_portion(step, piece, replica)]
+
+    def shares_of_portion(self, step: int, piece: int, replica: int) -> list[Share]:
+        """The same without its batches."""
         batch = self.batch(step)
-        shares = [Share(batch[a:b], counts) for a, b, counts in self.division.piece_cuts(len(batch), piece, replica)]
-        return [(share, self._fetch(step, share)) for share in shares]
+        return [Share(batch[a:b], counts) for a, b, counts in self.division.piece_cuts(len(batch), piece, replica)]
 
     def spare(self) -> Any:
         """A batch for a worker without a share that has to call the model all the same."""

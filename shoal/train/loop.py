@@ -105,7 +105,8 @@ class Loop:
         self.parts = parts
         self.rank = parts.axis.rank
         self.slot = parts.axis.slot
-        self._buffers = Buffers(parts.buffered, parts.store, parts.publishes)
+        # Where bad pushes are left out, so are the running statistics that they would leave.
+        self._buffers = Buffers(parts.buffered, parts.store, parts.publishes, finite=parts.settings.skip_bad_pushes)
         self._metrics = Metrics(parts.job.metrics)
         self._journal = Journal(parts.store.arena, self.rank)
         self._metric_notes = MetricNotes(self._metrics.stateful, parts.job.metrics, self._journal)
@@ -201,18 +202,19 @@ class Loop:
             self.parts.feed.prepare(step + 1)
 
     def _examine(self, step: int, record: np.ndarray) -> None:
-        """A gradient that is no number never reaches a server. A loss that is none is found by all together."""
+        """A gradient that is no number never reaches a server, nor one of a loss that is none."""
         stripe = self.parts.store.stripe_of(self.rank)
         if self._is_good(step, stripe, float(record[Columns.LOSS]), self._replica, self.parts.feed.shares(step)):
             return
         self.parts.gradients.withdraw_rows()
-        record[Columns.SAMPLES] = 0.0
+        self._write_record(step, record, Sums())
+        self._metric_notes.leave_out(step)
 
     def _is_good(self, step: int, stripe: int, loss: float, replica: int, shares: Sequence[Share]) -> bool:
         """Whether the gradients in a stripe are all numbers; where not, the run ends, or they are left out and others count."""
         parts = self.parts
         bad = find_bad(parts.store, stripe, parts.axis.own, parts.gradients.finite) or parts.gradients.bad_row
-        if bad is None or not math.isfinite(loss) or parts.axis.is_late(step):
+        if (bad is None and math.isfinite(loss)) or parts.axis.is_late(step):
             return True
         samples = tuple(int(s) for share in shares for s in share.indices)
         parts.channel.send(BadPush(self.rank, (step * parts.settings.grid.dp + replica,), bad, samples))

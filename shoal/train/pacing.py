@@ -161,16 +161,17 @@ class PushRecorder(Recorder):
         return statistics.median(times) if times else None
 
 
-def of_bad_push(push: BadPush, settings: RunSettings) -> tuple[dict[str, Any], str]:
-    """The fields of the event, and the sentence with which a run ends, for a push whose gradient is no number."""
-    step, shard = divmod(push.units[0], settings.units_per_step)
-    epoch, batch = step // settings.steps_per_epoch + 1, step % settings.steps_per_epoch + 1
+def of_bad_push(push: BadPush, settings: RunSettings) -> tuple[list[dict[str, Any]], str]:
+    """The fields of an event for each unit, and the sentence with which a run ends, for a push whose gradient is no number."""
+    places = []
+    for unit in push.units:
+        step, shard = divmod(unit, settings.units_per_step)
+        places.append((step // settings.steps_per_epoch + 1, step % settings.steps_per_epoch + 1, shard))
+    epoch, batch, _ = places[0]
     what = "The loss" if push.parameter is None else f"The gradient of {push.parameter}"
     shown = ", ".join(map(str, push.samples[:20])) + (" …" if len(push.samples) > 20 else "")
-    fields = {
-        "rank": push.rank, "epoch": epoch, "batch": batch, "shard": shard, "parameter": push.parameter,
-        "samples": list(push.samples),
-    }  # fmt: skip
+    beside = {"rank": push.rank, "parameter": push.parameter, "samples": list(push.samples)}
+    fields = [{"epoch": epoch, "batch": batch, "shard": shard, **beside} for epoch, batch, shard in places]
     return fields, (
         f"{what} is no number in the push of worker {push.rank} for epoch {epoch}, batch {batch} (samples {shown}), and the push "
         "was not applied; look at these samples, or lower the learning rate"

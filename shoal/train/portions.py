@@ -18,7 +18,7 @@ from shoal.plan import Plan
 from shoal.process.failure import user_code
 from shoal.ps.portions import Given, Portions
 from shoal.train.gradients import GivenUp
-from shoal.train.loop import Loop, Parts
+from shoal.train.loop import Loop, Parts, Sums
 from shoal.train.passes import Surroundings
 from shoal.train.recorder import Emit, Recorder
 from shoal.train.settings import JobFacts, portions_of
@@ -90,7 +90,7 @@ class PortionLoop(Loop):
         parts.faults.drag(step, time.monotonic() - computing, is_void)
         times[Columns.COMPUTE] += time.monotonic() - computing
         if not self._is_good(step, given.stripe, sums.loss, replica, [share for share, _ in batches]):
-            sums.samples = 0
+            sums = Sums()
         speaks = given.portion == self._first_of(step)
 
         def settle() -> None:

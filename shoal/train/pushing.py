@@ -198,6 +198,11 @@ class PushLoop(Loop):
         with user_code("train_data", self.rank):
             return self.parts.feed.batches(step)
 
+    def _shares(self, step: int, shard: int) -> Sequence[Share]:
+        """What samples a unit has."""
+        self.parts.feed.replica = shard
+        return self.parts.feed.shares(step)
+
     def _write_unit(self, row: np.ndarray, sums: Sums) -> None:
         values = self.named_values(sums)
         row[UnitColumns.LOSS], row[UnitColumns.WEIGHT], row[UnitColumns.SAMPLES] = sums.loss, sums.weight, sums.samples
@@ -262,12 +267,12 @@ class PushLoop(Loop):
     def _reject(self, parameter: str | None) -> None:
         """A gradient that is no number never reaches a server."""
         axis, units = self._axis, self._gathered
-        samples: list[int] = []
-        for unit in units:
-            samples += [int(s) for share, _ in self._fetch(*divmod(unit, axis.units_per_step)) for s in share.indices]
+        shares = [share for unit in units for share in self._shares(*divmod(unit, axis.units_per_step))]
+        samples = [int(sample) for share in shares for sample in share.indices]
         self.parts.channel.send(BadPush(self.rank, tuple(units), parameter, tuple(samples)))
         if not self.parts.settings.skip_bad_pushes:
             axis.await_end()
+        self._metric_notes.go_back(axis.pushes)
         self._settle(units, REJECTED)
         self._gathered = []
         axis.claims.finish(self.rank)

@@ -366,7 +366,8 @@ class Session:
     def _reject(self, push: BadPush) -> None:
         """A push whose gradient is no number was not made."""
         fields, sentence = of_bad_push(push, self._settings)
-        self._emit("push_rejected", **fields)
+        for unit in fields:
+            self._emit("push_rejected", **unit)
         if not self._settings.skip_bad_pushes:
             raise LossNotFiniteError(f"{sentence}; {self._name_last_checkpoint()}")
 

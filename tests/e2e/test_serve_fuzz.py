@@ -217,7 +217,7 @@ def fuzz(directory: Path, requests: int, seed: int) -> tuple[Found, list[str]]:
             client.join()
         for name, process in watched.items():
             found.growth_bytes[name] = process.memory_info().rss - before[name]
-        found.numbers = _numbers(url)
+        found.numbers = _numbers(url, found)
     return found, said
 
 
@@ -227,12 +227,18 @@ def _gateway(supervisor: psutil.Process) -> psutil.Process:
     return min(gateways, key=lambda process: (process.create_time(), process.pid))
 
 
-def _numbers(url: str) -> dict[str, Any]:
+def _numbers(url: str, found: Found) -> dict[str, Any]:
+    """What the service has counted, as soon as that is all: a request that was cut may be open still, or be counted last."""
     import urllib.request
 
-    with urllib.request.urlopen(url + "/v2/models/odd/stats", timeout=60) as answer:
-        counts: dict[str, Any] = json.load(answer)["model_stats"][0]["shoal"]
-    return counts
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        with urllib.request.urlopen(url + "/v2/models/odd/stats", timeout=60) as answer:
+            counts: dict[str, Any] = json.load(answer)["model_stats"][0]["shoal"]
+        is_all = counts["accepted"] >= found.good + found.fine and counts["invalid"] >= found.counted
+        if (is_all and not counts["open"]) or time.monotonic() > deadline:
+            return counts
+        time.sleep(0.02)
 
 
 def _check(found: Found, said: list[str]) -> None:

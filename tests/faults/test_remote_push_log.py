@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import counted_job
+import lost_report_job
 import noisy_job
 import pytest
 import torch
@@ -147,3 +148,20 @@ def test_without_a_whole_checkpoint_a_sentence_says_what_a_server_lacks(tmp_path
 
     with pytest.raises(WorkerLostError, match=r"no whole checkpoint .*state.safetensors is not what was written.*--resume"):
         shoal.train(counted_job.job, plan=f"ps=1,workers=1,async,{CALM}", run_dir=run, push_log=True, on_event=change_and_kill)
+
+
+def test_a_push_of_several_units_whose_worker_was_killed_counts_as_a_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers have applied it when its worker dies before it has said so; everything dies while others do its units again."""
+    run, calls = tmp_path / "run", tmp_path / "calls"
+    calls.mkdir()
+    monkeypatch.setenv("SHOAL_TEST_CALLS", str(calls))
+    target = f"{lost_report_job.__file__}:job"
+    plan = f"ps=2,workers=2,async,push_every={lost_report_job.PUSH_EVERY},{CALM}"
+    with killed_whole(target, run, "--plan", plan, "--push-log") as process:
+        wait_until(lambda: (calls / "held").exists(), process)
+    assert [e["cause"] for e in events(run, "death")] == ["SIGKILL"]
+    (calls / "over").touch()
+    train(target, run, "--plan", plan, "--resume")
+    counted_job.check(shoal.open(run), events(run, "push_ack"))

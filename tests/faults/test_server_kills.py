@@ -18,6 +18,7 @@ import pytest
 import torch
 from counting_job import EPOCHS, SAMPLES, Counted, check_ledger, counting_job
 from noisy_job import accuracy, digest, events, history, make_job, processes, settle
+from torch import nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -325,6 +326,18 @@ class Seen(Metric):
         return (dim_zero_cat(self.rows).double() + 1).sqrt().sum()
 
 
+def check_seen(run: shoal.Run, workers: int) -> None:
+    """The metric has seen the samples of all pushes that are acknowledged, and in the evaluation all."""
+    for entry in run.history:
+        order, seen = epoch_order(SAMPLES, 0, entry["epoch"] - 1), 0.0
+        for e in events(run.path, "push_ack"):
+            if e["epoch"] == entry["epoch"]:
+                first, last = share_bounds(8, (1,) * workers)[e["shard"]]
+                seen += float(np.sqrt(batch_indices(order, e["batch"] - 1, 8)[first:last] + 1.0).sum())
+        assert entry["seen"] == pytest.approx(seen)
+        assert entry["eval_seen"] == pytest.approx(np.sqrt(np.arange(SAMPLES) + 1.0).sum())
+
+
 @pytest.mark.parametrize("plan", ["ps=1,workers=3,sync,backup=1", "ps=1,workers=3,sync,backup=1,replicas=1"])
 def test_what_is_dropped_counts_for_no_metric(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the server that has taken the pushes is killed, and its copy goes on."""
@@ -334,14 +347,7 @@ def test_what_is_dropped_counts_for_no_metric(plan: str, tmp_path: Path, monkeyp
     run = shoal.train(job, plan=f"{plan},threads=1", run_dir=tmp_path / "run", on_event=watch)
     check_dropped(run, 3)
     assert [(e["role"], e["rank"]) for e in events(run.path, "death")] == [("server", 0)] * copied
-    for entry in run.history:
-        order, seen = epoch_order(SAMPLES, 0, entry["epoch"] - 1), 0.0
-        for e in events(run.path, "push_ack"):
-            if e["epoch"] == entry["epoch"]:
-                first, last = share_bounds(8, (1, 1, 1))[e["shard"]]
-                seen += float(np.sqrt(batch_indices(order, e["batch"] - 1, 8)[first:last] + 1.0).sum())
-        assert entry["seen"] == pytest.approx(seen)
-        assert entry["eval_seen"] == pytest.approx(np.sqrt(np.arange(SAMPLES) + 1.0).sum())
+    check_seen(run, 3)
 
 
 def test_a_gradient_that_is_no_number_is_not_applied(tmp_path: Path) -> None:
@@ -360,3 +366,46 @@ def test_a_gradient_that_is_no_number_is_not_applied(tmp_path: Path) -> None:
         shoal.train(counting_job(model=Root), plan=plan, run_dir=tmp_path / "run")
     (rejected,) = events(tmp_path / "run", "push_rejected")
     assert rejected["parameter"] == "weight" and 17 in rejected["samples"]
+
+
+class Lost(Counted):
+    """Of sample 17 the loss is no number, and neither are the running statistics that it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1, affine=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        found = super().forward(rows)
+        if not self.training:
+            return found
+        return found + 0 * self.norm(torch.where(rows == 17, torch.nan, rows.to(found.dtype))[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("transport", "plan"),
+    [
+        ("arena", "ps=2,workers=2,sync,batchnorm=local"),
+        ("arena", "ps=1,workers=2,async,push_every=3"),
+        ("group", "ps=2,workers=2,staleness=1,push_every=2"),
+    ],
+)
+def test_a_push_whose_loss_is_no_number_is_left_out_with_all_that_it_leaves(
+    transport: str, plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_TRANSPORT", transport)
+    job = counting_job(model=lambda: Lost().double(), metrics={"seen": Seen()})
+    run = shoal.train(job, plan=f"{plan},threads=1", run_dir=tmp_path / "run", skip_bad_pushes=True)
+    acks, rejected = ([(e["epoch"], e["batch"], e["shard"]) for e in events(run.path, k)] for k in ("push_ack", "push_rejected"))
+    each = [(e, b, s) for e in range(1, EPOCHS + 1) for b in range(1, SAMPLES // 8 + 1) for s in range(2)]
+    assert sorted(acks + rejected) == each and {e for e, _, _ in rejected} == set(range(1, EPOCHS + 1))
+    assert all(17 in e["samples"] and e["parameter"] is None for e in events(run.path, "push_rejected"))
+    expected = torch.zeros(SAMPLES, dtype=torch.float64)
+    for epoch, batch, shard in acks:
+        rows = batch_indices(epoch_order(SAMPLES, 0, epoch - 1), batch - 1, 8)
+        expected[rows[4 * shard :][:4]] -= 1 / 8 if "sync," in plan and "async" not in plan else 1 / 4
+    weights = run.weights()
+    assert torch.equal(weights["weight"], expected[:, None].expand(SAMPLES, 6000))
+    assert all(bool(torch.isfinite(weights[f"norm.running_{name}"]).all()) for name in ("mean", "var"))
+    check_seen(run, 2)
+    assert all(np.isfinite(entry["loss"]) for entry in run.history)

@@ -85,11 +85,11 @@ def learned(acknowledged: Sequence[tuple[int, int, int]], workers: int = 2, toge
 class Killer:
     """Hears a run's events: kills one after the other, each when the one before is back, and then lets the run end.
 
-    ``acknowledged``: what was heard to be acknowledged, as (epoch, batch, shard).
+    ``last``: whom it kills when the run has ended. ``acknowledged``: what was heard to be acknowledged, as (epoch, batch, shard).
     """
 
-    def __init__(self, run: Path, order: Sequence[tuple[str, int]]) -> None:
-        self._run, self._order = run, list(order)
+    def __init__(self, run: Path, order: Sequence[tuple[str, int]], last: tuple[str, int] | None = None) -> None:
+        self._run, self._order, self._last = run, list(order), last
         self._killed = 0
         self.acknowledged: list[tuple[int, int, int]] = []
 
@@ -104,11 +104,15 @@ class Killer:
         if due and self._killed == len(self._order):
             return "stop"
         if due:
-            role, rank = self._order[self._killed]
-            rows = json.loads((self._run / "processes.json").read_text())
-            os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == (role, rank)), signal.SIGKILL)
+            self._kill(*self._order[self._killed])
             self._killed += 1
+        if event["kind"] == "run_end" and self._last is not None:
+            self._kill(*self._last)
         return None
+
+    def _kill(self, role: str, rank: int) -> None:
+        rows = json.loads((self._run / "processes.json").read_text())
+        os.kill(next(row["pid"] for row in rows if (row["role"], row["rank"]) == (role, rank)), signal.SIGKILL)
 
     def check_deaths(self) -> None:
         """All were killed, nobody else has died, and all are back."""
@@ -211,7 +215,7 @@ def script(run: Path) -> None:
     os.environ["SHOAL_MACHINE"] = f"number {rank // 3}"
     with pytest.raises(PlanError, match="takes 7 processes, 4 of them servers, and the job was started with 5; start 7"):
         shoal.train(sync_job(), plan="ps=2,workers=3,sync,replicas=1", run_dir=run)
-    killer = Killer(run, KEPT)
+    killer = Killer(run, KEPT, last=("server", 2))
     shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
     # With a log in place of copies, processes are kept as well.
     killer = Killer(logged := run.with_name("logged"), LOGGED)
@@ -221,7 +225,8 @@ def script(run: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_job_that_torchrun_has_started_outlives_servers_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    process = torchrun(HERE, run, processes=5)
+    # Whoever is gone when the run has ended is not waited for: it would take longer than there is time.
+    process = torchrun(HERE, run, processes=5, SHOAL_STALL_S="1000")
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     found = shoal.open(run)

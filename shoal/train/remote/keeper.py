@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.ps.messages import Refused
 from shoal.ps.requests import Ticket
 from shoal.train.remote import words
 from shoal.train.remote.line import LEAD, Line
@@ -61,9 +62,11 @@ class Keeper:
         """Several times a second: see whether it lives, and whether the lead knows that it has died."""
         if self._told is not None:
             self._line.again(self._told)
-            if self._told.answer is not None:
+            answer = self._told.answer
+            if answer is not None:
                 self._told = None
-                if self._deaths < _MOST_DEATHS:
+                # Whoever dies when the run has ended is not missed.
+                if self._deaths < _MOST_DEATHS and not isinstance(answer, Refused):
                     self.start()
             return
         process = self._process

@@ -184,7 +184,9 @@ class RemoteLead(Holding):
                 if isinstance(asked.said, words.Leave):
                     self._desk.answer(asked, lambda n: words.Ended(n, str(run.path), summary))
                     self._members.leave(asked.said.role, asked.said.rank)
-                elif isinstance(asked.said, words.Join):
+                elif isinstance(asked.said, (words.Join, words.Gone)):
+                    if isinstance(asked.said, words.Gone):
+                        self._members.gone(asked.said.role, asked.said.rank, asked.said.pid, asked.said.cause)
                     self._desk.answer(asked, lambda n: messages.Refused(n, "the run has ended"))
                 elif isinstance(asked.said, words.Look):
                     self._answer_later(asked)
@@ -328,13 +330,12 @@ class RemoteLead(Holding):
         if not said.open:
             # What it does not know of, it will not do: it was given to a predecessor at the last moment.
             self._take_back(rank)
-        given = None
         # Who has to be there for what others are at does nothing of theirs.
         lost = [orphan for orphan in self._orphans if not self._together or orphan.row == rank]
-        if lost and not said.open:
-            given = lost[0]
+        given = lost[0] if lost and not said.open else None
+        if given is not None:
             self._orphans.remove(given)
-        elif not lost or said.open:
+        else:
             # Portions are finished together, so that nobody has to be done with those of a row before it claims more.
             own = self._dealt is None and any(o.row == rank for o in (*self._orphans, *self._given_to_others(rank)))
             got = None if own else self._claims.claim(rank)
@@ -354,7 +355,7 @@ class RemoteLead(Holding):
 
     def _take_back(self, rank: int) -> None:
         """Let others do what a worker was given and has not done."""
-        for orphan in self._given.pop(rank, []):
+        for orphan in self._log.together(self._given.pop(rank, [])):
             # Under sync it may be staged already: then it is done, but for the others.
             if orphan.unit in self._staged:
                 self._given.setdefault(rank, []).append(orphan)

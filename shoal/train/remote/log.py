@@ -39,6 +39,7 @@ from shoal.train.pacing import PushRecorder
 from shoal.train.push_log import KeptLog, discard, full
 from shoal.train.recorder import Emit
 from shoal.train.remote.coordinator import went_on
+from shoal.train.remote.dealing import Orphan
 from shoal.train.remote.state import RemoteTables, StoreState, placement_of, push_id, put_rows
 from shoal.train.replay import (
     EPOCHS,
@@ -75,6 +76,14 @@ class _Found:
     buffers: Mapping[int, bytes]
 
 
+@dataclass(frozen=True)
+class _Together:
+    """Units that one push may hold; ``missing``: those that are not settled yet."""
+
+    units: tuple[int, ...]
+    missing: set[int]
+
+
 class RemoteLog(KeptLog):
     """The log of a run whose processes share no memory."""
 
@@ -96,6 +105,8 @@ class RemoteLog(KeptLog):
         self._mark = -1
         # Of units that were settled and not told of yet, the record that has them.
         self._record_of: dict[int, int] = {}
+        # Units that count together, and that are not all settled yet.
+        self._together: dict[int, _Together] = {}
 
     # -- going on ------------------------------------------------------------------------------------------------
 
@@ -248,9 +259,32 @@ class RemoteLog(KeptLog):
     def _on_durable(self, number: int) -> None:
         self._durable = number
 
+    def together(self, lost: Sequence[Orphan]) -> Sequence[Orphan]:
+        """The units of a worker that is gone, which others do now one by one: they count together.
+
+        Its last push had all of them, and some servers may have applied it: those say of each unit that they have it.
+        Whoever goes on from the logs can only take such a push as a whole, or leave it out.
+        """
+        units = [orphan.unit for orphan in lost]
+        if (self._plan.push_every or 1) > 1:
+            self._together.update(dict.fromkeys(units, _Together(tuple(units), set(units))))
+        return lost
+
+    def _complete(self, units: Sequence[int]) -> list[int]:
+        """Of units that are settled now, and those that have waited for them, the ones that count from now on."""
+        found = []
+        for unit in units:
+            group = self._together.pop(unit, None)
+            if group is None:
+                found.append(unit)
+                continue
+            group.missing.discard(unit)
+            found += () if group.missing else group.units
+        return found
+
     def settled(self, units: Sequence[int], recorder: PushRecorder, emit: Emit) -> None:
         """All servers have the pushes of these units, which count as one: they count when this is on disk."""
-        log = self._units
+        log, units = self._units, self._complete(units)
         if log is None or not units:
             return
         mark = self.baselines[-1].step

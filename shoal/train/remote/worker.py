@@ -419,9 +419,13 @@ class RemoteLoop(PushLoop):
     def _fetch(self, step: int, shard: int) -> Sequence[tuple[Share, Any]]:
         if not self._remote.shares_units:
             return super()._fetch(step, shard)
-        piece, replica = divmod(shard, self._remote.world_size)
         with user_code("train_data", self.rank):
-            return self.parts.feed.portion(step, piece, replica)
+            return self.parts.feed.portion(step, *divmod(shard, self._remote.world_size))
+
+    def _shares(self, step: int, shard: int) -> Sequence[Share]:
+        if not self._remote.shares_units:
+            return super()._shares(step, shard)
+        return self.parts.feed.shares_of_portion(step, *divmod(shard, self._remote.world_size))
 
     def _begin_batch(self, step: int) -> None:
         super()._begin_batch(step)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from shards import a_push, a_shard, same
 
 from shoal.errors import DeadlineError
+from shoal.ps import replication, requests
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
-from shoal.ps.replication import ChainServer, follow, lead
+from shoal.ps.messages import Done, Refused
+from shoal.ps.replication import Chain, ChainServer, follow, lead
 from shoal.ps.requests import Ticket
 from shoal.ps.shard import Shard, add_up
 from shoal.ps.staleness import inverse
+from shoal.ps.wire import encode
 
 QUICK = Patience(deadline_s=60.0, retry_s=0.2)
 
@@ -202,3 +207,47 @@ def test_pushes_that_wait_for_others_survive_and_are_applied_once_whoever_of_a_c
         stage(4, 0, 1)
         commit(4)
         assert same(shards[3], alone) and shards[3].ledger.settled == (0, 5, 0)
+
+
+def test_a_slow_successor_is_sent_everything_again_later_the_more_it_is_and_once_for_all_that_it_misses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, came = [0.0], list[int]()
+    monkeypatch.setattr(replication, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(requests, "_LEAST_BYTES_S", 1000.0)
+    keys, shard = RunKeys.new(), a_shard()
+    with contextlib.ExitStack() as stack:
+        own, behind = (stack.enter_context(contextlib.closing(Endpoint(keys))) for _ in range(2))
+        chain = stack.enter_context(contextlib.closing(Chain(shard, own, keys)))
+        chain.follow_with(behind.address, anew=False)
+        identity, sizes = b"", dict[int, int]()
+
+        def come_until_another() -> list[int]:
+            """The entries that have come, and one more that is applied now."""
+            nonlocal identity
+            came.clear()
+            shard.apply(a_push(shard.version))
+            while not came or came[-1] < chain.number:
+                for who, frames in behind.receive(1.0):
+                    identity = who
+                    came.append(msgspec.msgpack.decode(frames[0])["number"])
+                    sizes[came[-1]] = sum(frame.nbytes for frame in frames[1:])
+            return came
+
+        assert come_until_another() == [1] and come_until_another() == [2] and come_until_another() == [3]
+        # It cannot take two of them, and says so of both: they come once more, and not twice.
+        for answer in (Refused(2, "1 is missing", missing=True), Refused(3, "1 is missing", missing=True), Done(1, 1)):
+            behind.send(identity, encode(answer))
+        while chain.kept < 1:
+            own.receive(1.0)
+        assert come_until_another() == [1, 2, 3, 4]
+        # Then it says nothing for a while: what is on the way takes its time, and each further time takes longer.
+        for least_s in (1.0, 2.0, 4.0):
+            on_the_way = [number for number in sizes if number > 1]
+            now[0] += least_s + sum(sizes[number] for number in on_the_way) / 1000 - 0.01
+            chain.attend()
+            now[0] += 0.02
+            assert come_until_another() == [chain.number]
+            now[0] += sizes[chain.number] / 1000
+            chain.attend()
+            assert come_until_another() == [*on_the_way, chain.number - 1, chain.number]
