@@ -22,6 +22,8 @@ from shoal.train.remote.nursery import Nursery, Process
 ROLE = "keeper"
 _MOST_DEATHS = 5
 _WHOLE_S = 60.0
+_END_S = 10.0
+_POLL_S = 0.02
 
 
 def spread(machines: Sequence[str], servers: int, replicas: int) -> tuple[int, ...]:
@@ -80,6 +82,16 @@ class Keeper:
         rank, cause = self._line.rank, signal.Signals(-code).name if code < 0 else f"exit code {code}"
         self._told = self._line.send(LEAD, lambda n: words.Gone(n, self._role, rank, process.pid, cause))
 
+    def see_end(self) -> None:
+        """The run has ended: wait a moment until the process has, too, or the lead knows that it did not come to that."""
+        deadline = time.monotonic() + _END_S
+        while time.monotonic() < deadline and (self._told is not None or self._is_at_work()):
+            self._line.receive(_POLL_S)
+            self.attend()
+
+    def _is_at_work(self) -> bool:
+        return self._process is not None and self._process.poll() != 0
+
 
 def keep(nursery: Nursery, role: str, number: int) -> tuple[Path, dict[str, Any]]:
     """Keep the server or the worker of this number until the run has ended; the run's directory and its summary."""
@@ -94,7 +106,9 @@ def keep(nursery: Nursery, role: str, number: int) -> tuple[Path, dict[str, Any]
             ticket = line.look(orders)
             line.wait([ticket], "the run to go on")
             orders = ticket.answer.orders
-        return line.leave()
+        ended = line.leave()
+        keeper.see_end()
+        return ended
     except BaseException as error:
         line.while_waiting = lambda: None
         line.tell_failure(error)
