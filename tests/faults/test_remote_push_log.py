@@ -81,9 +81,16 @@ def test_everything_acknowledged_is_there_once_after_kills_of_servers_and_of_all
     assert "no further push was taken" in said.splitlines()[-1] and answer["exit_code"] == 1
     assert events(run, "push_log_failed")[-1]["server"] == 0
     monkeypatch.delenv("SHOAL_PUSH_LOG_BYTES")
+
+    def kill_both() -> None:
+        before = len(events(run, "recovered"))
+        for pid in [pid_of(run, "server", rank) for rank in (1, 0)]:
+            kill(pid)
+        wait_until(lambda: len(events(run, "recovered")) == before + 2)
+
     # With checkpoints as often as it goes; and to the end.
     monkeypatch.setenv("SHOAL_CHECKPOINT_S", "0")
-    killed(COUNTED, run, 12, "--plan", plan, "--resume", alone=kill_servers)
+    killed(COUNTED, run, 12, "--plan", plan, "--resume", alone=kill_both)
     train(COUNTED, run, "--plan", plan.replace("async", "staleness=2").replace("ps=2", "ps=3"), "--resume")
     counted_job.check(shoal.open(run), events(run, "push_ack"))
     assert [e["epoch"] for e in events(run, "epoch")] == [1, 2, 3]

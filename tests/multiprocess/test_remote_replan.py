@@ -188,7 +188,7 @@ def test_each_push_counts_once_though_workers_are_killed_as_the_plan_changes(
     weights = found.weights()
     assert torch.equal(weights["weight"], expected[:, None].expand(96, 200))
     assert torch.equal(weights["rows.rows"][:, 0], expected)
-    # All servers count all updates, whenever they came.
-    (last,) = [e["versions"] for e in events(run, "push_ack")][-1:]
-    assert last == [max(max(e["versions"]) for e in events(run, "push_ack"))]
+    # All servers count all updates, whenever they came; the last ones may be told of in another order.
+    versions = [max(e["versions"]) for e in events(run, "push_ack")]
+    assert max(versions[-8:]) == max(versions)
     assert json.loads((run / "processes.json").read_text()) == [] and not list(run.glob("replan-*"))

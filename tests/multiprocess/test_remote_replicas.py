@@ -33,7 +33,8 @@ HERE = Path(__file__).resolve()
 
 # One that another process of the job keeps, and the one that answers in its place; then one of the lead's own, and the worker.
 KEPT = [("server", 1), ("server", 3), ("server", 0), ("worker", 0)]
-LOGGED = [("server", 2), ("worker", 0)]
+# Of these two at once.
+LOGGED = [("server", 2), ("server", 1), ("server", 3), ("worker", 0)]
 
 
 class Sums(nn.Module):
@@ -85,12 +86,15 @@ def learned(acknowledged: Sequence[tuple[int, int, int]], workers: int = 2, toge
 class Killer:
     """Hears a run's events: kills one after the other, each when the one before is back, and then lets the run end.
 
-    ``last``: whom it kills when the run has ended. ``acknowledged``: what was heard to be acknowledged, as (epoch, batch, shard).
+    ``at_once``: so many are killed together. ``last``: whom it kills when the run has ended. ``acknowledged``: what was heard to
+    be acknowledged, as (epoch, batch, shard).
     """
 
-    def __init__(self, run: Path, order: Sequence[tuple[str, int]], last: tuple[str, int] | None = None) -> None:
-        self._run, self._order, self._last = run, list(order), last
-        self._killed = 0
+    def __init__(
+        self, run: Path, order: Sequence[tuple[str, int]], at_once: int = 1, last: tuple[str, int] | None = None
+    ) -> None:
+        self._run, self._order, self._at_once, self._last = run, list(order), at_once, last
+        self._killed = self._recovered = 0
         self.acknowledged: list[tuple[int, int, int]] = []
 
     def hear(self, event: dict[str, Any]) -> None:
@@ -100,12 +104,15 @@ class Killer:
 
     def __call__(self, event: dict[str, Any]) -> str | None:
         self.hear(event)
-        due = event["kind"] == "recovered" if self._killed else event["kind"] == "step" and event["step"] == 6
+        self._recovered += event["kind"] == "recovered"
+        back = event["kind"] == "recovered" and self._recovered == self._killed
+        due = back if self._killed else event["kind"] == "step" and event["step"] == 6
         if due and self._killed == len(self._order):
             return "stop"
         if due:
-            self._kill(*self._order[self._killed])
-            self._killed += 1
+            for who in self._order[self._killed : self._killed + self._at_once]:
+                self._kill(*who)
+                self._killed += 1
         if event["kind"] == "run_end" and self._last is not None:
             self._kill(*self._last)
         return None
@@ -117,10 +124,10 @@ class Killer:
     def check_deaths(self) -> None:
         """All were killed, nobody else has died, and all are back."""
         events = list(read_events(self._run / "events.jsonl", {"death", "recovered"}))
-        assert [(e["role"], e["rank"], e["cause"]) for e in events if e["kind"] == "death"] == [
-            (*who, "SIGKILL") for who in self._order
-        ]
-        assert [(e["role"], e["rank"]) for e in events if e["kind"] == "recovered"] == self._order
+        assert {e["cause"] for e in events if e["kind"] == "death"} == {"SIGKILL"}
+        for kind in ("death", "recovered"):
+            found = [(e["role"], e["rank"]) for e in events if e["kind"] == kind]
+            assert found == self._order if self._at_once == 1 else sorted(found) == sorted(self._order)
 
 
 def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
@@ -218,7 +225,7 @@ def script(run: Path) -> None:
     killer = Killer(run, KEPT, last=("server", 2))
     shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
     # With a log in place of copies, processes are kept as well.
-    killer = Killer(logged := run.with_name("logged"), LOGGED)
+    killer = Killer(logged := run.with_name("logged"), LOGGED, at_once=2)
     shoal.train(job(), plan="ps=4,workers=1,async,threads=1", run_dir=logged, push_log=True, on_event=killer)
 
 
@@ -231,7 +238,7 @@ def test_a_job_that_torchrun_has_started_outlives_servers_and_workers(tmp_path: 
     assert process.returncode == 0, errors
     found = shoal.open(run)
     Killer(run, KEPT).check_deaths()
-    Killer(tmp_path / "logged", LOGGED).check_deaths()
+    Killer(tmp_path / "logged", LOGGED, at_once=2).check_deaths()
     logged = shoal.open(tmp_path / "logged")
     assert len(set(pushes(logged))) == len(pushes(logged))
     check_sum(logged, learned(pushes(logged), workers=1))

@@ -55,6 +55,10 @@ class Chains:
         """All servers are there."""
         self._addresses = dict(addresses)
 
+    def moved(self, rank: int, address: str) -> None:
+        """A server is somewhere else; others may be gone meanwhile, and be somewhere else later."""
+        self._addresses[rank] = address
+
     def begin(self, client: Client) -> None:
         """The heads have what the run begins with, and nobody is at work; ``client``: knows every server by its number."""
         for chain in self._of.values():

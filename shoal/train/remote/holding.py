@@ -220,8 +220,7 @@ class Holding(Keeping):
         """A server that keeps a log has died: another process goes on from it."""
         died_at, client = time.monotonic(), self._client
         assert client is not None
-        self._recovery.bring_back(rank, self._let_in)
-        self._chains.know({m.rank: m.address for m in self._members.joined("server")})
+        self._chains.moved(rank, self._recovery.bring_back(rank, self._let_in))
         client.connect(rank, self._chains.heads[rank])
         self._source.follow(self._chains.heads)
         after_s, pid = time.monotonic() - died_at, self._members.of["server", rank].pid

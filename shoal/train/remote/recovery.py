@@ -104,6 +104,10 @@ class Recovery:
     def _await(self, rank: int, take: Callable[[Asked], None]) -> str | None:
         """Where a server is that was started, once it is there; None where it has died."""
         deadline = time.monotonic() + _JOIN_S
+        # Its keeper may have started it while another server was brought back.
+        for asked in [asked for asked in self.backlog if _joins(asked, rank)]:
+            self.backlog.remove(asked)
+            take(asked)
         while (member := self._members.of.get(("server", rank))) is None or not member.joined:
             self._hear(rank, take, _POLL_S)
             if self._is_dead(rank):
@@ -118,8 +122,7 @@ class Recovery:
     def _hear(self, rank: int, take: Callable[[Asked], None], timeout_s: float) -> None:
         """Hear a server that comes back, and of those who have died; what others ask is kept."""
         for asked in self._desk.receive(timeout_s):
-            said = asked.said
-            if isinstance(said, words.Gone) or (isinstance(said, words.Join) and (said.role, said.rank) == ("server", rank)):
+            if isinstance(asked.said, words.Gone) or _joins(asked, rank):
                 take(asked)
             else:
                 self.put_off(asked)
@@ -175,3 +178,9 @@ class Recovery:
             f"Server {rank} died, and there is no whole checkpoint for another one to begin with ({damage}), without which its "
             "log is of no use; put back what was changed, and go on with --resume."
         )
+
+
+def _joins(asked: Asked, rank: int) -> bool:
+    """Whether a server of this rank says that it is there."""
+    said = asked.said
+    return isinstance(said, words.Join) and (said.role, said.rank) == ("server", rank)
