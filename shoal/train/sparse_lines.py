@@ -5,9 +5,9 @@ nothing at all. Then only the lines of 64 bytes that hold anything are summed, c
 and put back, with the bits that updating everything gives wherever the optimizer treats every element alike.
 
 The undo log then holds the numbers of these lines and what they held; the note UNDO_LINES says how many they are, or WHOLE.
-Both are complete before CHUNK_SAVED says so, and nothing else is needed to put the lines back. Either way gives the same weights to the
-bit, so whoever makes an update again may make it in the other one: a chunk that was full is not looked through each time, but
-where gradients are clipped.
+Both are complete before CHUNK_SAVED says so, and nothing else is needed to put the lines back. Either way gives the same weights
+to the bit, so whoever makes an update again may make it in the other one: a chunk that was full is not looked through each time,
+but where gradients are clipped.
 """
 
 from __future__ import annotations
