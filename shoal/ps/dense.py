@@ -7,6 +7,7 @@ parameters otherwise. A piece is what is placed, pulled, pushed and moved as one
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import math
 import mmap
@@ -111,13 +112,22 @@ class DensePart:
         self._renew()
 
     def give_up(self, numbers: Iterable[int]) -> None:
-        """Hold these pieces no longer."""
+        """Hold these pieces no longer, nor their memory: what lay beside them in one block is copied to a smaller one."""
+        blocks: dict[int, None] = {}
         for number in numbers:
             if self._optimizer is not None:
                 # One that looks at whole tensors is the same object afterwards.
                 self._optimizer.state.pop(self._weights[number], None)
+            blocks[_block_of(self._weights[number])] = None
             del self.pieces[number], self._weights[number]
+        for block in blocks:
+            # One after the other, so that there is never more than one of them twice.
+            left = [piece for number, piece in self.pieces.items() if _block_of(self._weights[number]) == block]
+            for piece, place in zip(left, _zeros(left), strict=True):
+                self._weights[piece.number].data = place.copy_(self._weights[piece.number].data)
         self._renew()
+        if blocks:
+            _return_freed_memory()
 
     def _renew(self) -> None:
         before = self._optimizer
@@ -269,6 +279,17 @@ def _scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
     finally:
         for group, lr in kept:
             group["lr"] = lr
+
+
+def _return_freed_memory() -> None:
+    """Let the system have what the optimizer kept of pieces that are gone: between that of others, glibc holds on to it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _block_of(weights: torch.Tensor) -> int:
+    """Where the block begins that some weights lie in, as ``_zeros`` has made it."""
+    return weights.untyped_storage().data_ptr()
 
 
 def _zeros(pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from shoal.ps import log as logs
 from shoal.ps import messages
 from shoal.ps.applied import PartlyApplied, PushId
 from shoal.ps.checks import check_count
+from shoal.ps.dense import Piece
 from shoal.ps.endpoint import Endpoint
 from shoal.ps.log import Kind, LogWriter, TornError
 from shoal.ps.messages import Commit, Done, PushHead, Recovered, Refused, Request
@@ -41,6 +42,7 @@ class Recover(msgspec.Struct, tag="recover", frozen=True):
 
     ``checkpoint``: where in the run's directory the one is that is to be taken up first, of step ``since``, with what of a
     server's state is no tensor (but ``numbers``, which it has itself); empty: this server has what that of step ``mark`` holds.
+    ``session``: the folder in which the log is, beside the one that it was in; empty: it is where it was.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Recover(msgspec.Struct, tag="recover", frozen=True):
     checkpoint: str = ""
     since: int = 0
     kept: Kept | None = None
+    session: str = ""
 
 
 class Mark(msgspec.Struct, tag="mark", frozen=True):
@@ -112,10 +115,9 @@ class ToldLog:
     """Writes a server's log; implements ``Keeper``. The server's thread uses it."""
 
     def __init__(self, directory: Path, name: str, endpoint: Endpoint, limit_bytes: int | None) -> None:
-        self.directory, self.name = directory, name
+        self.directory, self.name, self._limit = directory, name, limit_bytes
         self.mark = 0
         self._cut = False
-        self._durable = -1
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         # The thread that syncs wakes the server's by this.
         self._woken, self._wakes = os.pipe()
@@ -123,10 +125,31 @@ class ToldLog:
             os.set_blocking(end, False)
         self._endpoint = endpoint
         endpoint.attend(self._woken, self._release)
-        self._writer = LogWriter(directory, name, self._on_durable, limit_bytes)
+        self._open()
+
+    def _open(self) -> None:
+        self._durable = -1
+        self._writer = LogWriter(self.directory, self.name, self._on_durable, self._limit)
         self._last = -1 if self._writer.last is None else self._writer.last
         # Whoever sees this sees the log, too.
-        (directory / f"{name}.here").touch()
+        (self.directory / f"{self.name}.here").touch()
+
+    def go_on_in(self, session: str) -> None:
+        """Go on in the folder of another session. RequestError where that is no name of one, LogFullError where it cannot."""
+        if not (session.isascii() and session.isdigit() and len(session) < 10):
+            raise RequestError(f"{session!r} is no session of a log.")
+        if session == self.directory.name:
+            return
+        try:
+            self._writer.close()
+            if self._writer.failure is not None:
+                raise self._writer.failure
+            # All that was told is on disk now.
+            self._release()
+            self.directory = self.directory.with_name(session)
+            self._open()
+        except OSError as error:
+            raise LogFullError(error.strerror or str(error)) from None
 
     def append(self, head: bytes, frames: Sequence[Any]) -> None:
         """Write what the server was told and is about to do. LogFullError: it is not in the log, and not to be done."""
@@ -186,8 +209,11 @@ Damaged: it is not what was written; then rows are as they were, and weights may
 class LoggedServer(ShardServer):
     """A server with a log. ``trouble``: why it takes no pushes any more."""
 
-    def __init__(self, shard: Shard, endpoint: Endpoint, log: ToldLog, take_up: TakeUp | None = None) -> None:
-        super().__init__(shard, endpoint, log)
+    def __init__(
+        self, shard: Shard, endpoint: Endpoint, log: ToldLog, take_up: TakeUp | None = None,
+        pieces: Mapping[int, Piece] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(shard, endpoint, log, pieces)
         self._log, self._take_up = log, take_up
         self._recovered: Recover | None = None
         self.trouble: str | None = None
@@ -265,6 +291,8 @@ class LoggedServer(ShardServer):
             return {}
         check_count("step of a checkpoint", asked.since)
         log, began, cpu_began = self._log, time.monotonic(), time.process_time()
+        if asked.session:
+            log.go_on_in(asked.session)
         told = read_told(log.directory, log.name, asked.since if asked.checkpoint else asked.mark)
         if asked.checkpoint:
             if asked.kept is None or self._take_up is None:

@@ -7,7 +7,7 @@ applied is settled on all servers by then, so the ledger of ids is one id, the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,11 +38,14 @@ class Moved:
     version: int = 0
 
 
-def move(client: Client, before: Placement, after: Placement, settled: PushId) -> Moved:
+def move(
+    client: Client, before: Placement, after: Placement, settled: PushId, parting: Callable[[], None] = lambda: None
+) -> Moved:
     """Let servers hold what ``after`` says in place of ``before``; ``client`` speaks to all of both.
 
     Everything before ``settled`` is applied on all servers, and nobody pushes or pulls meanwhile. Those who are new hold nothing
-    but zeros; those who are left out are as they were, and may end.
+    but zeros; those who are left out are as they were, and may end. ``parting`` is called when everything is where it is to
+    be: until then those of ``before`` have all that they had, and it may be begun once more; then they forget what they gave.
     """
     moves = before.moves(after)
     keys = sum(len(each.pieces) + sum(map(len, each.row_shards.values())) for each in moves)
@@ -60,6 +63,7 @@ def move(client: Client, before: Placement, after: Placement, settled: PushId) -
         for table, own in each.row_shards.items():
             for shard in own:
                 _hand_on(client, each.source, each.target, (), (table, shard), moved)
+    parting()
     for server in after.servers:
         holds = [piece.number for piece in after.pieces_of(server)]
         client.hold(server, holds, after.shards_of(server), moved.version, settled)

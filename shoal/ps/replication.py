@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ from shoal.ps import messages
 from shoal.ps.applied import PartlyApplied, PushId
 from shoal.ps.checks import check_count
 from shoal.ps.client import Client
-from shoal.ps.dense import Groups
+from shoal.ps.dense import Groups, Piece
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Commit, Done, Pull, PullRows, PushHead, Refused, Request, Tensor
 from shoal.ps.requests import Patience
@@ -72,11 +72,15 @@ class Adopt(msgspec.Struct, tag="adopt", frozen=True, kw_only=True):
 
 
 class Follow(msgspec.Struct, tag="follow", frozen=True):
-    """Hand pushes on to the server at ``address``, or to nobody where that is empty; ``anew``: it has nothing yet."""
+    """Hand pushes on to the server at ``address``, or to nobody where that is empty.
+
+    ``anew``: it has nothing yet; ``whole``: this is answered when it has everything, and all behind it have.
+    """
 
     number: int
     address: str
     anew: bool = False
+    whole: bool = False
 
 
 class Lead(msgspec.Struct, tag="lead", frozen=True):
@@ -280,14 +284,18 @@ class Chain:
 class ChainServer(ShardServer):
     """A server that is part of a chain: it also takes what the one before it hands on, and is told whom to follow it with."""
 
-    def __init__(self, shard: Shard, endpoint: Endpoint, keys: RunKeys) -> None:
+    def __init__(
+        self, shard: Shard, endpoint: Endpoint, keys: RunKeys, pieces: Mapping[int, Piece] | None = None
+    ) -> None:
         self.chain = Chain(shard, endpoint, keys)
-        super().__init__(shard, endpoint, self.chain)
+        super().__init__(shard, endpoint, self.chain, pieces)
         self.staged = self.chain.staged
         # Whether it was given everything by the one before it.
         self._adopted = False
         # Whether it was told that it is the head: nobody else takes a client's pushes.
         self._leads = False
+        # Whom it was told to be followed by.
+        self._followed: Follow | None = None
 
     def serve(self, over: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
         def attend() -> None:
@@ -314,10 +322,17 @@ class ChainServer(ShardServer):
                 self._take_entry(message, frames[1:], answer)
                 return
             if isinstance(message, Follow):
-                self.chain.follow_with(message.address, message.anew)
+                # What takes long is asked for once more, and not begun once more.
+                if not (message.whole and message == self._followed):
+                    self.chain.follow_with(message.address, message.anew)
+                self._followed = message
             else:
                 self._leads = True
-            answer(Done(message.number, self.shard.version))
+            done = Done(message.number, self.shard.version)
+            if isinstance(message, Follow) and message.whole:
+                self.chain.when_taken(self.chain.number, lambda: answer(done))
+            else:
+                answer(done)
         except (Malformed, PartlyApplied, MissingError, ShoalError) as error:
             # What is handed on was found right by the one before; who hands on what is not is none of this chain.
             self.endpoint.complain(str(error))
@@ -385,12 +400,12 @@ class ChainServer(ShardServer):
         self._adopted = True
 
 
-def follow(client: Client, server: int, address: str, anew: bool = False) -> int:
+def follow(client: Client, server: int, address: str, anew: bool = False, whole: bool = False) -> int:
     """Tell a server to hand pushes on to the one at ``address`` (nobody where that is empty); its version.
 
-    ``anew``: the other has nothing yet and joins as the tail.
+    ``anew``: the other has nothing yet and joins as the tail; ``whole``: wait until it has everything.
     """
-    ticket = client.send(server, lambda number: Follow(number, address, anew))
+    ticket = client.send(server, lambda number: Follow(number, address, anew, whole))
     client.wait([ticket], "a server to be followed by another")
     assert isinstance(ticket.answer, Done)
     return ticket.answer.version

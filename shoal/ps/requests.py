@@ -195,6 +195,10 @@ class Requests:
         if ticket.answer is None and time.monotonic() - ticket.sent_at > self.patience.again_s(ticket.times, ticket.nbytes):
             self._transmit(ticket)
 
+    def forget_all(self) -> None:
+        """Nobody waits any more for anything that was asked."""
+        self._forget(list(self._open.values()))
+
     def _forget(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
             if self._open.pop(ticket.number, None) is not None:

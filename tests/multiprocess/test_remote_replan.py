@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import pytest
 import torch
 from noisy_job import events, kill, wait_until
 from plain_torch import assert_equal
+from replans import changing, check_counted, counted, pushes
 from torch import nn
 from torch.nn import functional
 from torchmetrics.classification import BinaryAUROC
 
 import shoal
-from shoal.data.order import epoch_order
 from shoal.plan import Plan
-from shoal.ps.initialisers import Zeros
 from shoal.train import orders
 from shoal.train.orders import ask
 from shoal.train.remote.elastic import ElasticLead
@@ -66,25 +65,19 @@ def job() -> shoal.Job:
     )  # fmt: skip
 
 
-def changing(changes: dict[int, str]) -> Callable[[dict[str, Any]], Plan | None]:
-    """An observer that wants another plan after these steps."""
-
-    def on_event(event: dict[str, Any]) -> Plan | None:
-        wanted = changes.get(event["step"]) if event["kind"] == "step" else None
-        return Plan.parse(wanted) if wanted else None
-
-    return on_event
-
-
-def pushes(run: Path) -> list[tuple[int, int, int]]:
-    return [(e["epoch"], e["batch"], e["shard"]) for e in events(run, "push_ack")]
-
-
-def test_weights_and_history_are_those_of_a_run_that_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also at the end of an epoch (7), and with a worker that is killed while it leaves."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> shoal.Run:
+    """A run that never changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_EXPORT", "0")
         patch.setenv("SHOAL_TRANSPORT", "arena")
-        one = shoal.train(job(), plan="dp=1,threads=1", run_dir=tmp_path / "one")
+        return shoal.train(job(), plan="dp=1,threads=1", run_dir=tmp_path_factory.mktemp("one") / "run")
+
+
+def test_weights_and_history_are_those_of_a_run_that_never_changed(
+    tmp_path: Path, one: shoal.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the end of an epoch (7), and with a worker that is killed while it leaves."""
     run, send_away, struck = tmp_path / "run", ElasticLead._send_away, []
 
     def kill_and_send_away(lead: ElasticLead, role: str, ranks: Any) -> None:
@@ -123,24 +116,15 @@ def test_weights_and_history_are_those_of_a_run_that_never_changed(tmp_path: Pat
     assert str(found.plan) == told[-1]["plan"] == str(Plan.from_toml((run / "plan.toml").read_text()))
 
 
-class Counted(nn.Module):
-    """A weight and a row for each sample, which every push that holds it lowers by one part of its shard."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(96, 200))
-        self.rows = shoal.ps.Embedding(1, optimizer=shoal.ps.SGD(lr=1.0), init=Zeros())
-
-    def forward(self, samples: torch.Tensor) -> torch.Tensor:
-        return self.weight[samples].mean(1) * 200 + self.rows(samples).squeeze(-1)
-
-
-def counted(**changes: Any) -> shoal.Job:
-    samples = torch.arange(96)
-    return shoal.Job(**{
-        "name": "counted", "model": Counted, "train_data": lambda: (samples, samples), "batch_size": 8, "epochs": 3,
-        "loss": lambda output, target: output.mean(), "optimizer": lambda params: torch.optim.SGD(params, lr=1.0), **changes,
-    })  # fmt: skip
+def test_with_a_log_or_copies_weights_are_those_of_a_run_that_never_changed(tmp_path: Path, one: shoal.Run) -> None:
+    changes = changing({2: "ps=2,workers=3", 4: "ps=2,workers=1", 5: "ps=1,workers=2"})
+    for name, more in (("logged", ""), ("copied", ",replicas=1")):
+        run, plan = tmp_path / name, f"ps=1,workers=2,sync,threads=1{more}"
+        found = shoal.train(job(), plan=plan, run_dir=run, push_log=not more, on_event=changes)
+        assert_equal(found.weights(), one.weights(), within=1e-9)
+        there, nothing, back = events(run, "replan")
+        assert there["keys_moved"] == back["keys_moved"] > 0 == nothing["keys_moved"] and back["rows_moved"] > 0
+        assert not events(run, "death")
 
 
 def test_each_push_counts_once_though_workers_are_killed_as_the_plan_changes(
@@ -178,16 +162,7 @@ def test_each_push_counts_once_though_workers_are_killed_as_the_plan_changes(
     assert answers[0]["keys_moved"] == told[0]["keys_moved"] > 0 and answers[0]["step"] == first
     assert {e["pid"] for e in events(run, "death")} >= set(struck) and len(struck) == 3
     workers = [2] * first + [4] * (13 - first) + [1] * 7 + [2] * 16
-    acknowledged = pushes(run)
-    assert sorted(acknowledged) == [(s // 12 + 1, s % 12 + 1, shard) for s, w in enumerate(workers) for shard in range(w)]
-    # A push lowers what is in it by one part of its shard.
-    expected = torch.zeros(96)
-    for step, count in enumerate(workers):
-        samples = epoch_order(96, 0, step // 12)[8 * (step % 12) :][:8]
-        expected[samples] -= count / 8
-    weights = found.weights()
-    assert torch.equal(weights["weight"], expected[:, None].expand(96, 200))
-    assert torch.equal(weights["rows.rows"][:, 0], expected)
+    check_counted(found, workers)
     # All servers count all updates, whenever they came; the last ones may be told of in another order.
     versions = [max(e["versions"]) for e in events(run, "push_ack")]
     assert max(versions[-8:]) == max(versions)

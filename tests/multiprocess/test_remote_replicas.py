@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replans import Strikes
 from torch import nn
 from torchrun import torchrun
 
@@ -130,6 +131,35 @@ class Killer:
             assert found == self._order if self._at_once == 1 else sorted(found) == sorted(self._order)
 
 
+class Changer:
+    """Wants one plan after the other, each some steps after the one before, once a killer has done what it had to."""
+
+    def __init__(self, plans: Sequence[str], killer: Killer | None = None) -> None:
+        self._plans, self._killer, self._at = [*plans], killer, 3
+
+    def __call__(self, event: dict[str, Any]) -> str | shoal.Plan | None:
+        if self._killer is not None:
+            if self._killer(event) == "stop":
+                self._killer, self._at = None, event["step"] + 2
+            return None
+        if event["kind"] != "step" or event["step"] < self._at:
+            return None
+        self._at = event["step"] + 4
+        return shoal.Plan.parse(self._plans.pop(0)) if self._plans else "stop"
+
+
+def learned_in_turn(
+    acknowledged: Sequence[tuple[int, int, int]], edges: Sequence[int], workers: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """What the model has after these pushes of so many workers, of others from each of the steps ``edges`` on."""
+    found: dict[str, torch.Tensor] = {}
+    for first, last, count in zip([0, *edges], [*edges, 10**9], workers, strict=True):
+        part = learned([push for push in acknowledged if first <= (push[0] - 1) * 10 + push[1] - 1 < last], count)
+        # All begins with ones, but for rows.
+        found = {name: found[name] + value - float(name[0] == "w") for name, value in part.items()} if found else part
+    return {**found, "rows.keys": torch.arange(60)}
+
+
 def test_servers_are_killed_one_after_the_other_and_every_push_counts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,9 +254,17 @@ def script(run: Path) -> None:
         shoal.train(sync_job(), plan="ps=2,workers=3,sync,replicas=1", run_dir=run)
     killer = Killer(run, KEPT, last=("server", 2))
     shoal.train(sync_job(), plan="ps=2,workers=1,sync,replicas=1,threads=1", run_dir=run, on_event=killer)
-    # With a log in place of copies, processes are kept as well.
+    # With a log in place of copies, processes are kept as well, and keep others when the plan changes.
     killer = Killer(logged := run.with_name("logged"), LOGGED, at_once=2)
-    shoal.train(job(), plan="ps=4,workers=1,async,threads=1", run_dir=logged, push_log=True, on_event=killer)
+    changer = Changer(["ps=2,workers=2,async", "ps=1,workers=5", "ps=1,workers=4,async"], killer)
+    shoal.train(job(), plan="ps=4,workers=1,async,threads=1", run_dir=logged, push_log=True, on_event=changer)
+    # One of them has nothing to do meanwhile; and who has just come is killed.
+    with pytest.MonkeyPatch.context() as patch:
+        if not rank:
+            Strikes(patch, [("copy", 1), None])
+        changer = Changer(["ps=1,workers=2,async", "ps=2,workers=1,async"])
+        plan = "ps=2,workers=1,async,replicas=1,threads=1"
+        shoal.train(job(), plan=plan, run_dir=run.with_name("changed"), on_event=changer)
 
 
 @pytest.mark.timeout(300)
@@ -241,7 +279,14 @@ def test_a_job_that_torchrun_has_started_outlives_servers_and_workers(tmp_path: 
     Killer(tmp_path / "logged", LOGGED, at_once=2).check_deaths()
     logged = shoal.open(tmp_path / "logged")
     assert len(set(pushes(logged))) == len(pushes(logged))
-    check_sum(logged, learned(pushes(logged), workers=1))
+    changed = shoal.open(tmp_path / "changed")
+    for found_run, workers in ((logged, [1, 2, 4]), (changed, [1, 2, 1])):
+        told = list(read_events(found_run.path / "events.jsonl", {"replan"}))
+        assert [e["plan"].partition("workers=")[2][:1] for e in told] == [str(count) for count in workers[1:]]
+        check_sum(found_run, learned_in_turn(pushes(found_run), [e["step"] for e in told], workers))
+    assert [e["text"] for e in read_events(logged.path / "events.jsonl", {"warning"}) if "has started 5, whose" in e["text"]]
+    (back,) = read_events(changed.path / "events.jsonl", {"recovered"})
+    assert (back["rank"], back["action"]) == (1, "given")
     monkeypatch.setenv("SHOAL_EXPORT", "0")
     check_bits(found, 1, tmp_path / "whole", monkeypatch)
 

@@ -12,6 +12,7 @@ import torch
 
 from shoal.errors import PlanError
 from shoal.plan import Plan
+from shoal.process.messages import SERVER, WORKER
 from shoal.ps import messages
 from shoal.ps.checks import MOST
 from shoal.ps.wire import Malformed
@@ -55,7 +56,9 @@ def check_answer(
         _check_counts(answer.step)
     orders = answer.orders
     _check_counts(orders.steps_allowed, orders.over, orders.epoch_done, orders.stop_epoch, orders.stop_at, orders.past)
-    _check_counts(*orders.done)
+    _check_counts(*orders.done, *orders.keeps[1:])
+    if orders.keeps[0] not in ("", SERVER, WORKER):
+        raise Malformed(f"nobody keeps a {orders.keeps[0][:20]}")
     if not all(map(is_address, orders.heads)) or (servers is not None and len(orders.heads) not in (0, servers)):
         raise Malformed(f"{orders.heads[:9]} are no addresses of {servers} servers")
 

@@ -7,6 +7,7 @@ the head who lacks a push that was acknowledged.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,15 +61,19 @@ class Chains:
         self._addresses[rank] = address
 
     def begin(self, client: Client) -> None:
-        """The heads have what the run begins with, and nobody is at work; ``client``: knows every server by its number."""
+        """The heads have what they are to have, the others nothing, and nobody is at work: each gets what the one before it has.
+
+        ``client``: knows every server by its number.
+        """
         for chain in self._of.values():
             lead(client, chain[0])
-            snapshot = client.take(chain[0])
-            for rank in chain[1:]:
-                client.put(rank, snapshot, whole=True)
-            for before, after in zip(chain, chain[1:], strict=False):
-                follow(client, before, self._addresses[after])
+            for before, after in itertools.pairwise(chain):
+                follow(client, before, self._addresses[after], anew=True, whole=True)
         self._client = client
+
+    def has(self, shard: int, rank: int) -> bool:
+        """Whether a server has all that was acknowledged of a shard."""
+        return rank in self._of[shard]
 
     def lose(self, rank: int) -> bool:
         """A server has died; False where nobody else has all that it had."""

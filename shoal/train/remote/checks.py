@@ -36,6 +36,8 @@ from shoal.train.remote.keeper import ROLE as KEEPER
 
 _WIDTH = UnitColumns.VALUES + VALUE_COLUMNS
 _MOST_EPOCHS = 1 << 31
+_MOST_KEEPERS = 1 << 20
+"""Who keeps nobody under the present plan looks for orders, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class SaidCheck:
         if not 0 < said.number < MOST:
             raise Malformed(f"{said.number} is no number of a question")
         role = getattr(said, "role", SERVER if isinstance(said, words.LogFailed) else WORKER)
-        count = {WORKER: self.workers, SERVER: self.servers, KEEPER: self.workers + self.servers}.get(role, 0)
+        count = {WORKER: self.workers, SERVER: self.servers, KEEPER: _MOST_KEEPERS}.get(role, 0)
         if isinstance(said, words.Failed):
             self._look_at_failure(said)
         # Who has failed may have done so before it knew who it was.

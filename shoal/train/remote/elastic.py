@@ -2,38 +2,33 @@
 
 At the end of a step everything that was begun is applied, on all servers. Workers leave then, for they hold nothing. Servers
 stay: those that come are forked, what the ring gives to another server goes there with all that belongs to it, and nothing else
-travels; those that are not in the new plan leave when they have handed on what they had. Then workers are forked that know the
-new placement, and the run goes on behind that step.
+travels; those that are not in the new plan leave when they have handed on what they had (``shoal.train.remote.moves``). Then
+copies follow and logs begin anew, where there are any, workers are forked that know the new placement, and the run goes on behind
+that step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from shoal.comm.arena import Arena, Note
-from shoal.errors import NotBuiltError, RequestError, WorkerLostError
+from shoal.errors import JobFailed, RequestError, WorkerLostError
 from shoal.plan import Plan
 from shoal.process.messages import SERVER, WORKER
-from shoal.ps.moving import Moved, move
+from shoal.ps.moving import Moved
 from shoal.ps.placement import Placement
-from shoal.train import notes
 from shoal.train.carried import begin_at, carry_all_but_state
 from shoal.train.elastic import ChangingSession, Pause
 from shoal.train.evaluate import put_together
-from shoal.train.metric_state import metrics_of
 from shoal.train.remote import plans, words
 from shoal.train.remote.checks import SaidCheck, check_of
 from shoal.train.remote.desk import Asked
-from shoal.train.remote.holding import START_S
-from shoal.train.remote.lead import RemoteLead
-from shoal.train.remote.members import Lost, Member
+from shoal.train.remote.keepers import servers_of
+from shoal.train.remote.members import START_S
+from shoal.train.remote.moves import MovingLead
 from shoal.train.remote.published import RemoteSource
 from shoal.train.remote.state import placement_of
 from shoal.train.remote.worker import remote_settings
@@ -41,24 +36,12 @@ from shoal.train.replan import Change
 from shoal.train.run import Run
 from shoal.train.settings import EpochPart
 
-_POLL_S = 0.02
-_LEAVE_S = 10.0
-"""Whoever has nothing more to do and has not left within so long is killed: nothing is lost with it."""
 
-
-class ElasticLead(ChangingSession, RemoteLead):
+class ElasticLead(ChangingSession, MovingLead):
     """The lead of such a run."""
 
-    # Whether one plan is over, and the next one has not begun; whom it does not need.
-    _between = False
     # When the workers of the present plan were started.
     _started_at = 0.0
-    _leaving: Collection[tuple[str, int]] = ()
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        # What workers that have left had gathered in training metrics with a state: (epoch, rank, metrics by name).
-        self._left_over: list[tuple[int, int, dict[str, Any]]] = []
 
     def serve(self, began: float) -> Run:
         try:
@@ -74,12 +57,15 @@ class ElasticLead(ChangingSession, RemoteLead):
         return super()._may_change and self._recorder.step > self._first_step
 
     def _change_to(self, asked: Plan) -> tuple[Plan, Arena | None]:
-        instead = f"stop the run, and go on with it by --resume --plan {asked}."
+        if self.keepers is not None:
+            plan = plans.changed(asked, self._plan, self._host, self._plan.threads)
+            self.keepers.refuse(plan)
+            return plan, None
         if not self._members.are_own:
-            raise RequestError(f"torchrun or Slurm has started this run's processes, whose number cannot change; {instead}")
-        if self._log.kept or self._plan.replicas:
-            what = "a log of pushes" if self._log.kept else "copies"
-            raise NotBuiltError(f"Servers with {what} that share no memory hand on no keys while a run is under way; {instead}")
+            raise RequestError(
+                "torchrun or Slurm has started this run's processes, which stay what they are where servers have neither a log "
+                f"nor copies; stop the run, and go on with it by --resume --plan {asked}."
+            )
         return plans.changed(asked, self._plan, self._host), None
 
     def _all_there(self) -> bool:
@@ -91,37 +77,10 @@ class ElasticLead(ChangingSession, RemoteLead):
 
     # -- what is said meanwhile ----------------------------------------------------------------------------------
 
-    def _orders(self) -> words.Orders:
-        orders = super()._orders()
-        # A plan is over, and not the run.
-        return msgspec.structs.replace(orders, over=0) if self._between else orders
-
     def _answer_claim(self, asked: Asked, said: words.Claim, waited: bool) -> None:
         # So that nothing is done under a plan before it is told that there is one.
         if self._pause is None:
             super()._answer_claim(asked, said, waited)
-
-    def _answer_later(self, asked: Asked) -> None:
-        said = asked.said
-        if not self._between:
-            super()._answer_later(asked)
-        elif (getattr(said, "role", WORKER), getattr(said, "rank", -1)) in self._leaving:
-            self._let_leave(asked)
-        elif getattr(said, "role", WORKER) == SERVER:
-            super()._answer_later(asked)
-
-    def _let_leave(self, asked: Asked) -> None:
-        said, orders = asked.said, msgspec.structs.replace(self._orders(), over=1)
-        if isinstance(said, words.Leave):
-            for frame in asked.frames:
-                gathered = metrics_of(notes.from_bytes(frame), self._job.metrics)
-                self._left_over.append((self._epochs_done + 1, said.rank, gathered))
-            self._desk.answer(asked, lambda n: words.Ended(n, str(self._directory.path), b"{}"))
-            self._members.leave(said.role, said.rank)
-        elif isinstance(said, words.Claim):
-            self._desk.answer(asked, lambda n: words.Later(n, self._recorder.step, orders))
-        elif isinstance(said, words.Look):
-            self._desk.answer(asked, lambda n: words.Heard(n, orders))
 
     def _take(self, message: Any) -> None:
         if isinstance(message, EpochPart) and message.rank == 0:
@@ -133,19 +92,6 @@ class ElasticLead(ChangingSession, RemoteLead):
                     training.metrics[name] = put_together(own, metrics[name], name, rank)
         super()._take(message)
 
-    def _silence_s(self, member: Member) -> float:
-        # Nobody is heard while keys move, and all are our own: who dies is seen.
-        return math.inf if self._between else super()._silence_s(member)
-
-    def _bury(self, lost: Lost) -> None:
-        if (lost.member.role, lost.member.rank) in self._leaving:
-            # It had nothing to do, and nobody comes in its place.
-            self._desk.forget(lost.member.identity, for_good=True)
-            self._members.gone(lost.member.role, lost.member.rank, lost.member.pid, lost.cause)
-            self._tell_death(lost)
-        else:
-            super()._bury(lost)
-
     # -- making it -----------------------------------------------------------------------------------------------
 
     def _make(self, change: Change) -> None:
@@ -153,78 +99,64 @@ class ElasticLead(ChangingSession, RemoteLead):
         step, plan, before = self._recorder.step, change.plan, self._placement
         pause = self._pause = Pause(change, self._plan, step, self._recorder.last_end or time.monotonic())
         after = placement_of(self._facts.table, self._facts.tables, range(plan.servers))
+        # Of the same servers copies stay what they are.
+        moves = not plan.replicas or before.servers != after.servers or self.keepers is not None
+        if moves and self._servers_move and not self._secure(step):
+            pause.refused = self._not_secured(plan)
+            plan, after, moves = self._plan, before, False
         self._between = True
         self._desk.check = self._both(plan)
-        self._members.let_be([("server", n) for n in after.servers] + [("worker", n) for n in range(plan.data_ways)])
-        self._send_away(WORKER, range(self._arena.world_size))
-        self._plan = plan
-        moved = self._move(before, after, step)
+        own = [(SERVER, n) for n in range(servers_of(plan))] + [(WORKER, n) for n in range(plan.data_ways)]
+        self._members.let_be(own if self.keepers is None else own[:1])
+        workers, self._plan = range(self._arena.world_size), plan
+        if moves:
+            self._begin_moving(before, after, step)
+        self._send_away(WORKER, workers)
+        moved = self._let_move() if moves else self._nothing_moves(after)
         pause.moved = {
             "keys_moved": moved.keys, "keys": moved.of, "rows_moved": moved.rows, "bytes_moved": moved.nbytes
         }  # fmt: skip
         self._take_up(plan, after, step, moved.version)
         self._between = False
         self._started_at = time.monotonic()
+        if self.keepers is not None:
+            if not moves:
+                # All others have begun anew already.
+                self.keepers.appoint(plan, only=WORKER)
+            return
         for rank in range(plan.data_ways):
             self._members.start(WORKER, rank)
+
+    def _secure(self, step: int) -> bool:
+        """Write a checkpoint that holds everything; whether there is one."""
+        self._last_one(step)
+        self._collect()
+        return self._last_checkpoint is not None and self._last_checkpoint.step == step
+
+    def _not_secured(self, plan: Plan) -> str:
+        """Why the plan stays as it is. JobFailed where a log stands on the checkpoint that could not be written."""
+        sentence = (
+            f"No checkpoint could be written in {self._directory.checkpoints}, from which servers go on that are killed while "
+            "their plan changes; make room, and "
+        )
+        if self._log.kept:
+            raise JobFailed(f"{sentence}go on with --resume --plan {plan.brief()}; what was acknowledged is in the log.")
+        return f"{sentence}ask again."
+
+    def _nothing_moves(self, placement: Placement) -> Moved:
+        client = self._client
+        assert client is not None
+        return Moved(0, placement.keys, version=max(client.ping(server) for server in placement.servers))
 
     def _both(self, plan: Plan) -> SaidCheck:
         """What may be said by those of the plan that was, and by those of the one that comes."""
         check = check_of(self._plan, self._store, self._job, self._settings.total_steps)
-        workers, servers = max(check.workers, plan.data_ways), max(check.servers, plan.servers)
-        return dataclasses.replace(check, workers=workers, servers=servers)
-
-    def _send_away(self, role: str, ranks: Iterable[int]) -> None:
-        """Let these leave, who hold nothing that anybody needs; who does not in a while is killed."""
-        members, deadline = self._members, time.monotonic() + _LEAVE_S
-        self._leaving = {(role, rank) for rank in ranks}
-        while there := [member for key, member in members.of.items() if key in self._leaving]:
-            self._hear(_POLL_S)
-            for lost in members.lost(self._silence_s):
-                self._bury(lost)
-            for member in there:
-                process = member.process
-                if process is None or process.poll() is not None:
-                    if member.identity:
-                        self._desk.forget(member.identity, for_good=True)
-                    members.forget(role, member.rank)
-                elif not member.joined or time.monotonic() > deadline:
-                    # One that has just been forked has not even begun.
-                    member.left = True
-                    process.kill()
-        self._leaving = ()
-
-    def _move(self, before: Placement, after: Placement, step: int) -> Moved:
-        """Let keys go where the ring of the servers that there will be has them."""
-        client = self._client
-        assert client is not None
-        joining = sorted(set(after.servers) - set(before.servers))
-        leaving = sorted(set(before.servers) - set(after.servers))
-        for rank in joining:
-            self._members.start(SERVER, rank)
-        self._await_servers(joining)
-        for member in self._members.joined(SERVER):
-            if member.rank in joining:
-                client.connect(member.rank, member.address)
-        moved = move(client, before, after, self._settled_at(step))
-        self._send_away(SERVER, leaving)
-        for rank in leaving:
-            client.disconnect(rank)
-        return moved
-
-    def _await_servers(self, ranks: Sequence[int]) -> None:
-        """Wait until these are there."""
-        deadline = time.monotonic() + START_S
-        while missing := set(ranks) - {member.rank for member in self._members.joined(SERVER)}:
-            self._hear(_POLL_S)
-            for lost in self._members.lost(self._silence_s):
-                self._bury(lost)
-            if time.monotonic() > deadline:
-                raise WorkerLostError(f"Server {min(missing)} has not come within {START_S:.0f} s; see what keeps it.")
+        servers = max(check.servers, servers_of(plan))
+        return dataclasses.replace(check, workers=max(check.workers, plan.data_ways), servers=servers)
 
     def _take_up(self, plan: Plan, placement: Placement, step: int, version: int) -> None:
         """Begin behind a step under another plan; all servers count ``version`` updates."""
-        left, recorder, backlog = self._store, self._recorder, self._recovery.backlog
+        left, recorder, backlog, emptied = self._store, self._recorder, self._recovery.backlog, self._emptied
         eval_loss = left.arena.supervisor.note(Note.EVAL_LOSS)
         self._note(step)
         settings = remote_settings(plan, self._job, self._facts, self._options, str(Path(self._directory.checkpoints)))
@@ -237,10 +169,14 @@ class ElasticLead(ChangingSession, RemoteLead):
         self._tables.client = self._client  # type: ignore[attr-defined]
         begin_at(store, restored, step, self._epochs_done, eval_loss)
         self._man(step)
+        # Whose place is empty yet in a chain that goes on.
+        self._emptied = {rank: since for rank, since in emptied.items() if not self._chains.has(rank % plan.servers, rank)}
         self._recorder.go_on_from(recorder)
         # What the servers have is brought into the store when it is needed.
         self._collected = -1
         self._desk.check = check_of(plan, store, self._job, settings.total_steps, version)
-        self._chains.know({member.rank: member.address for member in self._members.joined(SERVER)})
         self._source = RemoteSource(store, placement, self._facts.tables, self._meeting.keys, self._sync, version)
         self._source.follow(self._chains.heads)
+        if self._log.kept:
+            assert self._client is not None
+            self._recovery.begin(self._client, dict.fromkeys(placement.servers, version))

@@ -10,24 +10,26 @@ import msgspec
 from shoal.errors import WorkerLostError
 from shoal.process.messages import SERVER
 from shoal.ps.client import Client, Patience
+from shoal.ps.replication import follow
 from shoal.train.crew import Patience as Stalls
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
+from shoal.train.remote.keeper import ROLE as KEEPER
+from shoal.train.remote.keepers import Keepers
 from shoal.train.remote.keeping import Keeping
 from shoal.train.remote.line import Meeting
-from shoal.train.remote.members import Lost, Member, Members
+from shoal.train.remote.members import START_S, Lost, Member, Members
 from shoal.train.remote.published import RemoteSource
 from shoal.train.remote.state import push_id
 
 _POLL_S = 0.05
 # So long may a server take to say why it has refused something.
 _HOLD_S = 0.5
-START_S = 300.0
-"""So long may a process take until it is there."""
+_KEEPERS_S = 10.0
 
 
 class BeginAgain(Exception):
-    """A server has died before the run had begun: another one will be there, and all are given what it begins with."""
+    """A server has died while servers were given what they are to have: another one will be there, and it is done anew."""
 
 
 class Holding(Keeping):
@@ -46,6 +48,10 @@ class Holding(Keeping):
     _per_step: int
     # Workers that are gone and that nobody starts again.
     _gone: set[int]
+    # The job's processes, where others have started these, and each keeps a server or a worker.
+    keepers: Keepers | None = None
+    # When all that these keep had left as the run had ended.
+    _alone_since = 0.0
     # Whether a server has died since all were there, and before all had what the run begins with.
     _died_early = False
 
@@ -67,6 +73,8 @@ class Holding(Keeping):
         One that is slow may have sent a push just before the end, and would wait for its answer.
         """
         orders = self._orders()
+        if said.role == KEEPER and self.keepers is not None:
+            return msgspec.structs.replace(orders, keeps=self.keepers.keeps(said.rank))
         asks = said.role == SERVER and self._members.has_workers
         return msgspec.structs.replace(orders, over=0) if asks else orders
 
@@ -84,6 +92,19 @@ class Holding(Keeping):
             self._members.hear(said.role, said.rank)
         elif isinstance(said, (words.Claim, words.Report, words.Gives, words.Evaluated, words.Bad)):
             self._members.hear("worker", said.rank)
+
+    def _let_go(self, said: words.Leave) -> None:
+        """Somebody is done."""
+        self._members.leave(said.role, said.rank)
+        if self.keepers is not None and said.role == KEEPER:
+            self.keepers.leave(said.rank)
+
+    def _have_left(self) -> bool:
+        """The run has ended: whether nobody is to be waited for any more. Who keeps others may leave a moment after these."""
+        if not all(m.left or not m.joined or m.is_over for m in self._members.of.values()):
+            return False
+        self._alone_since = self._alone_since or time.monotonic()
+        return self.keepers is None or self.keepers.have_left or time.monotonic() - self._alone_since > _KEEPERS_S
 
     def _hear_of_logs(self) -> None:
         """A server has refused a step: it says by itself where that is because of its log."""
@@ -155,6 +176,9 @@ class Holding(Keeping):
             stack.callback(client.close)
             settled = self._settled_at(self._first_step)
             for server in self._placement.servers:
+                if self._plan.replicas:
+                    # One that has seen another die before may wait for it.
+                    follow(client, server, "")
                 client.put(server, self._state.give(server, self._first_step, settled, self._log.ahead_ids), whole=True)
             self._tables.client = client  # type: ignore[attr-defined]
             self._tables.fill()  # type: ignore[attr-defined]

@@ -48,27 +48,46 @@ def spread(machines: Sequence[str], servers: int, replicas: int) -> tuple[int, .
 class Keeper:
     """Starts a process, and starts it again when it has died: not for ever where it dies at once each time."""
 
-    def __init__(self, nursery: Nursery, line: Line, role: str) -> None:
-        self._nursery, self._line, self._role = nursery, line, role
+    def __init__(self, nursery: Nursery, line: Line, role: str, number: int) -> None:
+        self._nursery, self._line, self._role, self._number = nursery, line, role, number
+        self._term = 0
         self._process: Process | None = None
         self._started_at = 0.0
         self._deaths = 0
-        # The word of its death.
-        self._told: Ticket | None = None
+        # The words of its death, and of its predecessors'; and whether these have ended for another one to come.
+        self._told: list[Ticket] = []
+        self._turned = False
 
     def start(self) -> None:
-        self._process = self._nursery.start(self._role, self._line.rank)
-        self._started_at = time.monotonic()
+        if self._role:
+            self._process = self._nursery.start(self._role, self._number)
+            self._started_at = time.monotonic()
+
+    def turn_to(self, role: str, number: int, term: int) -> None:
+        """Keep another one where the term is another; whoever there is ends, for the run's plan has changed."""
+        if term == self._term:
+            return
+        process, self._process = self._process, None
+        if process is not None:
+            deadline = time.monotonic() + _END_S
+            if process.poll() is None:
+                process.kill()
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            self._tell(process)
+        self._role, self._number, self._term, self._deaths, self._turned = role, number, term, 0, True
+        if not self._told:
+            self.start()
 
     def attend(self) -> None:
         """Several times a second: see whether it lives, and whether the lead knows that it has died."""
-        if self._told is not None:
-            self._line.again(self._told)
-            answer = self._told.answer
-            if answer is not None:
-                self._told = None
+        if self._told:
+            for ticket in self._told:
+                self._line.again(ticket)
+            if all(ticket.answer is not None for ticket in self._told):
+                ended, self._told = any(isinstance(ticket.answer, Refused) for ticket in self._told), []
                 # Whoever dies when the run has ended is not missed.
-                if self._deaths < _MOST_DEATHS and not isinstance(answer, Refused):
+                if self._turned or (self._deaths < _MOST_DEATHS and not ended):
                     self.start()
             return
         process = self._process
@@ -78,14 +97,20 @@ class Keeper:
         if time.monotonic() - self._started_at > _WHOLE_S:
             self._deaths = 0
         self._deaths += 1
-        self._process = None
-        rank, cause = self._line.rank, signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        self._told = self._line.send(LEAD, lambda n: words.Gone(n, self._role, rank, process.pid, cause))
+        self._process, self._turned = None, False
+        self._tell(process)
+
+    def _tell(self, process: Process) -> None:
+        """Say that it has died, unless it had ended by itself."""
+        role, rank, code = self._role, self._number, process.poll()
+        if code:
+            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self._told.append(self._line.send(LEAD, lambda n: words.Gone(n, role, rank, process.pid, cause)))
 
     def see_end(self) -> None:
         """The run has ended: wait a moment until the process has, too, or the lead knows that it did not come to that."""
         deadline = time.monotonic() + _END_S
-        while time.monotonic() < deadline and (self._told is not None or self._is_at_work()):
+        while time.monotonic() < deadline and (self._told or self._is_at_work()):
             self._line.receive(_POLL_S)
             self.attend()
 
@@ -93,12 +118,15 @@ class Keeper:
         return self._process is not None and self._process.poll() != 0
 
 
-def keep(nursery: Nursery, role: str, number: int) -> tuple[Path, dict[str, Any]]:
-    """Keep the server or the worker of this number until the run has ended; the run's directory and its summary."""
-    line = Line(nursery.meeting, ROLE, number)
+def keep(nursery: Nursery, role: str, number: int, place: int) -> tuple[Path, dict[str, Any]]:
+    """Keep the server or the worker of this number until the run has ended; the run's directory and its summary.
+
+    ``place``: which process of the job this is. The lead may let it keep another one as the plan changes.
+    """
+    line = Line(nursery.meeting, ROLE, place)
     try:
         nursery.ready()
-        keeper = Keeper(nursery, line, role)
+        keeper = Keeper(nursery, line, role, number)
         keeper.start()
         line.while_waiting = keeper.attend
         orders: words.Orders | None = None
@@ -106,6 +134,8 @@ def keep(nursery: Nursery, role: str, number: int) -> tuple[Path, dict[str, Any]
             ticket = line.look(orders)
             line.wait([ticket], "the run to go on")
             orders = ticket.answer.orders
+            if not orders.over:
+                keeper.turn_to(*orders.keeps)
         ended = line.leave()
         keeper.see_end()
         return ended

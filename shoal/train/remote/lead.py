@@ -81,6 +81,7 @@ class RemoteLead(Holding):
         # Who has said that it is somebody who is there already.
         self._turned_away: set[bytes] = set()
         self._use(settings, store, placement)
+        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
         first = self._restore(store)
         self._write_beginning(first)
@@ -94,7 +95,6 @@ class RemoteLead(Holding):
         self._settings, self._plan = settings, settings.plan
         self._store, self._arena, self._placement = store, store.arena, placement
         self._desk.check = check_of(self._plan, store, self._job, settings.total_steps)
-        self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._sync = not self._plan.waits_for_nobody
         self._tables = RemoteTables(self._facts.tables, placement)  # type: ignore[assignment]
         self._state = StoreState(store, placement)
@@ -183,7 +183,7 @@ class RemoteLead(Holding):
                 self._hear_from(asked)
                 if isinstance(asked.said, words.Leave):
                     self._desk.answer(asked, lambda n: words.Ended(n, str(run.path), summary))
-                    self._members.leave(asked.said.role, asked.said.rank)
+                    self._let_go(asked.said)
                 elif isinstance(asked.said, (words.Join, words.Gone)):
                     if isinstance(asked.said, words.Gone):
                         self._members.gone(asked.said.role, asked.said.rank, asked.said.pid, asked.said.cause)
@@ -195,7 +195,7 @@ class RemoteLead(Holding):
                 else:
                     self._desk.answer(asked, lambda n: words.Heard(n, self._orders()))
             self._members.lost(self._silence_s)
-            if all(m.left or not m.joined or m.is_over for m in self._members.of.values()):
+            if self._have_left():
                 return
             self._tell_missed()
             self._desk.receive(_POLL_S)

@@ -12,6 +12,8 @@ from shoal.process.messages import WORKER
 from shoal.train.remote.nursery import Process
 
 SILENCE = "silence"
+START_S = 300.0
+"""So long may a process take until it is there."""
 
 Start = Callable[[str, int], Process]
 """Starts the process of a role and a rank."""

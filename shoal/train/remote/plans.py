@@ -53,14 +53,18 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     return whole.replace(explanation=(why, *remarks(whole, private=True)))
 
 
-def changed(asked: Plan, present: Plan, host: TrainHost) -> Plan:
-    """The whole plan that a run is to go on with which has ``present``. PlanError, or NotBuiltError, where it makes no sense."""
+def changed(asked: Plan, present: Plan, host: TrainHost, threads: int | None = None) -> Plan:
+    """The whole plan that a run is to go on with which has ``present``. PlanError, or NotBuiltError, where it makes no sense.
+
+    ``threads``: of each worker where the plan says nothing; None: as many as this machine has cores for.
+    """
     wanted = wished(asked, present, host.facts().batchnorm)
     if wanted.ps is None:
         raise PlanError(
             f"Processes that share no memory stay servers and workers while a run is under way; name both, such as "
             f"ps={present.servers},workers=3, or go on by --resume --plan {asked}."
         )
-    plan = complete(wanted, host, threads_of(wanted.data_ways))
+    # What it asks for of how servers wait leaves open how many copies there are.
+    plan = complete(wanted.replace(replicas=present.replicas), host, threads or threads_of(wanted.data_ways))
     refuse_same(plan, present)
     return plan.replace(explanation=(given_text(asked, plan), *plan.explanation))

@@ -20,11 +20,10 @@ from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.log import RemoteLog
-from shoal.train.remote.members import Members
+from shoal.train.remote.members import START_S, Members
 from shoal.train.remote.state import kept_of
 from shoal.train.update_log import log_name
 
-_JOIN_S = 120.0
 _SEEN_S = 10.0
 _POLL_S = 0.02
 _MOST_DEATHS = 5
@@ -52,11 +51,15 @@ class Recovery:
         self._versions: dict[int, dict[int, int]] = {}
         self._deaths: Counter[int] = Counter()
 
-    def begin(self, client: Client) -> None:
-        """The servers have what the run begins with: let them write their logs from here on."""
-        mark = self._log.baselines[-1].step
+    def begin(self, client: Client, versions: Mapping[int, int] | None = None) -> None:
+        """The servers have what the session begins with: let them write their logs from here on.
+
+        ``versions``: how many updates each of them has made by then, where that is not one a step.
+        """
+        mark, session = self._log.baselines[-1].step, self._log.directory.name
+        self._versions = {} if versions is None else {mark: dict(versions)}
         for server in client.places:
-            client.wait([client.send(server, lambda n: Recover(n, mark))], "a server to begin its log")
+            client.wait([client.send(server, lambda n: Recover(n, mark, session=session))], "a server to begin its log")
         deadline = time.monotonic() + _SEEN_S
         for server in client.places:
             while not (self._log.directory / f"{log_name(server)}.here").exists():
@@ -103,7 +106,7 @@ class Recovery:
 
     def _await(self, rank: int, take: Callable[[Asked], None]) -> str | None:
         """Where a server is that was started, once it is there; None where it has died."""
-        deadline = time.monotonic() + _JOIN_S
+        deadline = time.monotonic() + START_S
         # Its keeper may have started it while another server was brought back.
         for asked in [asked for asked in self.backlog if _joins(asked, rank)]:
             self.backlog.remove(asked)
@@ -114,7 +117,7 @@ class Recovery:
                 return None
             if time.monotonic() > deadline:
                 raise WorkerLostError(
-                    f"Server {rank} has not come back within {_JOIN_S:.0f} s; what was acknowledged is in its log: go on with "
+                    f"Server {rank} has not come back within {START_S:.0f} s; what was acknowledged is in its log: go on with "
                     "--resume."
                 )
         return member.address

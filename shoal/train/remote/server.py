@@ -68,10 +68,10 @@ def serve(make_host: Callable[[], TrainHost], meeting: Meeting, number: int) -> 
         run = Path(placed.checkpoints).parent
         begin = FromCheckpoint(run, shard, facts.table, placement, number % plan.servers)
         if plan.replicas:
-            server: ShardServer = ChainServer(shard, endpoint, meeting.keys)
+            server: ShardServer = ChainServer(shard, endpoint, meeting.keys, placement.pieces)
         elif placed.log:
             log = ToldLog(Path(placed.log), log_name(number), endpoint, log_limit())
-            server = LoggedServer(shard, endpoint, log, begin)
+            server = LoggedServer(shard, endpoint, log, begin, placement.pieces)
         else:
             server = ShardServer(shard, endpoint, pieces=placement.pieces)
         server.serve(lambda: over, between)

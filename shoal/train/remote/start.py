@@ -18,7 +18,7 @@ from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
 from shoal.process.interrupts import Interrupts
-from shoal.process.messages import SERVER, WORKER
+from shoal.process.messages import SERVER
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Refused
 from shoal.train.api import Observer, TrainOptions
@@ -27,7 +27,8 @@ from shoal.train.host import TrainHost
 from shoal.train.push_log import wants_log
 from shoal.train.remote.desk import Desk
 from shoal.train.remote.elastic import ElasticLead
-from shoal.train.remote.keeper import keep, spread
+from shoal.train.remote.keeper import keep
+from shoal.train.remote.keepers import Keepers, roles, servers_of
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.members import Members
 from shoal.train.remote.nursery import Nursery
@@ -59,7 +60,7 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
     plan = request.plan
     with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
         meeting = Meeting(endpoint.address, keys, request.deadline_s)
-        own = [("server", n) for n in range(_servers(plan))] + [("worker", n) for n in range(plan.data_ways)]
+        own = [("server", n) for n in range(servers_of(plan))] + [("worker", n) for n in range(plan.data_ways)]
         with _nursery(request, meeting) as nursery:
             return _lead(request, directory, endpoint, nursery, own, threads_of(plan.data_ways))
 
@@ -67,12 +68,13 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
 def run_joined(request: Request, group: Group, threads: int) -> Run:
     """Train as one of the processes of a job: the first is the lead (and starts server 0), then servers, then workers."""
     plan, rank = request.plan, group.rank
-    servers = _servers(plan)
+    servers = servers_of(plan)
     # What makes no sense is refused by all processes alike.
     wants_log(request.options.push_log or False, plan, Path())
     _check_count(plan, servers + plan.data_ways, group.world_size)
     machines = group.gather_objects(nearby.machine_key(), "the names of the machines") if plan.replicas else [""]
-    place = spread(machines, plan.servers, plan.replicas)[rank] if plan.replicas else rank
+    machines = machines if plan.replicas else [""] * group.world_size
+    role, number = roles(machines, plan)[rank]
     with contextlib.ExitStack() as stack:
         endpoint = meeting = directory = None
         # Whether those who serve and work are processes of their own, which others keep.
@@ -90,24 +92,18 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
         if rank == 0:
             assert endpoint is not None and directory is not None
             nursery = stack.enter_context(_nursery(request, meeting))
-            return _lead(request, directory, endpoint, nursery, [("server", 0)], threads)
+            keepers = Keepers(machines, plan) if kept else None
+            return _lead(request, directory, endpoint, nursery, [("server", 0)], threads, keepers)
         make = partial(TrainHost, request.job)
         # Whoever started the job interrupts all of its processes: the lead ends the run then, and tells the others.
         request.interrupts.armed = True
-        serves = place < servers
-        number = place if serves else place - servers
         if kept:
-            path, summary = keep(stack.enter_context(_nursery(request, meeting)), SERVER if serves else WORKER, number)
-        elif serves:
+            path, summary = keep(stack.enter_context(_nursery(request, meeting)), role, number, rank)
+        elif role == SERVER:
             path, summary = serve(make, meeting, number)
         else:
             path, summary = work(make, request.options, meeting, number)
         return Run(path, summary, request.job)
-
-
-def _servers(plan: Plan) -> int:
-    """How many processes are servers."""
-    return plan.servers * (1 + (plan.replicas or 0))
 
 
 def _check_count(plan: Plan, wanted: int, found: int) -> None:
@@ -117,7 +113,7 @@ def _check_count(plan: Plan, wanted: int, found: int) -> None:
     said = f"ps={plan.ps},workers={plan.data_ways}"
     if plan.replicas:
         raise PlanError(
-            f"{said},replicas={plan.replicas} takes {wanted} processes, {_servers(plan)} of them servers, and the job was "
+            f"{said},replicas={plan.replicas} takes {wanted} processes, {servers_of(plan)} of them servers, and the job was "
             f"started with {found}; start {wanted}, or change the plan."
         )
     servers = min(plan.servers, found - 1)
@@ -146,7 +142,7 @@ def _nursery(request: Request, meeting: Meeting) -> Iterator[Nursery]:
 
 def _lead(
     request: Request, directory: RunDirectory, endpoint: Endpoint, nursery: Nursery, own: Sequence[tuple[str, int]],
-    threads: int,
+    threads: int, keepers: Keepers | None = None,
 ) -> Run:  # fmt: skip
     job, options, began = request.job, request.options, time.monotonic()
     members = Members(nursery.start, own)
@@ -167,6 +163,7 @@ def _lead(
             members.begin()
             placement = placement_of(facts.table, facts.tables, range(plan.servers))
             lead = ElasticLead(job, options, directory, InLead(host, members, nursery), facts, emit, request.interrupts)  # type: ignore[arg-type]
+            lead.keepers = keepers
             lead.begin(settings, store, host, placement, members, desk, nursery.meeting)
             return lead.serve(began)
         except BaseException as error:

@@ -239,9 +239,10 @@ class RemoteTables:
     def begin_at(self, step: int) -> None:
         """Which pushes a server has applied, its shard's ledger knows."""
 
-    def fill(self) -> None:
-        """Give the servers the rows that the run begins with."""
+    def fill(self) -> tuple[int, int]:
+        """Give the servers the rows that the run begins with; how many these are, and bytes of them."""
         assert self.client is not None
+        count = nbytes = 0
         placement = self._placement
         for number, rows, counted in self._begin:
             split = placement.split_rows(number, rows)
@@ -254,6 +255,9 @@ class RemoteTables:
                 tensors = {f"rows/{number}/{name}": tensor for name, tensor in named.items()}
                 kept = kept_of(0, NOTHING, (), {} if seen is None else {str(number): seen.shards})
                 self.client.put(server, Snapshot(kept, tensors), whole=False)
+                count += len(own.keys)
+                nbytes += sum(tensor.nbytes for tensor in tensors.values())
+        return count, nbytes
 
     def begun(self) -> None:
         """The servers have them."""

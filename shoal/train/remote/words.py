@@ -17,7 +17,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """The lead's words, as the supervisor's in an arena.
 
     ``idle``: everything that was begun is done. ``heads``: where each shard is now, where that may change. Of portions: ``past``:
-    everything before this unit is done, and ``done``: so are these, which several were given.
+    everything before this unit is done, and ``done``: so are these, which several were given. ``keeps``: what a keeper keeps, a
+    role, which one of it, and a term.
     """
 
     steps_allowed: int = 0
@@ -30,6 +31,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     heads: tuple[str, ...] = ()
     past: int = 0
     done: tuple[int, ...] = ()
+    keeps: tuple[str, int, int] = ("", 0, 0)
 
 
 class Row(msgspec.Struct, frozen=True):

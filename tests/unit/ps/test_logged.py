@@ -164,3 +164,24 @@ def test_another_server_takes_up_a_checkpoint_once_and_goes_on_behind_it(tmp_pat
         assert client.ping(0) == 3 and not same(first, second)
         assert server._log.mark == 2
     assert [segment.mark for segment in segments(tmp_path, "server-0")] == [0, 1, 2]
+
+
+def test_a_server_goes_on_in_the_log_of_another_session(tmp_path: Path) -> None:
+    first, begun = a_shard(), a_shard()
+    with served(tmp_path / "0001", first) as (client, server):
+        recover(client, 0)
+        client.acknowledged(client.push({0: a_push(0)}))
+        begun.apply(a_push(0))
+        for session in ("../0002", "x"):
+            with pytest.raises(JobFailed, match="no session"):
+                client.wait([client.send(0, lambda n: Recover(n, 1, session=session))], "a session")  # noqa: B023
+        client.wait([client.send(0, lambda n: Recover(n, 1, session="0002"))], "a session")
+        assert (tmp_path / "0002" / "server-0.here").exists() and server._log.directory == tmp_path / "0002"
+        client.acknowledged(client.push({0: a_push(1)}))
+        stage(client, 2)
+    assert [segment.mark for segment in segments(tmp_path / "0002", "server-0")] == [1]
+    # Behind what it had then, the new log has everything.
+    with served(tmp_path / "0002", begun) as (client, _):
+        recover(client, 1)
+        assert same(begun, first)
+        client.commit([(0, 2, 0)], (0, 0, 0))

@@ -16,7 +16,7 @@ from shoal.ps import replication, requests
 from shoal.ps.client import Client, Patience
 from shoal.ps.endpoint import Endpoint, RunKeys, Serving
 from shoal.ps.messages import Done, Refused
-from shoal.ps.replication import Chain, ChainServer, follow, lead
+from shoal.ps.replication import Chain, ChainServer, Follow, follow, lead
 from shoal.ps.requests import Ticket
 from shoal.ps.shard import Shard, add_up
 from shoal.ps.staleness import inverse
@@ -251,3 +251,26 @@ def test_a_slow_successor_is_sent_everything_again_later_the_more_it_is_and_once
             now[0] += sizes[chain.number] / 1000
             chain.attend()
             assert come_until_another() == [*on_the_way, chain.number - 1, chain.number]
+
+
+def test_who_waits_for_a_copy_hears_of_it_when_it_is_whole():
+    keys, first, second, third = RunKeys.new(), a_shard(), a_shard(), a_shard()
+    with member(keys, first, "head") as head, member(keys, second, "copy") as copy, member(keys, third, "tail") as tail:
+        client = Client({0: head, 1: copy}, keys, QUICK)
+        lead(client, 0)
+        for k in range(3):
+            client.acknowledged(client.push({0: a_push(k)}))
+        # Each has all of it as soon as this is answered, and nothing is waited for.
+        follow(client, 0, copy, anew=True, whole=True)
+        assert same(first, second)
+        follow(client, 1, tail, anew=True, whole=True)
+        assert same(first, third)
+        client.acknowledged(client.push({0: a_push(3)}))
+        assert third.version == 4 and same(first, third)
+        # What is sent twice while it waits is begun once: the second one is answered as well.
+        asked = client.send(0, lambda n: Follow(n, copy, False, True))
+        client._transmit(asked)
+        client.wait([asked], "a copy")
+        client.acknowledged(client.push({0: a_push(4)}))
+        assert same(first, third)
+        client.close()
