@@ -115,9 +115,19 @@ class Group:
         if world_size == 1:
             yield cls(0, 1)
             return
-        group = cls(rank, world_size, dist.FileStore(str(path), world_size), deadline_s)
+        with cls.at(dist.FileStore(str(path), world_size), rank, world_size, deadline_s, while_joining) as group:
+            yield group
+
+    @classmethod
+    @contextlib.contextmanager
+    def at(
+        cls, store: Any, rank: int, world_size: int, deadline_s: float = DEADLINE_S,
+        while_joining: Callable[[], None] = lambda: None, one_machine: bool = True,
+    ) -> Iterator[Group]:  # fmt: skip
+        """Join processes that know the same key-value store of torch's; ``one_machine``: all of them are on this one."""
+        group = cls(rank, world_size, store, deadline_s)
         group._await_all(while_joining)
-        with group._joined(True, True, True):
+        with group._joined(True, True, one_machine):
             yield group
 
     @contextlib.contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-WORKER, SERVER = "worker", "server"
-"""The roles of a training run's processes."""
+WORKER, SERVER, PARTNER = "worker", "server", "partner"
+"""The roles of a training run's processes. A partner is one of those that make up a worker and share no memory, but its head."""
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,11 @@ class TrainHost:
         return self._built.job
 
     @property
+    def buffered(self) -> nn.Module:
+        """The model as it was built, which has all of its buffers."""
+        return self._built.model
+
+    @property
     def optimizer_name(self) -> str:
         return type(self._built.optimizer).__name__
 

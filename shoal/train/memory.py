@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.process.messages import PARTNER, WORKER
+
 _MB = 1024.0
 
 
@@ -42,7 +44,7 @@ class MemoryWatch:
             return
         rows = processes()
         self._peak = memory_of([row["pid"] for row in rows], self._peak)
-        self._workers.update(row["pid"] for row in rows if row["role"] == "worker")
+        self._workers.update(row["pid"] for row in rows if row["role"] in (WORKER, PARTNER))
         self._every_s = min(30.0, 2 * self._every_s)
         self._due = now + self._every_s
 

@@ -57,16 +57,17 @@ class Own:
     groups: tuple[tuple[int, ...], ...]
 
 
-def own_part(split: Split, base: ParameterTable, rank: int, zero: int, optimizer: str) -> Own:
+def own_part(split: Split, base: ParameterTable, rank: int, zero: int = 0, optimizer: str = "") -> Own:
     """What a rank holds of a split model.
 
     Args:
         split: as seen by all: its table has everybody's parts.
         base: the model's own table, of whole tensors.
         zero: 1 or 2 where ranks with the same parts update a slice each.
-        optimizer: the name of its type, for a refusal.
+        optimizer: the name of its type, for a refusal; empty where servers update, and have whole tensors.
     """
-    _refuse_optimizer(split, base, zero, optimizer)
+    if optimizer:
+        _refuse_optimizer(split, base, zero, optimizer)
     grid, owner = split.grid, split.grid.owner(rank)
     holders = _holders(split)
     echoing = {(echo.parameter, echo.owner) for echo in split.table.echoes}

@@ -90,7 +90,17 @@ class RunSettings:
 
     @property
     def grid(self) -> Grid:
-        return Grid.of(self.plan)
+        return grid_of(self.plan, self.split)
+
+
+def grid_of(plan: Plan, split: Split | None) -> Grid:
+    """The ranks of a run.
+
+    Where workers push to servers and the model is not known to be split, each counts as one rank: which processes make it up is
+    its own matter (``shoal.train.remote.teams``).
+    """
+    grid = Grid.of(plan)
+    return Grid(dp=grid.dp, servers=grid.servers) if split is None and grid.servers else grid
 
 
 def table_of(facts: JobFacts, split: Split | None) -> ParameterTable:
@@ -118,7 +128,7 @@ def units_of(plan: Plan, facts: JobFacts) -> int:
 
 def layout_of(plan: Plan, facts: JobFacts, split: Split | None, private: bool = False) -> ArenaLayout:
     """The arena of a run; ``private``: its workers share no memory."""
-    grid, portions = Grid.of(plan), portions_of(plan, facts)
+    grid, portions = grid_of(plan, split) if private else Grid.of(plan), portions_of(plan, facts)
     if portions and not private:
         grid = dataclasses.replace(grid, spare_stripes=spare_stripes(portions))
     return arena_layout(

@@ -12,13 +12,15 @@ import torch
 
 from shoal.errors import PlanError
 from shoal.plan import Plan
-from shoal.process.messages import SERVER, WORKER
+from shoal.process.messages import PARTNER, SERVER, WORKER
 from shoal.ps import messages
 from shoal.ps.checks import MOST
 from shoal.ps.wire import Malformed
 from shoal.train.remote import words
+from shoal.train.remote.bond import TOKEN_BYTES
 
 _ADDRESS = re.compile(r"tcp://[^\s:/]+:\d{1,5}|tcp://\[[0-9a-fA-F:.%\w]+\]:\d{1,5}")
+_TOKEN = re.compile(f"[0-9a-f]{{{2 * TOKEN_BYTES}}}")
 _TO: dict[type, tuple[type, ...]] = {
     words.Join: (words.Placed,), words.Claim: (words.Unit, words.Later), words.Leave: (words.Ended,),
     words.Gives: (words.Summed,),
@@ -57,7 +59,7 @@ def check_answer(
     orders = answer.orders
     _check_counts(orders.steps_allowed, orders.over, orders.epoch_done, orders.stop_epoch, orders.stop_at, orders.past)
     _check_counts(*orders.done, *orders.keeps[1:])
-    if orders.keeps[0] not in ("", SERVER, WORKER):
+    if orders.keeps[0] not in ("", SERVER, WORKER, PARTNER):
         raise Malformed(f"nobody keeps a {orders.keeps[0][:20]}")
     if not all(map(is_address, orders.heads)) or (servers is not None and len(orders.heads) not in (0, servers)):
         raise Malformed(f"{orders.heads[:9]} are no addresses of {servers} servers")
@@ -89,6 +91,8 @@ def _check_place(answer: words.Placed) -> None:
         raise Malformed(str(error)) from None
     if not all(place.isascii() and place.isdigit() and is_address(at) for place, at in answer.servers.items()):
         raise Malformed(f"{answer.servers} are no servers")
+    if answer.team and not (is_address(answer.team) and _TOKEN.fullmatch(answer.token)):
+        raise Malformed(f"{answer.team} is no place for the processes of a worker to meet at")
 
 
 def _check_end(answer: words.Ended) -> None:

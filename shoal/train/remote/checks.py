@@ -21,7 +21,7 @@ from shoal.comm.store import VALUE_COLUMNS, Store
 from shoal.errors import RequestError
 from shoal.job import Job
 from shoal.plan import Plan
-from shoal.process.messages import SERVER, WORKER
+from shoal.process.messages import PARTNER, SERVER, WORKER
 from shoal.ps import messages
 from shoal.ps.checks import MOST, fits
 from shoal.ps.ledger import EMPTY, REJECTED, UnitColumns
@@ -33,6 +33,7 @@ from shoal.train.remote import words
 from shoal.train.remote.answers import check_buffers, is_address
 from shoal.train.remote.batch_sums import NAME
 from shoal.train.remote.keeper import ROLE as KEEPER
+from shoal.train.remote.teams import size_of
 
 _WIDTH = UnitColumns.VALUES + VALUE_COLUMNS
 _MOST_EPOCHS = 1 << 31
@@ -51,6 +52,7 @@ class SaidCheck:
         buffers: the model's.
         metrics: the job's, by name.
         versions: no server makes more updates.
+        partners: of how many processes a worker is beside its head.
     """
 
     workers: int
@@ -60,13 +62,15 @@ class SaidCheck:
     buffers: Mapping[str, torch.Tensor]
     metrics: Mapping[str, Any]
     versions: int = MOST
+    partners: int = 0
 
     def __call__(self, said: words.Said, frames: Sequence[Any]) -> None:
         """Raises Malformed."""
         if not 0 < said.number < MOST:
             raise Malformed(f"{said.number} is no number of a question")
         role = getattr(said, "role", SERVER if isinstance(said, words.LogFailed) else WORKER)
-        count = {WORKER: self.workers, SERVER: self.servers, KEEPER: _MOST_KEEPERS}.get(role, 0)
+        partners = self.workers * self.partners
+        count = {WORKER: self.workers, PARTNER: partners, SERVER: self.servers, KEEPER: _MOST_KEEPERS}.get(role, 0)
         if isinstance(said, words.Failed):
             self._look_at_failure(said)
         # Who has failed may have done so before it knew who it was.
@@ -82,18 +86,22 @@ class SaidCheck:
             self._look_at_metrics(frames)
         elif frames:
             raise Malformed(f"{len(frames)} frames where none belongs")
-        elif isinstance(said, words.Join) and said.role == SERVER and not is_address(said.address):
+        elif isinstance(said, words.Join) and self._is_found_at(said.role) and not is_address(said.address):
             raise Malformed(f"{said.address!r} is no address")
         elif isinstance(said, words.Names) and (len(said.names) > VALUE_COLUMNS or len(set(said.names)) != len(said.names)):
             raise Malformed(f"{len(said.names)} values are more than a row has, or one of them is there twice")
         elif isinstance(said, words.Bad) and not (said.units and all(0 <= unit < MOST for unit in said.units)):
             raise Malformed("there is no unit in it")
 
+    def _is_found_at(self, role: str) -> bool:
+        """Whether others have to find one of this role."""
+        return role == SERVER or (role == WORKER and self.partners > 0)
+
     def _look_at_failure(self, said: words.Failed) -> None:
         known = getattr(errors, said.kind, None) if said.kind else errors.ShoalError
         if not (isinstance(known, type) and issubclass(known, errors.ShoalError)):
             raise Malformed(f"{said.kind} is no error")
-        if not -1 <= said.rank < self.workers + self.servers:
+        if not -1 <= said.rank < self.workers * (1 + self.partners) + self.servers:
             raise Malformed(f"there is no process {said.rank}")
 
     def _look_at_report(self, said: words.Report, frames: Sequence[Any]) -> None:
@@ -184,4 +192,5 @@ def check_of(plan: Plan, store: Store, job: Job, total_steps: int, made: int = 0
     return SaidCheck(
         workers=workers, servers=plan.servers * (1 + (plan.replicas or 0)), shards=plan.servers,
         sync=not plan.waits_for_nobody, buffers=buffers, metrics=job.metrics, versions=made + total_steps * (workers + 1),
+        partners=size_of(plan) - 1,
     )  # fmt: skip

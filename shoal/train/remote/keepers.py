@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from shoal.errors import RequestError
 from shoal.plan import Plan
-from shoal.process.messages import SERVER, WORKER
+from shoal.process.messages import SERVER
 from shoal.train.remote.keeper import spread
+from shoal.train.remote.teams import member_of
 
 Kept = tuple[str, int, int]
 """A role, which one of it, and a term: with a higher one whoever is kept begins anew. No role: nobody is kept."""
@@ -21,8 +22,9 @@ def roles(machines: Sequence[str], plan: Plan) -> list[tuple[str, int]]:
     """Of each process of a job, what it is, or keeps: a role, and which one of it; ``machines``: see ``spread``."""
     servers, replicas = servers_of(plan), plan.replicas or 0
     numbers = spread(machines, plan.servers, replicas)
-    workers = [(WORKER, number - servers) if number < servers + plan.data_ways else ("", 0) for number in numbers]
-    return [(SERVER, n) if n < servers else worker for n, worker in zip(numbers, workers, strict=True)]
+    workers = [member_of(number, plan) for number in range(plan.world_size)]
+    everybody = [*((SERVER, number) for number in range(servers)), *workers]
+    return [everybody[number] if number < len(everybody) else ("", 0) for number in numbers]
 
 
 def servers_of(plan: Plan) -> int:
@@ -44,7 +46,7 @@ class Keepers:
 
     def refuse(self, plan: Plan) -> None:
         """RequestError where a plan takes more processes than there are."""
-        wanted, found = servers_of(plan) + plan.data_ways, len(self._of)
+        wanted, found = servers_of(plan) + plan.world_size, len(self._of)
         if wanted > found:
             raise RequestError(
                 f"{plan.brief()} takes {wanted} processes, and torchrun or Slurm has started {found}, whose number cannot "

@@ -23,8 +23,9 @@ import numpy as np
 
 from shoal.comm.arena import Note, Order, Signal
 from shoal.comm.store import Store
-from shoal.errors import JobError, JobFailed, WorkerLostError
+from shoal.errors import JobFailed
 from shoal.process.failure import Failure
+from shoal.process.messages import SERVER
 from shoal.ps import messages
 from shoal.ps.claims import Claim, Claims
 from shoal.ps.client import NotStaged
@@ -45,14 +46,15 @@ from shoal.train.remote.checks import check_of
 from shoal.train.remote.coordinator import Coordinator
 from shoal.train.remote.dealing import Dealt, Left, Orphan
 from shoal.train.remote.desk import Asked, Desk
-from shoal.train.remote.holding import Holding
+from shoal.train.remote.joining import Joining
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.log import LoggedRecorder, RemoteLog
-from shoal.train.remote.members import Lost, Members
+from shoal.train.remote.members import Members
 from shoal.train.remote.published import RemoteSource
 from shoal.train.remote.recovery import Recovery
 from shoal.train.remote.stand_ins import Groups
 from shoal.train.remote.state import RemoteTables, StoreState
+from shoal.train.remote.teams import Teams
 from shoal.train.remote.worker import built_as
 from shoal.train.run import Run
 from shoal.train.settings import BadPush, EpochPart, RunSettings, ValueNames
@@ -63,11 +65,9 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05
 # A question that waits for something is answered after so long all the same: who asks knows then that the lead lives.
 _HOLD_S = 0.5
-MOST_DEATHS = 5
-"""So often may one worker die without having finished a unit in between."""
 
 
-class RemoteLead(Holding):
+class RemoteLead(Joining):
     """The supervisor's part of such a run."""
 
     def begin(
@@ -78,8 +78,7 @@ class RemoteLead(Holding):
         self._host, self._members = host, members
         self._desk, self._meeting = desk, meeting
         self._built = built_as(self._facts)
-        # Who has said that it is somebody who is there already.
-        self._turned_away: set[bytes] = set()
+        self._turned_away = set()
         self._use(settings, store, placement)
         self._chains = Chains(self._plan.servers, self._plan.replicas or 0)
         self._tables.begin_with(host.first_rows)  # type: ignore[attr-defined]
@@ -95,6 +94,7 @@ class RemoteLead(Holding):
         self._settings, self._plan = settings, settings.plan
         self._store, self._arena, self._placement = store, store.arena, placement
         self._desk.check = check_of(self._plan, store, self._job, settings.total_steps)
+        self._teams = Teams(self._plan)
         self._sync = not self._plan.waits_for_nobody
         self._tables = RemoteTables(self._facts.tables, placement)  # type: ignore[assignment]
         self._state = StoreState(store, placement)
@@ -133,10 +133,7 @@ class RemoteLead(Holding):
         self._staged: dict[int, tuple[words.Report, words.Row]] = {}
         # Units of which it was told that their gradients are no numbers.
         self._bad: set[int] = set()
-        self._deaths: dict[int, int] = {}
-        self._died_at: dict[int, tuple[float, int]] = {}
-        # Workers that are gone and that nobody starts again.
-        self._gone: set[int] = set()
+        self._deaths, self._died_at, self._gone, self._unexplained = {}, {}, set(), {}
         self._emptied = {}
 
     def _ahead(self) -> int | None:
@@ -238,7 +235,7 @@ class RemoteLead(Holding):
             if units:
                 self._take(BadPush(said.rank, units, said.parameter, said.samples))
         elif isinstance(said, words.Gone):
-            self._members.gone(said.role, said.rank, said.pid, said.cause)
+            self._hear_of_end(said)
             desk.answer(asked, lambda n: words.Heard(n, self._orders()))
         elif isinstance(said, words.LogFailed):
             self._log.fail(LogTrouble(said.rank, said.reason), self._emit)
@@ -262,16 +259,8 @@ class RemoteLead(Holding):
         elif isinstance(said, words.Look):
             if said.seen != (orders := self._orders_for(said)) or held_s > _HOLD_S:
                 desk.answer(asked, lambda n: words.Heard(n, orders))
-        elif isinstance(said, words.Join) and (said.role == "server" or self._client is not None):
-            servers = {str(s): address for s, address in self._chains.heads.items()} if said.role == "worker" else {}
-            desk.answer(
-                asked,
-                lambda n: words.Placed(
-                    number=n, plan=str(self._plan), total_steps=self._settings.total_steps, first_step=self._first_step,
-                    checkpoints=self._settings.checkpoint_dir, servers=servers, orders=self._orders(),
-                    log=str(self._log.directory) if self._log.kept else "",
-                ),
-            )
+        elif isinstance(said, words.Join) and (said.role == SERVER or self._client is not None):
+            self._place(asked, said)
 
     def _orders(self) -> words.Orders:
         supervisor = self._arena.supervisor
@@ -283,34 +272,6 @@ class RemoteLead(Holding):
             heads=tuple(self._chains.heads.values()) if self._client is not None and self._servers_move else (),
             past=self._past, done=self._dealt.done if self._dealt is not None else (),
         )  # fmt: skip
-
-    def _join(self, asked: Asked, said: words.Join) -> None:
-        known = self._members.of.get((said.role, said.rank))
-        replaced = known is not None and known.process is not None and known.pid != said.pid
-        if replaced or self._members.was_gone(said.role, said.rank, said.pid):
-            # Of one that died before this was heard; another is in its place, or will be.
-            self._desk.forget(asked.identity, for_good=True)
-            return
-        if known is not None and known.died and known.pid != said.pid:
-            # The one before it is known to have died, and is to be buried first.
-            self._recovery.put_off(asked)
-            return
-        as_built = said.built == self._built
-        if known is not None and known.joined and not (as_built and (known.pid, known.address) == (said.pid, said.address)):
-            # Whoever is there goes on, and so does the run; what this one says of its end does not end it.
-            self._turned_away.add(asked.identity)
-            logger.warning("A second process says that it is %s %d; it was turned away.", said.role, said.rank)
-            reason = f"Two processes say that they are {said.role} {said.rank}; start each once."
-            self._desk.answer(asked, lambda n: messages.Refused(n, reason))
-            return
-        if not as_built:
-            raise JobError(
-                f"{said.role.capitalize()} {said.rank} has built another model or data set than the lead; let the job's "
-                "functions do the same in every process."
-            )
-        if said.role == "worker":
-            self._gone.discard(said.rank)
-        self._members.join(said.role, said.rank, said.pid, said.host, said.address, asked.identity)
 
     def _evaluated(self, said: words.Evaluated, frames: Sequence[Any]) -> None:
         evaluation, training = (metrics_of(notes.from_bytes(frame), self._job.metrics) for frame in frames)
@@ -564,34 +525,3 @@ class RemoteLead(Holding):
             self._tell_processes()
         self._attend_servers()
 
-    def _bury(self, lost: Lost) -> None:
-        """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
-        member = lost.member
-        # A unit that a dead worker has asked for would be nobody's.
-        self._desk.forget(member.identity, for_good=lost.dead)
-        step = self._recorder.step + 1
-        self._tell_death(lost)
-        if member.role == "server":
-            self._bury_server(lost, step)
-            return
-        deaths = self._deaths[member.rank] = self._deaths.get(member.rank, 0) + 1
-        if deaths >= MOST_DEATHS:
-            raise WorkerLostError(
-                f"Worker {member.rank} died {deaths} times without having finished anything (last by {lost.cause}), so "
-                f"something in its work kills it; {self._name_last_checkpoint()}"
-            )
-        self._take_back(member.rank)
-        own = self._members.is_own("worker", member.rank)
-        if own or lost.returns:
-            self._died_at[member.rank] = (time.monotonic(), step)
-            if own:
-                self._members.start("worker", member.rank)
-            return
-        if self._together:
-            raise WorkerLostError(
-                f"Worker {member.rank} is gone ({lost.cause}), and BatchNorm over the global batch needs all of them; go on with "
-                f"--resume, or write batchnorm=local: {self._name_last_checkpoint()}"
-            )
-        self._gone.add(member.rank)
-        if not any(m.role == "worker" for m in self._members.of.values()):
-            raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from shoal.train.remote.answers import check_answer
 from shoal.train.remote.words import Ended, Failed, Join, Leave, Placed
 
 LEAD = 0
+_SIGN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,23 @@ class Line(Requests):
             ),
             "the end of the run",
         )
+
+
+class Signs:
+    """Lets the lead hear that a process lives which has nothing else to say."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._ticket: Ticket | None = None
+        self._given_at = 0.0
+
+    def give(self) -> None:
+        """Say so, about once a second, without waiting for an answer."""
+        if time.monotonic() - self._given_at < _SIGN_S:
+            return
+        self._given_at = time.monotonic()
+        self._line.receive(0.0)
+        if self._ticket is None or self._ticket.answer is not None:
+            self._ticket = self._line.look(None)
+        else:
+            self._line.again(self._ticket)

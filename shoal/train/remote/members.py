@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.process.messages import WORKER
+from shoal.train.remote.bond import LOST
 from shoal.train.remote.nursery import Process
 
 SILENCE = "silence"
+WENT_TOO = f"exit code {LOST}"
+"""The end of a process of a worker another one of which has gone."""
 START_S = 300.0
 """So long may a process take until it is there."""
 
@@ -58,6 +61,10 @@ class Lost:
     def dead(self) -> bool:
         """Whether it can say nothing any more."""
         return self.cause != SILENCE or self.member.process is not None
+
+
+def _cause_of(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 class Members:
@@ -152,7 +159,7 @@ class Members:
             if member.left or (code == 0 and member.joined):
                 continue
             if code is not None:
-                cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                cause = _cause_of(code)
             elif not cause and member.joined and time.monotonic() - member.heard_at > silent_s(member):
                 cause = SILENCE
                 if member.process is not None:
@@ -161,7 +168,13 @@ class Members:
                 del self.of[key]
                 self.changed = True
                 found.append(Lost(member, cause, bool(member.died)))
-        return found
+        # Who went because another one had is of no interest where that one is there.
+        return sorted(found, key=lambda lost: lost.cause == WENT_TOO)
+
+    def ended(self, member: Member) -> Lost | None:
+        """What is known of the end of one that the lead has started; None while it is alive."""
+        code = None if member.process is None else member.process.poll()
+        return None if code is None else Lost(member, _cause_of(code))
 
     def missed(self, silent_s: float) -> list[Member]:
         """Who has said nothing for longer than this; each once, until it is heard again."""

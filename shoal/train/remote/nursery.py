@@ -9,22 +9,30 @@ import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from shoal.comm.grid import Grid
 from shoal.comm.memory import supported
 from shoal.errors import JobFailed
 from shoal.job import Job
+from shoal.plan import Plan
 from shoal.process.channel import Channel, ChannelClosed
-from shoal.process.messages import SERVER, Assign
+from shoal.process.messages import PARTNER, SERVER, Assign
 from shoal.process.supervisor import Child, Supervisor, TemplateLost
+from shoal.train.ahead import import_ahead
 from shoal.train.api import TrainOptions, start_supervisor
+from shoal.train.choose import split_of
 from shoal.train.driver import portable
 from shoal.train.host import TrainHost
 from shoal.train.neighbours import start_process
+from shoal.train.remote.head import lead_team
 from shoal.train.remote.line import Meeting
+from shoal.train.remote.partner import assist
 from shoal.train.remote.server import serve
 from shoal.train.remote.worker import work
+from shoal.train.split import Split
 
 ENTRY = "shoal.train.remote.nursery:RemoteHost"
 _BUILD_S = 3600.0
@@ -44,16 +52,28 @@ class RemoteHost(TrainHost):
 
     _meeting: Meeting
     _options: TrainOptions
+    _split: Split | None
 
-    def meet(self, meeting: Meeting, options: TrainOptions) -> None:
-        """Say where the lead is, before anybody is forked."""
-        self._meeting, self._options = meeting, options
+    def meet(self, meeting: Meeting, options: TrainOptions, split: Split | None) -> None:
+        """Say where the lead is, before anybody is forked; ``split``: how the model is divided within a worker."""
+        self._meeting, self._options, self._split = meeting, options, split
+        if split is not None:
+            import_ahead(Plan(tp=split.grid.tp, pp=split.grid.pp))
 
     def run(self, role: Assign, channel: Channel) -> None:
-        if role.role == SERVER:
-            serve(lambda: self, self._meeting, role.rank)
-        else:
-            work(lambda: self, self._options, self._meeting, role.rank)
+        live, arguments = _life(role.role, self._meeting, self._options, self._split)
+        live(lambda: self, *arguments(role.rank))
+
+
+def _life(
+    role: str, meeting: Meeting, options: TrainOptions, split: Split | None
+) -> tuple[Callable[..., Any], Callable[[int], tuple[Any, ...]]]:
+    """What a process of a role does, and what it is told beside the job, by its rank."""
+    if role == SERVER:
+        return serve, lambda rank: (meeting, rank)
+    if split is None:
+        return work, lambda rank: (options, meeting, rank)
+    return assist if role == PARTNER else lead_team, lambda rank: (options, meeting, rank, split)
 
 
 class Forked:
@@ -89,6 +109,9 @@ class Nursery:
         self._supervisor: Supervisor | None = start_supervisor() if supported() else None
         self._forked: list[Forked] = []
         self._started: list[Process] = []
+        self._loaded = False
+        # How the model is divided within a worker, where it is.
+        self.split: Split | None = None
 
     @property
     def template_pid(self) -> int | None:
@@ -98,8 +121,29 @@ class Nursery:
     def ready(self) -> None:
         """Have the job built. Raises what that raises."""
         if self._supervisor is not None:
-            self._supervisor.load(ENTRY, self._job, _BUILD_S)
-            self._supervisor.call("meet", self.meeting, self._options)
+            self._load(self._supervisor)
+            self._supervisor.call("meet", self.meeting, self._options, self.split)
+
+    def cut(self, plan: Plan) -> None:
+        """Find out, once, how the model is divided within a worker, where it is. PlanError where it does not fit the plan."""
+        if not Grid.of(plan).splits_model or self.split is not None:
+            return
+        if self._supervisor is not None:
+            self._load(self._supervisor)
+            self.split = split_of(plan, self._supervisor)
+            return
+        # Not aside of this process, which has threads.
+        supervisor = start_supervisor()
+        try:
+            supervisor.load(ENTRY, self._job, _BUILD_S)
+            self.split = split_of(plan, supervisor)
+        finally:
+            supervisor.close()
+
+    def _load(self, supervisor: Supervisor) -> None:
+        if not self._loaded:
+            supervisor.load(ENTRY, self._job, _BUILD_S)
+            self._loaded = True
 
     def describe(self, host: TrainHost, timeout_s: float) -> dict[str, Any]:
         """What goes into the model and comes out, while the run goes on; ``host``: the lead's, where there is no template."""
@@ -111,12 +155,8 @@ class Nursery:
     def start(self, role: str, rank: int) -> Process:
         """Start a process of a role."""
         if self._supervisor is None:
-            make = partial(TrainHost, self._job)
-            started: subprocess.Popen[bytes]
-            if role == SERVER:
-                started = start_process(serve, make, self.meeting, rank)
-            else:
-                started = start_process(work, make, self._options, self.meeting, rank)
+            live, arguments = _life(role, self.meeting, self._options, self.split)
+            started = start_process(live, partial(TrainHost, self._job), *arguments(rank))
             self._started.append(started)
             return started
         if not self._supervisor.alive():
@@ -141,7 +181,7 @@ class Nursery:
         for forked in self._forked:
             forked.lose()
         try:
-            self._supervisor = start_supervisor()
+            self._supervisor, self._loaded = start_supervisor(), False
             self.ready()
         except (ChannelClosed, TemplateLost) as error:
             raise JobFailed(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from shoal.cluster import Cluster
 from shoal.errors import NotBuiltError, PlanError
 from shoal.plan import Plan
+from shoal.planner.candidates import in_microbatches
 from shoal.ps.ledger import UNITS_KEPT
-from shoal.train.choose import check_plan, given_text, remarks
+from shoal.train.choose import check_plan, divisible, given_text, remarks
 from shoal.train.host import TrainHost
 from shoal.train.portions import with_portions
 from shoal.train.remote.state import pieces_of
+from shoal.train.remote.teams import size_of
 from shoal.train.replan import refuse_same, wished
 from shoal.train.settings import units_of
 
@@ -19,21 +21,15 @@ _NEEDS_MEETINGS = (
 )
 
 
-def threads_of(workers: int) -> int:
-    """How many threads each of so many workers computes with where the plan leaves that open."""
-    return max(1, Cluster.local(measure=False).cores // workers)
+def threads_of(processes: int) -> int:
+    """How many threads each of so many processes computes with where the plan leaves that open."""
+    return max(1, Cluster.local(measure=False).cores // processes)
 
 
 def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
     """The plan with everything that it leaves open. A sentence where it is not built, or does not fit the job."""
-    for key in ("tp", "pp"):
-        if (getattr(plan, key) or 1) > 1:
-            raise NotBuiltError(
-                f"ps={plan.ps} with {key}={getattr(plan, key)} is built for processes that share memory, on one machine; leave "
-                f"{key} out of the plan."
-            )
     job, facts = host.job, host.facts()
-    whole = with_portions(plan.replace(threads=plan.threads or threads), facts).filled()
+    whole = with_portions(in_microbatches(plan, divisible(job, facts)).replace(threads=plan.threads or threads), facts).filled()
     check_plan(whole, job, facts)
     if (count := units_of(whole, facts)) > UNITS_KEPT:
         raise PlanError(
@@ -49,7 +45,13 @@ def complete(plan: Plan, host: TrainHost, threads: int) -> Plan:
         raise PlanError("The optimizer may look across tensors, so one server has to hold all of them; write ps=1.")
     if facts.batchnorm and whole.batchnorm != "local" and (whole.waits_for_nobody or whole.backup):
         raise NotBuiltError(_NEEDS_MEETINGS)
-    why = f"{whole.servers} servers and {whole.data_ways} workers share no memory and speak over sockets."
+    if facts.batchnorm and whole.batchnorm != "local" and size_of(whole) > 1 and whole.data_ways > 1:
+        raise NotBuiltError(
+            "BatchNorm over the global batch is not built for workers of several processes that share no memory; add "
+            "batchnorm=local to the plan, or leave tp and pp out."
+        )
+    of = f" of {size_of(whole)} processes each" if size_of(whole) > 1 else ""
+    why = f"{whole.servers} servers and {whole.data_ways} workers{of} share no memory and speak over sockets."
     return whole.replace(explanation=(why, *remarks(whole, private=True)))
 
 
@@ -64,7 +66,12 @@ def changed(asked: Plan, present: Plan, host: TrainHost, threads: int | None = N
             f"Processes that share no memory stay servers and workers while a run is under way; name both, such as "
             f"ps={present.servers},workers=3, or go on by --resume --plan {asked}."
         )
+    if size_of(wanted) > 1 or size_of(present) > 1:
+        raise NotBuiltError(
+            "Workers of several processes that share no memory do not change while a run is under way; stop the run, and go on "
+            f"with it by --resume --plan {asked}."
+        )
     # What it asks for of how servers wait leaves open how many copies there are.
-    plan = complete(wanted.replace(replicas=present.replicas), host, threads or threads_of(wanted.data_ways))
+    plan = complete(wanted.replace(replicas=present.replicas), host, threads or threads_of(wanted.world_size))
     refuse_same(plan, present)
     return plan.replace(explanation=(given_text(asked, plan), *plan.explanation))

@@ -9,14 +9,17 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shoal.comm import nearby
 from shoal.comm.arena import Arena
-from shoal.comm.group import Group
+from shoal.comm.group import Group, PeerFailed
 from shoal.errors import PlanError, ShoalError, UserCodeError
 from shoal.job import Job
 from shoal.observe.events import EventLog
 from shoal.plan import Plan
+from shoal.planner.memory import axes_text
+from shoal.process.failure import Failure
 from shoal.process.interrupts import Interrupts
 from shoal.process.messages import SERVER
 from shoal.ps.endpoint import Endpoint, RunKeys
@@ -36,9 +39,11 @@ from shoal.train.remote.plans import complete, threads_of
 from shoal.train.remote.server import serve
 from shoal.train.remote.stand_ins import InLead
 from shoal.train.remote.state import placement_of
+from shoal.train.remote.teams import members_of, size_of
 from shoal.train.remote.worker import remote_settings, work
 from shoal.train.run import Run
 from shoal.train.rundir import RunDirectory
+from shoal.train.split import Split
 
 _END_S = 10.0
 
@@ -60,9 +65,10 @@ def run_here(request: Request, directory: RunDirectory) -> Run:
     plan = request.plan
     with contextlib.closing(Endpoint(keys := RunKeys.new())) as endpoint:
         meeting = Meeting(endpoint.address, keys, request.deadline_s)
-        own = [("server", n) for n in range(servers_of(plan))] + [("worker", n) for n in range(plan.data_ways)]
+        own = [(SERVER, n) for n in range(servers_of(plan))]
+        own += [member for worker in range(plan.data_ways) for member in members_of(worker, plan)]
         with _nursery(request, meeting) as nursery:
-            return _lead(request, directory, endpoint, nursery, own, threads_of(plan.data_ways))
+            return _lead(request, directory, endpoint, nursery, own, threads_of(plan.world_size))
 
 
 def run_joined(request: Request, group: Group, threads: int) -> Run:
@@ -71,34 +77,41 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
     servers = servers_of(plan)
     # What makes no sense is refused by all processes alike.
     wants_log(request.options.push_log or False, plan, Path())
-    _check_count(plan, servers + plan.data_ways, group.world_size)
+    _check_count(plan, servers + plan.world_size, group.world_size)
     machines = group.gather_objects(nearby.machine_key(), "the names of the machines") if plan.replicas else [""]
     machines = machines if plan.replicas else [""] * group.world_size
     role, number = roles(machines, plan)[rank]
     with contextlib.ExitStack() as stack:
-        endpoint = meeting = directory = None
+        endpoint = meeting = directory = nursery = None
         # Whether those who serve and work are processes of their own, which others keep.
         kept = False
         if rank == 0:
             options = request.options
             directory = RunDirectory.claim(options.run_dir, request.job.name, options.resume)
-            kept = bool(plan.replicas) or wants_log(options.push_log, plan, directory.path)
+            # Of a worker that is several none outlives another, and the processes of the job shall not end with them.
+            kept = bool(plan.replicas) or wants_log(options.push_log, plan, directory.path) or size_of(plan) > 1
             keys = RunKeys.new()
             here = group.on_one_machine
             endpoint = stack.enter_context(contextlib.closing(Endpoint(keys, f"tcp://{'127.0.0.1' if here else '0.0.0.0'}:*")))
             address = endpoint.address.replace("0.0.0.0", _own_address())
             meeting = Meeting(address, keys, request.deadline_s)
-        meeting, kept = group.broadcast_object((meeting, kept), 0, "where the lead is")
-        if rank == 0:
-            assert endpoint is not None and directory is not None
             nursery = stack.enter_context(_nursery(request, meeting))
+            if size_of(plan) > 1 and (failure := _cut(request, nursery, threads)) is not None:
+                group.fail(failure)
+                return _lead(request, directory, endpoint, nursery, [(SERVER, 0)], threads)
+        split = nursery.split if nursery is not None else None
+        meeting, kept, split = _shared(group, (meeting, kept, split))
+        if nursery is not None:
+            assert endpoint is not None and directory is not None
             keepers = Keepers(machines, plan) if kept else None
-            return _lead(request, directory, endpoint, nursery, [("server", 0)], threads, keepers)
+            return _lead(request, directory, endpoint, nursery, [(SERVER, 0)], threads, keepers)
         make = partial(TrainHost, request.job)
         # Whoever started the job interrupts all of its processes: the lead ends the run then, and tells the others.
         request.interrupts.armed = True
         if kept:
-            path, summary = keep(stack.enter_context(_nursery(request, meeting)), role, number, rank)
+            nursery = stack.enter_context(_nursery(request, meeting))
+            nursery.split = split
+            path, summary = keep(nursery, role, number, rank)
         elif role == SERVER:
             path, summary = serve(make, meeting, number)
         else:
@@ -106,10 +119,36 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
         return Run(path, summary, request.job)
 
 
+def _cut(request: Request, nursery: Nursery, threads: int) -> Failure | None:
+    """Find out, before anybody has to know, how the model is divided within a worker; what went wrong, for the others."""
+    try:
+        nursery.cut(complete(request.plan, TrainHost(request.job), threads))
+    except Exception as error:
+        return Failure.of(error, 0)
+    return None
+
+
+def _shared(group: Group, found: tuple[Any, bool, Split | None]) -> tuple[Any, bool, Split | None]:
+    """What the first process has found, for all. Raises what that has raised."""
+    try:
+        shared: tuple[Any, bool, Split | None] = group.broadcast_object(found, 0, "where the lead is")
+    except PeerFailed as failed:
+        error = failed.value.error()
+        error.told_by_rank_0 = True
+        raise error from None
+    return shared
+
+
 def _check_count(plan: Plan, wanted: int, found: int) -> None:
     """PlanError where a job has another number of processes than its plan takes."""
     if found == wanted:
         return
+    size = size_of(plan)
+    if size > 1:
+        raise PlanError(
+            f"{axes_text(plan)} takes {wanted} processes, {servers_of(plan)} of them servers, and the job was started with "
+            f"{found}; start {wanted}, or change the plan."
+        )
     said = f"ps={plan.ps},workers={plan.data_ways}"
     if plan.replicas:
         raise PlanError(
@@ -153,6 +192,9 @@ def _lead(
             host = TrainHost(job)
             facts = host.facts()
             plan = complete(request.plan, host, threads)
+            nursery.cut(plan)
+            if nursery.split is not None:
+                plan = plan.replace(explanation=(*plan.explanation, *nursery.split.explanation))
             wants_log(options.push_log, plan, directory.path)
             done = finished_run(directory, job, options, facts)
             if done is not None:

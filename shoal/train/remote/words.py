@@ -46,7 +46,10 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Join(msgspec.Struct, tag="join", frozen=True, kw_only=True):
-    """A worker or a server is there, a server at ``address``. ``samples``, ``tensors``: to compare what was built."""
+    """A worker or a server is there, a server, or the head of a worker's processes, at ``address``.
+
+    ``built``: to compare what was built.
+    """
 
     number: int
     role: str
@@ -168,7 +171,10 @@ class Leave(msgspec.Struct, tag="leave", frozen=True):
 
 
 class Placed(msgspec.Struct, tag="placed", frozen=True, kw_only=True):
-    """The run that somebody has joined. Servers are told no others; ``log``: where they keep their logs, if they do."""
+    """The run that somebody has joined. Servers are told no others; ``log``: where they keep their logs, if they do.
+
+    ``team``, ``token``: where the head of a worker's processes is, and what lets them in there.
+    """
 
     number: int
     plan: str
@@ -178,6 +184,8 @@ class Placed(msgspec.Struct, tag="placed", frozen=True, kw_only=True):
     servers: dict[str, str]
     orders: Orders
     log: str = ""
+    team: str = ""
+    token: str = ""
 
 
 class Unit(msgspec.Struct, tag="unit", frozen=True, kw_only=True):

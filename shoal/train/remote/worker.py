@@ -48,14 +48,13 @@ from shoal.train.pushing import PushLoop, own_copy
 from shoal.train.remote import words
 from shoal.train.remote.answers import check_answer
 from shoal.train.remote.batch_sums import Adder
-from shoal.train.remote.line import Line, Meeting
+from shoal.train.remote.line import Line, Meeting, Signs
 from shoal.train.remote.state import placement_of, push_id
 from shoal.train.row_tables import RowGradients
 from shoal.train.settings import BadPush, EpochPart, JobFacts, RunSettings, ValueNames
 from shoal.train.setup import run_settings
 
 _CACHE_BYTES = 64 << 20
-_SIGN_S = 1.0
 
 
 class RemoteTable:
@@ -213,8 +212,9 @@ class RemoteWorker(PushingWorker):
         self.unit = 0
         self._orders: words.Orders | None = None
         self._tickets: list[Ticket] = []
-        self._sign: Ticket | None = None
-        self._signed_at = 0.0
+        self._signs = Signs(line)
+        # Called with every word of the lead's.
+        self.on_word: Callable[[], None] = lambda: None
         self._made: tuple[int, ...] = ()
         self._buffers_taken = 0.0
         table = store.table
@@ -240,6 +240,7 @@ class RemoteWorker(PushingWorker):
         for order, value in ((Order.STEPS_ALLOWED, orders.steps_allowed), (Order.EPOCH_DONE, orders.epoch_done),
                              (Order.OVER, orders.over)):  # fmt: skip
             supervisor.post(order, value)
+        self.on_word()
 
     def begin_unit(self, unit: int) -> None:
         """A unit is computed from now on, perhaps once more."""
@@ -279,15 +280,8 @@ class RemoteWorker(PushingWorker):
         self.waited_s += time.monotonic() - began
 
     def give_a_sign(self) -> None:
-        """Let the lead hear that this worker lives, about once a second, without waiting for its answer."""
-        if time.monotonic() - self._signed_at < _SIGN_S:
-            return
-        self._signed_at = time.monotonic()
-        self.line.receive(0.0)
-        if self._sign is None or self._sign.answer is not None:
-            self._sign = self.line.look(None)
-        else:
-            self.line.again(self._sign)
+        """Let the lead hear that this worker lives."""
+        self._signs.give()
 
     def await_worker(self, worker: int) -> None:
         """The lead hands out units: it knows whom to wait for."""
@@ -491,21 +485,49 @@ class Sender:
         )
 
 
+class Alone:
+    """How a worker goes through a run that is one process.
+
+    Attributes:
+        address: where other processes find it.
+    """
+
+    address = ""
+
+    def train(
+        self, host: TrainHost, settings: RunSettings, line: Line, client: Client, placed: words.Placed
+    ) -> Mapping[str, Any]:
+        """Work until nothing is left to do; what metrics with a state have gathered in the epoch that the run is in."""
+        store = host.take_up(Arena.private(settings.layout), settings, True)
+        axis = make_axis(host, store, settings, line, client, placed)
+        host.forget_first_weights()
+
+        def make_rows(model: nn.Module) -> RowGradients:
+            axis.rows = RemoteRows(model, line.rank, lambda: axis.updates)
+            return axis.rows
+
+        rows = make_rows if host.facts().tables else None
+        parts, around, own = host.worker(line.rank, Sender(line), lambda _: axis, make_rows=rows)
+        loop = RemoteLoop(parts, around, own_copy(store, own))
+        loop.run()
+        return loop.gathered
+
+
 def work(
-    make_host: Callable[[], TrainHost], options: TrainOptions, meeting: Meeting, rank: int
+    make_host: Callable[[], TrainHost], options: TrainOptions, meeting: Meeting, rank: int, how: Alone | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """A worker's whole life; the run's directory and its summary. ``make_host`` builds the job."""
-    line = Line(meeting, "worker", rank)
+    line, how = Line(meeting, "worker", rank), how or Alone()
     try:
         host = make_host()
-        placed = line.join(built_as(host.facts()))
+        placed = line.join(built_as(host.facts()), how.address)
         plan = Plan.parse(placed.plan)
         settings = remote_settings(plan, host.job, host.facts(), options, placed.checkpoints)
         client = Client(
             {int(s): address for s, address in placed.servers.items()}, meeting.keys, Patience(meeting.deadline_s)
         )
         try:
-            gathered = _train(host, settings, line, client, placed)
+            gathered = how.train(host, settings, line, client, placed)
         finally:
             client.close()
         # Whoever leaves within an epoch, because the run goes on under another plan, leaves to others what it has seen.
@@ -517,10 +539,11 @@ def work(
         line.close()
 
 
-def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, placed: words.Placed) -> Mapping[str, Any]:
-    """Work until nothing is left to do; what metrics with a state have gathered in the epoch that the run is in."""
+def make_axis(
+    host: TrainHost, store: Store, settings: RunSettings, line: Line, client: Client, placed: words.Placed
+) -> RemoteWorker:
+    """What a worker claims, pulls and pushes by, over a store of the whole model; its process is made ready to compute."""
     plan, facts, rank = settings.plan, host.facts(), line.rank
-    store = host.take_up(Arena.private(settings.layout), settings, True)
     keep_freed_memory()
     torch.set_num_threads(plan.threads or 1)
     host.quicken()
@@ -530,7 +553,6 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     keeps = plan.waits_for_nobody and (plan.pull_every or 1) > 1
     caches = [cache_of(spec) if keeps else None for spec in facts.tables]
     host.use_tables(lambda number, spec: RemoteTable(number, spec, client, placement, caches[number]))
-    host.forget_first_weights()
     waiting = Waiting(spin_s=0.0, deadline_s=line.patience.deadline_s)
     axis = RemoteWorker(store, rank, waiting, settings, line, client, placement)
     axis.caches = [cache for cache in caches if cache is not None]
@@ -542,15 +564,7 @@ def _train(host: TrainHost, settings: RunSettings, line: Line, client: Client, p
     axis.obey(placed.orders)
     store.arena.slots[rank].post(Signal.EVALUATED, placed.orders.epoch_done)
     store.arena.slots[rank].write(Note.METRICS_EPOCH, placed.orders.epoch_done)
-
-    def make_rows(model: nn.Module) -> RowGradients:
-        axis.rows = RemoteRows(model, rank, lambda: axis.updates)
-        return axis.rows
-
-    parts, around, own = host.worker(rank, Sender(line), lambda _: axis, make_rows=make_rows if facts.tables else None)
-    loop = RemoteLoop(parts, around, own_copy(store, own))
-    loop.run()
-    return loop.gathered
+    return axis
 
 
 def cache_of(spec: TableSpec) -> RowCache:

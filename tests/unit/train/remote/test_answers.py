@@ -40,6 +40,7 @@ def placed(**changes: Any) -> words.Placed:
         (CLAIM, unit(), FRAMES), (CLAIM, words.Later(1, 3, Orders()), []), (LOOK, words.Heard(1, Orders(past=4, done=(5,))), []),
         (CLAIM, words.Later(1, 3, Orders(), HEADS), FRAMES),
         (JOIN, placed(), []), (LEAVE, words.Ended(1, "runs/a", b"{}"), []), (CLAIM, unit(buffers=()), []),
+        (JOIN, placed(plan="tp=2,ps=2", team=AT, token="0f" * 16), []),
     ],
 )  # fmt: skip
 def test_what_is_right_is_taken(asked: Any, answer: Any, frames: Any) -> None:
@@ -58,7 +59,8 @@ def test_what_is_right_is_taken(asked: Any, answer: Any, frames: Any) -> None:
         (LOOK, words.Heard(1, Orders(done=(4, -1))), []),
         (LOOK, words.Heard(1, Orders(heads=(AT, "nowhere"))), []), (JOIN, placed(plan="ps=zebra"), []),
         (JOIN, placed(servers={"²": AT}), []), (JOIN, placed(first_step=-1), []), (LEAVE, words.Ended(1, "runs/a", b"[]"), []),
-        (LEAVE, words.Ended(1, "runs/a", b"{"), []),
+        (LEAVE, words.Ended(1, "runs/a", b"{"), []), (JOIN, placed(team="nowhere", token="0f" * 16), []),
+        (JOIN, placed(team=AT, token="0f"), []),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_not(asked: Any, answer: Any, frames: Any) -> None:

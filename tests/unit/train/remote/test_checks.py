@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import random
 import zipfile
@@ -101,6 +102,20 @@ def test_of_a_batch_only_what_can_be_added_up_is_taken() -> None:
             TOGETHER(*said)
     with pytest.raises(Malformed, match="no shards of a step"):
         CHECK(*gives())
+
+
+def test_whoever_is_a_part_of_a_worker_is_one_that_there_is() -> None:
+    check = dataclasses.replace(CHECK, partners=2)
+
+    def join(role: str, rank: int, address: str = "") -> words.Join:
+        return words.Join(number=1, role=role, rank=rank, pid=5, host="here", built="x", address=address)
+
+    for said in (join("partner", 3), join("worker", 1, "tcp://10.0.0.1:999"), words.Look(1, "keeper", 7)):
+        check(said, [])
+    wrong = [(check, join("partner", 4)), (check, join("worker", 1)), (CHECK, join("partner", 0)), (check, words.Claim(1, 2, 0))]
+    for refusing, said in wrong:
+        with pytest.raises(Malformed):
+            refusing(said, [])
 
 
 def packed() -> Any:

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from shoal.errors import JobFailed
+from shoal.plan import Plan
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Refused
 from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
+from shoal.train.remote.bond import LOST
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.lead import RemoteLead
 from shoal.train.remote.line import LEAD, Line, Meeting
 from shoal.train.remote.members import Members
 from shoal.train.remote.recovery import Recovery
+from shoal.train.remote.teams import Teams
 from shoal.train.remote.words import Claim, Gone, Join, Later, Look, Orders
 
 
@@ -97,7 +100,7 @@ def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_d
     members = Members(lambda role, rank: Process(0), [])
     lead = object.__new__(RemoteLead)
     lead._desk, lead._members, lead._built, lead._gone, lead._client = desk, members, "net", set(), None
-    lead._turned_away = set()
+    lead._turned_away, lead._teams = set(), Teams(Plan.parse("ps=1,workers=3"))
     lead._recovery = Recovery(desk, members, *[None] * 4)  # type: ignore[arg-type]
     lines = [Line(where, "worker", number) for number in range(3)]
 
@@ -206,6 +209,11 @@ def test_who_is_lost_is_found_out_once_and_started_again():
         ("worker", 0, "SIGKILL", True)
     ]
     assert members.lost(lambda member: 60.0) == [] and members.is_own("worker", 0) and not members.is_own("worker", 1)
+    # Of those that go together the one is named first that the others have followed.
+    pair = Members(lambda role, rank: Process(rank), [("worker", 0), ("partner", 0)])
+    pair.begin()
+    pair.of["worker", 0].process.code, pair.of["partner", 0].process.code = LOST, -9
+    assert [found.cause for found in pair.lost(lambda member: 60.0)] == ["SIGKILL", "exit code 75"]
     members.start("worker", 0)
     rows = members.rows({"role": "supervisor", "rank": 0, "pid": 1, "host": "here"})
     assert [(row["role"], row["rank"], row["pid"]) for row in rows] == [
