@@ -108,6 +108,10 @@ class SharedMemory(Memory):
         # Whole pages: of a shared mapping nothing is lost, whoever else has something there.
         self._map.madvise(mmap.MADV_DONTNEED, first, min(address - self.address + nbytes, len(self._map)) - first)
 
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Give pages back, from the beginning of one on: what is there is zero from now on, for everybody. OSError."""
+        self._map.madvise(mmap.MADV_REMOVE, offset, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+
     @classmethod
     def create(cls, size: int, label: str = "shoal") -> SharedMemory:
         """Make and reserve ``size`` bytes, all zero; RequestError where the machine does not have them."""

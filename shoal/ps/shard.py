@@ -295,6 +295,7 @@ class Shard:
         for number, table in self.tables.items():
             others = sorted(set(range(table.spec.shards)) - set(row_shards.get(number, ())))
             table.discard(None, others)
+            table.give_back(others)
             for shard in others:
                 counted = table.export_sketch((shard,))
                 if counted is not None:

@@ -9,6 +9,7 @@ with its next push.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from shoal.cluster.local import find_cores
 from shoal.errors import JobError, JobFailed
 from shoal.ps.cold import ColdStore
 from shoal.ps.kernel import FOUND, MAYBE_COLD, Batch, Kernel, Part, Push, TableHandle, load
-from shoal.ps.memory import SKETCH_BITS, TableMemory, Word
+from shoal.ps.memory import ROWS_AT, SKETCH_BITS, TableMemory, Word
 from shoal.ps.spec import HEAD_BYTES, TableSpec
 
 # Of a shard that is over its limit, so much goes to disk at once.
@@ -315,6 +316,23 @@ class Table:
                     self.kernel.remove(self._handle, shard, numbers)
                 if self._cold is not None:
                     self._cold.forget(shard, own)
+            finally:
+                self.kernel.unlock(self._handle, shard)
+
+    def give_back(self, shards: Iterable[int]) -> None:
+        """Give the memory of those of these shards back that have no rows any more; nobody reads the table meanwhile."""
+        for shard in shards:
+            words = self._words[shard]
+            if words[Word.LIVE] or not words[Word.ROWS_USED]:
+                continue
+            self.kernel.lock(self._handle, shard)
+            try:
+                nbytes = max(int(words[Word.ROWS_USED]) * self.spec.row_bytes, int(words[Word.ROWS_RESERVED]))
+                words[Word.STRUCTURE] += np.uint64(1)
+                words[[Word.ROWS_USED, Word.ROWS_RESERVED, Word.FREE_COUNT]] = 0
+                words[Word.STRUCTURE] += np.uint64(1)
+                with contextlib.suppress(OSError):
+                    self.memory.block.give_back(self.memory.head(shard) + ROWS_AT, nbytes)
             finally:
                 self.kernel.unlock(self._handle, shard)
 
