@@ -267,12 +267,12 @@ def script(run: Path) -> None:
         shoal.train(job(), plan=plan, run_dir=run.with_name("changed"), on_event=changer)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_a_job_that_torchrun_has_started_outlives_servers_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     # Whoever is gone when the run has ended is not waited for: it would take longer than there is time.
     process = torchrun(HERE, run, processes=5, SHOAL_STALL_S="1000")
-    _, errors = process.communicate(timeout=280)
+    _, errors = process.communicate(timeout=480)
     assert process.returncode == 0, errors
     found = shoal.open(run)
     Killer(run, KEPT).check_deaths()
