@@ -68,7 +68,7 @@ class Reader:
         self._banks: SeenBanks | None = None
         # Into which modules which rows were written last: of which copy, and up to which publication.
         self._loaded: weakref.WeakKeyDictionary[nn.Module, tuple[Copy, int]] = weakref.WeakKeyDictionary()
-        self._heard_at = time.monotonic()
+        self._began_at = self._heard_at = time.monotonic()
         self._pieces = 0
         self._error: ShoalError | None = None
         self._ended: str | None = None
@@ -76,6 +76,12 @@ class Reader:
         self.lag_s = float("nan")
         """How old the newest publication was when it had arrived here, in seconds (on one machine, or with equal clocks)."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            # What cannot be spoken with at all comes to light here.
+            _dial(self._context, self._key).close(0)
+        except RequestError:
+            self._context.term()
+            raise
         self._thread = threading.Thread(target=self._follow, name="shoal-reader", daemon=True)
         self._thread.start()
         try:
@@ -91,6 +97,11 @@ class Reader:
                 self.wait(1, deadline_s)
                 return
             except DeadlineError:
+                if self._heard_at == self._began_at and self._ended is None:
+                    raise DeadlineError(
+                        f"Nobody has answered at {self._key.address} within {deadline_s:g} s; see whether the run of "
+                        f"{self._from} is still there, and whether this is the read key that it has now."
+                    ) from None
                 if self._ended is not None or self._pieces in (0, pieces):
                     raise
                 pieces = self._pieces
@@ -342,7 +353,11 @@ def answers(run: str | Path, within_s: float = _DEADLINE_S) -> bool:
     except ShoalError:
         return False
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = _dial(context, key)
+    try:
+        socket = _dial(context, key)
+    except RequestError:
+        context.term()
+        return False
     try:
         _send(socket, wire.Hello())
         heard = bool(socket.poll(math.ceil(within_s * 1000)))
@@ -355,10 +370,17 @@ def answers(run: str | Path, within_s: float = _DEADLINE_S) -> bool:
 
 
 def _dial(context: Any, key: ReadKey) -> Any:
+    """A socket to the publisher of a key. RequestError where the key's address or keys are none."""
     socket = context.socket(zmq.DEALER)
     socket.linger = 100
-    Pair(key.public, key.secret).speak_by(socket, key.publisher)
-    socket.connect(key.address)
+    try:
+        Pair(key.public, key.secret).speak_by(socket, key.publisher)
+        socket.connect(key.address)
+    except zmq.ZMQError:
+        socket.close(0)
+        raise RequestError(
+            f"A read key with the address {key.address!r} has an address or keys that are none; take the one that the run wrote."
+        ) from None
     return socket
 
 

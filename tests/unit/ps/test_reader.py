@@ -17,7 +17,7 @@ from shoal.errors import DeadlineError, JobFailed, RequestError, TargetError
 from shoal.ps import wire
 from shoal.ps.keys import Pair, ReadKey
 from shoal.ps.publish import Copied, Publisher
-from shoal.ps.reader import Reader, _dial
+from shoal.ps.reader import Reader, _dial, answers
 
 WIDTH = 5000
 
@@ -187,7 +187,7 @@ def test_a_stranger_gets_nothing(run, tmp_path):
     forged = tmp_path / "forged"
     forged.mkdir()
     ReadKey(key.address, key.publisher, stranger.public, stranger.secret).write(forged)
-    with pytest.raises(DeadlineError, match="Nothing newer"):
+    with pytest.raises(DeadlineError, match="Nobody has answered .* whether this is the read key that it has now"):
         Reader(forged, deadline_s=1.0)
     deadline = time.monotonic() + 60
     while not publisher._door.refused:
@@ -248,6 +248,12 @@ def test_bad_keys_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "read.key").write_text("{}")
     with pytest.raises(RequestError, match="not a read key"):
         Reader(tmp_path)
+    good, publisher = Pair.new(), Pair.new().public
+    for address, secret in (("nowhere", good.secret), ("tcp://127.0.0.1:1", "é" * 40), ("tcp://127.0.0.1:1", "x")):
+        ReadKey(address, publisher, good.public, secret).write(tmp_path)
+        with pytest.raises(RequestError, match="an address or keys that are none; take the one that the run wrote"):
+            Reader(tmp_path)
+        assert not answers(tmp_path)
 
 
 def test_readers_have_what_is_newest_before_the_run_is_busy(run, monkeypatch):
