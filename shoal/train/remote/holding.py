@@ -234,7 +234,7 @@ class Holding(Keeping):
     def _may_begin_again(self, rank: int) -> bool:
         """Whether another server comes in the place of one that died before it had been given anything to hold."""
         own = self._members.is_own("server", rank)
-        if self._log.kept or not (own or self._plan.replicas) or not self._chains.may_begin_again(rank):
+        if not (own or self._servers_move) or not self._chains.may_begin_again(rank):
             return False
         if own:
             self._members.start("server", rank)
