@@ -15,7 +15,7 @@ import noisy_job
 import pytest
 import torch
 from logged_runs import killed_whole, train
-from noisy_job import events, held_at, kill, wait_until
+from noisy_job import events, held_at, kill, processes, wait_until
 
 import shoal
 from shoal.errors import RequestError, WorkerLostError
@@ -38,16 +38,18 @@ def pid_of(run: Path, role: str, rank: int) -> int:
 
 
 def killed(
-    target: str, run: Path, pushes: int, *more: str, alone: Callable[[], None] = lambda: None
+    target: str, run: Path, pushes: int, *more: str, alone: Callable[[], None] = lambda: None, early: bool = False
 ) -> list[dict[str, Any]]:
     """Train until this session has acknowledged so many pushes, kill -9 all at once; ``alone``: what is done in the middle.
 
-    A run gets not much further than that, however late it is killed.
+    A run gets not much further than that, however late it is killed. ``early``: a server is killed as soon as there is one.
     """
     before = len(events(run, "push_ack"))
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setenv("SHOAL_FAULTS", held_at((before + pushes) // 2 + 4, 0, 1))
         process = stack.enter_context(killed_whole(target, run, *more))
+        if early:
+            kill(wait_until(lambda: processes(run, "server"), process)[0])
         wait_until(lambda: len(events(run, "push_ack")) >= before + pushes // 2, process)
         alone()
         wait_until(lambda: len(events(run, "push_ack")) >= before + pushes, process)
@@ -67,7 +69,7 @@ def test_everything_acknowledged_is_there_once_after_kills_of_servers_and_of_all
 
     # Of the first session the log alone tells, whatever dies.
     plan = f"ps=2,workers=2,async,{CALM}"
-    killed(COUNTED, run, chance.randrange(16, 24), "--plan", plan, "--push-log", alone=kill_servers)
+    killed(COUNTED, run, chance.randrange(16, 24), "--plan", plan, "--push-log", alone=kill_servers, early=True)
     assert [e["step"] for e in events(run, "checkpoint")] == [0]
     back = [(e["role"], e["rank"], e["action"]) for e in events(run, "recovered")]
     assert back == [("server", 1, "replayed"), ("server", 0, "replayed")]

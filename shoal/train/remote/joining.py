@@ -153,13 +153,13 @@ class Joining(Holding):
             # Whoever has started the other one will say what it died of.
             self._unexplained[worker] = lost
 
-    def _hear_of_end(self, said: words.Gone) -> None:
-        """Somebody has died, says who had started it."""
+    def _hear_of_end(self, said: words.Gone) -> bool:
+        """Somebody has died, says who had started it; whether it had joined."""
         if self._teams.is_broken(said.role, said.rank, said.pid):
             worker, _ = place_of(said.role, said.rank, self._plan)
             if said.cause != WENT_TOO and self._unexplained.pop(worker, None) is not None:
                 self._tell_death(Lost(Member(said.role, said.rank, said.pid), said.cause))
-        self._members.gone(said.role, said.rank, said.pid, said.cause)
+        return self._members.gone(said.role, said.rank, said.pid, said.cause)
 
     def _break_up(self, lost: Lost) -> list[tuple[str, int]]:
         """Those that make up a worker with somebody who is gone go as well; all of them are to begin anew."""

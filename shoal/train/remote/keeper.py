@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.errors import WorkerLostError
 from shoal.ps.messages import Refused
 from shoal.ps.requests import Ticket
 from shoal.train.remote import words
@@ -85,10 +86,8 @@ class Keeper:
             for ticket in self._told:
                 self._line.again(ticket)
             if all(ticket.answer is not None for ticket in self._told):
-                ended, self._told = any(isinstance(ticket.answer, Refused) for ticket in self._told), []
-                # Whoever dies when the run has ended is not missed.
-                if self._turned or (self._deaths < _MOST_DEATHS and not ended):
-                    self.start()
+                answers, self._told = [ticket.answer for ticket in self._told], []
+                self._go_on(answers)
             return
         process = self._process
         code = process.poll() if process is not None else None
@@ -99,6 +98,19 @@ class Keeper:
         self._deaths += 1
         self._process, self._turned = None, False
         self._tell(process)
+
+    def _go_on(self, answers: Sequence[Any]) -> None:
+        """The lead knows of a death: start another one, unless it is not missed, as when the run has ended."""
+        if any(isinstance(answer, words.Heard) and answer.counts for answer in answers):
+            self._deaths = 0
+        missed = not any(isinstance(answer, Refused) for answer in answers)
+        if missed and self._deaths >= _MOST_DEATHS:
+            raise WorkerLostError(
+                f"{self._role.capitalize()} {self._number} died {self._deaths} times before it had begun; see what kills it, "
+                "and go on with --resume."
+            )
+        if self._turned or missed:
+            self.start()
 
     def _tell(self, process: Process) -> None:
         """Say that it has died, unless it had ended by itself."""

@@ -235,8 +235,11 @@ class RemoteLead(Joining):
             if units:
                 self._take(BadPush(said.rank, units, said.parameter, said.samples))
         elif isinstance(said, words.Gone):
-            self._hear_of_end(said)
-            desk.answer(asked, lambda n: words.Heard(n, self._orders()))
+            joined, is_copy = self._hear_of_end(said), said.role == "server" and bool(self._plan.replicas)
+            if is_copy and not self._chains.may_return(said.rank):
+                desk.answer(asked, lambda n: messages.Refused(n, "it has died many times before it was of any use"))
+            else:
+                desk.answer(asked, lambda n: words.Heard(n, self._orders(), counts=joined))
         elif isinstance(said, words.LogFailed):
             self._log.fail(LogTrouble(said.rank, said.reason), self._emit)
         elif isinstance(said, words.Failed):
@@ -368,8 +371,9 @@ class RemoteLead(Joining):
         return tuple(self._host.plain_groups())
 
     def _report(self, asked: Asked, said: words.Report) -> None:
-        own = self._given.get(said.rank, [])
-        known = {orphan.unit for orphan in own}
+        known = {orphan.unit for orphan in self._given.get(said.rank, [])}
+        # Also where nothing of it counts in the end (``backup``).
+        self._deaths.pop(said.rank, None)
         rows = [row for row in said.rows if row.unit in known]
         if self._sync:
             self._left.take(said, [row for row in rows if row.unit not in self._staged], asked.frames)

@@ -79,6 +79,8 @@ class Members:
         self._own = tuple(own)
         self.of: dict[tuple[str, int], Member] = {}
         self._gone: set[tuple[str, int, int]] = set()
+        # All who have ever joined.
+        self._joined: set[tuple[str, int, int]] = set()
         self.changed = True
 
     def begin(self) -> None:
@@ -124,6 +126,7 @@ class Members:
             found = self.of[role, rank] = Member(role, rank, pid)
         found.host, found.address, found.joined, found.heard_at = host, address, True, time.monotonic()
         found.identity, found.missed = identity, False
+        self._joined.add((role, rank, pid))
         self.changed = True
         return found
 
@@ -138,13 +141,14 @@ class Members:
         if (role, rank) in self.of:
             self.of[role, rank].left = True
 
-    def gone(self, role: str, rank: int, pid: int, cause: str) -> None:
-        """Somebody has died who was started elsewhere; perhaps before what it said itself was heard."""
+    def gone(self, role: str, rank: int, pid: int, cause: str) -> bool:
+        """Somebody has died who was started elsewhere; perhaps before what it said itself was heard. Whether it had joined."""
         member = self.of.get((role, rank))
         if member is not None and member.pid == pid:
             member.died = cause
         else:
             self._gone.add((role, rank, pid))
+        return (role, rank, pid) in self._joined
 
     def was_gone(self, role: str, rank: int, pid: int) -> bool:
         """Whether it was said that this one has died, before it was there."""

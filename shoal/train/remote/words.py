@@ -211,7 +211,11 @@ class Later(msgspec.Struct, tag="later", frozen=True):
 
 
 class Heard(msgspec.Struct, tag="heard", frozen=True):
-    """It was heard; or these are the orders. ``counts``: of a report, whether all units in it do, and nobody was quicker."""
+    """It was heard; or these are the orders.
+
+    ``counts``: of a report, whether all units in it do, and nobody was quicker; of a death, whether who has died had joined: then
+    the lead sees to it that nobody dies for ever.
+    """
 
     number: int
     orders: Orders
