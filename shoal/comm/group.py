@@ -408,6 +408,10 @@ class Group:
             self._look_for_failure(0.0)
             self.while_waiting(what, waited_s)
 
+    def hear_by_itself(self) -> None:
+        """Whoever made the group sees by other means which process has gone, and the store may go with it: look there no more."""
+        self._store = dist.HashStore()
+
     def look_for_cause(self, patience_s: float) -> None:
         """After an error: PeerFailed where another process has said that it failed first."""
         if self.world_size > 1:

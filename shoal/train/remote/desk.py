@@ -81,8 +81,10 @@ class Desk:
         return any(other is asked for other in self.open)
 
     def answer(self, asked: Asked, make: Callable[[int], msgspec.Struct], frames: Sequence[Any] = ()) -> None:
-        """Answer a question."""
-        self.open.remove(asked)
+        """Answer a question, unless whoever asked it has died since."""
+        if not self.is_open(asked):
+            return
+        self.open = [other for other in self.open if other is not asked]
         head = encode(make(asked.said.number))
         # Who looks for orders may have asked something else since, and that is what may come again.
         if asked.said.number > self._last.get(asked.identity, (0, b"", ()))[0]:

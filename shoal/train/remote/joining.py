@@ -12,7 +12,7 @@ from shoal.ps import messages
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked
 from shoal.train.remote.holding import Holding
-from shoal.train.remote.members import WENT_TOO, Lost, Member
+from shoal.train.remote.members import START_S, WENT_TOO, Lost, Member
 from shoal.train.remote.teams import Teams, members_of, place_of, size_of
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,9 @@ class Joining(Holding):
                 asking = {(a.said.role, a.said.rank): a.said.pid for a in self._desk.open if isinstance(a.said, words.Join)}
                 wanted = members_of(worker, self._plan)
                 if not all(member in asking for member in wanted):
+                    if time.monotonic() - asked.since < START_S:
+                        # Who waits for others to come is not silent.
+                        self._members.hear(said.role, said.rank)
                     return
                 if (unexplained := self._unexplained.pop(worker, None)) is not None:
                     self._tell_death(unexplained)

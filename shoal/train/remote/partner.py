@@ -28,14 +28,16 @@ class Partner:
 
     Args:
         worker: which one it is a part of.
+        beat: lets the lead hear that this process lives; called with every order, for it may never have to wait for one.
     """
 
-    def __init__(self, share: Share, worker: int) -> None:
-        self._share, self._worker = share, worker
+    def __init__(self, share: Share, worker: int, beat: Callable[[], None]) -> None:
+        self._share, self._worker, self._beat = share, worker, beat
 
     def serve(self) -> None:
         """Until there is nothing more to do."""
         while (told := self._share.exchange.hear()).order != Order.END:
+            self._beat()
             if told.order == Order.WEIGHTS:
                 self._share.exchange.take_weights()
             elif told.order == Order.COMPUTE:
@@ -65,7 +67,7 @@ class Partner:
         self._share.exchange.share_buffers()
         part = Slice(self._worker, settings.grid.dp, settings.plan.layout == "channels_last", told.total)
         with user_code("evaluation", self._worker):
-            evaluate(parts.job, parts.model, parts.eval_source, part, forward=parts.passes.evaluate)
+            evaluate(parts.job, parts.model, parts.eval_source, part, self._beat, parts.passes.evaluate)
 
 
 def assist(
@@ -87,7 +89,7 @@ def assist(
             within.group.while_waiting = lambda what, waited_s: signs.give()
             share = take_share(host, settings, split, worker, within, Sender(line))
             share.parts.model.train()
-            Partner(share, worker).serve()
+            Partner(share, worker, signs.give).serve()
             within.bond.say_farewell()
         return line.leave()
     except BaseException as error:

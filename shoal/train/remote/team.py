@@ -103,6 +103,7 @@ def _within(
     parts, held = parts_of(plan), Bond(others)
     try:
         with Group.at(store, parts[place], len(parts), deadline_s, one_machine=here) as group:
+            group.hear_by_itself()
             yield Within(group, parts[0], held)
     except BaseException:
         # What another one has left behind when it went is no error of this process's.

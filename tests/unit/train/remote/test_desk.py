@@ -83,6 +83,7 @@ def test_a_dead_process_is_not_heard_any_more(meeting):
     asked = next_of(desk)
     desk.forget(asked.identity, for_good=False)
     assert desk.open == [] and not desk.is_open(asked)
+    desk.answer(asked, lambda n: Later(n, 0, Orders()))
     # It lives, and may ask again.
     dead.send(LEAD, lambda n: Claim(n, 1, 0))
     again = next_of(desk)
