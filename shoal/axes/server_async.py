@@ -248,7 +248,9 @@ class PushServer(Updates):
     def begin_writing(self) -> None:
         # As late as can be: whoever pulls waits from here to the commit.
         if not self._writes:
-            self._let_readers_finish()
+            # Where a predecessor had begun, whoever reads waits for this process.
+            if self.ledger.version(self.number) % 2 == 0:
+                self._let_readers_finish()
             self.ledger.post_version(self.number, 2 * self.updates + 1)
             self._writes = True
 

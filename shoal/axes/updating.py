@@ -88,6 +88,9 @@ class Updates(Waiter):
         if first < updater.count and saved == first:
             self.begin_writing()
             updater.restore(first)
+            if not updater.starts_over:
+                # It may be saved in another form this time, and until that is whole the log says nothing of this chunk.
+                slot.write(Note.CHUNK_SAVED, first - 1)
         if hooks.after_chunk is not None:
             for chunk in range(first):
                 # What a predecessor has finished and not seen committed goes to the log once more.

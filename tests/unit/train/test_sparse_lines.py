@@ -190,3 +190,48 @@ def test_a_table_whose_lines_were_full_is_looked_through_again_later(clip: float
     # Looked at and full with the second update, with the tenth and each one after it with few lines; others one later.
     assert looks == [0, 7, 6, 5, 4, 3, 2, 1, *[0] * 12]
     assert max(said[1:9]) < 0 < min(said[10:])
+
+
+class _UntilLines:
+    """A slot whose process dies when it is about to say in which form its undo log is."""
+
+    def __init__(self, slot: Any) -> None:
+        self._slot = slot
+
+    def write(self, note: Note, value: float) -> None:
+        if note == Note.UNDO_LINES:
+            raise Killed
+        self._slot.write(note, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slot, name)
+
+
+def test_a_chunk_that_is_saved_as_a_whole_and_then_by_lines_is_put_back_in_the_right_form() -> None:
+    """Who updated it had not looked for lines; its successor finds some, and dies as it writes them over the saved whole."""
+    bits = []
+    for kills in (False, True):
+        ranks = Ranks(OPTIMIZERS["adagrad"], 1)
+        axis = ArenaData(ranks.store, 0, ranks.updater(0), Waiting(spin_s=0.0))
+        try:
+            for step in range(4):
+                ranks.give_gradients(step)
+                if step == 3:
+                    ranks.store.gradient(0, 0)[40:] = 0.0
+                axis.publish(step)
+                if kills and step == 3:
+                    _die_at(axis.updater, "half done", 0)
+                    with pytest.raises(Killed):
+                        axis.update(step, Totals(1.0, 0.5), None, _HOOKS)
+                    assert axis.slot.note(Note.UNDO_LINES) == sparse_lines.WHOLE
+                    axis = ArenaData(ranks.store, 0, ranks.updater(0), Waiting(spin_s=0.0))
+                    axis.updater._slot = _UntilLines(axis.updater._slot)  # type: ignore[attr-defined]
+                    with pytest.raises(Killed):
+                        axis.update(step, Totals(1.0, 0.5), None, _HOOKS)
+                    axis = ArenaData(ranks.store, 0, ranks.updater(0), Waiting(spin_s=0.0))
+                axis.update(step, Totals(1.0, 0.5), None, _HOOKS)
+                axis.commit(step)
+            bits.append(every_bit(ranks.store))
+        finally:
+            ranks.close()
+    assert bits[0] == bits[1]
