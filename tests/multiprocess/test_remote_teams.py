@@ -91,7 +91,8 @@ def test_two_groups_of_two_are_one_worker_also_when_processes_of_both_are_killed
     assert_same_history(found, alone)
     assert deaths(run) == [("partner", 1, "SIGKILL"), ("worker", 0, "SIGKILL")]
     back = [(e["role"], e["rank"]) for e in read_events(run / "events.jsonl", {"recovered"})]
-    assert back == [("worker", 1), ("worker", 0)]
+    # Either may be the first to have done something again.
+    assert sorted(back) == [("worker", 0), ("worker", 1)]
     pushes = [(e["epoch"], e["batch"], e["shard"]) for e in read_events(run / "events.jsonl", {"push_ack"})]
     per_epoch = -(-zoo.SAMPLES // job().batch_size)
     assert sorted(pushes) == [(step // per_epoch + 1, step % per_epoch + 1, s) for step in range(STEPS) for s in (0, 1)]

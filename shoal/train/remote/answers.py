@@ -18,6 +18,7 @@ from shoal.ps.checks import MOST
 from shoal.ps.wire import Malformed
 from shoal.train.remote import words
 from shoal.train.remote.bond import TOKEN_BYTES
+from shoal.train.remote.teams import size_of
 
 _ADDRESS = re.compile(r"tcp://[^\s:/]+:\d{1,5}|tcp://\[[0-9a-fA-F:.%\w]+\]:\d{1,5}")
 _TOKEN = re.compile(f"[0-9a-f]{{{2 * TOKEN_BYTES}}}")
@@ -51,7 +52,7 @@ def check_answer(
         _check_end(answer)
         return
     if isinstance(answer, words.Placed):
-        _check_place(answer)
+        _check_place(answer, getattr(asked, "role", SERVER) != SERVER)
     elif isinstance(answer, words.Unit):
         _check_counts(answer.unit, answer.slowest, *answer.settled)
     elif isinstance(answer, words.Later):
@@ -83,16 +84,17 @@ def _check_counts(*counts: int) -> None:
         raise Malformed(f"{counts} are no counts")
 
 
-def _check_place(answer: words.Placed) -> None:
+def _check_place(answer: words.Placed, computes: bool) -> None:
     _check_counts(answer.first_step, answer.total_steps)
     try:
-        Plan.parse(answer.plan)
+        plan = Plan.parse(answer.plan)
     except PlanError as error:
         raise Malformed(str(error)) from None
     if not all(place.isascii() and place.isdigit() and is_address(at) for place, at in answer.servers.items()):
         raise Malformed(f"{answer.servers} are no servers")
-    if answer.team and not (is_address(answer.team) and _TOKEN.fullmatch(answer.token)):
-        raise Malformed(f"{answer.team} is no place for the processes of a worker to meet at")
+    meets = computes and size_of(plan) > 1
+    if (answer.team or meets) and not (is_address(answer.team) and _TOKEN.fullmatch(answer.token)):
+        raise Malformed(f"{answer.team!r} is no place for the processes of a worker to meet at")
 
 
 def _check_end(answer: words.Ended) -> None:

@@ -77,7 +77,7 @@ class Joining(Holding):
             worker, _ = place_of(said.role, said.rank, self._plan)
             begun = self._teams.begun.get(worker)
             if begun is None:
-                asking = {(a.said.role, a.said.rank): a.said.pid for a in self._desk.open if isinstance(a.said, words.Join)}
+                asking = self._who_can_begin()
                 wanted = members_of(worker, self._plan)
                 if not all(member in asking for member in wanted):
                     if time.monotonic() - asked.since < START_S:
@@ -97,6 +97,16 @@ class Joining(Holding):
                 log=str(self._log.directory) if self._log.kept else "", team=team, token=token,
             ),
         )
+
+    def _who_can_begin(self) -> dict[tuple[str, int], int]:
+        """Who has joined and waits for the others of its worker, and its process: not who has asked and was not heard yet."""
+        found = {}
+        for asked in self._desk.open:
+            if isinstance(asked.said, words.Join):
+                member = self._members.of.get((asked.said.role, asked.said.rank))
+                if member is not None and member.joined and not member.died and member.pid == asked.said.pid:
+                    found[member.role, member.rank] = member.pid
+        return found
 
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""

@@ -78,6 +78,8 @@ class Teams:
     def begin(self, worker: int, address: str, pids: dict[tuple[str, int], int]) -> Begun:
         """All processes of a worker are there: let them meet."""
         members = frozenset((role, rank, pid) for (role, rank), pid in pids.items())
+        # The number of a process that has ended is given to another one some day.
+        self._broken -= members
         self.begun[worker] = Begun(address, secrets.token_hex(TOKEN_BYTES), members)
         return self.begun[worker]
 

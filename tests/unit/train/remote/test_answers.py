@@ -61,7 +61,7 @@ def test_what_is_right_is_taken(asked: Any, answer: Any, frames: Any) -> None:
         (LOOK, words.Heard(1, Orders(heads=(AT, "nowhere"))), []), (JOIN, placed(plan="ps=zebra"), []),
         (JOIN, placed(servers={"²": AT}), []), (JOIN, placed(first_step=-1), []), (LEAVE, words.Ended(1, "runs/a", b"[]"), []),
         (LEAVE, words.Ended(1, "runs/a", b"{"), []), (JOIN, placed(team="nowhere", token="0f" * 16), []),
-        (JOIN, placed(team=AT, token="0f"), []),
+        (JOIN, placed(team=AT, token="0f"), []), (JOIN, placed(plan="tp=2,ps=2", token="0f" * 16), []),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_not(asked: Any, answer: Any, frames: Any) -> None:

@@ -10,6 +10,7 @@ from shoal.errors import JobFailed
 from shoal.plan import Plan
 from shoal.ps.endpoint import Endpoint, RunKeys
 from shoal.ps.messages import Refused
+from shoal.ps.requests import Ticket
 from shoal.ps.wire import Malformed, encode
 from shoal.train.remote import words
 from shoal.train.remote.bond import LOST
@@ -141,6 +142,49 @@ def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_d
     assert isinstance(ticket.answer, words.Heard) and members.of["worker", 1].pid == 21
     for line in (*lines, other):
         line.close()
+
+
+def test_a_worker_begins_only_with_those_whose_joining_was_heard(meeting):
+    """Its head may say that it is there while the lead waits for a server: that is heard later, and so is where it is found."""
+    desk, where = meeting
+    members = Members(lambda role, rank: Process(0), [])
+    lead = object.__new__(RemoteLead)
+    lead._desk, lead._members, lead._built, lead._gone, lead._client = desk, members, "net", set(), object()
+    lead._plan = Plan.parse("tp=2,ps=1,sync")
+    lead._turned_away, lead._unexplained, lead._teams, lead._first_step = set(), {}, Teams(lead._plan), 0
+    lead._recovery = Recovery(desk, members, *[None] * 4)  # type: ignore[arg-type]
+    lead._settings = SimpleNamespace(total_steps=9, checkpoint_dir="c")
+    lead._chains, lead._log = SimpleNamespace(heads={0: "tcp://127.0.0.1:4"}), SimpleNamespace(kept=False)
+    lead._orders = Orders  # type: ignore[method-assign]
+    head, partner = Line(where, "worker", 0), Line(where, "partner", 0)
+
+    def join(line: Line, pid: int, address: str = "") -> Ticket:
+        return line.send(LEAD, lambda n: Join(number=n, role=line.role, rank=0, pid=pid, host="", built="net", address=address))
+
+    asked = join(partner, 11)
+    deadline = time.monotonic() + 60.0
+    while ("partner", 0) not in members.of and time.monotonic() < deadline:
+        lead._hear(0.05)
+    also = join(head, 10, "tcp://127.0.0.1:5")
+    # What the lead does with a question that comes while it waits for a server.
+    lead._recovery.put_off(next_of(desk))
+    lead._answer_later(desk.open[0])
+    assert len(desk.open) == 2 and not lead._teams.begun
+    lead._hear(0.0)
+    head.wait([also], "the run to begin")
+    partner.wait([asked], "the run to begin")
+    assert also.answer.team == asked.answer.team == "tcp://127.0.0.1:5" and also.answer.token == asked.answer.token
+    # Nor with one of which it is known that it has died.
+    lead._teams.begun.clear()
+    asked, also = join(partner, 11), join(head, 10, "tcp://127.0.0.1:5")
+    members.gone("worker", 0, 10, "SIGKILL")
+    while len(desk.open) < 2 and time.monotonic() < deadline:
+        desk.receive(0.05)
+    for question in list(desk.open):
+        lead._answer_later(question)
+    assert not lead._teams.begun
+    head.close()
+    partner.close()
 
 
 def test_what_is_none_of_a_runs_words_is_dropped(meeting):

@@ -42,3 +42,6 @@ def test_one_that_is_lost_takes_the_others_with_it_once_they_have_begun() -> Non
     assert teams.break_up("partner", 1) == [("worker", 1), ("partner", 1)]
     assert teams.is_broken("worker", 1, 20) and not teams.is_broken("worker", 1, 30) and not teams.is_broken("worker", 0, 10)
     assert set(teams.begun) == {0}
+    # A process may get the number of one that has ended.
+    teams.begin(1, "tcp://127.0.0.1:7", {("worker", 1): 20, ("partner", 1): 22})
+    assert not teams.is_broken("worker", 1, 20) and teams.is_broken("partner", 1, 21)
