@@ -21,7 +21,7 @@ from torch import nn
 from torchrun import torchrun
 
 import shoal
-from shoal.errors import NotBuiltError, PlanError
+from shoal.errors import NotBuiltError, PlanError, ShoalError
 from shoal.observe.events import read_events
 
 HERE = Path(__file__).resolve()
@@ -116,6 +116,21 @@ def test_each_plan_goes_on_from_any_other(tmp_path: Path, alone: shoal.Run, monk
     assert deaths(run) == [("partner", 0, "SIGKILL")]
 
 
+def test_a_log_and_copies_keep_what_servers_had_of_a_worker_of_two(tmp_path: Path, alone: shoal.Run) -> None:
+    for plan, log, killed, action in (
+        ("tp=2,ps=1,sync", True, ((4, "server", 0), (8, "partner", 0)), "replayed"),
+        ("pp=2,ps=1,replicas=1,sync", False, ((4, "server", 0), (8, "worker", 0)), "copied"),
+    ):
+        run = tmp_path / action
+        watch = killing(run, *killed)
+        found = shoal.train(job(), plan=f"{plan},threads=1", run_dir=run, steps=STEPS, on_event=watch, push_log=log)
+        assert_equal(found.weights(), alone.weights(), within=1e-9)
+        assert_same_history(found, alone)
+        assert deaths(run) == [(role, rank, "SIGKILL") for _, role, rank in killed]
+        back = {e["action"] for e in read_events(run / "events.jsonl", {"recovered"}) if e["role"] == "server"}
+        assert back == {action}
+
+
 def test_buffers_of_all_stages_come_to_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = "pp=2,microbatches=1,ps=1,sync,batchnorm=local,threads=1"
     found = shoal.train(normed_job(), plan=plan, run_dir=tmp_path / "run", steps=4)
@@ -140,11 +155,21 @@ def script(place: Path) -> None:
     """What each of three processes does that torchrun has started."""
     rank = int(os.environ["RANK"])
     said: dict[str, Any] = {}
-    uncut = zoo.job("odd", eval_data=None).replace(model=lambda: nn.Linear(37, 10).double())
-    for of, plan in ((job(), "tp=2,ps=2,sync"), (uncut, "pp=2,ps=1,sync")):
+    uncut, calls = zoo.job("odd", eval_data=None).replace(model=lambda: nn.Linear(37, 10).double()), list[int]()
+
+    def fickle() -> nn.Module:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("not there yet")
+        return normed()
+
+    late = normed_job().replace(model=fickle)
+    for of, plan, at in (
+        (job(), "tp=2,ps=2,sync", "refused"), (uncut, "pp=2,ps=1,sync", "refused"), (late, "tp=2,ps=1,sync", "failed"),
+    ):  # fmt: skip
         try:
-            shoal.train(of, plan=plan, run_dir=place / "refused")
-        except PlanError as error:
+            shoal.train(of, plan=plan, run_dir=place / at)
+        except ShoalError as error:
             said[plan] = str(error)
     run = place / "run"
     watch = killing(run, (6, "partner", 0))
@@ -161,6 +186,9 @@ def test_under_torchrun_a_killed_partner_costs_nothing(tmp_path: Path, alone: sh
     assert said[0] == said[1] == said[2]
     refused = "tp=2,ps=2,sync takes 4 processes, 2 of them servers, and the job was started with 3; start 4"
     assert said[0]["tp=2,ps=2,sync"].startswith(refused) and "pp=2" in said[0]["pp=2,ps=1,sync"]
+    # A model that only the first process could not build, the first time.
+    (failed,) = read_events(tmp_path / "failed" / "events.jsonl", {"error"})
+    assert "OSError: not there yet" in failed["sentence"] and failed["sentence"] in said[0]["tp=2,ps=1,sync"]
     assert not (tmp_path / "refused").exists()
     assert_equal(shoal.open(tmp_path / "run").weights(), alone.weights(), within=1e-9)
     assert deaths(tmp_path / "run") == [("partner", 0, "SIGKILL")]

@@ -98,7 +98,8 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
             nursery = stack.enter_context(_nursery(request, meeting))
             if size_of(plan) > 1 and (failure := _cut(request, nursery, threads)) is not None:
                 group.fail(failure)
-                return _lead(request, directory, endpoint, nursery, [(SERVER, 0)], threads)
+                # The others have left, so that it is of no use if it went well the next time.
+                return _lead(request, directory, endpoint, nursery, [(SERVER, 0)], threads, failure=failure)
         split = nursery.split if nursery is not None else None
         meeting, kept, split = _shared(group, (meeting, kept, split))
         if nursery is not None:
@@ -181,14 +182,17 @@ def _nursery(request: Request, meeting: Meeting) -> Iterator[Nursery]:
 
 def _lead(
     request: Request, directory: RunDirectory, endpoint: Endpoint, nursery: Nursery, own: Sequence[tuple[str, int]],
-    threads: int, keepers: Keepers | None = None,
+    threads: int, keepers: Keepers | None = None, failure: Failure | None = None,
 ) -> Run:  # fmt: skip
+    """Bring a run to its end, or tell of the ``failure`` that it could not begin for."""
     job, options, began = request.job, request.options, time.monotonic()
     members = Members(nursery.start, own)
     with EventLog(directory.events) as log:
         emit = Emitter(log, [*request.observers, *tensorboard_observers(directory, options)], options.on_event)
         desk, lead = Desk(endpoint), None
         try:
+            if failure is not None:
+                raise failure.error()
             host = TrainHost(job)
             facts = host.facts()
             plan = complete(request.plan, host, threads)
