@@ -171,6 +171,8 @@ def test_a_push_of_several_units_whose_worker_was_killed_counts_as_a_whole_or_no
     with killed_whole(target, run, "--plan", plan, "--push-log") as process:
         wait_until(lambda: (calls / "held").exists(), process)
     assert [e["cause"] for e in events(run, "death")] == ["SIGKILL"]
+    # Once more, and whoever does the first of its units again dies as well.
     (calls / "over").touch()
     train(target, run, "--plan", plan, "--resume")
+    assert (calls / "again").exists() and len(events(run, "death")) == 3
     counted_job.check(shoal.open(run), events(run, "push_ack"))

@@ -1,11 +1,12 @@
 """``counted_job`` where workers push three units at a time, of which one dies when servers have its push and nobody else knows.
 
 What it had is done again one by one; whoever is at the second of these waits for hours. SHOAL_TEST_CALLS names the folder that
-says so: ``dead``, ``first``, ``held``; with ``over`` in it nothing happens.
+says so: ``dead``, ``first``, ``held``. With ``over`` in it nobody waits, and whoever is at the first of them dies: ``again``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -30,13 +31,21 @@ def model() -> Counted:
             return False
         return True
 
+    def lost(name: str) -> list[int]:
+        said = (folder / name).read_text() if (folder / name).exists() else ""
+        return json.loads(said) if said else []
+
     def report_or_not(axis: RemoteWorker, units: Sequence[int]) -> None:
-        if not (folder / "over").exists():
-            if len(units) == PUSH_EVERY and is_first("dead"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            if len(units) == 1 and not is_first("first"):
-                (folder / "held").touch()
-                time.sleep(10_000)
+        over = (folder / "over").exists()
+        dead = "dead-over" if over else "dead"
+        if len(units) == PUSH_EVERY and is_first(dead):
+            (folder / dead).write_text(json.dumps(list(units)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(units) == 1 and not over and not is_first("first"):
+            (folder / "held").touch()
+            time.sleep(10_000)
+        if len(units) == 1 and over and units[0] in lost(dead) and is_first("again"):
+            os.kill(os.getpid(), signal.SIGKILL)
         report(axis, units)
 
     RemoteWorker.report = report_or_not  # type: ignore[method-assign]

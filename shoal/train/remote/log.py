@@ -265,9 +265,13 @@ class RemoteLog(KeptLog):
         Its last push had all of them, and some servers may have applied it: those say of each unit that they have it.
         Whoever goes on from the logs can only take such a push as a whole, or leave it out.
         """
-        units = [orphan.unit for orphan in lost]
-        if (self._plan.push_every or 1) > 1:
-            self._together.update(dict.fromkeys(units, _Together(tuple(units), set(units))))
+        if (self._plan.push_every or 1) > 1 and lost:
+            units = {orphan.unit for orphan in lost}
+            # Whoever did one of them again may have died as well: what it had counted with, it still counts with.
+            former = [self._together[unit] for unit in units if unit in self._together]
+            missing = units.union(*(group.missing for group in former))
+            group = _Together(tuple(sorted(units.union(*(group.units for group in former)))), missing)
+            self._together.update(dict.fromkeys(missing, group))
         return lost
 
     def _complete(self, units: Sequence[int]) -> list[int]:
