@@ -124,7 +124,8 @@ class Chains:
             client.again(ticket)
         for rank, address in joined.items():
             shard = rank % self._servers
-            if rank not in self._of[shard] and shard not in self._joining:
+            # Of a plan that is over there may be some yet.
+            if rank in self.ranks and rank not in self._of[shard] and shard not in self._joining:
                 self._addresses[rank] = address
                 client.connect(rank, address)
                 self._joining[shard] = _Joining(rank, self._tell(self._of[shard][-1], address, anew=True))
@@ -162,3 +163,4 @@ class Chains:
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+            self._client = None

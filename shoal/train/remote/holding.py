@@ -215,6 +215,9 @@ class Holding(Keeping):
     def _bury_server(self, lost: Lost, step: int) -> None:
         """Another one that has the same shard answers for it at once; without one the run cannot go on."""
         rank, chains = lost.member.rank, self._chains
+        if rank not in chains.ranks:
+            # Of a plan that is over; it holds nothing, and nobody comes in its place.
+            return
         comes_back = lost.returns or self._members.is_own("server", rank)
         if self._log.kept and self._log.baselines and self._client is not None and comes_back:
             self._bring_back(rank, step)

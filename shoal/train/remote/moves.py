@@ -115,6 +115,11 @@ class MovingLead(RemoteLead):
             self._desk.answer(asked, lambda n: words.Later(n, self._recorder.step, orders))
         elif isinstance(said, words.Look):
             self._desk.answer(asked, lambda n: words.Heard(n, orders))
+        elif isinstance(said, words.Join):
+            member = self._members.of.get((said.role, said.rank))
+            # In the place of one that was killed its keeper has started another, which it ends when it is told of the plan.
+            if member is not None and member.process is None:
+                self._forget(member)
 
     def _silence_s(self, member: Member) -> float:
         # Nobody is heard while keys move, and all are our own: who dies is seen.
@@ -142,7 +147,8 @@ class MovingLead(RemoteLead):
             moving.lost = True
         moving.struck = True
         own = self._members.is_own(SERVER, rank)
-        if not (own or lost.returns):
+        if not (own or (lost.returns and rank in moving.chains.ranks)):
+            # The plan that comes needs none of this number.
             return
         moving.deaths[rank] += 1
         if moving.deaths[rank] >= _MOST_DEATHS:
@@ -244,6 +250,7 @@ class MovingLead(RemoteLead):
                 self._look_around()
                 break
             client.forget_all()
+            moving.chains.close()
         self._chains.close()
         self._chains, self._moving = moving.chains, None
         for rank, died_at in sorted(moving.died.items()):
