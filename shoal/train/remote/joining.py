@@ -12,7 +12,7 @@ from shoal.ps import messages
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked
 from shoal.train.remote.holding import Holding
-from shoal.train.remote.members import START_S, WENT_TOO, Lost, Member
+from shoal.train.remote.members import SILENCE, START_S, WENT_TOO, Lost, Member
 from shoal.train.remote.teams import Teams, members_of, place_of, size_of
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,8 @@ class Joining(Holding):
             if begun is None:
                 asking = self._who_can_begin()
                 wanted = members_of(worker, self._plan)
-                if not all(member in asking for member in wanted):
-                    if time.monotonic() - asked.since < START_S:
-                        # Who waits for others to come is not silent.
-                        self._members.hear(said.role, said.rank)
+                if missing := [member for member in wanted if member not in asking]:
+                    self._await_others(asked, said, worker, missing[0])
                     return
                 if (unexplained := self._unexplained.pop(worker, None)) is not None:
                     self._tell_death(unexplained)
@@ -98,6 +96,16 @@ class Joining(Holding):
             ),
         )
 
+    def _await_others(self, asked: Asked, said: words.Join, worker: int, missing: tuple[str, int]) -> None:
+        if time.monotonic() - asked.since > START_S:
+            role, rank = missing
+            raise WorkerLostError(
+                f"{role.capitalize()} {rank} has not come within {START_S:.0f} s, and worker {worker} cannot begin without it; "
+                f"see what keeps it, and go on with --resume: {self._name_last_checkpoint()}"
+            )
+        # Who waits for others to come is not silent.
+        self._members.hear(said.role, said.rank)
+
     def _who_can_begin(self) -> dict[tuple[str, int], int]:
         """Who has joined and waits for the others of its worker, and its process: not who has asked and was not heard yet."""
         found = {}
@@ -111,8 +119,11 @@ class Joining(Holding):
     def _bury(self, lost: Lost) -> None:
         """Somebody is gone. What a worker had begun goes to others; a server's place takes one that has the same."""
         member = lost.member
+        # Of a worker of several, one that is silent is ended with the others by those who keep them.
+        several = member.role != SERVER and size_of(self._plan) > 1
+        renews = self.keepers if several and lost.cause == SILENCE else None
         # A unit that a dead worker has asked for would be nobody's.
-        self._desk.forget(member.identity, for_good=lost.dead)
+        self._desk.forget(member.identity, for_good=lost.dead or renews is not None)
         if self._teams.is_broken(member.role, member.rank, member.pid):
             return
         step = self._recorder.step + 1
@@ -121,17 +132,21 @@ class Joining(Holding):
             self._bury_server(lost, step)
             return
         worker, _ = place_of(member.role, member.rank, self._plan)
-        self._tell_first(lost, worker)
+        cause, apart = self._tell_first(lost, worker), self._teams.apart(worker)
         others = self._break_up(lost)
+        if renews is not None:
+            renews.renew(others)
         deaths = self._deaths[worker] = self._deaths.get(worker, 0) + 1
         if deaths >= MOST_DEATHS:
+            why = f" (last by {cause}), so something in its work kills it"
+            if apart and cause == WENT_TOO:
+                why = f", the last time because its processes did not meet at {apart}; see that they reach each other there"
             raise WorkerLostError(
-                f"Worker {worker} died {deaths} times without having finished anything (last by {lost.cause}), so "
-                f"something in its work kills it; {self._name_last_checkpoint()}"
+                f"Worker {worker} died {deaths} times without having finished anything{why}; {self._name_last_checkpoint()}"
             )
         self._take_back(worker)
         own = self._members.is_own(member.role, member.rank)
-        if own or lost.returns:
+        if own or lost.returns or renews is not None:
             self._died_at[worker] = (time.monotonic(), step)
             for role, rank in others if own else ():
                 self._members.start(role, rank)
@@ -145,11 +160,11 @@ class Joining(Holding):
         if not any(m.role == WORKER for m in self._members.of.values()):
             raise WorkerLostError(f"The last worker is gone ({lost.cause}); {self._name_last_checkpoint()}")
 
-    def _tell_first(self, lost: Lost, worker: int) -> None:
-        """Tell of a death: of those that make up a worker, of the one that went before the others had to."""
+    def _tell_first(self, lost: Lost, worker: int) -> str:
+        """Tell of a death: of those that make up a worker, of the one that went before the others had to. What it died of."""
         if lost.cause != WENT_TOO or worker not in self._teams.begun:
             self._tell_death(lost)
-            return
+            return lost.cause
         others = [self._members.of.get(key) for key in members_of(worker, self._plan)]
         until = time.monotonic() + _FIRST_S
         while any(other is not None and other.process is not None for other in others):
@@ -165,6 +180,7 @@ class Joining(Holding):
         else:
             # Whoever has started the other one will say what it died of.
             self._unexplained[worker] = lost
+        return lost.cause
 
     def _hear_of_end(self, said: words.Gone) -> bool:
         """Somebody has died, says who had started it; whether it had joined."""

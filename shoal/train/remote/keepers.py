@@ -59,6 +59,12 @@ class Keepers:
             if not only or role == only:
                 self._of[place] = (role, number, self._of[place][2] + 1)
 
+    def renew(self, members: Sequence[tuple[str, int]]) -> None:
+        """Let those of these roles and numbers begin anew: whoever is there is ended, though it may hear nothing."""
+        for place, (role, number, term) in enumerate(self._of):
+            if (role, number) in members:
+                self._of[place] = (role, number, term + 1)
+
     def leave(self, place: int) -> None:
         """One is done: the run has ended."""
         self._left.add(place)

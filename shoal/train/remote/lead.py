@@ -291,6 +291,7 @@ class RemoteLead(Joining):
     def _answer_claim(self, asked: Asked, said: words.Claim, waited: bool) -> None:
         """Hand out a unit: first those whose worker was lost, each to be pushed by itself."""
         rank = said.rank
+        self._teams.meet(rank)
         if not said.open:
             # What it does not know of, it will not do: it was given to a predecessor at the last moment.
             self._take_back(rank)

@@ -74,6 +74,7 @@ class Teams:
         self.plan = plan
         self.begun: dict[int, Begun] = {}
         self._broken: set[tuple[str, int, int]] = set()
+        self._met: set[int] = set()
 
     def begin(self, worker: int, address: str, pids: dict[tuple[str, int], int]) -> Begun:
         """All processes of a worker are there: let them meet."""
@@ -83,6 +84,15 @@ class Teams:
         self.begun[worker] = Begun(address, secrets.token_hex(TOKEN_BYTES), members)
         return self.begun[worker]
 
+    def meet(self, worker: int) -> None:
+        """A worker asks for work: its processes have met."""
+        self._met.add(worker)
+
+    def apart(self, worker: int) -> str:
+        """Where the processes of a worker are to meet that have come and have not met yet, as far as it is known; or nothing."""
+        begun = self.begun.get(worker)
+        return "" if begun is None or worker in self._met else begun.address
+
     def is_broken(self, role: str, rank: int, pid: int) -> bool:
         """Whether a process is of a worker that was lost with another one."""
         return (role, rank, pid) in self._broken
@@ -91,6 +101,7 @@ class Teams:
         """A process is gone: (role, rank) of all that are to begin anew with it, itself among them."""
         worker, _ = place_of(role, rank, self.plan)
         begun = self.begun.pop(worker, None)
+        self._met.discard(worker)
         if begun is None:
             # The others wait for it, and go on with that.
             return [(role, rank)]

@@ -21,6 +21,8 @@ def test_each_process_keeps_one_and_those_that_are_not_needed_keep_nobody() -> N
     ]  # fmt: skip
     keepers.appoint(smaller, only="worker")
     assert [keepers.keeps(place)[2] for place in range(5)] == [1, 2, 1, 2, 1]
+    keepers.renew([("worker", 0), ("worker", 7)])
+    assert [keepers.keeps(place)[2] for place in range(5)] == [1, 3, 1, 2, 1]
     with pytest.raises(RequestError, match=r"takes 6 processes, and torchrun or Slurm has started 5"):
         keepers.refuse(Plan.parse("ps=2,workers=2,async,replicas=1"))
     # Whoever is none of them keeps nobody.
