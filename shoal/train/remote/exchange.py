@@ -71,6 +71,8 @@ class Exchange:
         self._group, self._head, self._store = group, head, store
         self._buffered, self._table, self._published = buffered, table, published
         self._told_at = time.monotonic()
+        # Whether the partners wait for an order: what a head tells them otherwise would meet them in the midst of another.
+        self._awaited = True
         self._pairs = {rank: (min(rank, head), max(rank, head)) for rank in range(group.world_size) if rank != head}
         group.prepare(list(self._pairs.values()))
 
@@ -79,8 +81,14 @@ class Exchange:
     def tell(self, told: Told) -> None:
         """The head's: tell all partners what to do."""
         words = torch.tensor([told.order, told.step, told.shard, told.total, told.fresh], dtype=torch.int64)
+        self._awaited = False
         self._group.broadcast(words, self._head, "its partners to hear what to do")
         self._told_at = time.monotonic()
+        self._awaited = told.order == Order.IDLE
+
+    def done(self) -> None:
+        """The head's: what the partners were told is done, and they wait for what comes next."""
+        self._awaited = True
 
     def hear(self) -> Told:
         """A partner's: wait for what to do."""
@@ -90,8 +98,8 @@ class Exchange:
         return Told(Order(order), step, shard, total, bool(fresh))
 
     def keep_awake(self) -> None:
-        """The head's, while it has nothing to do: no partner shall take it for lost."""
-        if time.monotonic() - self._told_at > min(_AWAKE_S, self._group.deadline_s / 4):
+        """The head's, while it waits for servers or the lead: no partner that waits for an order shall take it for lost."""
+        if self._awaited and time.monotonic() - self._told_at > min(_AWAKE_S, self._group.deadline_s / 4):
             self.tell(Told(Order.IDLE))
 
     # -- weights and gradients -----------------------------------------------------------------------------------
@@ -110,6 +118,7 @@ class Exchange:
                 place = page[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
                 place.copy_(take(whole.weights[own.whole[index]], spec.regions))
             self._pass(page, rank, self._head, "the weights of a part")
+        self.done()
 
     def take_weights(self) -> None:
         """A partner's: take its parts."""
@@ -142,6 +151,7 @@ class Exchange:
                     put(gradient, spec.regions, take(gradient, spec.regions) + part)
                 else:
                     gradient.add_(part)
+        self.done()
 
     def give_gradients(self) -> None:
         """A partner's: give those of its parts."""

@@ -17,6 +17,7 @@ import torch
 from shoal.comm.arena import Arena
 from shoal.comm.store import Store
 from shoal.ps.client import Client
+from shoal.ps.requests import Requests
 from shoal.train.api import TrainOptions
 from shoal.train.feed import Share as Samples
 from shoal.train.gradients import Gradients
@@ -50,6 +51,7 @@ class HeadPasses:
         exchange.share_buffers()
         yield from self._own.train(step, batches, total)
         exchange.return_buffers()
+        exchange.done()
 
     def evaluate(self, batch: Any, count: int) -> Outcome | None:
         return self._own.evaluate(batch, count)
@@ -105,6 +107,7 @@ class HeadLoop(RemoteLoop):
             self._share.exchange.tell(Told(Order.EVALUATE, step, total=epoch))
             self._share.exchange.share_buffers()
         super()._evaluate(step, epoch)
+        self._share.exchange.done()
 
 
 class Head(Alone):
@@ -127,17 +130,38 @@ class Head(Alone):
             axis = make_axis(host, whole, settings, line, client, placed)
             within.group.while_waiting = lambda what, waited_s: axis.give_a_sign()
             share = take_share(host, settings, self._split, line.rank, within, Sender(line), axis)
-            axis.on_word = share.exchange.keep_awake
             passes = HeadPasses(share.parts.passes, share.around, share.exchange)
             gradients = HeadGradients(share, passes, whole, whole.stripe_of(line.rank))
             parts = dataclasses.replace(
                 share.parts, store=whole, settings=settings, passes=passes, gradients=cast(Gradients, gradients), publishes=None
             )
             loop = HeadLoop(parts, share, whole.weight_range(0, whole.table.trained_bytes, torch.uint8))
-            loop.run()
+            with _awake(share.exchange, line, client):
+                loop.run()
             share.exchange.tell(Told(Order.END))
             within.bond.await_farewells()
             return loop.gathered
+
+
+@contextlib.contextmanager
+def _awake(exchange: Exchange, *asked: Requests) -> Iterator[None]:
+    """Let partners hear of their head while it waits for an answer, of whomever: they wait for it as long as it may take."""
+    before = [each.while_waiting for each in asked]
+
+    def together(own: Callable[[], None]) -> Callable[[], None]:
+        def look() -> None:
+            own()
+            exchange.keep_awake()
+
+        return look
+
+    for each, own in zip(asked, before, strict=True):
+        each.while_waiting = together(own)
+    try:
+        yield
+    finally:
+        for each, own in zip(asked, before, strict=True):
+            each.while_waiting = own
 
 
 def lead_team(

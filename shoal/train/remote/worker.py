@@ -213,8 +213,6 @@ class RemoteWorker(PushingWorker):
         self._orders: words.Orders | None = None
         self._tickets: list[Ticket] = []
         self._signs = Signs(line)
-        # Called with every word of the lead's.
-        self.on_word: Callable[[], None] = lambda: None
         self._made: tuple[int, ...] = ()
         self._buffers_taken = 0.0
         table = store.table
@@ -240,7 +238,6 @@ class RemoteWorker(PushingWorker):
         for order, value in ((Order.STEPS_ALLOWED, orders.steps_allowed), (Order.EPOCH_DONE, orders.epoch_done),
                              (Order.OVER, orders.over)):  # fmt: skip
             supervisor.post(order, value)
-        self.on_word()
 
     def begin_unit(self, unit: int) -> None:
         """A unit is computed from now on, perhaps once more."""
