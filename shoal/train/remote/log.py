@@ -253,7 +253,11 @@ class RemoteLog(KeptLog):
                 self._epochs = LogWriter(self.directory, EPOCHS)
         except OSError as error:
             raise self._full(error) from None
-        # What they had is in what this one begins with.
+        if not self.kept:
+            self.begun()
+
+    def begun(self) -> None:
+        """No server writes to the log of an earlier session any more: what these had is in what this one begins with."""
         discard(self._old)
 
     def _on_durable(self, number: int) -> None:

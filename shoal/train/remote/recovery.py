@@ -69,6 +69,8 @@ class Recovery:
                         "does not see; choose a --run that all machines share, or leave --push-log out."
                     )
                 time.sleep(_POLL_S)
+        # Not earlier: on a disk of the network a file that is open and was deleted elsewhere can no longer be written.
+        self._log.begun()
 
     def checkpointed(self, client: Client, versions: Mapping[int, int]) -> None:
         """A checkpoint holds all that the servers have, and nobody works."""

@@ -14,8 +14,11 @@ from shoal.ps.log import read
 from shoal.train.checkpoint import Checkpoint
 from shoal.train.remote.dealing import Orphan
 from shoal.train.remote.log import RemoteLog
-from shoal.train.replay import UNITS
+from shoal.train.replay import FOLDER, UNITS, SessionLog
 from shoal.train.update_log import Commit
+
+
+def nothing(kind: str, **fields: Any) -> None: ...
 
 
 @pytest.fixture
@@ -23,6 +26,8 @@ def log(tmp_path: Path) -> RemoteLog:
     plan = Plan.parse("ps=2,workers=3,async,push_every=3")
     facts = SimpleNamespace(table=SimpleNamespace(state_keys=()))
     store, host = SimpleNamespace(table=SimpleNamespace(buffers=())), SimpleNamespace(facts=lambda: facts)
+    (tmp_path / FOLDER / "0001").mkdir(parents=True)
+    SessionLog(tmp_path / FOLDER / "0001", 2, 3, 1, 0, remote=True).begin()
     found = RemoteLog(tmp_path, plan, True, store, host)  # type: ignore[arg-type]
     found.begin(0, Checkpoint(tmp_path / "checkpoints" / "step-00000000", 0, {}), lambda directory, meta: pytest.fail())
     return found
@@ -36,7 +41,7 @@ class Settled:
         self._recorder: Any = SimpleNamespace(ledger=SimpleNamespace(row=lambda unit: np.array([float(unit)])))
 
     def __call__(self, *units: int) -> None:
-        self._log.settled(units, self._recorder, lambda kind, **fields: None)
+        self._log.settled(units, self._recorder, nothing)
 
     def counted(self) -> list[list[int]]:
         self._log.close()
@@ -53,10 +58,10 @@ def test_units_of_a_push_count_together_whoever_dies_that_does_one_of_them_again
     log.together([Orphan(6, 0)])
     settled(7, 8)
     settled(6)
-    assert not log.has(5, lambda kind, **fields: None)
+    assert not log.has(5, nothing)
     settled(4)
     assert settled.counted() == [[7, 8], [4, 5, 6]]
-    assert all(log.has(unit, lambda kind, **fields: None) for unit in (4, 5, 6, 7, 8))
+    assert all(log.has(unit, nothing) for unit in (4, 5, 6, 7, 8))
 
 
 def test_groups_that_one_worker_held_units_of_become_one(log: RemoteLog) -> None:
@@ -68,3 +73,10 @@ def test_groups_that_one_worker_held_units_of_become_one(log: RemoteLog) -> None
     settled(2, 9, 3)
     settled(4)
     assert settled.counted() == [[1, 2, 3, 4, 9]]
+
+
+def test_the_log_of_the_session_before_is_there_until_servers_write_to_the_new_one(log: RemoteLog) -> None:
+    assert sorted(path.name for path in log.directory.parent.iterdir()) == ["0001", "0002"]
+    log.begun()
+    assert [*log.directory.parent.iterdir()] == [log.directory]
+    log.close()
