@@ -131,7 +131,7 @@ def to_lead(lead: RemoteLead) -> list[Parts]:
     right = [
         words.Join(number=1, role="worker", rank=0, pid=1, host="", built=""), words.Claim(1, 0, 1), words.Names(1, ("a",)),
         words.Look(1, "worker", 0), words.Bad(1, 0, (9,), None, ()), words.Leave(1, "worker", 1),
-        words.Gone(1, "worker", 0, 1, ""), words.Failed(number=1, rank=0, kind="", sentence="", traceback=""),
+        words.Gone(1, "worker", 0, 1, "", ""), words.Failed(number=1, rank=0, kind="", sentence="", traceback=""),
         words.LogFailed(1, 0, ""),
     ]  # fmt: skip
     wrong: list[tuple[msgspec.Struct, Parts]] = [
@@ -145,7 +145,7 @@ def to_lead(lead: RemoteLead) -> list[Parts]:
         (words.Join(number=1 << 32, role="worker", rank=0, pid=1, host="", built=lead._built), []),
         (words.Join(number=2 << 32, role="server", rank=0, pid=1, host="", built="", address="tcp://10.0.0.1:1"), []),
         (words.Failed(number=3 << 32, rank=0, kind="JobFailed", sentence="It was turned away.", traceback=""), []),
-        (words.Bad(4 << 32, 0, (1 << 40,), None, ()), []), (words.Gone(5 << 32, "server", 0, 1, "SIGKILL"), []),
+        (words.Bad(4 << 32, 0, (1 << 40,), None, ()), []), (words.Gone(5 << 32, "server", 0, 1, "", "SIGKILL"), []),
     ]  # fmt: skip
     said = [[encode(head), *frames] for head, frames in wrong]
     return [*noise(), *(parts for head in right for parts in broken(head)), *said]

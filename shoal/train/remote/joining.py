@@ -45,11 +45,11 @@ class Joining(Holding):
     def _join(self, asked: Asked, said: words.Join) -> None:
         known = self._members.of.get((said.role, said.rank))
         replaced = known is not None and known.process is not None and known.pid != said.pid
-        if replaced or self._members.was_gone(said.role, said.rank, said.pid):
+        if replaced or self._members.was_gone(said.role, said.rank, said.pid, said.host):
             # Of one that died before this was heard; another is in its place, or will be.
             self._desk.forget(asked.identity, for_good=True)
             return
-        if known is not None and known.died and known.pid != said.pid:
+        if known is not None and known.died and not known.is_process(said.pid, said.host):
             # The one before it is known to have died, and is to be buried first.
             self._recovery.put_off(asked)
             return
@@ -188,7 +188,7 @@ class Joining(Holding):
             worker, _ = place_of(said.role, said.rank, self._plan)
             if said.cause != WENT_TOO and self._unexplained.pop(worker, None) is not None:
                 self._tell_death(Lost(Member(said.role, said.rank, said.pid), said.cause))
-        return self._members.gone(said.role, said.rank, said.pid, said.cause)
+        return self._members.gone(said.role, said.rank, said.pid, said.host, said.cause)
 
     def _break_up(self, lost: Lost) -> list[tuple[str, int]]:
         """Those that make up a worker with somebody who is gone go as well; all of them are to begin anew."""

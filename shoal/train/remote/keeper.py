@@ -8,6 +8,7 @@ acknowledged goes with a server: with copies, or a log.
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,10 +115,10 @@ class Keeper:
 
     def _tell(self, process: Process) -> None:
         """Say that it has died, unless it had ended by itself."""
-        role, rank, code = self._role, self._number, process.poll()
+        role, rank, host, code = self._role, self._number, socket.gethostname(), process.poll()
         if code:
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self._told.append(self._line.send(LEAD, lambda n: words.Gone(n, role, rank, process.pid, cause)))
+            self._told.append(self._line.send(LEAD, lambda n: words.Gone(n, role, rank, process.pid, host, cause)))
 
     def see_end(self) -> None:
         """The run has ended: wait a moment until the process has, too, or the lead knows that it did not come to that."""

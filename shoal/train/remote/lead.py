@@ -182,8 +182,8 @@ class RemoteLead(Joining):
                     self._desk.answer(asked, lambda n: words.Ended(n, str(run.path), summary))
                     self._let_go(asked.said)
                 elif isinstance(asked.said, (words.Join, words.Gone)):
-                    if isinstance(asked.said, words.Gone):
-                        self._members.gone(asked.said.role, asked.said.rank, asked.said.pid, asked.said.cause)
+                    if isinstance(gone := asked.said, words.Gone):
+                        self._members.gone(gone.role, gone.rank, gone.pid, gone.host, gone.cause)
                     self._desk.answer(asked, lambda n: messages.Refused(n, "the run has ended"))
                 elif isinstance(asked.said, words.Look):
                     self._answer_later(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ WENT_TOO = f"exit code {LOST}"
 START_S = 300.0
 """So long may a process take until it is there."""
 
+Known = tuple[str, int, str, int]
+"""A process by its role and rank, its host, and its number there."""
 Start = Callable[[str, int], Process]
 """Starts the process of a role and a rank."""
 
@@ -42,6 +45,15 @@ class Member:
     process: Process | None = None
     died: str = ""
     identity: bytes = b""
+
+    def is_process(self, pid: int, host: str) -> bool:
+        """Whether it is this one; of one that the lead has started and that has not joined there is no host."""
+        return self.pid == pid and (self.host == host or (self.process is not None and not self.joined))
+
+    @property
+    def machine(self) -> str:
+        """Its host; those that the lead has started are where it is itself, and say so when they join."""
+        return self.host or socket.gethostname()
 
     @property
     def is_over(self) -> bool:
@@ -78,9 +90,10 @@ class Members:
         self._start = start
         self._own = tuple(own)
         self.of: dict[tuple[str, int], Member] = {}
-        self._gone: set[tuple[str, int, int]] = set()
+        # By role, rank, host and number: on two machines processes may have the same number, and in containers they often do.
+        self._gone: set[Known] = set()
         # All who have ever joined.
-        self._joined: set[tuple[str, int, int]] = set()
+        self._joined: set[Known] = set()
         self.changed = True
 
     def begin(self) -> None:
@@ -105,7 +118,7 @@ class Members:
         """Somebody has gone who was to go; what it may still have said is not heard."""
         member = self.of.pop((role, rank), None)
         if member is not None:
-            self._gone.add((role, rank, member.pid))
+            self._gone.add((role, rank, member.machine, member.pid))
         self.changed = True
 
     def start(self, role: str, rank: int) -> Member:
@@ -122,11 +135,11 @@ class Members:
     def join(self, role: str, rank: int, pid: int, host: str, address: str, identity: bytes) -> Member:
         """Somebody is there."""
         found = self.of.get((role, rank))
-        if found is None or found.pid != pid:
+        if found is None or not found.is_process(pid, host):
             found = self.of[role, rank] = Member(role, rank, pid)
         found.host, found.address, found.joined, found.heard_at = host, address, True, time.monotonic()
         found.identity, found.missed = identity, False
-        self._joined.add((role, rank, pid))
+        self._joined.add((role, rank, host, pid))
         self.changed = True
         return found
 
@@ -141,18 +154,18 @@ class Members:
         if (role, rank) in self.of:
             self.of[role, rank].left = True
 
-    def gone(self, role: str, rank: int, pid: int, cause: str) -> bool:
+    def gone(self, role: str, rank: int, pid: int, host: str, cause: str) -> bool:
         """Somebody has died who was started elsewhere; perhaps before what it said itself was heard. Whether it had joined."""
         member = self.of.get((role, rank))
-        if member is not None and member.pid == pid:
+        if member is not None and member.is_process(pid, host):
             member.died = cause
         else:
-            self._gone.add((role, rank, pid))
-        return (role, rank, pid) in self._joined
+            self._gone.add((role, rank, host, pid))
+        return (role, rank, host, pid) in self._joined
 
-    def was_gone(self, role: str, rank: int, pid: int) -> bool:
+    def was_gone(self, role: str, rank: int, pid: int, host: str) -> bool:
         """Whether it was said that this one has died, before it was there."""
-        return (role, rank, pid) in self._gone
+        return (role, rank, host, pid) in self._gone
 
     def lost(self, silent_s: Callable[[Member], float]) -> list[Lost]:
         """Take those out who have died, or have said nothing for longer than ``silent_s``."""

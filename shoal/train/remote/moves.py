@@ -131,7 +131,7 @@ class MovingLead(RemoteLead):
         if (lost.member.role, lost.member.rank) in self._leaving:
             # It had nothing to do, and nobody comes in its place.
             self._desk.forget(lost.member.identity, for_good=True)
-            self._members.gone(lost.member.role, lost.member.rank, lost.member.pid, lost.cause)
+            self._members.gone(lost.member.role, lost.member.rank, lost.member.pid, lost.member.machine, lost.cause)
             self._tell_death(lost)
         else:
             super()._bury(lost)

@@ -147,12 +147,13 @@ class LogFailed(msgspec.Struct, tag="log_failed", frozen=True):
 
 
 class Gone(msgspec.Struct, tag="gone", frozen=True):
-    """A process has died, says the one that had started it."""
+    """A process of this ``host`` has died, says the one that had started it."""
 
     number: int
     role: str
     rank: int
     pid: int
+    host: str
     cause: str
 
 

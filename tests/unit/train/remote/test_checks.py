@@ -61,7 +61,7 @@ RIGHT = [
     (words.Join(number=1, role="server", rank=1, pid=5, host="here", built="x", address="tcp://10.0.0.1:999"), []),
     (words.Claim(2, 1, 0), []), (words.Look(3, "worker", 1), []), (words.Names(4, ("a",)), []),
     (words.Bad(5, 1, (7,), "w", (1, 2)), []), (words.Failed(number=6, rank=-1, kind="", sentence="no", traceback=""), []),
-    (words.LogFailed(7, 1, "full"), []), (words.Gone(8, "worker", 1, 77, "SIGKILL"), []), (words.Leave(9, "server", 0), []),
+    (words.LogFailed(7, 1, "full"), []), (words.Gone(8, "worker", 1, 77, "x", "SIGKILL"), []), (words.Leave(9, "server", 0), []),
     (words.Look(10, "keeper", 3), []),
 ]  # fmt: skip
 

@@ -119,14 +119,18 @@ def test_who_follows_a_dead_process_may_be_heard_before_that_is_buried_and_the_d
 
     lead._orders = Orders  # type: ignore[method-assign]
     join(lines[0], 0, 10)
-    say(lines[1], Gone, rank=0, pid=10, cause="SIGKILL")
+    say(lines[1], Gone, rank=0, pid=10, host="there", cause="SIGKILL")
     join(lines[2], 0, 11)
     assert members.of["worker", 0].pid == 10 and members.of["worker", 0].died == "SIGKILL"
     assert [lost.member.pid for lost in members.lost(lambda member: 60.0)] == [10]
     lead._hear(0.0)
     assert members.of["worker", 0].pid == 11 and members.of["worker", 0].joined
     # A lead that was busy may read them in another order than they were sent.
-    say(lines[1], Gone, rank=1, pid=20, cause="SIGKILL")
+    say(lines[1], Gone, rank=1, pid=20, host="there", cause="SIGKILL")
+    # One of the same number on another machine.
+    say(lines[1], Gone, rank=1, pid=21, host="elsewhere", cause="SIGKILL")
+    say(lines[1], Gone, rank=0, pid=11, host="elsewhere", cause="SIGKILL")
+    assert not members.of["worker", 0].died
     join(lines[0], 1, 20)
     assert ("worker", 1) not in members.of
     join(lines[2], 1, 21)
@@ -177,7 +181,7 @@ def test_a_worker_begins_only_with_those_whose_joining_was_heard(meeting):
     # Nor with one of which it is known that it has died.
     lead._teams.begun.clear()
     asked, also = join(partner, 11), join(head, 10, "tcp://127.0.0.1:5")
-    members.gone("worker", 0, 10, "SIGKILL")
+    members.gone("worker", 0, 10, "", "SIGKILL")
     while len(desk.open) < 2 and time.monotonic() < deadline:
         desk.receive(0.05)
     for question in list(desk.open):

@@ -66,8 +66,8 @@ def test_where_one_is_silent_those_who_keep_its_worker_end_all_of_it_and_begin_a
     assert set(lead._died_at) == {0} and lead._gone == set() and set(lead._members.of) == set(members_of(1, PLAN))
     # Their ends are no further deaths, and what comes after them is.
     for pid, (role, rank) in zip((10, 11), members_of(0, PLAN), strict=True):
-        lead._members.gone(role, rank, pid, "SIGKILL")
-        assert lead._members.was_gone(role, rank, pid)
+        lead._members.gone(role, rank, pid, "there", "SIGKILL")
+        assert lead._members.was_gone(role, rank, pid, "there")
     begin(lead, 0, 20)
     bury_all(lead)
     assert len(lead.told) == 1 and lead._deaths == {0: 1}
@@ -82,7 +82,7 @@ def test_it_is_said_of_a_worker_whose_processes_never_meet(lead: Any, have_met: 
             begin(lead, 1, 30 + 10 * time)
             if have_met:
                 lead._teams.meet(1)
-            lead._members.gone("worker", 1, 32 + 10 * time, f"exit code {LOST}")
+            lead._members.gone("worker", 1, 32 + 10 * time, "there", f"exit code {LOST}")
             bury_all(lead)
     assert lead._deaths == {1: 5}
 

@@ -37,7 +37,7 @@ def test_who_has_joined_is_started_again_however_often_it_dies_and_who_has_not_i
 
     def send(place: int, make: Any) -> Any:
         said = make(1)
-        assert (said.role, said.rank, said.pid, said.cause) == ("worker", 3, len(started), "SIGKILL")
+        assert (said.role, said.rank, said.pid, said.cause) == ("worker", 3, len(started), "SIGKILL") and said.host
         return SimpleNamespace(answer=Refused(1, "over") if joined is None else words.Heard(1, words.Orders(), counts=joined))
 
     nursery, line = SimpleNamespace(start=start), SimpleNamespace(send=send, again=lambda ticket: None)
