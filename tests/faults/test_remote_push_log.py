@@ -20,6 +20,8 @@ from noisy_job import events, held_at, kill, processes, wait_until
 import shoal
 from shoal.errors import RequestError, WorkerLostError
 from shoal.ps.log import segments
+from shoal.train.remote.state import RemoteTables
+from shoal.train.remote.worker import RemoteWorker
 
 COUNTED, NOISY = f"{counted_job.__file__}:job", f"{noisy_job.__file__}:job"
 CALM = "threads=1,batchnorm=local"
@@ -162,17 +164,33 @@ def test_without_a_whole_checkpoint_a_sentence_says_what_a_server_lacks(tmp_path
 def test_a_push_of_several_units_whose_worker_was_killed_counts_as_a_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers have applied it when its worker dies before it has said so; everything dies while others do its units again."""
+    """Servers have applied it when its worker dies before it has said so; everything dies while others do its units again.
+
+    As the run goes on, a server is killed before what it goes on from is written down.
+    """
     run, calls = tmp_path / "run", tmp_path / "calls"
     calls.mkdir()
     monkeypatch.setenv("SHOAL_TEST_CALLS", str(calls))
     target = f"{lost_report_job.__file__}:job"
     plan = f"ps=2,workers=2,async,push_every={lost_report_job.PUSH_EVERY},{CALM}"
     with killed_whole(target, run, "--plan", plan, "--push-log") as process:
-        wait_until(lambda: (calls / "held").exists(), process)
+        # Whoever does it had pushed what it had itself.
+        wait_until(lambda: (calls / "held").exists() and events(run, "push_ack"), process)
     assert [e["cause"] for e in events(run, "death")] == ["SIGKILL"]
     # Once more, and whoever does the first of its units again dies as well.
     (calls / "over").touch()
-    train(target, run, "--plan", plan, "--resume")
-    assert (calls / "again").exists() and len(events(run, "death")) == 3
-    counted_job.check(shoal.open(run), events(run, "push_ack"))
+    write, struck = RemoteTables.write, list[int]()
+
+    def kill_and_write(tables: RemoteTables, directory: Path) -> None:
+        if "push-log" in directory.parts and not struck:
+            struck.append(pid_of(run, "server", 1))
+            kill(struck[0])
+        write(tables, directory)
+
+    monkeypatch.setattr(RemoteTables, "write", kill_and_write)
+    # The job changes it.
+    monkeypatch.setattr(RemoteWorker, "report", RemoteWorker.report)
+    found = shoal.train(lost_report_job.job, plan=plan, run_dir=run, resume=True)
+    counted_job.check(found, events(run, "push_ack"))
+    deaths = [e["pid"] for e in events(run, "death")]
+    assert (calls / "again").exists() and len(deaths) == 4 and len(struck) == 1 and struck[0] in deaths

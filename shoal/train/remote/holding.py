@@ -186,14 +186,15 @@ class Holding(Keeping):
                 others = Client(addresses, self._meeting.keys, patience, self._look_around)
                 stack.callback(others.close)
                 self._chains.begin(others)
+            self._source.follow(self._chains.heads)
+            if self._log.kept and self._last_checkpoint is None:
+                # What the logs are about to say is said of this.
+                self._last_one(self._first_step)
+            # Until then a server that dies could not be brought back: it may have what no checkpoint of the run has.
+            self._log.begin(self._first_step, self._last_checkpoint, self._write_base)
             stack.pop_all()
         self._client = client
         self._tables.begun()  # type: ignore[attr-defined]
-        self._source.follow(self._chains.heads)
-        if self._log.kept and self._last_checkpoint is None:
-            # What the logs are about to say is said of this.
-            self._last_one(self._first_step)
-        self._log.begin(self._first_step, self._last_checkpoint, self._write_base)
         if self._log.kept:
             self._recovery.begin(client)
 
