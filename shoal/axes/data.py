@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from shoal.axes.given import Given
 from shoal.axes.updating import SliceUpdater, Totals, Updates
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Signal
 from shoal.comm.store import Store
 from shoal.comm.table import chunks_of, slice_bounds
 from shoal.comm.team import Team
-from shoal.errors import ShoalError
 
 # Two for each BatchNorm layer and microbatch.
 COLLECTIVES_A_STEP = 1 << 16
@@ -52,8 +52,7 @@ class ArenaData(Updates):
         owner = store.grid.owner(store.part_of(rank))
         # Of each trained parameter, whether this rank computes its gradient.
         self.own = np.array([spec.owner == owner for spec in store.table.trained], dtype=bool)
-        self._collective = 0
-        self._collective_at = 0
+        self._given = Given(rank, self.world_size, store.collective_bytes, COLLECTIVES_A_STEP)
         self._step = 0
         # Asked while waiting for batch statistics: raises where this rank's team has to begin the step again.
         self.check: Callable[[], None] | None = None
@@ -72,7 +71,8 @@ class ArenaData(Updates):
 
     def begin(self, step: int) -> None:
         """Start computing a step."""
-        self._step, self._collective, self._collective_at = step, 0, 0
+        self._step = step
+        self._given.begin()
         self.store.touched[self._stripe, self.own] = 0
         # Words wrap around, and one that nobody moved for long (layers that were frozen) would seem to be ahead.
         first = step * COLLECTIVES_A_STEP & 0xFFFFFFFF
@@ -175,23 +175,21 @@ class ArenaData(Updates):
         What a rank gave stays readable until the step is committed, so that a replacement can go through the same
         collectives again.
         """
-        index, at, size = self._collective, self._collective_at, values.numel() * values.element_size()
-        own = self.store.collective_bytes(self.rank)
-        if at + size > own.numel() or index >= COLLECTIVES_A_STEP:
-            raise ShoalError("A step gathers more batch statistics than there is room for; use batchnorm=local.")
-        own[at : at + size].view(values.dtype).copy_(values.reshape(-1))
-        target = (self._step * COLLECTIVES_A_STEP + index + 1) & 0xFFFFFFFF
+        place = self._given.give(values, replicas)
+        target = (self._step * COLLECTIVES_A_STEP + self._given.count) & 0xFFFFFFFF
         if (target - self.slot.signal(Signal.COLLECTIVE)) & 0xFFFFFFFF < 1 << 31:
             self.slot.post(Signal.COLLECTIVE, target)
-        self._collective, self._collective_at = index + 1, at + -(-size // 64) * 64
         total: Any = None
         for rank in (self._along_data[replica] for replica in replicas):
-            slot = self.arena.slots[rank]
-
-            def attempt(times: tuple[float, float], slot: Any = slot, rank: int = rank) -> int:
-                return -1 if slot.wait(Signal.COLLECTIVE, target, times[1], times[0]) else rank
-
-            self.wait_for(attempt, f"batch statistics of step {self._step + 1}", self.check)
-            given = self.store.collective_bytes(rank)[at : at + size].view(values.dtype)
-            total = given.clone() if total is None else total + given
+            part = self._given.find(rank, place, values, self._await_parts)
+            total = part.clone() if total is None else total + part
         return total.view(values.shape)  # type: ignore[no-any-return]
+
+    def _await_parts(self, rank: int, count: int) -> None:
+        """Wait until a rank has given so many parts of the step's small sums."""
+        slot, target = self.arena.slots[rank], (self._step * COLLECTIVES_A_STEP + count) & 0xFFFFFFFF
+
+        def attempt(times: tuple[float, float]) -> int:
+            return -1 if slot.wait(Signal.COLLECTIVE, target, times[1], times[0]) else rank
+
+        self.wait_for(attempt, f"batch statistics of step {self._step + 1}", self.check)

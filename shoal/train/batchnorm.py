@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from shoal.axes.given import HEAD_BYTES
+from shoal.comm.table import align
 from shoal.kernels import batchnorm
 
 _SIGNATURE = inspect.signature(F.batch_norm)
@@ -129,7 +131,7 @@ class _Instead(TorchFunctionMode):
 def statistics_bytes(model: nn.Module) -> int:
     """Bytes that one pass through a model's BatchNorm layers exchanges, each layer used once."""
     features = [m.num_features for m in model.modules() if isinstance(m, _BatchNorm)]
-    return sum((2 * n + 1) * 8 + 64 + 2 * n * 8 + 64 for n in features)
+    return sum(HEAD_BYTES + align((2 * n + 1) * 8) + HEAD_BYTES + align(2 * n * 8) for n in features)
 
 
 class _Normalize(torch.autograd.Function):

@@ -178,7 +178,7 @@ class PushLoop(Loop):
         count = sum(len(share.indices) for share, _ in batches)
         if count:
             self._buffers.load(step)
-            sums = self._go_through(step, batches, count)
+            sums = self._go_through(step, batches, self._mean_over([share for share, _ in batches]))
             parts.faults.drag(step, time.monotonic() - computing, parts.gradients.is_void)
             self.publish_buffers(unit)
             self._write_unit(row, sums)
@@ -202,6 +202,10 @@ class PushLoop(Loop):
         """What samples a unit has."""
         self.parts.feed.replica = shard
         return self.parts.feed.shares(step)
+
+    def _mean_over(self, shares: Sequence[Share]) -> int:
+        """How many samples the loss of a unit with these shares is the mean over."""
+        return sum(len(share.indices) for share in shares)
 
     def _write_unit(self, row: np.ndarray, sums: Sums) -> None:
         values = self.named_values(sums)

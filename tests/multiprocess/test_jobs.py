@@ -286,18 +286,20 @@ def batchnorm_job() -> shoal.Job:
     )  # fmt: skip
 
 
-def plain_batchnorm(batch: int, parts: int) -> dict[str, torch.Tensor]:
-    """One worker that computes each batch in so many parts."""
+def plain_batchnorm(
+    batch: int, parts: int, cut: Callable[[torch.Tensor], list[torch.Tensor]] = lambda part: [part], steps: int | None = None
+) -> dict[str, torch.Tensor]:
+    """One worker that computes each batch in so many parts, each of them cut further."""
     x, y = pictures()
 
     def backward(model: nn.Module, rows: torch.Tensor) -> None:
-        for part in rows.tensor_split(parts):
+        for part in (piece for whole in rows.tensor_split(parts) for piece in cut(whole)):
             (F.cross_entropy(model(x[part]), y[part]) * len(part) / len(rows)).backward()
 
     return PlainLoop(
         build=convolution, samples=104, batch_size=batch, backward=backward,
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-    ).run(2 * -(-104 // batch))  # fmt: skip
+    ).run(steps or 2 * -(-104 // batch))  # fmt: skip
 
 
 def test_batchnorm_normalises_over_the_global_batch(train: Callable[..., Any]) -> None:
@@ -318,6 +320,21 @@ def test_accumulation_uses_the_statistics_of_each_microbatch(train: Callable[...
     expected = plain_batchnorm(26, 4)
     assert_equal(train(job, "dp=1,accumulate=4,batchnorm=micro").weights(), expected, within=1e-9)
     assert_equal(train(job, "dp=2,accumulate=4,batchnorm=micro").weights(), expected, within=1e-9)
+
+
+@pytest.mark.parametrize(("transport", "plan"), [("arena", "dp=3"), ("group", "dp=3"), ("group", "ps=1,workers=3,sync")])
+def test_a_worker_without_the_last_samples_of_a_piece_takes_part_in_the_next(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, transport: str, plan: str
+) -> None:
+    """Of 50 samples the workers have 17, 17 and 16, of which 16 pass at a time: first 48, then one each of two workers."""
+
+    def cut(part: torch.Tensor) -> list[torch.Tensor]:
+        shares = part.tensor_split(3)
+        return [torch.cat([share[at : at + 16] for share in shares]) for at in range(0, len(shares[0]), 16)]
+
+    monkeypatch.setenv("SHOAL_TRANSPORT", transport)
+    found = train(batchnorm_job().replace(batch_size=100), f"{plan},accumulate=2,sub_batch=16,batchnorm=micro", steps=2)
+    assert_equal(found.weights(), plain_batchnorm(100, 2, cut, steps=2), within=1e-9)
 
 
 def test_many_microbatches_of_a_wide_batchnorm_have_room(train: Callable[..., Any]) -> None:

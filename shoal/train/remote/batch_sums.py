@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from shoal.axes.given import DIFFERENT_LAYERS, NO_ROOM
 from shoal.axes.waiting import Aborted
 from shoal.errors import DeadlineError
 from shoal.ps import messages
@@ -43,7 +44,7 @@ class BatchSums:
     def begin(self, first: int) -> None:
         """Everything before a unit is done; of the next step nothing was given yet."""
         self._first = first
-        # By which sum of the step it is, and over which shards: what these have given, while some are missing; the sum.
+        # By which sum over the same shards it is, and over which: what these have given, while some are missing; the sum.
         self._given: dict[_Place, dict[int, torch.Tensor]] = {}
         self._sums: dict[_Place, torch.Tensor] = {}
         self._bytes: Counter[int] = Counter()
@@ -59,12 +60,9 @@ class BatchSums:
         if shard not in given:
             self._bytes[shard] += values.nbytes
         if self._bytes[shard] > self._room_bytes:
-            return "A step gathers more batch statistics than there is room for; use batchnorm=local."
+            return NO_ROOM
         if any((other.shape, other.dtype) != (values.shape, values.dtype) for other in given.values()):
-            return (
-                "The workers of a step call different layers, so that their batch statistics cannot be added up; let the model "
-                "call its BatchNorm layers alike whatever the samples are, or use batchnorm=local."
-            )
+            return DIFFERENT_LAYERS
         # What came lies in a frame that is somebody else's.
         given[shard] = values.clone()
         if len(given) == len(said.shards):
@@ -120,11 +118,12 @@ class Adder:
 
     def __init__(self, line: Line, rank: int, obey: Callable[[words.Orders], None]) -> None:
         self._line, self._rank, self._obey = line, rank, obey
-        self._index = 0
+        # Where some shards have no samples, those that have them take part in more sums, or in others.
+        self._among: Counter[tuple[int, ...]] = Counter()
 
     def begin(self) -> None:
         """A unit is begun, or begun again."""
-        self._index = 0
+        self._among.clear()
 
     def add_up(self, values: torch.Tensor, unit: int, step: int, shards: Sequence[int]) -> torch.Tensor:
         """The sum over these shards of what each has found.
@@ -132,8 +131,9 @@ class Adder:
         Raises:
             GivenUp: others have done the unit. Aborted: the run has ended. DeadlineError: somebody's part has not come.
         """
-        index, began = self._index, time.monotonic()
-        self._index += 1
+        among, began = tuple(shards), time.monotonic()
+        index = self._among[among]
+        self._among[among] += 1
         heads, frames = messages.pack_tensors({NAME: values.detach().reshape(-1)})
         # Asked for again while it is waited for, what is sent has to stay what it was.
         kept = [bytes(frame) for frame in frames]
@@ -141,7 +141,7 @@ class Adder:
         while True:
             answer, further = self._line.ask(
                 lambda n: words.Gives(
-                    number=n, rank=self._rank, unit=unit, index=index, shards=tuple(shards), values=heads
+                    number=n, rank=self._rank, unit=unit, index=index, shards=among, values=heads
                 ),
                 what, kept,
             )  # fmt: skip

@@ -90,7 +90,7 @@ class Report(msgspec.Struct, tag="report", frozen=True, kw_only=True):
 class Gives(msgspec.Struct, tag="gives", frozen=True, kw_only=True):
     """What a worker has found of a unit's batch, to be added up over these shards of its step (BatchNorm's statistics).
 
-    ``index``: it is the how manieth such sum of the unit. One frame: ``values``.
+    ``index``: it is the how manieth sum of the unit over the same shards. One frame: ``values``.
     """
 
     number: int

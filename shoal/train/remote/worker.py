@@ -389,6 +389,8 @@ class RemoteLoop(PushLoop):
         super().__init__(parts, around, copy)
         assert isinstance(parts.axis, RemoteWorker)
         self._remote: RemoteWorker = parts.axis
+        # Samples that the loss of the unit in work is the mean over.
+        self._total = 0
 
     def _work(self, unit: int, slowest: int) -> None:
         axis, gradients = self._remote, self.parts.gradients
@@ -418,6 +420,12 @@ class RemoteLoop(PushLoop):
             return super()._shares(step, shard)
         return self.parts.feed.shares_of_portion(step, *divmod(shard, self._remote.world_size))
 
+    def _mean_over(self, shares: Sequence[Share]) -> int:
+        # What BatchNorm adds up on the way back has to come of one and the same loss in all workers, whose shards may differ.
+        together = self._around.batchnorm is not None
+        self._total = sum(sum(share.counts) for share in shares) if together else super()._mean_over(shares)
+        return self._total
+
     def _begin_batch(self, step: int) -> None:
         super()._begin_batch(step)
         # An evaluation may take longer than any step, and nothing else is said meanwhile.
@@ -444,9 +452,8 @@ class RemoteLoop(PushLoop):
     def _factor(self, rows: Sequence[np.ndarray], squared: float) -> float:
         if not self._remote.sync:
             return super()._factor(rows, squared)
-        # The mean over a shard counts as often as it has samples; the lead divides by those of all shards.
-        row = rows[0]
-        return 1.0 if row[UnitColumns.MEASURED] else float(row[UnitColumns.WEIGHT])
+        # A mean counts as often as there are samples in it; the lead divides by those of all shards.
+        return 1.0 if rows[0][UnitColumns.MEASURED] else float(self._total)
 
 
 class Sender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -76,6 +77,55 @@ def test_what_cannot_be_added_up_is_refused_in_a_sentence() -> None:
     sums.hear(desk, gives(0, 1, [1.0] * 31))
     assert ["call different layers" in desk.said[0].reason, "no room" not in desk.said[0].reason] == [True, True]
     assert "than there is room for" in desk.said[1].reason and len(desk.said) == 2
+
+
+class Hearing:
+    """Three workers' line to a lead that has the sums: whose part completes none is answered when it asks again."""
+
+    patience = Patience(deadline_s=60.0)
+
+    def __init__(self) -> None:
+        self._sums = BatchSums(3, ROOM, 0)
+        self._lock = threading.Lock()
+
+    def ask(self, make: Any, what: str, frames: Any) -> Any:
+        asked = Asked(b"", make(1), [bytearray(frame) for frame in frames])
+        with self._lock:
+            self._sums.hear(None, asked)  # type: ignore[arg-type]
+            desk = Frames()
+            self._sums.answer(desk, asked, words.Orders, lambda unit: unit, True)  # type: ignore[arg-type]
+        return desk.answered
+
+
+class Frames:
+    """A desk that keeps an answer as it goes out."""
+
+    answered: tuple[Any, Any]
+
+    def answer(self, asked: Asked, make: Any, frames: Any = ()) -> None:
+        self.answered = make(asked.said.number), frames
+
+
+def test_who_takes_part_in_fewer_sums_adds_up_what_belongs_together() -> None:
+    """Two pieces of a batch, each of 48 samples and then of two: the third shard has none of the latter."""
+    line, found = Hearing(), dict[int, list[float]]()
+    pieces = [(0, 1, 2), (0, 1), (0, 1, 2), (0, 1)]
+
+    def work(rank: int) -> None:
+        to_lead: Any = line
+        adder = Adder(to_lead, rank, lambda orders: None)
+        found[rank] = [
+            float(adder.add_up(torch.tensor([10.0**rank * (number + 1)], dtype=torch.float64), rank, 0, shards))
+            for number, shards in enumerate(pieces)
+            if rank in shards
+        ]
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {0: [111.0, 22.0, 333.0, 44.0], 1: [111.0, 22.0, 333.0, 44.0], 2: [111.0, 333.0]}
 
 
 class Lead:
