@@ -14,6 +14,7 @@ import selectors
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 
 from shoal.errors import DeadlineError
@@ -35,6 +36,7 @@ class Bond:
     def __init__(self, others: Sequence[socket.socket]) -> None:
         self._others = list(others)
         self._over = False
+        _bonds.add(self)
         self._parted = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="shoal-bond", daemon=True)
         self._thread.start()
@@ -57,6 +59,11 @@ class Bond:
         except OSError:
             return False
 
+    def let_go(self) -> None:
+        """Close what this process holds of the connections, and say nothing."""
+        for other in self._others:
+            other.close()
+
     def await_loss(self, seconds: float) -> None:
         """After an error: where it has come because another process has gone, this one goes within so long, and says nothing."""
         self._thread.join(seconds)
@@ -73,6 +80,19 @@ class Bond:
         if not self._parted.wait(_PART_S):
             raise DeadlineError(f"A process of a worker has not heard within {_PART_S:.0f} s that the run is over.")
         self._over = True
+
+
+# What is to be done after a fork cannot be taken back, so it is said once, for all there will be.
+_bonds: weakref.WeakSet[Bond] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """The user's code may fork (a loader of data does): such a child would keep a connection open whose process has ended."""
+    for one in _bonds:
+        one.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def listen(host: str) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,15 +18,21 @@ from shoal.train.remote import bond
 from shoal.train.remote.bond import LOST, TOKEN_BYTES, Bond
 
 TOKEN = bytes(range(TOKEN_BYTES))
-# A process that has come is bound, and waits for ever; with a third argument it says farewell and ends by itself.
+# A process that has come is bound, and waits for ever; told so, it says farewell and ends by itself, or has forked another
+# one before, as a loader of the user's may.
 PARTNER = """
-import sys, time
+import os, sys, time
 from shoal.train.remote import bond
 head, host, port = bond.come(sys.argv[1], bytes.fromhex(sys.argv[2]), 1, 60.0)
 held = bond.Bond([head])
 assert (host, port) == ("127.0.0.1", 4321)
+if sys.argv[3:] == ["forks"]:
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+    print(child, flush=True)
 print("bound", flush=True)
-if len(sys.argv) > 3:
+if sys.argv[3:] == ["leaves"]:
     held.say_farewell()
     sys.exit(0)
 time.sleep(600)
@@ -56,6 +63,26 @@ def test_a_stranger_is_not_let_in_and_whose_head_is_gone_goes_as_well() -> None:
         # What the kernel does when a process ends.
         found[1].close()
         assert partner.wait(60) == LOST
+
+
+def test_whose_child_lives_on_is_lost_all_the_same() -> None:
+    with bond.listen("127.0.0.1") as listener:
+        partner = start(listener, "forks")
+        found = bond.gather(listener, TOKEN, 1, 60.0)
+        bond.tell_port(found, 4321)
+        assert partner.stdout is not None
+        child = int(partner.stdout.readline())
+        try:
+            assert partner.stdout.readline() == "bound\n"
+            partner.kill()
+            partner.wait(60)
+            found[1].settimeout(60)
+            # The end, not a timeout.
+            assert found[1].recv(1) == b""
+        finally:
+            os.kill(child, signal.SIGKILL)
+            partner.stdout.close()
+            found[1].close()
 
 
 def test_a_head_lets_its_partners_leave(monkeypatch: pytest.MonkeyPatch) -> None:
