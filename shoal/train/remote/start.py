@@ -41,7 +41,7 @@ from shoal.train.remote.stand_ins import InLead
 from shoal.train.remote.state import placement_of
 from shoal.train.remote.teams import members_of, size_of
 from shoal.train.remote.worker import remote_settings, work
-from shoal.train.run import Run
+from shoal.train.run import SUMMARY, Run
 from shoal.train.rundir import RunDirectory
 from shoal.train.split import Split
 
@@ -82,12 +82,13 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
     machines = machines if plan.replicas else [""] * group.world_size
     role, number = roles(machines, plan)[rank]
     with contextlib.ExitStack() as stack:
-        endpoint = meeting = directory = nursery = None
+        endpoint = meeting = directory = nursery = done = None
         # Whether those who serve and work are processes of their own, which others keep.
         kept = False
         if rank == 0:
             options = request.options
             directory = RunDirectory.claim(options.run_dir, request.job.name, options.resume)
+            done = _done_before(request, directory)
             # Of a worker that is several none outlives another, and the processes of the job shall not end with them.
             kept = bool(plan.replicas) or wants_log(options.push_log, plan, directory.path) or size_of(plan) > 1
             keys = RunKeys.new()
@@ -96,12 +97,14 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
             address = endpoint.address.replace("0.0.0.0", _own_address())
             meeting = Meeting(address, keys, request.deadline_s)
             nursery = stack.enter_context(_nursery(request, meeting))
-            if size_of(plan) > 1 and (failure := _cut(request, nursery, threads)) is not None:
+            if done is None and size_of(plan) > 1 and (failure := _cut(request, nursery, threads)) is not None:
                 group.fail(failure)
                 # The others have left, so that it is of no use if it went well the next time.
                 return _lead(request, directory, endpoint, nursery, [(SERVER, 0)], threads, failure=failure)
         split = nursery.split if nursery is not None else None
-        meeting, kept, split = _shared(group, (meeting, kept, split))
+        meeting, kept, split, done = _shared(group, (meeting, kept, split, done))
+        if done is not None:
+            return Run(*done, request.job)
         if nursery is not None:
             assert endpoint is not None and directory is not None
             keepers = Keepers(machines, plan) if kept else None
@@ -129,10 +132,25 @@ def _cut(request: Request, nursery: Nursery, threads: int) -> Failure | None:
     return None
 
 
-def _shared(group: Group, found: tuple[Any, bool, Split | None]) -> tuple[Any, bool, Split | None]:
+def _done_before(request: Request, directory: RunDirectory) -> tuple[Path, dict[str, Any]] | None:
+    """Where a resumed run has nothing left to do: its directory and its summary, which all processes are told."""
+    if not request.options.resume or directory.read_json(SUMMARY) is None:
+        return None
+    try:
+        done = finished_run(directory, request.job, request.options, TrainHost(request.job).facts())
+    except Exception:
+        # The lead meets the same, and says so.
+        return None
+    return None if done is None else (done.path, done.summary())
+
+
+_Found = tuple[Any, bool, Split | None, tuple[Path, dict[str, Any]] | None]
+
+
+def _shared(group: Group, found: _Found) -> _Found:
     """What the first process has found, for all. Raises what that has raised."""
     try:
-        shared: tuple[Any, bool, Split | None] = group.broadcast_object(found, 0, "where the lead is")
+        shared: _Found = group.broadcast_object(found, 0, "where the lead is")
     except PeerFailed as failed:
         error = failed.value.error()
         error.told_by_rank_0 = True
