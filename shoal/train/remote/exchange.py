@@ -38,12 +38,13 @@ class Order(IntEnum):
     GRADIENTS = 3
     EVALUATE = 4
     END = 5
+    FETCH = 6
 
 
 @dataclass(frozen=True)
 class Told:
-    """An order. To compute: the ``shard`` of a ``step``, as a part of the mean over ``total`` samples, the first one of a
-    push where ``fresh``. To evaluate: at the end of the epoch ``total``."""
+    """An order. To fetch: the samples of a ``shard`` of a ``step``. To compute: these, as a part of the mean over ``total``
+    samples, the first ones of a push where ``fresh``. To evaluate: at the end of the epoch ``total``."""
 
     order: Order
     step: int = 0

@@ -95,6 +95,13 @@ class HeadLoop(RemoteLoop):
         # The servers' versions of the weights that all have.
         self._dealt: list[int] | None = None
 
+    def _fetch(self, step: int, shard: int) -> Sequence[tuple[Samples, Any]]:
+        # All need the samples, and nobody has to wait for another's.
+        self._share.exchange.tell(Told(Order.FETCH, step, shard))
+        found = super()._fetch(step, shard)
+        self._share.exchange.done()
+        return found
+
     def _pull(self) -> None:
         super()._pull()
         if self._pulled != self._dealt:

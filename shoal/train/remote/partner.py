@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from shoal.process.messages import PARTNER
 from shoal.train.allocator import keep_freed_memory
 from shoal.train.api import TrainOptions
 from shoal.train.evaluate import Slice, evaluate
+from shoal.train.feed import Share as Samples
 from shoal.train.host import TrainHost
 from shoal.train.remote.exchange import Order, Told
 from shoal.train.remote.line import Line, Meeting, Signs
@@ -33,6 +34,8 @@ class Partner:
 
     def __init__(self, share: Share, worker: int, beat: Callable[[], None]) -> None:
         self._share, self._worker, self._beat = share, worker, beat
+        # Of which step and shard there are samples already.
+        self._fetched: tuple[int, int, Sequence[tuple[Samples, Any]]] | None = None
 
     def serve(self) -> None:
         """Until there is nothing more to do."""
@@ -40,6 +43,8 @@ class Partner:
             self._beat()
             if told.order == Order.WEIGHTS:
                 self._share.exchange.take_weights()
+            elif told.order == Order.FETCH:
+                self._fetched = (told.step, told.shard, self._fetch(told))
             elif told.order == Order.COMPUTE:
                 self._compute(told)
             elif told.order == Order.GRADIENTS:
@@ -48,14 +53,19 @@ class Partner:
             elif told.order == Order.EVALUATE:
                 self._evaluate(told)
 
+    def _fetch(self, told: Told) -> Sequence[tuple[Samples, Any]]:
+        self._share.parts.feed.replica = told.shard
+        with user_code("train_data", self._worker):
+            return self._share.parts.feed.batches(told.step)
+
     def _compute(self, told: Told) -> None:
         share, parts = self._share, self._share.parts
         if told.fresh:
             share.store.touched[0] = 0
             parts.gradients.begin()
-        parts.feed.replica = share.around.replica = told.shard
-        with user_code("train_data", self._worker):
-            batches = parts.feed.batches(told.step)
+        share.around.replica = told.shard
+        assert self._fetched is not None and self._fetched[:2] == (told.step, told.shard), "a head lets all fetch first"
+        batches, self._fetched = self._fetched[2], None
         share.exchange.share_buffers()
         for _ in parts.passes.train(told.step, batches, told.total):
             pass
