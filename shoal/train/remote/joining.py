@@ -54,7 +54,8 @@ class Joining(Holding):
             self._recovery.put_off(asked)
             return
         as_built = said.built == self._built
-        if known is not None and known.joined and not (as_built and (known.pid, known.address) == (said.pid, said.address)):
+        same = known is not None and known.is_process(said.pid, said.host) and known.address == said.address
+        if known is not None and known.joined and not (as_built and same):
             # Whoever is there goes on, and so does the run; what this one says of its end does not end it.
             self._turned_away.add(asked.identity)
             logger.warning("A second process says that it is %s %d; it was turned away.", said.role, said.rank)
@@ -97,8 +98,10 @@ class Joining(Holding):
         )
 
     def _await_others(self, asked: Asked, said: words.Join, worker: int, missing: tuple[str, int]) -> None:
-        if time.monotonic() - asked.since > START_S:
-            role, rank = missing
+        role, rank = missing
+        # It may have come while the lead waited for somebody else, and be heard next.
+        has_asked = any(isinstance(a.said, words.Join) and (a.said.role, a.said.rank) == missing for a in self._desk.open)
+        if time.monotonic() - asked.since > START_S and not has_asked:
             raise WorkerLostError(
                 f"{role.capitalize()} {rank} has not come within {START_S:.0f} s, and worker {worker} cannot begin without it; "
                 f"see what keeps it, and go on with --resume: {self._name_last_checkpoint()}"
