@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,11 @@ class Request:
     observers: Sequence[Observer]
     interrupts: Interrupts
     deadline_s: float
+
+    @functools.cached_property
+    def host(self) -> TrainHost:
+        """The job as this process has built it, once it has. Raises what that raises, and then builds it anew."""
+        return TrainHost(self.job)
 
 
 def run_here(request: Request, directory: RunDirectory) -> Run:
@@ -126,7 +132,7 @@ def run_joined(request: Request, group: Group, threads: int) -> Run:
 def _cut(request: Request, nursery: Nursery, threads: int) -> Failure | None:
     """Find out, before anybody has to know, how the model is divided within a worker; what went wrong, for the others."""
     try:
-        nursery.cut(complete(request.plan, TrainHost(request.job), threads))
+        nursery.cut(complete(request.plan, request.host, threads))
     except Exception as error:
         return Failure.of(error, 0)
     return None
@@ -137,7 +143,7 @@ def _done_before(request: Request, directory: RunDirectory) -> tuple[Path, dict[
     if not request.options.resume or directory.read_json(SUMMARY) is None:
         return None
     try:
-        done = finished_run(directory, request.job, request.options, TrainHost(request.job).facts())
+        done = finished_run(directory, request.job, request.options, request.host.facts())
     except Exception:
         # The lead meets the same, and says so.
         return None
@@ -211,7 +217,7 @@ def _lead(
         try:
             if failure is not None:
                 raise failure.error()
-            host = TrainHost(job)
+            host = request.host
             facts = host.facts()
             plan = complete(request.plan, host, threads)
             nursery.cut(plan)
