@@ -64,6 +64,10 @@ class TensorSpec(_Sized):
     def whole_shape(self) -> tuple[int, ...]:
         return self.shape if self.whole is None else self.whole
 
+    def view_in(self, page: torch.Tensor) -> torch.Tensor:
+        """This tensor in bytes (1-D, uint8) that are laid out as its region is."""
+        return page[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class StateSpec(_Sized):

@@ -32,7 +32,7 @@ def own_copy(store: Store, parameters: Sequence[torch.nn.Parameter]) -> torch.Te
     """Give trained parameters memory of this process's own, laid out as the shared weights are; its bytes."""
     own = store.weight_range(0, store.table.trained_bytes, torch.uint8).clone()
     for parameter, spec in zip(parameters, store.table.trained, strict=True):
-        parameter.data = own[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+        parameter.data = spec.view_in(own)
     return own
 
 

@@ -116,8 +116,7 @@ class Exchange:
                 continue
             page = torch.zeros(own.split.table.trained_bytes, dtype=torch.uint8)
             for index, spec in enumerate(specs):
-                place = page[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
-                place.copy_(take(whole.weights[own.whole[index]], spec.regions))
+                spec.view_in(page).copy_(take(whole.weights[own.whole[index]], spec.regions))
             self._pass(page, rank, self._head, "the weights of a part")
         self.done()
 
@@ -147,7 +146,7 @@ class Exchange:
                 if not whole.touched[stripe, at]:
                     gradient.zero_()
                     whole.touched[stripe, at] = 1
-                part = page[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+                part = spec.view_in(page)
                 if spec.regions:
                     put(gradient, spec.regions, take(gradient, spec.regions) + part)
                 else:
