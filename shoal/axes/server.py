@@ -40,11 +40,11 @@ from shoal.axes.data import ArenaData
 from shoal.axes.updating import Hooks, SliceUpdater, Totals, Updates
 from shoal.axes.waiting import Waiting
 from shoal.comm.arena import Note, Signal
+from shoal.comm.rest import Rests
 from shoal.comm.store import Store
 
-# How long a copy of the weights may hold an update up, and how often a server looks whether it is made.
+# How long a copy of the weights may hold an update up.
 _READING_S = 2.0
-_NAP_S = 50e-6
 
 
 class NothingToUpdate:
@@ -130,11 +130,11 @@ class Server(Updates):
     def _let_read(self, step: int) -> None:
         """Wait while whoever publishes the weights copies them; not where another server has begun: a cut is of one step."""
         supervisor, others = self.arena.supervisor, self.arena.servers
-        until = time.monotonic() + _READING_S
+        until, rests = time.monotonic() + _READING_S, Rests()
         while supervisor.note(Note.READING) and time.monotonic() < until:
             if any(slot.signal(Signal.GRADIENTS) > step for slot in others):
                 return
-            time.sleep(_NAP_S)
+            rests.rest()
 
     def sum_up(self, step: int) -> Totals:
         """The loss over the global batch, and the factor of the gradients' sum."""
