@@ -16,8 +16,7 @@ from shoal.ps.client import Client
 from shoal.ps.messages import Done, Ping
 from shoal.ps.replication import Follow, Lead, follow, lead
 from shoal.ps.requests import Ticket
-
-_MOST_DEATHS = 5
+from shoal.train.remote.members import MOST_DEATHS
 
 
 @dataclass
@@ -109,7 +108,7 @@ class Chains:
 
     def may_return(self, rank: int) -> bool:
         """Whether to start a server again: not where it has died many times before it was of any use."""
-        return self._deaths[rank] < _MOST_DEATHS
+        return self._deaths[rank] < MOST_DEATHS
 
     def attend(self, joined: Mapping[int, str]) -> list[int]:
         """Let those who are there and belong to no chain join one; who has been taken into one since the last call.

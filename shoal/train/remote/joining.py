@@ -12,15 +12,13 @@ from shoal.ps import messages
 from shoal.train.remote import words
 from shoal.train.remote.desk import Asked
 from shoal.train.remote.holding import Holding
-from shoal.train.remote.members import SILENCE, START_S, WENT_TOO, Lost, Member
+from shoal.train.remote.members import MOST_DEATHS, SILENCE, START_S, WENT_TOO, Lost, Member
 from shoal.train.remote.teams import Teams, members_of, place_of, size_of
 
 logger = logging.getLogger(__name__)
 
 _FIRST_S = 0.5
 _NAP_S = 0.005
-MOST_DEATHS = 5
-"""So often may one worker die without having finished a unit in between."""
 
 
 class Joining(Holding):

@@ -19,10 +19,10 @@ from shoal.ps.messages import Refused
 from shoal.ps.requests import Ticket
 from shoal.train.remote import words
 from shoal.train.remote.line import LEAD, Line
+from shoal.train.remote.members import MOST_DEATHS
 from shoal.train.remote.nursery import Nursery, Process
 
 ROLE = "keeper"
-_MOST_DEATHS = 5
 _WHOLE_S = 60.0
 _END_S = 10.0
 _POLL_S = 0.02
@@ -105,7 +105,7 @@ class Keeper:
         if any(isinstance(answer, words.Heard) and answer.counts for answer in answers):
             self._deaths = 0
         missed = not any(isinstance(answer, Refused) for answer in answers)
-        if missed and self._deaths >= _MOST_DEATHS:
+        if missed and self._deaths >= MOST_DEATHS:
             raise WorkerLostError(
                 f"{self._role.capitalize()} {self._number} died {self._deaths} times before it had begun; see what kills it, "
                 "and go on with --resume."

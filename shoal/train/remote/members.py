@@ -18,6 +18,8 @@ WENT_TOO = f"exit code {LOST}"
 """The end of a process of a worker another one of which has gone."""
 START_S = 300.0
 """So long may a process take until it is there."""
+MOST_DEATHS = 5
+"""So often may one process, or one worker, die without having come any further in between."""
 
 Known = tuple[str, int, str, int]
 """A process by its role and rank, its host, and its number there."""

@@ -34,13 +34,12 @@ from shoal.train.remote.holding import BeginAgain
 from shoal.train.remote.keeper import ROLE as KEEPER
 from shoal.train.remote.keepers import Keepers
 from shoal.train.remote.lead import RemoteLead
-from shoal.train.remote.members import START_S, Lost, Member
+from shoal.train.remote.members import MOST_DEATHS, START_S, Lost, Member
 from shoal.train.remote.state import RemoteTables, StoreState
 
 _POLL_S = 0.02
 _LEAVE_S = 10.0
 """Whoever has nothing more to do and has not left within so long is killed: nothing is lost with it."""
-_MOST_DEATHS = 5
 
 
 @dataclass
@@ -151,7 +150,7 @@ class MovingLead(RemoteLead):
             # The plan that comes needs none of this number.
             return
         moving.deaths[rank] += 1
-        if moving.deaths[rank] >= _MOST_DEATHS:
+        if moving.deaths[rank] >= MOST_DEATHS:
             raise WorkerLostError(
                 f"Server {rank} died {moving.deaths[rank]} times while the plan changed (last by {lost.cause}); see what kills "
                 f"it, and go on with --resume: {self._name_last_checkpoint()}"

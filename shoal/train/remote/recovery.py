@@ -20,13 +20,12 @@ from shoal.train.remote import words
 from shoal.train.remote.desk import Asked, Desk
 from shoal.train.remote.line import Meeting
 from shoal.train.remote.log import RemoteLog
-from shoal.train.remote.members import START_S, Members
+from shoal.train.remote.members import MOST_DEATHS, START_S, Members
 from shoal.train.remote.state import kept_of
 from shoal.train.update_log import log_name
 
 _SEEN_S = 10.0
 _POLL_S = 0.02
-_MOST_DEATHS = 5
 
 
 class Recovery:
@@ -94,7 +93,7 @@ class Recovery:
         """
         while True:
             self._deaths[rank] += 1
-            if self._deaths[rank] > _MOST_DEATHS:
+            if self._deaths[rank] > MOST_DEATHS:
                 raise WorkerLostError(
                     f"Server {rank} died {self._deaths[rank]} times without having done anything; what was acknowledged is in "
                     "its log: see what kills it, and go on with --resume."
